@@ -1,0 +1,90 @@
+"""Arithmetic on lists of tensors: one norm over all of them, and ``w ← w + c d`` without reading ``c`` on the host."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BLOCK = 1 << 16  # elements: four columns of float32 are 1 MiB, which stays in the second-level cache
+
+__all__ = ["add_scaled_", "blocks", "global_norm", "scaled", "widest_dtype"]
+
+
+def widest_dtype(tensors: list[Tensor]) -> torch.dtype:
+    """Return the dtype of scalars that belong to all the tensors: float64 if one of them has it, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """Return ``sqrt(Σ ‖t‖²)`` as a 0-dimensional tensor on the first tensor's device.
+
+    Sums run in float32 at least, whatever the tensors' dtype; an empty list has norm 0.
+    """
+    if not tensors:
+        return torch.zeros(())
+    kinds: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        kinds[tensor.dtype].append(tensor)
+    device = tensors[0].device
+    norms = [
+        norm.to(device, widest_dtype(tensors), non_blocking=True)
+        for same in kinds.values()
+        for norm in torch._foreach_norm(same, 2, dtype=widest_dtype(same))
+    ]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
+
+
+def add_scaled_(weights: list[Tensor], directions: list[Tensor], factor: Tensor) -> None:
+    """Add ``factor · direction`` to each weight in place; ``factor`` is 0-dimensional."""
+    if not weights:
+        return
+    if weights[0].is_cpu and factor.is_cpu and not torch.compiler.is_compiling():
+        # on the CPU a scalar is free to read and spares the product its own memory
+        torch._foreach_add_(weights, directions, alpha=factor.item())
+        return
+    factors = {device: factor.to(device, non_blocking=True) for device in {w.device for w in weights}}
+    for device, local in factors.items():
+        here = [i for i, w in enumerate(weights) if w.device == device]
+        product = torch._foreach_mul([directions[i] for i in here], local)
+        torch._foreach_add_([weights[i] for i in here], product)
+
+
+def scaled(directions: list[Tensor], factor: Tensor) -> list[Tensor]:
+    """Return ``factor · direction`` for each direction, in the direction's dtype; ``factor`` is 0-dimensional."""
+    return [direction * factor.to(direction.device, non_blocking=True) for direction in directions]
+
+
+def blocks(columns: list[list[Tensor | None]]) -> Iterator[list[list[Any]]]:
+    """Cut parallel lists of tensors, weights first, into blocks that fit a processor's cache.
+
+    Small tensors go together, large contiguous ones in pieces. A scalar that belongs to a large tensor (Adam's step
+    count) goes along as a copy, and itself with the last piece, so that it advances once. Elsewhere than in eager mode
+    on the CPU, and while some state is still missing, there is one block.
+    """
+    rows = list(zip(*columns, strict=True))
+    if torch.compiler.is_compiling() or any(t is None or not t.is_cpu for row in rows for t in row):
+        yield columns
+        return
+    gathered: list[Any] = []
+    room = _BLOCK
+    for row in rows:
+        size = row[0].numel()
+        if size > _BLOCK and all(t.is_contiguous() for t in row):
+            for start in range(0, size, _BLOCK):
+                last = start + _BLOCK >= size
+                yield [
+                    [t.detach().view(-1)[start : start + _BLOCK] if t.dim() else t if last else t.clone()] for t in row
+                ]
+            continue
+        if size > room and gathered:
+            yield [list(column) for column in zip(*gathered, strict=True)]
+            gathered, room = [], _BLOCK
+        gathered.append(row)
+        room -= size
+    if gathered:
+        yield [list(column) for column in zip(*gathered, strict=True)]

@@ -1,0 +1,173 @@
+"""What a perturbation is: six switches, and the displacement they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ._arithmetic import global_norm
+from .filters import ParameterFilter
+from .schedules import Number, Schedule, as_schedule
+
+__all__ = ["Direction", "Normalization", "Perturbation", "Scale"]
+
+Direction = Literal["momentum", "gradient", "last_gradient", "random"]
+Normalization = Literal["l2", "none", "lr"]
+Scale = Literal["none", "adaptive", "relative"]
+
+
+def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}; choose one of them.")
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    r"""Where the training gradient is evaluated: at ``w + ε`` instead of ``w``.
+
+    With the raw direction ``d`` over all displaced parameters together, ``T = |w|`` taken elementwise at the true
+    weights, and the sign ``s = −sign`` for the momentum direction, ``s = +sign`` for every other:
+
+    ============  =========================  ====================  =====================
+    scale         normalize="l2"             normalize="none"      normalize="lr"
+    ============  =========================  ====================  =====================
+    "none"        ``s ρ d / ‖d‖``            ``s ρ d``             ``s ρ lr d``
+    "adaptive"    ``s ρ T² d / ‖T d‖``       ``s ρ T² d``          ``s ρ lr T² d``
+    "relative"    ``s ρ T d / ‖T d‖``        ``s ρ T d``           ``s ρ lr T d``
+    ============  =========================  ====================  =====================
+
+    and ``ε = 0`` where the norm is zero. The norm is one number over all parameters of all groups. The momentum
+    buffer adds gradients, so ``−v`` points along the step just taken, beyond it: upwards on the next batch (Becker,
+    Altrock & Risse, arXiv 2401.12033, equation of MSAM and appendix A.7 for "relative"; "adaptive" is ASAM's).
+    Under ``maximize`` every direction is that of the negated objective.
+
+    Parameters
+    ----------
+    direction : {"momentum", "gradient", "last_gradient", "random"}
+        ``d``: the momentum buffer (``exp_avg`` of AdamW), this batch's gradient (costs a second gradient), the gradient
+        used in the step before, or standard Gaussian noise drawn anew each step.
+    rho : float or Schedule
+        Strength ρ ≥ 0: with "l2" and no scaling the length of ε, in the weights' units.
+    sign : {1, -1}
+        +1 is the paper's positive ρ, −1 its negative one.
+    normalize : {"l2", "none", "lr"}
+        What the direction is divided or multiplied by; ``"lr"`` with ρ = μ along the momentum is Nesterov's method.
+    scale : {"none", "adaptive", "relative"}
+        Elementwise scaling by the weights' sizes.
+    subset : "all" or ParameterFilter
+        Which parameters move; the others' directions are dropped before the norm. See
+        :func:`msam.normalization_layers`.
+    seed : int
+        Seed of the noise; the noise of step t depends on the seed and t alone and no global generator is touched.
+
+    Raises
+    ------
+    ValueError
+        If a switch has an unknown position, ρ is negative or not finite, or two switches contradict each other.
+    TypeError
+        If ρ is neither number nor schedule, or the subset no filter.
+    """
+
+    _: KW_ONLY
+    direction: Direction
+    rho: float | Schedule
+    sign: int = 1
+    normalize: Normalization = "l2"
+    scale: Scale = "none"
+    subset: Literal["all"] | ParameterFilter = "all"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require_choice("direction", self.direction, get_args(Direction))
+        _require_choice("normalize", self.normalize, get_args(Normalization))
+        _require_choice("scale", self.scale, get_args(Scale))
+        _require_choice("sign", self.sign, (1, -1))
+        schedule = as_schedule(self.rho)
+        if self.normalize == "lr" and schedule.follows_lr:
+            raise ValueError(
+                "normalize='lr' already ties the displacement to the learning rate, got a rho that follows it as well, "
+                "which would square it; use one of the two."
+            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an int, got {type(self.seed).__name__}; pass a whole number.")
+        if self.seed and self.direction != "random":
+            raise ValueError(
+                f"seed belongs to direction='random', got seed={self.seed} with direction={self.direction!r}, which draws "
+                "nothing; leave it out."
+            )
+        if self.subset != "all" and not callable(self.subset):
+            raise TypeError(
+                f"subset must be 'all' or a filter (name, parameter) -> bool, got {self.subset!r}; "
+                "see msam.normalization_layers."
+            )
+
+    @property
+    def toward(self) -> int:
+        """The sign ``s`` in front of the direction: −sign for the momentum, +sign otherwise."""
+        return -self.sign if self.direction == "momentum" else self.sign
+
+    def measured(self, directions: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+        """Return what the norm is taken of: ``d``, or ``T d`` when scaled; shapes as given."""
+        if self.scale == "none":
+            return directions
+        return torch._foreach_mul(torch._foreach_abs(weights), directions)
+
+    def shaped(self, directions: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+        """Return what ε is a multiple of: ``d``, ``T² d`` or ``T d``; shapes as given."""
+        along = self.measured(directions, weights)
+        return torch._foreach_mul(torch._foreach_abs(weights), along) if self.scale == "adaptive" else along
+
+    def factor(self, norm: Tensor | None, rho: Number, lr: Number) -> Number:
+        """Return the multiple: ``s ρ / ‖·‖`` (0 where the norm is 0), ``s ρ`` or ``s ρ lr``.
+
+        Parameters
+        ----------
+        norm : Tensor or None
+            Norm of :meth:`measured`, 0-dimensional; needed for "l2" only.
+        rho, lr : float or Tensor
+            Strength and learning rate of the parameter group.
+
+        Returns
+        -------
+        float or Tensor
+            0-dimensional; a tensor is never read on the host.
+        """
+        if self.normalize == "lr":
+            return self.toward * rho * lr
+        if self.normalize == "none":
+            return self.toward * rho
+        if norm is None:
+            raise ValueError("normalize='l2' needs the norm of the directions, got None; pass global_norm(measured(...)).")
+        return torch.where(norm > 0, self.toward * rho / norm, torch.zeros_like(norm))
+
+    def displacement(
+        self, directions: list[Tensor], weights: list[Tensor], *, rho: Number, lr: Number = 1.0
+    ) -> list[Tensor]:
+        """Return ε, the formula of the table above, for one parameter group.
+
+        Parameters
+        ----------
+        directions : sequence of Tensor
+            Raw directions d of the displaced parameters.
+        weights : sequence of Tensor
+            The true weights, of the same shapes.
+        rho, lr : float or Tensor
+            Strength ρ and learning rate (used by ``normalize="lr"`` only).
+
+        Returns
+        -------
+        list of Tensor
+            ε, one tensor for each weight.
+
+        Examples
+        --------
+        >>> p = Perturbation(direction="momentum", rho=2.0)
+        >>> p.displacement([torch.tensor([3.0, 4.0])], [torch.zeros(2)], rho=2.0)
+        [tensor([-1.2000, -1.6000])]
+        """
+        norm = global_norm(self.measured(directions, weights)) if self.normalize == "l2" else None
+        factor = self.factor(norm, rho, lr)
+        return [along * factor for along in self.shaped(directions, weights)]

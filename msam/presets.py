@@ -1,0 +1,112 @@
+"""The paper's methods and ablations as rows of one table: a name, and the perturbation it stands for.
+
+The five rows ``msam``, ``msam_unnormalized``, ``msam_lr``, ``nag`` are the steps of figure A1, from MSAM to NAG: drop
+the normalisation, then tie the displacement to the learning rate, then take ρ = μ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+from .filters import ParameterFilter
+from .perturbation import Direction, Normalization, Perturbation, Scale
+from .schedules import Schedule
+
+__all__ = ["PRESETS", "Preset"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row: the switches of a :class:`Perturbation` without its strength.
+
+    Parameters
+    ----------
+    equation : str
+        ε as the table in the documentation prints it.
+    source : str
+        Where it comes from.
+    rho : float
+        Default strength, from the source.
+    direction, normalize, scale, sign
+        As for :class:`Perturbation`.
+    normalization_only : bool
+        Whether a filter for the normalisation layers must be given.
+    optimizer : {"sgd", "adamw"}
+        Base step it is meant for.
+    weight_decay_at : {"true", "perturbed"}
+        Point of weight decay it is meant for.
+    """
+
+    equation: str
+    source: str
+    rho: float
+    direction: Direction
+    normalize: Normalization = "l2"
+    scale: Scale = "none"
+    sign: int = 1
+    normalization_only: bool = False
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    weight_decay_at: Literal["true", "perturbed"] = "true"
+
+    def __call__(self, rho: float | Schedule | None = None, *, subset: ParameterFilter | None = None, **options: Any) -> Perturbation:
+        """Build the perturbation.
+
+        Parameters
+        ----------
+        rho : float or Schedule, optional
+            Strength; the row's own by default.
+        subset : ParameterFilter, optional
+            Which parameters move; needed where ``normalization_only``.
+        **options
+            Further fields of :class:`Perturbation`, such as ``seed``.
+
+        Raises
+        ------
+        ValueError
+            If the row wants a filter and got none.
+        """
+        if self.normalization_only and subset is None:
+            raise ValueError(
+                "this preset moves normalisation layers only, got no filter; pass subset=msam.normalization_layers(model)."
+            )
+        return Perturbation(
+            direction=self.direction,
+            rho=self.rho if rho is None else rho,
+            sign=self.sign,
+            normalize=self.normalize,
+            scale=self.scale,
+            subset="all" if subset is None else subset,
+            **options,
+        )
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "msam": Preset("−ρ v/‖v‖", "Algorithm 1, A15", 3.0, "momentum"),
+        "msam_negative": Preset("+ρ v/‖v‖", "F2AB", 3.0, "momentum", sign=-1),
+        "msam_unnormalized": Preset("−ρ v", "A1", 1.0, "momentum", normalize="none"),
+        "msam_lr": Preset("−ρ η v", "A1", 1.0, "momentum", normalize="lr"),
+        "nag": Preset("−η μ v", "A1", 0.9, "momentum", normalize="lr", weight_decay_at="perturbed"),
+        "adaptive_msam": Preset("−ρ T² v/‖T v‖", "T3", 3.0, "momentum", scale="adaptive"),
+        "relative_msam": Preset("−ρ T v/‖T v‖", "appendix A.7", 3.0, "momentum", scale="relative"),
+        "bn_only_msam": Preset("−ρ v/‖v‖, v of the norm layers", "T3", 3.0, "momentum", normalization_only=True),
+        "sam": Preset("+ρ g/‖g‖", "Foret et al. 2021", 0.05, "gradient"),
+        "asam": Preset("+ρ T² g/‖T g‖", "Kwon et al. 2021", 0.5, "gradient", scale="adaptive"),
+        "relative_sam": Preset("+ρ T g/‖T g‖", "appendix A.7", 0.05, "gradient", scale="relative"),
+        "bn_only_sam": Preset("+ρ g/‖g‖, g of the norm layers", "T3", 0.05, "gradient", normalization_only=True),
+        "random": Preset("+ρ z/‖z‖, z Gaussian", "A9", 3.0, "random"),
+        "relative_random": Preset("+ρ T z/‖T z‖, z Gaussian", "A9", 3.0, "random", scale="relative"),
+        "last_gradient": Preset("+ρ g₋/‖g₋‖", "A9", 0.3, "last_gradient"),
+        "last_gradient_negative": Preset("−ρ g₋/‖g₋‖", "A9", 0.3, "last_gradient", sign=-1),
+        "relative_last_gradient": Preset("+ρ T g₋/‖T g₋‖", "A9", 0.3, "last_gradient", scale="relative"),
+        "relative_last_gradient_negative": Preset(
+            "−ρ T g₋/‖T g₋‖", "A9", 0.3, "last_gradient", scale="relative", sign=-1
+        ),
+        "adamw_msam": Preset("−ρ m/‖m‖", "T2", 3.0, "momentum", optimizer="adamw"),
+        "adamw_sam": Preset("+ρ g/‖g‖", "T2", 0.05, "gradient", optimizer="adamw"),
+    }
+)
+"""Name to row; ``PRESETS["msam"](rho=2.0)`` builds a perturbation."""

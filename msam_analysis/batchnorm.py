@@ -1,0 +1,59 @@
+"""What BatchNorm does while a model is measured: a choice that is stated, never implied.
+
+========================  =========================================================================================
+policy                    normalisation at the point ``w + e``
+========================  =========================================================================================
+``"eval"``                the running statistics that the model holds: the function that is deployed
+``"batch"``               each batch's own statistics, running ones untouched: the function that is trained
+``"recalibrate"``         statistics re-estimated on all batches at every point, then held constant for derivatives:
+                          the function that would be deployed after moving to that point
+========================  =========================================================================================
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Policy = Literal["eval", "batch", "recalibrate"]
+
+
+def check_policy(policy: str) -> None:
+    """Raise ``ValueError`` unless ``policy`` is one of the three."""
+    if policy not in get_args(Policy):
+        raise ValueError(f"batchnorm must be one of {get_args(Policy)}, got {policy!r}")
+
+
+def batchnorm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return every BatchNorm layer by name, SyncBatchNorm included."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def use_batch_statistics(model: nn.Module) -> None:
+    """Make every BatchNorm layer of a private copy normalise by the batch and write nothing."""
+    for layer in batchnorm_layers(model).values():
+        layer.train()
+        layer.track_running_stats = False
+
+
+def collect_statistics(model: nn.Module, collect: bool) -> None:
+    """Switch a private copy between collecting a cumulative average of the statistics and using it."""
+    for layer in batchnorm_layers(model).values():
+        layer.train(collect)
+        layer.momentum = None
+
+
+def blank_statistics(model: nn.Module, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the buffers with every BatchNorm layer's running statistics reset, as new tensors."""
+    fresh = dict(buffers)
+    for name, layer in batchnorm_layers(model).items():
+        if layer.running_mean is None:
+            continue
+        prefix = f"{name}." if name else ""
+        fresh[f"{prefix}running_mean"] = torch.zeros_like(buffers[f"{prefix}running_mean"])
+        fresh[f"{prefix}running_var"] = torch.ones_like(buffers[f"{prefix}running_var"])
+        fresh[f"{prefix}num_batches_tracked"] = torch.zeros_like(buffers[f"{prefix}num_batches_tracked"])
+    return fresh

@@ -1,0 +1,116 @@
+"""Load weights that somebody saved, without ever running what is in the file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+_NESTED = ("model", "state_dict", "model_state_dict", "weights")
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a state dict from a ``.safetensors`` file or a ``torch.save`` file.
+
+    A ``torch.save`` file is read with ``weights_only=True``: a file that would run code is refused. A state dict nested
+    under ``model``, ``state_dict``, ``model_state_dict`` or ``weights`` is found, and the prefixes that
+    ``DistributedDataParallel`` and ``torch.compile`` add to names are removed.
+
+    Parameters
+    ----------
+    path
+        The file.
+
+    Returns
+    -------
+    dict
+        Parameter and buffer names to tensors on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        The file cannot be read safely, or holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: expected a .safetensors or torch.save file; check the path")
+    try:
+        content = (
+            load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as plain weights ({reason}): expected a .safetensors file or "
+            "torch.save(model.state_dict(), path); nothing in it was run"
+        ) from None
+    for key in _NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        came = sorted(map(str, content))[:6] if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(
+            f"{path} holds no state dict (found {came}): expected names to tensors, alone or under one of {_NESTED}"
+        )
+    weights = dict(content)
+    for prefix in _WRAPPERS:
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def load_model(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:
+    """Build a model and load a checkpoint into it, every name and shape matching.
+
+    Parameters
+    ----------
+    path
+        See :func:`load_weights`.
+    factory
+        Called without arguments; returns the module.
+
+    Returns
+    -------
+    torch.nn.Module
+        The loaded model.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As :func:`load_weights`; also ``ValueError`` if names or shapes differ, naming the first that do.
+    TypeError
+        The factory returns no module.
+    """
+    weights = load_weights(path)
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model factory must return a torch.nn.Module, got {type(model).__name__}")
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in weights]
+    unexpected = [name for name in weights if name not in expected]
+    reshaped = [n for n in expected if n in weights and expected[n].shape != weights[n].shape]
+    if missing or unexpected or reshaped:
+        problems = [
+            f"{len(names)} {what} (first: {names[0]!r})"
+            for names, what in (
+                (missing, "missing from the checkpoint"),
+                (unexpected, "unknown to the model"),
+                (reshaped, "of another shape"),
+            )
+            if names
+        ]
+        raise ValueError(
+            f"{path} does not fit the model {type(model).__name__}: {'; '.join(problems)}; "
+            "pass the factory of the model that was saved"
+        )
+    model.load_state_dict(weights)
+    return model

@@ -1,0 +1,89 @@
+"""Read momentum and gradients out of any ``torch.optim`` optimizer, without moving anything."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BUFFERS = ("momentum_buffer", "exp_avg")
+
+
+def momentum_buffers(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
+    """Return the momentum buffer ``v`` of every parameter that has one.
+
+    The buffer is ``momentum_buffer`` (SGD and its relatives) or ``exp_avg`` (the Adam family), as the optimizer's last
+    step left it; the tensors are the optimizer's own and must not be written to.
+
+    Parameters
+    ----------
+    optimizer
+        Any optimizer that keeps its buffers under torch's names.
+
+    Returns
+    -------
+    dict
+        Parameter to buffer of the same shape; empty before the first step.
+
+    Raises
+    ------
+    RuntimeError
+        The optimizer has taken a step and keeps no momentum.
+    """
+    found: dict[Tensor, Tensor] = {}
+    stepped = False
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            stepped = stepped or bool(state)
+            buffer = next((state[key] for key in _BUFFERS if isinstance(state.get(key), Tensor)), None)
+            if buffer is not None:
+                found[parameter] = buffer
+    if not found and (stepped or not any(_uses_momentum(group) for group in optimizer.param_groups)):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} keeps no momentum buffer (looked for {' and '.join(_BUFFERS)}): "
+            "give it momentum > 0, or use an optimizer of the SGD or Adam family"
+        )
+    return found
+
+
+def gradients(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
+    """Return the gradient of every parameter of the optimizer that has one.
+
+    Raises
+    ------
+    RuntimeError
+        No parameter has a gradient.
+    """
+    found = {
+        parameter: parameter.grad
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.grad is not None
+    }
+    if not found:
+        raise RuntimeError(
+            "no parameter of the optimizer has a gradient: call this after loss.backward() and before optimizer.step()"
+        )
+    return found
+
+
+def true_weights(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
+    """Return the true weights ``w`` of every parameter: a copy where the optimizer holds it displaced, else itself.
+
+    Parameters
+    ----------
+    optimizer
+        One of :mod:`msam` (whose parameters may hold ``w + ε``), or any other.
+    """
+    weights: dict[Tensor, Tensor] = {
+        parameter: parameter.detach() for group in optimizer.param_groups for parameter in group["params"]
+    }
+    if getattr(optimizer, "perturbed", False):
+        for parameter, displacement in optimizer.displacement().items():  # type: ignore[attr-defined]
+            weights[parameter] = weights[parameter] - displacement
+    return weights
+
+
+def _uses_momentum(group: dict[str, object]) -> bool:
+    momentum = group.get("momentum", 0)
+    return "betas" in group or (isinstance(momentum, int | float) and momentum > 0)

@@ -1,0 +1,36 @@
+"""Results and tidy tables drawn with matplotlib; nothing is measured here.
+
+Every function takes what it draws and, optionally, the axes to draw on, and returns the axes, so that a caller can go
+on from there. Figures made here follow the package's style file, 3.3 in wide for one panel and 6.8 in for several;
+neither the user's ``rcParams`` nor the user's axes are restyled, and nothing is shown or written until asked:
+
+>>> axes = plots.slice_2d({"SGD": sgd, "MSAM": msam})                                           # doctest: +SKIP
+>>> plots.save(axes, "figures/surface")                                                          # doctest: +SKIP
+
+An optimizer has one colour, line style and marker in every picture (:func:`look`). Bands and bars are 68 % Student-t
+intervals of the mean over seeds, as in the paper. NaN and infinity are drawn as holes.
+"""
+
+from msam_analysis.plots.comparison import accuracy, ball_sharpness, eigenvalues
+from msam_analysis.plots.look import COLUMN_WIDTH, PAGE_WIDTH, Look, look, panels, save, style
+from msam_analysis.plots.slices import slice_1d, slice_1d_panels, slice_2d, surface_3d
+from msam_analysis.plots.training import over_training, perturbation_rise
+
+__all__ = [
+    "COLUMN_WIDTH",
+    "PAGE_WIDTH",
+    "Look",
+    "accuracy",
+    "ball_sharpness",
+    "eigenvalues",
+    "look",
+    "over_training",
+    "panels",
+    "perturbation_rise",
+    "save",
+    "slice_1d",
+    "slice_1d_panels",
+    "slice_2d",
+    "style",
+    "surface_3d",
+]

@@ -1,0 +1,630 @@
+"""Slices of the loss: curves with bands over seeds, filled contours on one scale, surfaces."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib import colormaps, patheffects
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.contour import QuadContourSet
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from mpl_toolkits.mplot3d.art3d import Poly3DCollection
+from torch import Tensor
+
+from msam_analysis.plots.look import (
+    PAGE_WIDTH,
+    Array,
+    AxesArray,
+    COLUMN_WIDTH,
+    draw_curve,
+    given_axes,
+    log_scale,
+    look,
+    name_curves,
+    one_panel,
+    panels,
+    style,
+)
+from msam_analysis.results import Slice1D, Slice2D
+from msam_analysis.statistics import LEVEL, bands
+
+Curves = Slice1D | Sequence[Slice1D] | Mapping[str, Slice1D | Sequence[Slice1D]]
+
+_COLORMAP = "viridis"
+_LARGE_RANGE = 10.0  # from this ratio of largest to smallest loss on, the colour scale is logarithmic
+_DECADES = 6.0  # where the losses span more, a logarithmic scale may end before the largest tenth of them
+
+
+def _array(values: Tensor) -> Array:
+    return values.detach().cpu().double().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------- one dimension
+
+
+def slice_1d(
+    result: Curves,
+    ax: Axes | None = None,
+    *,
+    relative: bool = False,
+    log: bool = False,
+    x: str = "coordinate",
+    level: float = LEVEL,
+    label: str | None = None,
+    legend: bool = True,
+) -> Axes:
+    """Draw the loss along a line, one curve per optimizer, with its interval over seeds.
+
+    Parameters
+    ----------
+    result
+        One slice, the slices of several seeds, or a mapping from a name (an optimizer) to either. The slices under one
+        name must share their coordinates.
+    ax
+        Where to draw; by default new axes, 3.3 in wide.
+    relative
+        Draw ``loss − center_loss``, each seed less its own centre, which is the sharpness along the line.
+    log
+        Logarithmic loss axis; values that are not positive are then holes.
+    x
+        ``"coordinate"`` for multiples of the direction (default) or ``"distance"`` for L2 distances in weight space.
+    level
+        Confidence of the band, default 0.68; there is no band for one seed.
+    label
+        Label of the loss axis, instead of the one made from ``relative``.
+    legend
+        Whether to name the curves.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        With one line per name, in the order given. A point that is NaN or infinite for any seed is a hole.
+
+    Raises
+    ------
+    ValueError
+        Nothing to draw, an unknown ``x``, or seeds under one name whose coordinates differ.
+
+    Notes
+    -----
+    Becker et al., arXiv 2401.12033, figure 4, with ``relative=True``.
+    """
+    if x not in ("coordinate", "distance"):
+        raise ValueError(f"x must be 'coordinate' or 'distance', got {x!r}")
+    curves = _curves(result)
+    with style():
+        made = ax is None
+        ax = one_panel(ax)
+        means = []
+        for name, appearance in look(curves).items():
+            line, losses = _seeds(name, curves[name], relative=relative, distance=x == "distance")
+            mean, half_width = bands(losses, level)
+            if log:
+                mean = np.where(mean > 0, mean, np.nan)
+            means.append(mean)
+            draw_curve(ax, line, mean, half_width, appearance, name or None)
+        if log:
+            log_scale(ax, means)
+        directions = {slice_.direction for slices in curves.values() for slice_ in slices}
+        where = f" along {directions.pop()}" if len(directions) == 1 else ""
+        ax.set_xlabel(f"{'displacement' if x == 'coordinate' else 'distance'}{where}")
+        ax.set_ylabel(label or ("loss − loss at centre" if relative else "loss"))
+        ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        if legend:
+            name_curves(np.array([ax], dtype=np.object_), made=made)
+    return ax
+
+
+def slice_1d_panels(
+    results: Mapping[str, Curves],
+    axes: Sequence[Axes] | AxesArray | None = None,
+    *,
+    relative: bool = True,
+    log: bool = False,
+    x: str = "coordinate",
+    level: float = LEVEL,
+) -> AxesArray:
+    """Draw slices along several directions side by side, with one loss axis and one legend.
+
+    Parameters
+    ----------
+    results
+        Title of a panel (``"gradient"``, ``"momentum"``, ``"random"``) to what :func:`slice_1d` draws.
+    axes
+        One axes per panel; by default a new figure, 6.8 in wide, whose panels share the loss axis.
+    relative, log, x, level
+        As in :func:`slice_1d`, except that ``relative`` is on by default.
+
+    Returns
+    -------
+    numpy.ndarray
+        The axes, shape ``(panels,)``.
+
+    Raises
+    ------
+    ValueError
+        As :func:`slice_1d`, or fewer axes than panels.
+
+    Notes
+    -----
+    Becker et al., arXiv 2401.12033, figure 4 A to C.
+    """
+    made = axes is None
+    drawn = panels(len(results), share_y=True)[1] if axes is None else given_axes(axes, len(results))
+    with style():
+        for ax, (title, result) in zip(drawn, results.items(), strict=True):
+            slice_1d(result, ax, relative=relative, log=log, x=x, level=level, legend=not made)
+            ax.set_title(title)
+            ax.set_xlabel("displacement" if x == "coordinate" else "distance")
+            if made and ax is not drawn[0]:
+                ax.set_ylabel("")
+        if made:
+            name_curves(drawn, made=True)
+    return drawn
+
+
+def _curves(result: Curves) -> dict[str, list[Slice1D]]:
+    named = result if isinstance(result, Mapping) else {"": result}
+    curves = {name: [item] if isinstance(item, Slice1D) else list(item) for name, item in named.items()}
+    if not curves or not all(curves.values()):
+        raise ValueError("expected at least one slice under every name, got none")
+    for name, slices in curves.items():
+        for item in slices:
+            if not isinstance(item, Slice1D):
+                raise ValueError(f"expected Slice1D results, got {type(item).__name__} under {name!r}")
+    return curves
+
+
+def _seeds(name: str, slices: list[Slice1D], *, relative: bool, distance: bool) -> tuple[Array, Array]:
+    """Return the common grid, shape ``(points,)``, and the losses, shape ``(seeds, points)``."""
+    grids = [_array(item.coordinates) * (item.direction_norm if distance else 1.0) for item in slices]
+    for grid in grids[1:]:
+        if grid.shape != grids[0].shape or not np.allclose(grid, grids[0], rtol=1e-6, atol=0):
+            raise ValueError(
+                f"the slices under {name!r} have different {'distances' if distance else 'coordinates'}; "
+                "measure them on one grid, or draw every seed under its own name"
+            )
+    losses = np.stack([_array(item.loss) - (item.center_loss if relative else 0.0) for item in slices])
+    return grids[0], losses
+
+
+# --------------------------------------------------------------------------------------------------- two dimensions
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scale:
+    """One colour scale for all slices of a picture."""
+
+    filled: Array  # boundaries of the filled levels
+    lines: Array  # labelled levels, the ticks of the colour bar
+    norm: Normalize
+    extend: str
+    log: bool
+
+    @property
+    def low(self) -> float:
+        return float(self.filled[0])
+
+    @property
+    def high(self) -> float:
+        return float(self.filled[-1])
+
+
+def _scale(losses: Sequence[Array], limits: tuple[float, float] | None, log: bool | None) -> _Scale:
+    values = np.concatenate([loss[np.isfinite(loss)] for loss in losses])
+    if values.size == 0:
+        raise ValueError("every loss is NaN or infinite, so there is nothing to draw")
+    smallest, largest = float(values.min()), float(values.max())
+    low, high = (smallest, largest) if limits is None else (float(limits[0]), float(limits[1]))
+    if limits is not None and not (np.isfinite(low) and np.isfinite(high) and low < high):
+        raise ValueError(f"limits must be two finite numbers, the lower first, got {limits!r}")
+    if log is None:
+        log = low > 0 and high / low >= _LARGE_RANGE
+    elif log and low <= 0:
+        raise ValueError(f"a logarithmic scale needs positive losses, but it would start at {low:g}; pass limits")
+    if log and limits is None and high / low > 10**_DECADES:
+        high = max(low * 10**_DECADES, float(np.quantile(values, 0.9)))
+    if high <= low:  # one value everywhere
+        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
+    exact = limits is not None
+    lines, filled = _log_levels(low, high, exact) if log else _linear_levels(low, high, exact)
+    lines = lines[(lines >= filled[0]) & (lines <= filled[-1])]
+    below, above = smallest < filled[0] * (1 - 1e-12), largest > filled[-1] * (1 + 1e-12)
+    extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
+    norm: Normalize = (LogNorm if log else Normalize)(filled[0], filled[-1])
+    return _Scale(filled, lines, norm, extend, log)
+
+
+def _log_levels(low: float, high: float, exact: bool) -> tuple[Array, Array]:
+    """Return labelled levels, 1-2-5, 1-3 or 1 of every decade so that at most seven fit, and filled ones between."""
+    decades = np.arange(np.floor(np.log10(low)) - 1, np.ceil(np.log10(high)) + 2)
+    choices = [(10.0 ** decades[:, None] * digits).ravel() for digits in ((1, 2, 5), (1, 3), (1,))]
+    choices += [10.0 ** decades[::step] for step in (2, 5, 10, 50)]
+    levels = next((item for item in choices if ((low < item) & (item < high)).sum() <= 7), choices[-1])
+    grid = np.exp(np.interp(*_subdivision(levels, low, high), np.log(levels)))
+    return levels, _enclosing(grid, low, high, exact)
+
+
+def _linear_levels(low: float, high: float, exact: bool) -> tuple[Array, Array]:
+    """Return about seven round labelled levels, and filled ones between."""
+    levels = np.asarray(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high), dtype=np.float64)
+    grid = np.interp(*_subdivision(levels, low, high), levels)
+    return levels, _enclosing(grid, low, high, exact)
+
+
+def _subdivision(levels: Array, low: float, high: float) -> tuple[Array, Array]:
+    """Return positions that cut the steps between levels finely enough for some 24 steps from low to high."""
+    inside = int(((low < levels) & (levels < high)).sum())
+    cuts = int(np.clip(round(24 / (inside + 1)), 2, 8))
+    steps = len(levels) - 1
+    return np.linspace(0, steps, steps * cuts + 1), np.arange(steps + 1.0)
+
+
+def _enclosing(grid: Array, low: float, high: float, exact: bool) -> Array:
+    """Return the part of the grid from just below ``low`` to just above ``high``, or with those very ends."""
+    if exact:
+        return np.concatenate([[low], grid[(grid > low) & (grid < high)], [high]])
+    first = int(np.searchsorted(grid, low, side="right")) - 1
+    last = int(np.searchsorted(grid, high, side="left"))
+    return grid[max(first, 0) : last + 1]
+
+
+def _number(value: float, _position: int | None = None) -> str:
+    """Return a short number for a level: 0.02, 5, 300, or powers of ten beyond."""
+    if value == 0 or 1e-3 <= abs(value) < 2e4:
+        return f"{value:.4g}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    digits = mantissa.rstrip("0").rstrip(".")
+    power = f"10^{{{int(exponent)}}}"
+    return f"${power}$" if digits == "1" else f"${digits}\\cdot {power}$"
+
+
+@overload
+def slice_2d(
+    result: Slice2D,
+    axes: Axes | Sequence[Axes] | AxesArray | None = None,
+    *,
+    limits: tuple[float, float] | None = None,
+    log: bool | None = None,
+    aspect: str = "equal",
+    label: str = "loss",
+) -> Axes: ...
+@overload
+def slice_2d(
+    result: Mapping[str, Slice2D],
+    axes: Axes | Sequence[Axes] | AxesArray | None = None,
+    *,
+    limits: tuple[float, float] | None = None,
+    log: bool | None = None,
+    aspect: str = "equal",
+    label: str = "loss",
+) -> AxesArray: ...
+def slice_2d(
+    result: Slice2D | Mapping[str, Slice2D],
+    axes: Axes | Sequence[Axes] | AxesArray | None = None,
+    *,
+    limits: tuple[float, float] | None = None,
+    log: bool | None = None,
+    aspect: str = "equal",
+    label: str = "loss",
+) -> Axes | AxesArray:
+    """Draw the loss on a plane as filled contours, several models side by side on one colour scale.
+
+    Parameters
+    ----------
+    result
+        One slice, or a mapping from a panel's title to its slice.
+    axes
+        One axes per slice; by default a new figure, 3.3 in wide for one slice and 6.8 in for several.
+    limits
+        Ends of the colour scale, in the unit of the loss. By default they enclose every finite value, but a
+        logarithmic scale over more than six decades may leave out the largest tenth. Losses beyond the ends keep the colour of the end, and
+        the colour bar has an arrow there.
+    log
+        Logarithmic colour scale; by default where the largest loss is at least 10 times the smallest positive one.
+    aspect
+        ``"equal"`` (one multiple of either direction has the same length, default) or ``"auto"``.
+    label
+        Label of the colour bar.
+
+    Returns
+    -------
+    matplotlib.axes.Axes or numpy.ndarray
+        The axes of the one slice, or those of all, shape ``(slices,)``. A cross marks the centre; NaN and infinity
+        are hatched.
+
+    Raises
+    ------
+    ValueError
+        Nothing finite to draw, limits in the wrong order, a logarithmic scale of losses that are not positive, fewer
+        than two points along a direction, or fewer axes than slices.
+
+    Notes
+    -----
+    Becker et al., arXiv 2401.12033, figure A13; Li et al., arXiv 1712.09913.
+    """
+    slices = {"": result} if isinstance(result, Slice2D) else dict(result)
+    losses = _losses(slices)
+    scale = _scale(losses, limits, log)
+    with style():
+        if axes is None:
+            shapes = [np.ptp(_array(item.y)) / np.ptp(_array(item.x)) for item in slices.values()]
+            drawn = _map_panels(len(slices), max(shapes) if aspect == "equal" else 0.8)
+        else:
+            drawn = given_axes(axes, len(slices))
+        figure = drawn[0].figure
+        holes, filled = False, None
+        for ax, (title, item), loss in zip(drawn, slices.items(), losses, strict=True):
+            ax.set_aspect(aspect)
+            filled = _contours(ax, item, loss, scale, small=len(slices) > 2) or filled
+            holes |= not np.isfinite(loss).all()
+            if title:
+                ax.set_title(title)
+        _name_directions(figure, drawn, list(slices.values()), made=axes is None)
+        bar = figure.colorbar(
+            filled,
+            ax=list(drawn),
+            extendfrac=0.04,
+            aspect=22,
+            pad=0.015 if len(slices) > 1 else 0.03,
+        )
+        _finish_bar(bar, scale, label)
+        if holes:
+            figure_or_axes: Any = figure if axes is None else drawn[-1]
+            figure_or_axes.legend(
+                handles=[Patch(label="not finite", **_HOLE)],
+                loc="outside lower right" if axes is None else "lower right",
+            )
+    first: Axes = drawn[0]
+    return first if isinstance(result, Slice2D) else drawn
+
+
+_HOLE: dict[str, Any] = {"facecolor": "#ececec", "edgecolor": "#a8a8a8", "hatch": "////////", "linewidth": 0}
+
+
+def _losses(slices: Mapping[str, Slice2D]) -> list[Array]:
+    if not slices:
+        raise ValueError("expected at least one slice, got none")
+    for name, item in slices.items():
+        if not isinstance(item, Slice2D):
+            raise ValueError(f"expected Slice2D results, got {type(item).__name__} under {name!r}")
+        if min(item.loss.shape) < 2:
+            raise ValueError(f"a plane needs two points along each direction, got {tuple(item.loss.shape)}")
+    losses = [_array(item.loss) for item in slices.values()]
+    return [np.where(np.isfinite(loss), loss, np.nan) for loss in losses]
+
+
+def _map_panels(count: int, ratio: float) -> AxesArray:
+    """Return axes for maps whose height is ``ratio`` times their width, in a figure that fits them."""
+    columns = count if count <= 4 else 3 if count <= 6 else 4
+    around = 1.1 if count > 1 else 1.2  # tick labels, colour bar
+    panel_width = ((PAGE_WIDTH if count > 1 else COLUMN_WIDTH) - around) / columns
+    panel_height = min(panel_width * ratio, 3.2)
+    width = max(panel_height / ratio * columns + around + 0.1 * (columns - 1), COLUMN_WIDTH)
+    return panels(
+        count,
+        columns=columns,
+        width=min(width, PAGE_WIDTH) if count > 1 else COLUMN_WIDTH,
+        panel_height=panel_height + (0.45 if count == 1 else 0.42 if count == columns else 0.31),
+        share_x=True,
+        share_y=True,
+        layout="compressed",
+    )[1]
+
+
+def _contours(ax: Axes, item: Slice2D, loss: Array, scale: _Scale, *, small: bool) -> QuadContourSet | None:
+    """Draw one slice and return its filled contours, None where nothing is finite."""
+    # loss[i, j] belongs to x[i], y[j]; contour wants rows of constant y.
+    x, y, height = _array(item.x), _array(item.y), np.ma.masked_invalid(loss.T)
+    ax.grid(False)
+    ax.patch.set(**_HOLE)
+    finite = loss[np.isfinite(loss)]
+    filled = None
+    ax.set_xlim(x[0], x[-1])
+    ax.set_ylim(y[0], y[-1])
+    if finite.size:
+        # the outermost colours stand for all that lies beyond; the colour bar's arrows say where that is so
+        filled = ax.contourf(x, y, height, levels=scale.filled, norm=scale.norm, cmap=_COLORMAP, extend=scale.extend)
+        within = scale.lines[(scale.lines > finite.min()) & (scale.lines < finite.max())]
+        if within.size:
+            # light lines on dark colours, dark lines on light ones
+            colors = ["#ffffffb0" if scale.norm(level) < 0.62 else "#000000a0" for level in within]
+            lines = ax.contour(x, y, height, levels=within, colors=colors, linewidths=0.6)
+            places = _label_places(lines, x, y, crowded=small)
+            if places:
+                for text in ax.clabel(lines, fmt=_number, fontsize=7, inline_spacing=2, manual=places):
+                    text.set_alpha(1.0)
+    if x[0] <= 0 <= x[-1] and y[0] <= 0 <= y[-1]:
+        outline = [patheffects.withStroke(linewidth=2.2, foreground="black")]
+        ax.plot(0, 0, marker="+", markersize=6, markeredgewidth=1.2, color="white", path_effects=outline, zorder=4)
+    ax.xaxis.set_major_locator(MaxNLocator(3 if small else 5, steps=[1, 2, 2.5, 5, 10]))
+    ax.yaxis.set_major_locator(MaxNLocator(3 if small else 5, steps=[1, 2, 2.5, 5, 10]))
+    for spine in ax.spines.values():
+        spine.set_visible(True)
+    return filled
+
+
+def _label_places(lines: QuadContourSet, x: Array, y: Array, *, crowded: bool) -> list[tuple[float, float]]:
+    """Return one point per line for its label, away from the edges, the centre and the other labels."""
+    corner, unit = np.array([x[0], y[0]]), max(np.ptp(x), np.ptp(y))
+    box = np.array([np.ptp(x), np.ptp(y)]) / unit
+    taken, places = [box / 2], []
+    smallest = 0.3 if crowded else 0.2
+    for path in reversed(lines.get_paths()):
+        pieces = [(piece.vertices - corner) / unit for piece in path._iter_connected_components()]  # type: ignore[attr-defined]
+        pieces = [piece for piece in pieces if np.ptp(piece, axis=0).max() >= smallest]
+        if not pieces:
+            continue
+        points = np.concatenate(pieces)
+        edge = np.minimum(points, box - points).min(axis=1)
+        apart = np.min([np.hypot(*(points - other).T) for other in taken], axis=0)
+        worth = np.where(edge > (0.12 if crowded else 0.08), apart, -np.inf)
+        best = int(worth.argmax())
+        if worth[best] > 0.1:
+            taken.append(points[best])
+            places.append(tuple(points[best] * unit + corner))
+    return places
+
+
+def _name_directions(figure: Figure, drawn: AxesArray, slices: Sequence[Slice2D], *, made: bool) -> None:
+    """Label each axis with its direction; once for all panels where they agree and the figure is ours."""
+    shared = len({item.directions for item in slices}) == 1
+    if made and shared and len(slices) > 1:
+        figure.supxlabel(slices[0].directions[0], fontsize=8)
+        for ax in drawn:
+            if ax.get_subplotspec().is_first_col():
+                ax.set_ylabel(slices[0].directions[1])
+        return
+    for ax, item in zip(drawn, slices, strict=True):
+        ax.set_xlabel(item.directions[0])
+        ax.set_ylabel(item.directions[1])
+
+
+def _finish_bar(bar: Any, scale: _Scale, label: str) -> None:
+    bar.set_label(label)
+    bar.locator = FixedLocator(scale.lines.tolist())
+    bar.formatter = FuncFormatter(_number)
+    bar.minorlocator = NullLocator()
+    bar.update_ticks()
+    bar.outline.set_linewidth(0.6)
+
+
+# ------------------------------------------------------------------------------------------------------------ surface
+
+
+@overload
+def surface_3d(
+    result: Slice2D,
+    axes: Axes | Sequence[Axes] | AxesArray | None = None,
+    *,
+    limits: tuple[float, float] | None = None,
+    log: bool | None = None,
+    view: tuple[float, float] = (36.0, -60.0),
+    label: str = "loss",
+) -> Axes: ...
+@overload
+def surface_3d(
+    result: Mapping[str, Slice2D],
+    axes: Axes | Sequence[Axes] | AxesArray | None = None,
+    *,
+    limits: tuple[float, float] | None = None,
+    log: bool | None = None,
+    view: tuple[float, float] = (36.0, -60.0),
+    label: str = "loss",
+) -> AxesArray: ...
+def surface_3d(
+    result: Slice2D | Mapping[str, Slice2D],
+    axes: Axes | Sequence[Axes] | AxesArray | None = None,
+    *,
+    limits: tuple[float, float] | None = None,
+    log: bool | None = None,
+    view: tuple[float, float] = (36.0, -60.0),
+    label: str = "loss",
+) -> Axes | AxesArray:
+    """Draw the loss on a plane as a surface, several models side by side on one height and colour scale.
+
+    Parameters
+    ----------
+    result
+        One slice, or a mapping from a panel's title to its slice.
+    axes
+        One three-dimensional axes per slice; by default a new figure.
+    limits, log, label
+        As in :func:`slice_2d`; they hold for the height too, and the surface is cut off at the ends.
+    view
+        Elevation and azimuth of the viewer in degrees.
+
+    Returns
+    -------
+    matplotlib.axes.Axes or numpy.ndarray
+        The axes of the one slice, or those of all, shape ``(slices,)``. Every grid point is drawn; a cell with a
+        corner that is NaN or infinite is left out.
+
+    Raises
+    ------
+    ValueError
+        As :func:`slice_2d`, or axes that are not three-dimensional.
+    """
+    slices = {"": result} if isinstance(result, Slice2D) else dict(result)
+    losses = _losses(slices)
+    scale = _scale(losses, limits, log)
+    with style():
+        drawn = _surface_panels(len(slices)) if axes is None else given_axes(axes, len(slices))
+        if any(ax.name != "3d" for ax in drawn):
+            raise ValueError("surface_3d needs three-dimensional axes: make them with projection='3d'")
+        for ax, (title, item), loss in zip(drawn, slices.items(), losses, strict=True):
+            _surface(ax, item, loss, scale, view)
+            if title:
+                ax.set_title(title, y=0.97)
+        bar = drawn[0].figure.colorbar(
+            ScalarMappable(scale.norm, _COLORMAP),
+            ax=list(drawn),
+            extend=scale.extend,
+            shrink=0.7,
+            aspect=18,
+            pad=0.06 if len(slices) == 1 else 0.03,
+        )
+        _finish_bar(bar, scale, label)
+    first: Axes = drawn[0]
+    return first if isinstance(result, Slice2D) else drawn
+
+
+def _surface_panels(count: int) -> AxesArray:
+    figure, flat = panels(count, columns=min(count, 2 if count in (2, 4) else 3), panel_height=2.6 if count < 3 or count == 4 else 2.1)
+    axes = np.empty(count, dtype=np.object_)
+    for index, ax in enumerate(flat):
+        place = ax.get_subplotspec()
+        ax.remove()
+        axes[index] = figure.add_subplot(place, projection="3d")
+    return axes
+
+
+def _daylight(cells: Array) -> Array:
+    """Return how bright each cell is, between 0.72 and 1: a mild light from above the viewer's left shoulder."""
+    normal = np.cross(cells[:, 2] - cells[:, 0], cells[:, 3] - cells[:, 1])
+    normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-300
+    toward = np.array([-0.35, -0.45, 0.82])
+    return 0.72 + 0.28 * np.clip(normal @ (toward / np.linalg.norm(toward)), 0, 1)
+
+
+def _surface(ax: Any, item: Slice2D, loss: Array, scale: _Scale, view: tuple[float, float]) -> None:
+    x, y = np.meshgrid(_array(item.x), _array(item.y), indexing="ij")
+    height = np.clip(loss, scale.low, scale.high)
+    low, high = scale.low, scale.high
+    if scale.log:
+        height, low, high = np.log10(height), np.log10(low), np.log10(high)
+    points = np.stack([x, y, height], axis=-1)
+    corners = np.stack([points[:-1, :-1], points[1:, :-1], points[1:, 1:], points[:-1, 1:]], axis=2)
+    cells = corners.reshape(-1, 4, 3)
+    cells = cells[np.isfinite(cells).all(axis=(1, 2))]
+    colors = colormaps[_COLORMAP](Normalize(low, high)(cells[:, :, 2].mean(axis=1)))
+    colors[:, :3] *= _daylight(cells / np.array([np.ptp(x), np.ptp(y), high - low]))[:, None]
+    edges = np.concatenate([colors[:, :3] * 0.93, colors[:, 3:]], axis=1)  # opaque, else what lies behind shines through
+    surface = Poly3DCollection(cells, facecolors=colors, edgecolors=edges, linewidths=0.35)
+    ax.add_collection3d(surface, autolim=False)
+    ax.set_xlim(x.min(), x.max())
+    ax.set_ylim(y.min(), y.max())
+    ax.set_zlim(low, high)
+    ax.set_box_aspect((1, 1, 0.75), zoom=0.84)
+    ax.view_init(*view)
+    ax.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
+    ax.yaxis.set_major_locator(MaxNLocator(4, prune="both"))
+    ticks = scale.lines[(scale.lines >= scale.low) & (scale.lines <= scale.high)]
+    ax.set_zticks(np.log10(ticks) if scale.log else ticks, [_number(tick) for tick in ticks])
+    for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
+        axis.set_tick_params(labelsize=7, pad=-2)
+        axis.set_pane_color((1.0, 1.0, 1.0, 0.0))
+        axis.line.set_linewidth(0.6)
+    ax.set_xlabel(item.directions[0], labelpad=-4)
+    ax.set_ylabel(item.directions[1], labelpad=-4)
+
+
+__all__ = ["slice_1d", "slice_1d_panels", "slice_2d", "surface_3d"]

@@ -1,0 +1,210 @@
+"""Means over seeds with Student-t intervals, for the tables and the bands of the figures.
+
+The intervals are those of the paper (arXiv 2401.12033, section 4): the mean of ``n`` independent values and the
+half width ``t · s / sqrt(n)``, with ``s`` the sample standard deviation (divisor ``n − 1``) and ``t`` the quantile
+``(1 + level) / 2`` of Student's t with ``n − 1`` degrees of freedom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.special import stdtrit
+
+LEVEL = 0.68
+"""Confidence of an interval where none is asked for; the paper's."""
+
+
+class Interval(NamedTuple):
+    """A mean and how well it is known.
+
+    Attributes
+    ----------
+    mean
+        Arithmetic mean of the values, in their unit.
+    half_width
+        The interval is ``mean ± half_width``; NaN when one value, or one that is not finite, leaves it unknown.
+    count
+        How many values there were.
+    """
+
+    mean: float
+    half_width: float
+    count: int
+
+    @property
+    def low(self) -> float:
+        """Lower end of the interval."""
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        """Upper end of the interval."""
+        return self.mean + self.half_width
+
+
+def _checked_level(level: float) -> float:
+    if not 0.0 < level < 1.0:
+        raise ValueError(f"level must lie between 0 and 1 (0.68 for a 68 % interval), got {level!r}")
+    return level
+
+
+def _intervals(
+    values: npt.NDArray[np.float64], level: float
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return mean and half width along the first axis."""
+    count = values.shape[0]
+    with np.errstate(all="ignore"):  # infinity minus infinity is NaN, which is the answer
+        mean = values.mean(axis=0)
+        if count < 2:
+            return mean, np.full_like(mean, np.nan)
+        quantile = float(stdtrit(count - 1, (1.0 + level) / 2.0))
+        return mean, quantile * values.std(axis=0, ddof=1) / np.sqrt(count)
+
+
+def bands(
+    values: npt.ArrayLike, level: float = LEVEL
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return mean and half width of a curve repeated over seeds, point by point.
+
+    Parameters
+    ----------
+    values
+        Shape ``(seeds, ...)``, at least one seed.
+    level
+        Confidence of the interval, default 0.68.
+
+    Returns
+    -------
+    mean, half_width : numpy.ndarray
+        Each of shape ``(...)``, float64. A point that is NaN or infinite for any seed stays so in the mean and has a
+        NaN half width: averaging only the seeds that survived would be an average of something else.
+
+    Raises
+    ------
+    ValueError
+        No seed was given, or ``level`` does not lie between 0 and 1.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim < 1 or array.shape[0] == 0:
+        raise ValueError(f"expected at least one seed along the first axis, got an array of shape {array.shape}")
+    return _intervals(array, _checked_level(level))
+
+
+def mean_interval(values: npt.ArrayLike, level: float = LEVEL) -> Interval:
+    """Return the mean of independent values with its Student-t interval.
+
+    Parameters
+    ----------
+    values
+        Shape ``(n,)`` with ``n >= 1``: one number per seed.
+    level
+        Confidence of the interval, default 0.68.
+
+    Returns
+    -------
+    Interval
+        ``half_width`` is NaN for one value. A value that is NaN or infinite is never dropped: the mean becomes NaN or
+        infinite and the half width NaN.
+
+    Raises
+    ------
+    ValueError
+        ``values`` is empty or not one-dimensional, or ``level`` does not lie between 0 and 1.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"expected a list of at least one number, got an array of shape {array.shape}")
+    mean, half_width = _intervals(array, _checked_level(level))
+    return Interval(float(mean), float(half_width), array.size)
+
+
+def paired_interval(a: npt.ArrayLike, b: npt.ArrayLike, level: float = LEVEL) -> Interval:
+    """Return the mean of ``a − b`` with its interval, for values that share their seed.
+
+    What the seeds have in common (initial weights, wrong labels, order of the batches) cancels, so that this interval
+    is usually narrower than the two of :func:`mean_interval` suggest.
+
+    Parameters
+    ----------
+    a, b
+        Shape ``(n,)``, in the same order of seeds.
+    level
+        Confidence of the interval, default 0.68.
+
+    Returns
+    -------
+    Interval
+        Of the ``n`` differences.
+
+    Raises
+    ------
+    ValueError
+        The lists differ in length, or as in :func:`mean_interval`.
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"paired values must match seed by seed, got shapes {first.shape} and {second.shape}")
+    with np.errstate(all="ignore"):
+        difference = first - second
+    return mean_interval(difference, level)
+
+
+def summarise(
+    frame: pd.DataFrame,
+    by: str | Sequence[str],
+    columns: str | Sequence[str],
+    level: float = LEVEL,
+) -> pd.DataFrame:
+    """Return mean and interval of every group of a tidy table.
+
+    Parameters
+    ----------
+    frame
+        One row per seed and group. If it has a column ``seed`` (and that is not grouped by), each group may hold a
+        seed only once: rows of one seed are not independent and would make the interval too narrow.
+    by
+        Column or columns that make a group, for example ``["optimizer", "epoch"]``.
+    columns
+        Column or columns of numbers to summarise.
+    level
+        Confidence of the intervals, default 0.68.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row per group, in the order of first appearance: the columns of ``by``; for every quantity ``q`` its mean
+        ``q`` and ``q_half_width``; and ``count``, the rows of the group. NaN and infinity as in :func:`mean_interval`.
+
+    Raises
+    ------
+    ValueError
+        A column is missing, a seed appears twice in a group, or ``level`` does not lie between 0 and 1.
+    """
+    keys = [by] if isinstance(by, str) else list(by)
+    names = [columns] if isinstance(columns, str) else list(columns)
+    _checked_level(level)
+    missing = [name for name in (*keys, *names) if name not in frame.columns]
+    if missing:
+        raise ValueError(f"the table has no column {missing}; it has {list(frame.columns)}")
+    if "seed" in frame.columns and "seed" not in keys and frame.duplicated([*keys, "seed"]).any():
+        raise ValueError(
+            f"a group of {keys} holds one seed several times; group by what tells these rows apart, "
+            "or average them within the seed first"
+        )
+    rows: list[dict[str, object]] = []
+    for group, part in frame.groupby(keys, sort=False, dropna=False):
+        row: dict[str, object] = dict(zip(keys, group, strict=True))
+        mean, half_width = _intervals(part[names].to_numpy(dtype=np.float64), level)
+        for name, middle, half in zip(names, mean, half_width, strict=True):
+            row |= {name: float(middle), f"{name}_half_width": float(half)}
+        rows.append(row | {"count": len(part)})
+    header = [*keys, *(column for name in names for column in (name, f"{name}_half_width")), "count"]
+    return pd.DataFrame(rows, columns=header)
+
+
+__all__ = ["LEVEL", "Interval", "bands", "mean_interval", "paired_interval", "summarise"]

@@ -1,0 +1,1 @@
+"""Tests of ``msam_analysis`` against oracles that share no code with it."""
