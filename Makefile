@@ -6,6 +6,7 @@ STUDY_ARGS ?= --workload digits --seeds 3 --out $(STUDY_OUT) --figures figures
 
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -qq --no-input --disable-pip-version-check
 STAMP := $(VENV)/installed
 SETUP := setup.cfg pyproject.toml constraints.txt
 SCRIPTS := $(wildcard notebooks/*.py benchmarks/*.py)
@@ -22,7 +23,7 @@ $(STAMP): $(SETUP)
 	    + sys.version.split()[0] + ": name another one, as in make PYTHON=python3.11")'
 	@echo "== installing into $(VENV) (once; some minutes, most of them for torch)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt -e '.[study,interactive,test]'
+	@$(PIP) -c constraints.txt -e '.[study,interactive,test]'
 	@$(BIN)/python -m pip check --disable-pip-version-check
 	@touch $@
 
@@ -44,7 +45,7 @@ notebooks: $(STAMP)  ## execute the notebooks from their scripts
 	@$(BIN)/python notebooks/build.py
 
 lab: $(STAMP)  ## install JupyterLab too, and open the notebooks in it
-	@$(BIN)/python -m pip install -qq --no-input --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
+	@$(PIP) -c constraints.txt -e '.[notebooks]'
 	@$(BIN)/jupyter lab notebooks
 
 bench: $(STAMP)  ## run the benchmarks, one after the other
@@ -81,11 +82,12 @@ format: $(STAMP)  ## let ruff repair what it can
 # The lower bounds of setup.cfg as pins, all but torch (its old releases bring gigabytes of CUDA): are they honest?
 lowest: $(STAMP)  ## run the tests with the oldest dependencies that setup.cfg admits
 	@echo "== lowest"
-	@sed -n '/^install_requires/,/^\[/s/^ *\([A-Za-z0-9-]*\)>=\([0-9.]*\)$$/\1==\2/p' setup.cfg | grep -v '^torch==' > $(VENV)/lowest.txt
+	@sed -n -e '/^ *torch>=/d' -e '/^install_requires/,/^\[/s/^ *\([A-Za-z0-9-]*\)>=\([0-9.]*\)$$/\1==\2/p' setup.cfg \
+	    > $(VENV)/lowest.txt
 	@grep '^torch==' constraints.txt >> $(VENV)/lowest.txt
 	@$(PYTHON) -m venv $(VENV)-lowest
-	@$(VENV)-lowest/bin/python -m pip install -qq --no-input --disable-pip-version-check -c $(VENV)/lowest.txt -e . \
-	    hypothesis ipykernel jupytext nbclient nbformat pytest pytest-xdist 'scikit-learn==1.4.*'
+	@$(PIP:$(VENV)/%=$(VENV)-lowest/%) -c $(VENV)/lowest.txt -e . \
+	    curvlinops-for-pytorch hypothesis ipykernel jupytext nbclient nbformat pytest pytest-xdist 'scikit-learn==1.4.*'
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -q -n $(WORKERS) -W default $(PYTEST_ARGS)
 
 # -------------------------------------------------------------------------------------------------------- cleaning

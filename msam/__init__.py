@@ -1,8 +1,8 @@
 """Optimizers that take their gradient at perturbed weights: MSAM, SAM, NAG and everything between."""
 
+from ._base import PerturbedOptimizer
 from .batchnorm import frozen_batchnorm_statistics, update_batchnorm_statistics
 from .filters import NamedSubset, ParameterFilter, normalization_layers
-from ._base import PerturbedOptimizer
 from .optimizers import MSAM, NAG, SAM, AdamWMSAM, AdamWSAM, PerturbedAdamW, PerturbedSGD
 from .perturbation import Perturbation
 from .presets import PRESETS, Preset

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 16  # elements: four columns of float32 are 1 MiB, which stays in the second-level cache
+_PIECE = 1 << 17  # elements a sum in float32 may run over on the CPU before it loses digits
 
-__all__ = ["add_scaled_", "blocks", "global_norm", "scaled", "widest_dtype"]
+__all__ = ["add_scaled_", "global_norm", "scaled", "widest_dtype"]
 
 
 def widest_dtype(tensors: list[Tensor]) -> torch.dtype:
@@ -28,7 +26,9 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
         return torch.zeros(())
     kinds: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        kinds[tensor.dtype].append(tensor)
+        whole = tensor.detach()
+        pieces = whole.view(-1).split(_PIECE) if whole.is_cpu and whole.is_contiguous() else (whole,)
+        kinds[tensor.dtype].extend(pieces)
     device = tensors[0].device
     norms = [
         norm.to(device, widest_dtype(tensors), non_blocking=True)
@@ -57,34 +57,3 @@ def add_scaled_(weights: list[Tensor], directions: list[Tensor], factor: Tensor)
 def scaled(directions: list[Tensor], factor: Tensor) -> list[Tensor]:
     """Return ``factor · direction`` for each direction, in the direction's dtype; ``factor`` is 0-dimensional."""
     return [direction * factor.to(direction.device, non_blocking=True) for direction in directions]
-
-
-def blocks(columns: list[list[Tensor | None]]) -> Iterator[list[list[Any]]]:
-    """Cut parallel lists of tensors, weights first, into blocks that fit a processor's cache.
-
-    Small tensors go together, large contiguous ones in pieces. A scalar that belongs to a large tensor (Adam's step
-    count) goes along as a copy, and itself with the last piece, so that it advances once. Elsewhere than in eager mode
-    on the CPU, and while some state is still missing, there is one block.
-    """
-    rows = list(zip(*columns, strict=True))
-    if torch.compiler.is_compiling() or any(t is None or not t.is_cpu for row in rows for t in row):
-        yield columns
-        return
-    gathered: list[Any] = []
-    room = _BLOCK
-    for row in rows:
-        size = row[0].numel()
-        if size > _BLOCK and all(t.is_contiguous() for t in row):
-            for start in range(0, size, _BLOCK):
-                last = start + _BLOCK >= size
-                yield [
-                    [t.detach().view(-1)[start : start + _BLOCK] if t.dim() else t if last else t.clone()] for t in row
-                ]
-            continue
-        if size > room and gathered:
-            yield [list(column) for column in zip(*gathered, strict=True)]
-            gathered, room = [], _BLOCK
-        gathered.append(row)
-        room -= size
-    if gathered:
-        yield [list(column) for column in zip(*gathered, strict=True)]

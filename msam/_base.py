@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import random
+import hashlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
-from ._arithmetic import add_scaled_, blocks, global_norm, scaled, widest_dtype
+from ._arithmetic import add_scaled_, global_norm, scaled, widest_dtype
 from .batchnorm import frozen_statistics_of_whatever_runs
 from .perturbation import Perturbation
 from .schedules import Number, Schedule, as_schedule, require_nonnegative
@@ -73,12 +73,11 @@ class PerturbedOptimizer(Optimizer, ABC):
             )
         if restore not in get_args(Restore):
             raise ValueError(f"restore must be one of {', '.join(get_args(Restore))}, got {restore!r}; use 'auto'.")
-        if restore == "subtract" and perturbation is not None:
-            if perturbation.direction not in ("momentum", "last_gradient") or perturbation.scale != "none":
-                raise ValueError(
-                    "restore='subtract' needs the direction unchanged until the next step and no scaling by weights, got "
-                    f"direction={perturbation.direction!r}, scale={perturbation.scale!r}; use restore='auto'."
-                )
+        if restore == "subtract" and perturbation is not None and not perturbation.lasts:
+            raise ValueError(
+                "restore='subtract' needs the direction unchanged until the next step and no scaling by weights, "
+                f"got direction={perturbation.direction!r}, scale={perturbation.scale!r}; use restore='auto'."
+            )
         self.perturbation = perturbation
         self._restore_policy = restore
         self._gradient_hooks: OrderedDict[int, Callable[[PerturbedOptimizer], None]] = OrderedDict()
@@ -92,18 +91,7 @@ class PerturbedOptimizer(Optimizer, ABC):
     # ---------------------------------------------------------------- the base step, given by subclasses
 
     @abstractmethod
-    def _state_columns(self, group: dict[str, Any], members: list[Tensor]) -> list[list[Tensor | None]]:
-        """Return the state the base step reads, one list a quantity, one entry a parameter."""
-
-    @abstractmethod
-    def _update(
-        self,
-        group: dict[str, Any],
-        weights: list[Tensor],
-        grads: list[Tensor],
-        state: list[list[Tensor | None]],
-        weight_decay: float,
-    ) -> None:
+    def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], weight_decay: float) -> None:
         """Take torch's step at the true weights."""
 
     @abstractmethod
@@ -120,14 +108,16 @@ class PerturbedOptimizer(Optimizer, ABC):
         lr = group["lr"]
         if isinstance(lr, Tensor):
             if lr.numel() != 1:
-                raise ValueError(f"a tensor lr must hold one element, got shape {tuple(lr.shape)}; pass a scalar tensor.")
+                raise ValueError(f"a tensor lr must hold one element, got shape {tuple(lr.shape)}; pass a scalar.")
             lr = float(lr)
         require_nonnegative("lr", lr)
         require_nonnegative("weight_decay", group["weight_decay"])
         if not isinstance(group["rho"], Tensor):
             as_schedule(group["rho"])
         if group["weight_decay_at"] not in get_args(WeightDecayAt):
-            raise ValueError(f"weight_decay_at must be 'true' or 'perturbed', got {group['weight_decay_at']!r}; choose one.")
+            raise ValueError(
+                f"weight_decay_at must be 'true' or 'perturbed', got {group['weight_decay_at']!r}; choose."
+            )
         if group["foreach"] and group["fused"]:
             raise ValueError("at most one of foreach and fused may be True, got both; drop one.")
         for p in group["params"]:
@@ -150,7 +140,7 @@ class PerturbedOptimizer(Optimizer, ABC):
         for key in param_group:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
             if key not in known and close:
-                raise ValueError(f"unknown option {key!r} of a parameter group, expected {close[0]!r}; correct the name.")
+                raise ValueError(f"expected {close[0]!r} in a parameter group, got {key!r}; correct the name.")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -204,7 +194,7 @@ class PerturbedOptimizer(Optimizer, ABC):
                 kept |= {"training": True, "steps": torch.zeros_like(present["steps"])}
             group = kept | _BOOKKEEPING | saved
             if saved.get("nesterov"):
-                raise ValueError("expected a state without nesterov=True, got one with it; load it into torch.optim.SGD.")
+                raise ValueError("expected a state without nesterov=True, got one with it; load it into torch's SGD.")
             if group.pop("along", None) != self._along and group["standing"] is not None:
                 if state_dict["param_groups"][0]["training"]:
                     raise ValueError(
@@ -261,8 +251,8 @@ class PerturbedOptimizer(Optimizer, ABC):
                 raise
         elif not self._displacement_stands:
             raise RuntimeError(
-                "direction='gradient' needs two gradients, got step() after one; pass a closure, step(closure), or call "
-                "first_step() after the first backward() and second_step() after the second."
+                "direction='gradient' needs two gradients, got step() after one; pass a closure, step(closure), or "
+                "call first_step() after the first backward() and second_step() after the second."
             )
         self._refuse_sparse()
         self._advance()
@@ -421,11 +411,8 @@ class PerturbedOptimizer(Optimizer, ABC):
     @property
     def _along(self) -> str | None:
         """What a saved displacement is a multiple of, in words."""
-        return f"{self._direction_name}, scaled {self._scale_name}" if self.perturbation else None
-
-    @property
-    def _scale_name(self) -> str | None:
-        return None if self.perturbation is None else self.perturbation.scale
+        perturbation = self.perturbation
+        return None if perturbation is None else f"{perturbation.direction}, scaled {perturbation.scale}"
 
     @property
     def _displacement_stands(self) -> bool:
@@ -438,10 +425,10 @@ class PerturbedOptimizer(Optimizer, ABC):
     def _require_two_gradients(self, name: str) -> None:
         if self._direction_name != "gradient":
             raise RuntimeError(
-                f"{name}() is for direction='gradient', got {self._direction_name!r}, which needs one gradient; call step()."
+                f"{name}() is for direction='gradient', got {self._direction_name!r} with one gradient; call step()."
             )
         if name == "second_step" and not self._displacement_stands:
-            raise RuntimeError("expected first_step() before second_step(), got none; call it after the first backward().")
+            raise RuntimeError("expected first_step() before second_step(), got none; call it after a backward().")
 
     def _refuse_sparse(self) -> None:
         for group in self.param_groups:
@@ -467,28 +454,32 @@ class PerturbedOptimizer(Optimizer, ABC):
             hook(self)
 
     def _advance(self) -> None:
-        """Return to the true weights and take the base step there."""
-        for group, way, members in self._displaced():
-            self._bring_back(group, way, [p for p in members if p.grad is None])
+        """Take the base step; afterwards the weights are the true ones, or stand at a multiple that is noted."""
         for group in self.param_groups:
+            if self._advance_in_place(group):
+                continue
             for way, members in self._ways(group):
+                self._bring_back(group, way, [p for p in members if p.grad is None])
                 self._advance_members(group, way, [p for p in members if p.grad is not None])
             self._forget(group)
         self._head["steps"].add_(1)
 
+    def _advance_in_place(self, group: dict[str, Any]) -> bool:
+        """Step from where the weights stand, if the base step knows how; return whether it did."""
+        return False
+
     def _advance_members(self, group: dict[str, Any], way: Way, members: list[Tensor]) -> None:
+        """Return to the true weights and take the base step there."""
         if not members:
             return
-        sources = self._sources(way, members)
-        columns = [members, [p.grad for p in members], sources, *self._state_columns(group, members)]
-        # block after block, so that what was restored is still in the cache for the step
-        for weights, grads, source, *state in [columns] if way == "stay" else blocks(columns):
-            decay = group["weight_decay"]
-            if decay and way != "stay" and group["weight_decay_at"] == "perturbed":
-                grads = self._decay_at_perturbed(group, weights, grads, source if way == "copy" else weights)
-                decay = 0.0
-            self._take_away(group, way, weights, source)
-            self._update(group, weights, grads, state, decay)
+        grads = [p.grad for p in members if p.grad is not None]
+        decay = group["weight_decay"]
+        if decay and way != "stay" and group["weight_decay_at"] == "perturbed":
+            decayed = self._sources(way, members) if way == "copy" else members
+            grads = self._decay_at_perturbed(group, members, grads, decayed)
+            decay = 0.0
+        self._bring_back(group, way, members)
+        self._update(group, members, grads, decay)
 
     def _remember_gradients(self) -> None:
         """Keep this step's gradients where they are the next step's direction."""
@@ -504,16 +495,30 @@ class PerturbedOptimizer(Optimizer, ABC):
                     self.state[p]["last_gradient"] = p.grad.detach().clone()
 
     def _displace(self) -> None:
-        """Move to w + ε and note what was done."""
-        for group, members, factor in self._plan():
+        """Move to w + ε, from the true weights or from what still stands, and note what was done."""
+        plan = self._plan()
+        if not plan:
+            self._restore()
+        for group, members, factor in plan:
             moved = set(map(id, members))
-            group["standing"] = [id(p) in moved for p in group["params"]]
+            standing = [id(p) in moved for p in group["params"]]
+            copied = [p for p in members if self._needs_copy(p)]
+            change = factor
+            if group["standing"] is not None:
+                if standing == group["standing"] and not copied:
+                    change = factor - group["applied"]
+                else:
+                    self._restore_group(group)
+            self._keep_copies(copied)
+            for p in members:
+                if not self._needs_copy(p):
+                    self.state[p].pop("true_weight", None)  # left by a state saved under another policy
+            add_scaled_(members, self._shaped(members), change)
+            group["standing"] = standing
             if group["applied"] is None:
                 group["applied"] = factor.clone()
             else:
                 group["applied"].copy_(factor)  # in place, so that a captured graph finds it again
-            self._keep_copies([p for p in members if self._needs_copy(p)])
-            add_scaled_(members, self._shaped(members), group["applied"])
 
     def _plan(self) -> list[tuple[dict[str, Any], list[Tensor], Tensor]]:
         """Return, group by group, the parameters to displace and the scalar c; empty where nothing moves."""
@@ -546,8 +551,8 @@ class PerturbedOptimizer(Optimizer, ABC):
             return rho
         if rho.varies and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "a captured graph repeats one rho, got a schedule that varies by step; set the group's 'rho' to a tensor "
-                "and fill it before each replay."
+                "a captured graph repeats one rho, got a schedule that varies by step; set the group's 'rho' to a "
+                "tensor and fill it before each replay."
             )
         ratio = group["lr"] / group["first_lr"] if rho.follows_lr else 1.0
         return rho(int(self._head["steps"]) if rho.varies else 0, ratio)
@@ -580,7 +585,8 @@ class PerturbedOptimizer(Optimizer, ABC):
     def _noise(self, p: Tensor, index: int) -> Tensor:
         key = f"{self.perturbation and self.perturbation.seed} {int(self._head['steps'])} {index}"
         generator = torch.Generator(p.device)
-        generator.manual_seed(random.Random(key).getrandbits(63))  # the low bits of counters would repeat
+        digest = hashlib.blake2b(key.encode(), digest_size=7).digest()  # generators seeded by counters would correlate
+        generator.manual_seed(int.from_bytes(digest, "big"))
         return torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
 
     def _shaped(self, members: list[Tensor]) -> list[Tensor]:
@@ -595,8 +601,8 @@ class PerturbedOptimizer(Optimizer, ABC):
         """Whether adding and subtracting would lose digits, or cannot be repeated."""
         if self._restore_policy != "auto":
             return self._restore_policy == "copy"
-        steady = self._direction_name in ("momentum", "last_gradient") and self._scale_name == "none"
-        return not steady or p.dtype not in (torch.float32, torch.float64)
+        lasts = self.perturbation is not None and self.perturbation.lasts
+        return not lasts or p.dtype not in (torch.float32, torch.float64)
 
     def _keep_copies(self, members: list[Tensor]) -> None:
         for p in members:
@@ -627,22 +633,17 @@ class PerturbedOptimizer(Optimizer, ABC):
                     yield group, way, members
 
     def _sources(self, way: Way, members: list[Tensor]) -> list[Tensor]:
-        """Return what brings each parameter back: its copy, its direction, or nothing but itself."""
-        if way == "copy":
-            return [self.state[p]["true_weight"] for p in members]
-        return self._directions(members) if way == "subtract" else members
-
-    @staticmethod
-    def _take_away(group: dict[str, Any], way: Way, weights: list[Tensor], sources: list[Tensor]) -> None:
-        """Take away exactly what stands."""
-        if way == "copy":
-            torch._foreach_copy_(weights, sources)
-        elif way == "subtract":
-            add_scaled_(weights, sources, -group["applied"])
+        """Return what brings each parameter back: its copy, or its direction."""
+        return [self.state[p]["true_weight"] for p in members] if way == "copy" else self._directions(members)
 
     def _bring_back(self, group: dict[str, Any], way: Way, members: list[Tensor]) -> None:
-        if members:
-            self._take_away(group, way, members, self._sources(way, members))
+        """Take away exactly what stands."""
+        if not members or way == "stay":
+            return
+        if way == "copy":
+            torch._foreach_copy_(members, self._sources(way, members))
+        else:
+            add_scaled_(members, self._sources(way, members), -group["applied"])
 
     def _forget(self, group: dict[str, Any]) -> None:
         """Note that nothing stands any more."""
@@ -651,12 +652,15 @@ class PerturbedOptimizer(Optimizer, ABC):
             for p in group["params"]:
                 self.state[p].pop("true_weight", None)
 
+    def _restore_group(self, group: dict[str, Any]) -> None:
+        for way, members in self._ways(group):
+            self._bring_back(group, way, members)
+        self._forget(group)
+
     def _restore(self) -> None:
         """Return to the true weights for good."""
-        for group, way, members in self._displaced():
-            self._bring_back(group, way, members)
         for group in self.param_groups:
-            self._forget(group)
+            self._restore_group(group)
 
 
 def _swap(these: list[Tensor], those: list[Tensor]) -> None:

@@ -120,21 +120,19 @@ def update_batchnorm_statistics(
                 layer.reset_running_stats()
                 layer.train()
             for batch in data:
-                count = 1
-                if forward is None:
-                    batch = batch[0] if isinstance(batch, list | tuple) else batch
-                    count = len(batch)
+                inputs = batch[0] if forward is None and isinstance(batch, list | tuple) else batch
+                count = len(inputs) if forward is None else 1
                 seen += count
                 for layer in layers:
                     layer.momentum = count / seen
                 if forward is not None:
                     forward(model, batch)
                 else:
-                    model(batch.to(device) if device is not None and isinstance(batch, Tensor) else batch)
+                    model(inputs.to(device) if device is not None and isinstance(inputs, Tensor) else inputs)
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
             for module, mode in modes:
                 module.training = mode
     if not seen:
-        raise ValueError("expected at least one batch to estimate statistics from, got none; pass a loader, not a spent one.")
+        raise ValueError("expected at least one batch, got none; pass a loader that is not spent.")

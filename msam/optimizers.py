@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["MSAM", "NAG", "SAM", "AdamWMSAM", "AdamWSAM", "PerturbedAdamW", "PerturbedSGD"]
+
+_LONGEST = 1000.0  # |c| / lr up to which the fused step is taken in place: 6e-5 of a step's length
 
 
 class PerturbedSGD(PerturbedOptimizer):
@@ -99,18 +101,8 @@ class PerturbedSGD(PerturbedOptimizer):
                 "direction='last_gradient'."
             )
 
-    def _state_columns(self, group: dict[str, Any], members: list[Tensor]) -> list[list[Tensor | None]]:
-        return [[self.state[p].get("momentum_buffer") for p in members]] if group["momentum"] else []
-
-    def _update(
-        self,
-        group: dict[str, Any],
-        weights: list[Tensor],
-        grads: list[Tensor],
-        state: list[list[Tensor | None]],
-        weight_decay: float,
-    ) -> None:
-        buffers = state[0] if state else [None] * len(weights)
+    def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], weight_decay: float) -> None:
+        buffers = [self.state[p].get("momentum_buffer") if group["momentum"] else None for p in weights]
         # torch's fused kernel takes buffers for all or for none
         for fresh in {b is None for b in buffers}:
             rows = [i for i, b in enumerate(buffers) if (b is None) == fresh]
@@ -129,9 +121,58 @@ class PerturbedSGD(PerturbedOptimizer):
                 foreach=group["foreach"],
                 fused=group["fused"],
             )
-            if state and fresh:
+            if group["momentum"] and fresh:
                 for i, buffer in zip(rows, updated, strict=True):
                     self.state[weights[i]]["momentum_buffer"] = buffer
+
+    def _advance_in_place(self, group: dict[str, Any]) -> bool:
+        """Step without going back first, in one pass of torch's fused kernel.
+
+        At ``w̃ = w + c v`` let ``g' = g + λ w̃``. The new buffer is ``v' = m v + g'`` with ``m = μ − λ c`` for decay at
+        the true weights and ``m = μ`` at the perturbed ones. Nesterov's kernel with factor m and learning rate
+        ``−c / m`` leaves ``w̃ + (c / m) g' + c v'``, and as ``v = (v' − g') / m`` this is the new true weight plus
+        ``(c + c / m + lr) v'``: displaced along the new buffer by a known multiple, where the next displacement starts.
+        """
+        standing = group["standing"]
+        if (
+            self._direction_name != "momentum"
+            or not group["fused"]
+            or group["dampening"]
+            or standing is None
+            or isinstance(group["lr"], Tensor)
+            or torch.compiler.is_compiling()
+        ):
+            return False
+        weights = group["params"]
+        grads = [p.grad for p in weights if p.grad is not None]
+        exact = (torch.float32, torch.float64)
+        if not all(standing) or len(grads) < len(weights):
+            return False
+        if not all(p.is_cpu and p.dtype in exact and "true_weight" not in self.state[p] for p in weights):
+            return False
+        buffers = self._directions(weights)
+        c = group["applied"].item()
+        factor = group["momentum"]
+        if group["weight_decay_at"] == "true":
+            factor -= group["weight_decay"] * c
+        # g' enters scaled by c / m and leaves again: up to 2⁻²⁴ c / (m lr) of this step's length is lost in float32
+        if factor < 0.5 or abs(c) > _LONGEST * group["lr"]:
+            return False
+        sgd(
+            weights,
+            grads,
+            [*buffers],
+            weight_decay=group["weight_decay"],
+            momentum=factor,
+            lr=-c / factor,
+            dampening=0.0,
+            nesterov=True,
+            maximize=group["maximize"],
+            has_sparse_grad=False,
+            fused=True,
+        )
+        group["applied"].fill_(c + c / factor + group["lr"])
+        return True
 
     def _decay_at_perturbed(
         self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], decayed: list[Tensor]
@@ -200,31 +241,18 @@ class PerturbedAdamW(PerturbedOptimizer):
             if beta >= 1:
                 raise ValueError(f"betas must lie in [0, 1), got {beta}; use 0.9 and 0.999, say.")
         if isinstance(group["lr"], Tensor) and group["foreach"] and not group["capturable"]:
-            raise ValueError("a tensor lr with foreach=True needs capturable=True, got False; set it, or use fused=True.")
+            raise ValueError("a tensor lr with foreach=True needs capturable=True, got False; set it, or fused=True.")
 
-    def _state_columns(self, group: dict[str, Any], members: list[Tensor]) -> list[list[Tensor | None]]:
-        for p in members:
-            state = self.state[p]
+    def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], weight_decay: float) -> None:
+        keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+        states = [self.state[p] for p in weights]
+        for p, state in zip(weights, states, strict=True):
             if "exp_avg" not in state:
                 on_device = group["capturable"] or group["fused"]
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
-                for key in self._keys(group)[1:]:
+                for key in keys:
                     state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        return [[self.state[p][key] for p in members] for key in self._keys(group)]
-
-    @staticmethod
-    def _keys(group: dict[str, Any]) -> list[str]:
-        return ["step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
-
-    def _update(
-        self,
-        group: dict[str, Any],
-        weights: list[Tensor],
-        grads: list[Tensor],
-        state: list[list[Tensor | None]],
-        weight_decay: float,
-    ) -> None:
-        steps, exp_avgs, exp_avg_sqs, *maxima = cast("list[list[Tensor]]", state)
+        exp_avgs, exp_avg_sqs, *maxima = [[state[key] for state in states] for key in keys]
         beta1, beta2 = group["betas"]
         adamw(
             weights,
@@ -232,7 +260,7 @@ class PerturbedAdamW(PerturbedOptimizer):
             exp_avgs,
             exp_avg_sqs,
             maxima[0] if maxima else [],
-            steps,
+            [state["step"] for state in states],
             foreach=group["foreach"],
             capturable=group["capturable"],
             fused=group["fused"],
@@ -253,19 +281,24 @@ class PerturbedAdamW(PerturbedOptimizer):
         return grads
 
 
-class SGDOptions(TypedDict, total=False):
-    """Keywords that :class:`PerturbedSGD` takes beyond the named ones."""
+class NAGOptions(TypedDict, total=False):
+    """Keywords of :class:`PerturbedSGD` that :class:`NAG` hands on."""
 
     dampening: float
-    weight_decay_at: WeightDecayAt
     restore: Restore
     maximize: bool
     foreach: bool | None
     fused: bool | None
 
 
+class SGDOptions(NAGOptions, total=False):
+    """Keywords of :class:`PerturbedSGD` that :class:`MSAM` and :class:`SAM` hand on."""
+
+    weight_decay_at: WeightDecayAt
+
+
 class AdamWOptions(TypedDict, total=False):
-    """Keywords that :class:`PerturbedAdamW` takes beyond the named ones."""
+    """Keywords of :class:`PerturbedAdamW` that :class:`AdamWMSAM` and :class:`AdamWSAM` hand on."""
 
     weight_decay_at: WeightDecayAt
     restore: Restore
@@ -366,7 +399,7 @@ class NAG(PerturbedSGD):
         weight_decay: float = 0.0,
         *,
         weight_decay_at: WeightDecayAt = "perturbed",
-        **options: Unpack[SGDOptions],
+        **options: Unpack[NAGOptions],
     ) -> None:
         perturbation = Perturbation(direction="momentum", rho=momentum, normalize="lr")
         super().__init__(

@@ -95,8 +95,8 @@ class Perturbation:
             raise TypeError(f"seed must be an int, got {type(self.seed).__name__}; pass a whole number.")
         if self.seed and self.direction != "random":
             raise ValueError(
-                f"seed belongs to direction='random', got seed={self.seed} with direction={self.direction!r}, which draws "
-                "nothing; leave it out."
+                f"seed belongs to direction='random', got seed={self.seed} with direction={self.direction!r}, which "
+                "draws nothing; leave it out."
             )
         if self.subset != "all" and not callable(self.subset):
             raise TypeError(
@@ -109,16 +109,21 @@ class Perturbation:
         """The sign ``s`` in front of the direction: −sign for the momentum, +sign otherwise."""
         return -self.sign if self.direction == "momentum" else self.sign
 
+    @property
+    def lasts(self) -> bool:
+        """Whether ε is one scalar times tensors that stay until the next step, so that it can be subtracted."""
+        return self.direction in ("momentum", "last_gradient") and self.scale == "none"
+
     def measured(self, directions: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
         """Return what the norm is taken of: ``d``, or ``T d`` when scaled; shapes as given."""
         if self.scale == "none":
             return directions
-        return torch._foreach_mul(torch._foreach_abs(weights), directions)
+        return list(torch._foreach_mul(torch._foreach_abs(weights), directions))
 
     def shaped(self, directions: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
         """Return what ε is a multiple of: ``d``, ``T² d`` or ``T d``; shapes as given."""
         along = self.measured(directions, weights)
-        return torch._foreach_mul(torch._foreach_abs(weights), along) if self.scale == "adaptive" else along
+        return list(torch._foreach_mul(torch._foreach_abs(weights), along)) if self.scale == "adaptive" else along
 
     def factor(self, norm: Tensor | None, rho: Number, lr: Number) -> Number:
         """Return the multiple: ``s ρ / ‖·‖`` (0 where the norm is 0), ``s ρ`` or ``s ρ lr``.
@@ -140,7 +145,7 @@ class Perturbation:
         if self.normalize == "none":
             return self.toward * rho
         if norm is None:
-            raise ValueError("normalize='l2' needs the norm of the directions, got None; pass global_norm(measured(...)).")
+            raise ValueError("normalize='l2' needs the norm of the measured directions, got None; compute it first.")
         return torch.where(norm > 0, self.toward * rho / norm, torch.zeros_like(norm))
 
     def displacement(

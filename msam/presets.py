@@ -51,7 +51,9 @@ class Preset:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     weight_decay_at: Literal["true", "perturbed"] = "true"
 
-    def __call__(self, rho: float | Schedule | None = None, *, subset: ParameterFilter | None = None, **options: Any) -> Perturbation:
+    def __call__(
+        self, rho: float | Schedule | None = None, *, subset: ParameterFilter | None = None, **options: Any
+    ) -> Perturbation:
         """Build the perturbation.
 
         Parameters
@@ -70,7 +72,8 @@ class Preset:
         """
         if self.normalization_only and subset is None:
             raise ValueError(
-                "this preset moves normalisation layers only, got no filter; pass subset=msam.normalization_layers(model)."
+                "this preset moves normalisation layers only, got no filter; "
+                "pass subset=msam.normalization_layers(model)."
             )
         return Perturbation(
             direction=self.direction,

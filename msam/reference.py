@@ -273,7 +273,7 @@ def trajectory(
     sign: int = 1,
     normalize: Literal["l2", "none", "lr"] = "l2",
     scale: Literal["none", "adaptive", "relative"] = "none",
-    mask: Sequence[bool] | None = None,
+    mask: Sequence[bool] | Callable[[int], Sequence[bool]] | None = None,
     directions: Callable[[int], Sequence[Tensor | None]] | None = None,
 ) -> list[State]:
     """Trajectory of true weights, by definition: the gradient at ``w + ε``, the base's step from ``w``.
@@ -308,8 +308,8 @@ def trajectory(
     maximize
         Ascend: every gradient is negated as it arrives, for the direction as for the step.
     direction, rho, sign, normalize, scale, mask
-        The displacement; see :func:`displacement`. ``rho(t)`` is the ``ρ`` at which the gradient of step ``t`` is
-        taken.
+        The displacement; see :func:`displacement`. ``rho(t)`` is the ``ρ``, and ``mask(t)`` the mask, at which the
+        gradient of step ``t`` is taken.
     directions
         The directions of ``direction="random"``, step by step.
 
@@ -362,7 +362,7 @@ def trajectory(
             sign=outward,
             normalize=normalize,
             scale=scale,
-            mask=mask,
+            mask=mask(step) if callable(mask) else mask,
         )
         perturbed = [w + e for w, e in zip(weights, shift, strict=True)]
         g = gradients([p.clone() for p in perturbed], step)

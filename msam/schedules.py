@@ -6,7 +6,7 @@ optimizer saves the step, and the schedule itself as plain numbers, in its ``sta
 
 Schedules multiply with each other and with numbers::
 
-    rho = msam.Jump(3.0, steps=500) * msam.FollowLR(1.0)     # nothing in warm-up, then along with the learning rate
+    rho = msam.Jump(3.0, steps=500) * msam.FollowLR(1.0)  # nothing in warm-up, then along with the learning rate
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def require_nonnegative(name: str, value: float, hint: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}; pass a float.")
     if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {value}; {hint or 'pass 0 or a positive number'}.")
+        raise ValueError(f"{name} must be finite and not negative, got {value}; {hint or 'pass 0 or more'}.")
 
 
 @dataclass(frozen=True)

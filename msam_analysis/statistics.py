@@ -28,13 +28,13 @@ class Interval(NamedTuple):
         Arithmetic mean of the values, in their unit.
     half_width
         The interval is ``mean ± half_width``; NaN when one value, or one that is not finite, leaves it unknown.
-    count
+    n
         How many values there were.
     """
 
     mean: float
     half_width: float
-    count: int
+    n: int
 
     @property
     def low(self) -> float:
@@ -66,9 +66,7 @@ def _intervals(
         return mean, quantile * values.std(axis=0, ddof=1) / np.sqrt(count)
 
 
-def bands(
-    values: npt.ArrayLike, level: float = LEVEL
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def bands(values: npt.ArrayLike, level: float = LEVEL) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return mean and half width of a curve repeated over seeds, point by point.
 
     Parameters
@@ -204,7 +202,8 @@ def summarise(
             row |= {name: float(middle), f"{name}_half_width": float(half)}
         rows.append(row | {"count": len(part)})
     header = [*keys, *(column for name in names for column in (name, f"{name}_half_width")), "count"]
-    return pd.DataFrame(rows, columns=header)
+    table: pd.DataFrame = pd.DataFrame(rows, columns=header)
+    return table
 
 
 __all__ = ["LEVEL", "Interval", "bands", "mean_interval", "paired_interval", "summarise"]

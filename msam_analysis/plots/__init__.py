@@ -4,8 +4,8 @@ Every function takes what it draws and, optionally, the axes to draw on, and ret
 on from there. Figures made here follow the package's style file, 3.3 in wide for one panel and 6.8 in for several;
 neither the user's ``rcParams`` nor the user's axes are restyled, and nothing is shown or written until asked:
 
->>> axes = plots.slice_2d({"SGD": sgd, "MSAM": msam})                                           # doctest: +SKIP
->>> plots.save(axes, "figures/surface")                                                          # doctest: +SKIP
+>>> axes = plots.slice_2d({"SGD": sgd, "MSAM": msam})  # doctest: +SKIP
+>>> plots.save(axes, "figures/surface")  # doctest: +SKIP
 
 An optimizer has one colour, line style and marker in every picture (:func:`look`). Bands and bars are 68 % Student-t
 intervals of the mean over seeds, as in the paper. NaN and infinity are drawn as holes.

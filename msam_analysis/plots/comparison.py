@@ -108,9 +108,7 @@ def _ring_handle(rank: int) -> Line2D:
     )  # fmt: skip
 
 
-def _points(
-    ax: Axes, points: pd.DataFrame, x: str, y: str, shift: float, appearance: Look, *, ring: int = 0
-) -> None:
+def _points(ax: Axes, points: pd.DataFrame, x: str, y: str, shift: float, appearance: Look, *, ring: int = 0) -> None:
     """Draw means as markers with bars (``ring`` 0) or as open rings around them."""
     at = points[x].to_numpy(dtype=np.float64) + shift
     mean = points[y].to_numpy(dtype=np.float64)
@@ -159,6 +157,7 @@ def ball_sharpness(
     Returns
     -------
     matplotlib.axes.Axes
+        With the radius on the horizontal axis.
 
     Raises
     ------
@@ -196,7 +195,7 @@ def ball_sharpness(
     return ax
 
 
-def _line(appearance: Look) -> dict[str, object]:
+def _line(appearance: Look) -> dict[str, Any]:
     return {
         "color": appearance.color,
         "linestyle": appearance.linestyle,
@@ -266,7 +265,9 @@ def accuracy(
                         markeredgewidth=0, color=appearance.color, alpha=0.35, zorder=2,
                     )  # fmt: skip
                 if np.isfinite(half_width):
-                    ax.errorbar(mean, at, xerr=half_width, fmt="none", ecolor=appearance.color, elinewidth=1.1, capsize=2)
+                    ax.errorbar(
+                        mean, at, xerr=half_width, fmt="none", ecolor=appearance.color, elinewidth=1.1, capsize=2
+                    )
                 ax.plot(
                     mean, at, linestyle="none", marker=appearance.marker, markersize=4.2, color=appearance.color,
                     markerfacecolor=appearance.color if filled else "white", zorder=3,

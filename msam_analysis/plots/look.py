@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
 import matplotlib.style
@@ -30,7 +30,7 @@ COLUMN_WIDTH = 3.3
 PAGE_WIDTH = 6.8
 """Width of several panels, in inches: the full page."""
 
-LineStyle = str | tuple[float, tuple[float, ...]]
+LineStyle = Literal["-"] | tuple[float, tuple[float, ...]]
 Array = npt.NDArray[np.float64]
 AxesArray = npt.NDArray[np.object_]
 
@@ -92,9 +92,10 @@ def look(names: Iterable[str]) -> dict[str, Look]:
 
 
 @functools.cache
-def _style_settings() -> mpl.RcParams:
+def _style_settings() -> dict[str, Any]:
     path = Path(__file__).resolve().parent.parent / "style.mplstyle"
-    return mpl.rc_params_from_file(path, use_default_template=False)
+    settings: Any = mpl.rc_params_from_file(path, use_default_template=False)
+    return dict(settings)
 
 
 def style() -> AbstractContextManager[None]:
@@ -116,7 +117,7 @@ def panels(
     panel_height: float = 2.1,
     share_x: bool = False,
     share_y: bool = False,
-    layout: str = "constrained",
+    layout: Literal["constrained", "compressed"] = "constrained",
 ) -> tuple[Figure, AxesArray]:
     """Make a figure with panels in the package's style.
 
@@ -133,7 +134,7 @@ def panels(
     share_x, share_y
         Whether all panels have the same axis limits.
     layout
-        A matplotlib layout engine.
+        ``"compressed"`` keeps panels of fixed aspect close together.
 
     Returns
     -------
@@ -157,7 +158,7 @@ def panels(
             sharex=share_x,
             sharey=share_y,
             squeeze=False,
-            layout=layout,  # type: ignore[arg-type]
+            layout=layout,
         )
         axes = grid.ravel()
         for ax in axes:  # ticks are made when first read, with the rcParams of that moment
@@ -326,7 +327,9 @@ def save(
     Raises
     ------
     ValueError
-        A format is not one of the three, or there is nothing to write.
+        A format is not one of the three, or none was given.
+    TypeError
+        ``drawn`` is neither a figure nor axes.
     """
     unknown = [name for name in formats if name not in _FILE_METADATA]
     if unknown or not formats:
@@ -353,5 +356,5 @@ def _figure(drawn: Any) -> Figure:
     axes = np.atleast_1d(np.asarray(drawn, dtype=np.object_)).ravel()
     figure = axes[0].figure if len(axes) and isinstance(axes[0], Axes) else None
     if not isinstance(figure, Figure):
-        raise ValueError(f"expected a figure or axes on one, got {type(drawn).__name__}")
+        raise TypeError(f"expected a figure or axes on one, got {type(drawn).__name__}")
     return figure

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -16,14 +15,14 @@ from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
-from mpl_toolkits.mplot3d.art3d import Poly3DCollection
+from mpl_toolkits.mplot3d.art3d import Poly3DCollection  # type: ignore[import-untyped]
 from torch import Tensor
 
 from msam_analysis.plots.look import (
+    COLUMN_WIDTH,
     PAGE_WIDTH,
     Array,
     AxesArray,
-    COLUMN_WIDTH,
     draw_curve,
     given_axes,
     log_scale,
@@ -92,6 +91,8 @@ def slice_1d(
     ------
     ValueError
         Nothing to draw, an unknown ``x``, or seeds under one name whose coordinates differ.
+    TypeError
+        Something that is not a :class:`~msam_analysis.results.Slice1D`.
 
     Notes
     -----
@@ -152,6 +153,8 @@ def slice_1d_panels(
     ------
     ValueError
         As :func:`slice_1d`, or fewer axes than panels.
+    TypeError
+        As :func:`slice_1d`.
 
     Notes
     -----
@@ -179,7 +182,7 @@ def _curves(result: Curves) -> dict[str, list[Slice1D]]:
     for name, slices in curves.items():
         for item in slices:
             if not isinstance(item, Slice1D):
-                raise ValueError(f"expected Slice1D results, got {type(item).__name__} under {name!r}")
+                raise TypeError(f"expected Slice1D results, got {type(item).__name__} under {name!r}")
     return curves
 
 
@@ -326,8 +329,8 @@ def slice_2d(
         One axes per slice; by default a new figure, 3.3 in wide for one slice and 6.8 in for several.
     limits
         Ends of the colour scale, in the unit of the loss. By default they enclose every finite value, but a
-        logarithmic scale over more than six decades may leave out the largest tenth. Losses beyond the ends keep the colour of the end, and
-        the colour bar has an arrow there.
+        logarithmic scale over more than six decades may leave out the largest tenth. Losses beyond an end keep its
+        colour, and the colour bar has an arrow there.
     log
         Logarithmic colour scale; by default where the largest loss is at least 10 times the smallest positive one.
     aspect
@@ -346,6 +349,8 @@ def slice_2d(
     ValueError
         Nothing finite to draw, limits in the wrong order, a logarithmic scale of losses that are not positive, fewer
         than two points along a direction, or fewer axes than slices.
+    TypeError
+        Something that is not a :class:`~msam_analysis.results.Slice2D`.
 
     Notes
     -----
@@ -395,7 +400,7 @@ def _losses(slices: Mapping[str, Slice2D]) -> list[Array]:
         raise ValueError("expected at least one slice, got none")
     for name, item in slices.items():
         if not isinstance(item, Slice2D):
-            raise ValueError(f"expected Slice2D results, got {type(item).__name__} under {name!r}")
+            raise TypeError(f"expected Slice2D results, got {type(item).__name__} under {name!r}")
         if min(item.loss.shape) < 2:
             raise ValueError(f"a plane needs two points along each direction, got {tuple(item.loss.shape)}")
     losses = [_array(item.loss) for item in slices.values()]
@@ -552,6 +557,8 @@ def surface_3d(
     ------
     ValueError
         As :func:`slice_2d`, or axes that are not three-dimensional.
+    TypeError
+        As :func:`slice_2d`.
     """
     slices = {"": result} if isinstance(result, Slice2D) else dict(result)
     losses = _losses(slices)
@@ -578,7 +585,8 @@ def surface_3d(
 
 
 def _surface_panels(count: int) -> AxesArray:
-    figure, flat = panels(count, columns=min(count, 2 if count in (2, 4) else 3), panel_height=2.6 if count < 3 or count == 4 else 2.1)
+    columns = min(count, 2 if count in (2, 4) else 3)
+    figure, flat = panels(count, columns=columns, panel_height=2.6 if columns < 3 else 2.1)
     axes = np.empty(count, dtype=np.object_)
     for index, ax in enumerate(flat):
         place = ax.get_subplotspec()
@@ -592,7 +600,8 @@ def _daylight(cells: Array) -> Array:
     normal = np.cross(cells[:, 2] - cells[:, 0], cells[:, 3] - cells[:, 1])
     normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-300
     toward = np.array([-0.35, -0.45, 0.82])
-    return 0.72 + 0.28 * np.clip(normal @ (toward / np.linalg.norm(toward)), 0, 1)
+    brightness: Array = 0.72 + 0.28 * np.clip(normal @ (toward / np.linalg.norm(toward)), 0, 1)
+    return brightness
 
 
 def _surface(ax: Any, item: Slice2D, loss: Array, scale: _Scale, view: tuple[float, float]) -> None:
@@ -607,7 +616,8 @@ def _surface(ax: Any, item: Slice2D, loss: Array, scale: _Scale, view: tuple[flo
     cells = cells[np.isfinite(cells).all(axis=(1, 2))]
     colors = colormaps[_COLORMAP](Normalize(low, high)(cells[:, :, 2].mean(axis=1)))
     colors[:, :3] *= _daylight(cells / np.array([np.ptp(x), np.ptp(y), high - low]))[:, None]
-    edges = np.concatenate([colors[:, :3] * 0.93, colors[:, 3:]], axis=1)  # opaque, else what lies behind shines through
+    # opaque edges: through others what lies behind would shine
+    edges = np.concatenate([colors[:, :3] * 0.93, colors[:, 3:]], axis=1)
     surface = Poly3DCollection(cells, facecolors=colors, edgecolors=edges, linewidths=0.35)
     ax.add_collection3d(surface, autolim=False)
     ax.set_xlim(x.min(), x.max())

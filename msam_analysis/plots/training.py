@@ -14,9 +14,9 @@ from matplotlib.ticker import MaxNLocator
 from msam_analysis.plots.look import (
     AxesArray,
     Look,
+    bottom_panels,
     draw_curve,
     given_axes,
-    bottom_panels,
     log_scale,
     look,
     name_curves,
@@ -31,7 +31,7 @@ from msam_analysis.statistics import LEVEL, summarise
 
 
 @overload
-def over_training(
+def over_training(  # type: ignore[overload-overlap]  # a name is a sequence of names to the type checker only
     frame: pd.DataFrame,
     quantity: str,
     ax: Axes | Sequence[Axes] | AxesArray | None = None,

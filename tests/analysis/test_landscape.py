@@ -25,7 +25,9 @@ D1, D2 = normal(4, seed=112), 3 * normal(4, seed=113)
 
 @pytest.fixture
 def objective() -> ma.Objective:
-    return ma.Objective(Quadratic(H, G, 0.5, W), mean_output, cases.split([2, 2, 1], torch.ones(5).double(), torch.zeros(5)))
+    return ma.Objective(
+        Quadratic(H, G, 0.5, W), mean_output, cases.split([2, 2, 1], torch.ones(5).double(), torch.zeros(5))
+    )
 
 
 def closed_form(e: Tensor) -> float:

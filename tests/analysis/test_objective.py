@@ -169,6 +169,21 @@ def test_loss_follows_the_model() -> None:
     assert torch.equal(objective.point(), flatten(model))
 
 
+def test_loss_follows_buffers_and_frozen_parameters() -> None:
+    """Training goes on after the objective was made: running statistics and what is not selected move, too."""
+    model, data = CONVNET.model(), CONVNET.data()
+    objective = ma.Objective(model, CONVNET.loss_fn, data, parameters="8.*")
+    first = objective.loss()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if not name.startswith("8.") and tensor.is_floating_point():
+                tensor.mul_(1.25)
+    point = torch.cat([model[8].weight.detach().flatten(), model[8].bias.detach()])
+    expected = reference_loss(CONVNET, model, data, "eval", ["8.weight", "8.bias"])(point)
+    assert float(objective.loss()) == pytest.approx(float(expected), rel=1e-12)
+    assert not torch.equal(objective.loss(), first)
+
+
 # --- weights of batches
 
 
@@ -236,6 +251,49 @@ def test_loss_fn_on_model_and_batch() -> None:
     objective = ma.Objective(model, lambda model, batch: F.cross_entropy(model(batch["x"]), batch["y"]), dicts)
     expected = reference_loss(MLP, model, data)(flatten(model))
     assert float(objective.loss()) == pytest.approx(float(expected), rel=1e-12)
+
+
+def mlp_logits(model: Any, x: Tensor) -> Tensor:
+    return model[3](torch.tanh(model[0](x)))  # type: ignore[no-any-return]
+
+
+REACHING: dict[str, Callable[[Any, Any], Tensor]] = {
+    "called": lambda model, batch: F.cross_entropy(model(batch["x"]), batch["y"]),
+    "called by keyword": lambda model, batch: F.cross_entropy(model(input=batch["x"]), batch["y"]),
+    "by its layers": lambda model, batch: F.cross_entropy(mlp_logits(model, batch["x"]), batch["y"]),
+    "by a method": lambda model, batch: F.cross_entropy(model.forward(batch["x"]), batch["y"]),
+    "put in eval mode": lambda model, batch: F.cross_entropy(model.eval()(batch["x"]), batch["y"]),
+    "checked": lambda model, batch: F.cross_entropy(model(batch["x"]), batch["y"]) * isinstance(model, nn.Module),
+}
+
+
+@pytest.mark.parametrize("name", REACHING)
+def test_a_general_loss_may_use_the_model_as_it_likes(name: str) -> None:
+    """However the loss reaches the weights, it reaches those of the point asked for."""
+    model, data = MLP.model().eval(), MLP.data()
+    objective = ma.Objective(model, REACHING[name], [{"x": x, "y": y} for x, y in data])
+    reference, point = reference_loss(MLP, model, data), flatten(model)
+    w = offset(point)
+    gradient, hvp = torch.func.jvp(torch.func.grad(reference), (w,), (point,))
+    assert float(objective.loss()) == pytest.approx(float(reference(point)), rel=1e-12)
+    assert float(objective.loss(w)) == pytest.approx(float(reference(w)), rel=1e-12)
+    torch.testing.assert_close(objective.gradient(w), gradient, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(objective.hvp(point, w), hvp, rtol=1e-9, atol=1e-11)
+
+
+def test_a_general_loss_may_penalise_the_weights() -> None:
+    """Weight decay inside the loss is part of the function that is differentiated."""
+    model, data = MLP.model(), MLP.data()
+
+    def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+        penalty = torch.stack([parameter.square().sum() for parameter in model.parameters()]).sum()
+        return F.cross_entropy(model(batch["x"]), batch["y"]) + 0.5 * penalty
+
+    objective = ma.Objective(model, loss_fn, [{"x": x, "y": y} for x, y in data])
+    reference = reference_loss(MLP, model, data)
+    w = offset(flatten(model))
+    assert float(objective.loss(w)) == pytest.approx(float(reference(w) + 0.5 * w @ w), rel=1e-12)
+    torch.testing.assert_close(objective.gradient(w), torch.func.grad(reference)(w) + w, rtol=1e-10, atol=1e-12)
 
 
 # --- BatchNorm

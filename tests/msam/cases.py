@@ -78,7 +78,7 @@ def general(base: str, perturbation: dict[str, Any], **options: Any) -> Case:
     values = [base, *perturbation.values(), *options.values()]
 
     def make(params: Any, **more: Any) -> Any:
-        return getattr(msam, cls)(params, **every, perturbation=msam.Perturbation(**perturbation), **more)
+        return getattr(msam, cls)(params, **{**every, **more}, perturbation=msam.Perturbation(**perturbation))
 
     return Case("-".join(map(str, values)), make, {"base": base, **every, **perturbation})
 

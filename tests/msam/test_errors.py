@@ -119,6 +119,12 @@ def test_bare_tensor_as_parameters(cls: str) -> None:
         construct(cls, params=torch.ones(3, requires_grad=True), lr=0.1)
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_complex_parameters(cls: str) -> None:
+    with pytest.raises(TypeError, match="complex"):
+        construct(cls, params=[nn.Parameter(torch.ones(2, dtype=torch.complex64))], lr=0.1)
+
+
 @pytest.mark.parametrize("cls", ["PerturbedSGD", "PerturbedAdamW", "MSAM"])
 def test_foreach_and_fused_exclude_one_another(cls: str) -> None:
     with pytest.raises((RuntimeError, ValueError), match="fused"):
@@ -129,6 +135,54 @@ def test_foreach_and_fused_exclude_one_another(cls: str) -> None:
 def test_where_weight_decay_acts(value: Any) -> None:
     with pytest.raises(ValueError, match="weight_decay_at"):
         construct("PerturbedSGD", lr=0.1, weight_decay_at=value)
+
+
+@pytest.mark.parametrize("value", ["later", None, True])
+def test_way_back_to_the_true_weights(value: Any) -> None:
+    with pytest.raises(ValueError, match="restore"):
+        construct("PerturbedSGD", lr=0.1, restore=value)
+
+
+@pytest.mark.parametrize(
+    "switches", [dict(direction="gradient"), dict(direction="momentum", scale="adaptive")], ids=str
+)
+def test_subtracting_what_cannot_be_known_again(switches: dict[str, Any]) -> None:
+    perturbation = msam.Perturbation(rho=RHO, **switches)
+    with pytest.raises(ValueError, match="restore"):
+        construct("PerturbedSGD", lr=0.1, momentum=0.9, perturbation=perturbation, restore="subtract")
+
+
+@pytest.mark.parametrize("rho", ["3", None, [1.0]])
+def test_rho_is_a_number_or_a_schedule(rho: Any) -> None:
+    with pytest.raises(TypeError, match=r"rho|number"):
+        msam.Perturbation(direction="momentum", rho=rho)
+
+
+def test_model_without_normalisation_layers() -> None:
+    with pytest.raises(ValueError, match="norm"):
+        msam.normalization_layers(network(norm=False))
+
+
+def test_statistics_of_no_batch() -> None:
+    with pytest.raises(ValueError, match="batch"):
+        msam.update_batchnorm_statistics(network(), [])
+
+
+def test_state_of_torch_nesterov() -> None:
+    """Its parameters are perturbed ones, which the state does not say how to undo."""
+    model = network()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    train(model, opt, range(2))
+    with pytest.raises(ValueError, match=r"(?i)nesterov"):
+        construct("MSAM", params=model.parameters(), lr=0.1).load_state_dict(opt.state_dict())
+
+
+def test_state_displaced_along_another_direction() -> None:
+    model, other = network(), network()
+    opt = general("sgd", dict(direction="last_gradient", rho=RHO)).make(model.parameters())
+    train(model, opt, range(2))
+    with pytest.raises(ValueError, match=r"direction|last_gradient"):
+        construct("MSAM", params=other.parameters(), lr=0.1).load_state_dict(opt.state_dict())
 
 
 EVERY = [*NAMED, *(general("sgd", dict(direction=d, rho=RHO)) for d in ("last_gradient", "random"))]

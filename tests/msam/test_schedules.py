@@ -186,37 +186,39 @@ def walk(
     return opt, line
 
 
-def drift(dtype: torch.dtype, base: str, lr: float, rho: float) -> tuple[float, float]:
-    """Root mean square error of the true weights after 2,000 steps: ours with ρ changing each step, and torch's own."""
-    options: dict[str, Any] = (
-        dict(lr=lr, momentum=MU, weight_decay=0.0) if base == "sgd" else dict(lr=lr, weight_decay=0.0)
-    )
+def rms(weights: Any, exact: Any) -> float:
+    """Root mean square error over all weights."""
+    gaps = torch.cat([(w.detach().double() - e).flatten() for w, e in zip(weights, exact, strict=True)])
+    return float(gaps.square().mean().sqrt())
 
-    def strength(t: int) -> float:
-        return rho * (1 + math.sin(t)) / 2
+
+def strength(t: int) -> float:
+    """A ρ that is never twice the same."""
+    return 1 + math.sin(t)
+
+
+def drift(dtype: torch.dtype, base: str, lr: float, **more: Any) -> tuple[float, float]:
+    """Error of the true weights after 2,000 steps against float64: ours with ρ changing each step, and torch's own."""
+    options: dict[str, Any] = dict(lr=lr, weight_decay=0.0, **({"momentum": MU} if base == "sgd" else {}))
 
     def set_rho(opt: Any, step: int) -> None:
         opt.param_groups[0]["rho"] = strength(step + 1)
 
-    ours = msam.MSAM if base == "sgd" else msam.AdamWMSAM
+    ours: Any = msam.MSAM if base == "sgd" else msam.AdamWMSAM
     theirs: Any = torch.optim.SGD if base == "sgd" else torch.optim.AdamW
-    opt, line = walk(dtype, lambda p: ours(p, rho=0.0, **options), set_rho)
+    opt, line = walk(dtype, lambda p: ours(p, rho=0.0, **options, **more), set_rho)
+    assert opt.perturbed
     plain, _ = walk(dtype, lambda p: theirs(p, **options))
-    w0 = [w.double() for w in line.w0]
-    exact = reference.trajectory(line, w0, STEPS, base=base, direction="momentum", rho=strength, **options)[-1].weights  # type: ignore[arg-type]
-
-    def error(weights: Any) -> float:
-        gaps = torch.cat([(w.detach().double() - e).flatten() for w, e in zip(weights, exact, strict=True)])
-        return float(gaps.square().mean().sqrt())
-
-    return error(true_weights(opt)), error(plain.param_groups[0]["params"])
+    twin: dict[str, Any] = dict(base=base, direction="momentum", rho=strength)
+    exact = reference.trajectory(line, [w.double() for w in line.w0], STEPS, **twin, **options)[-1].weights
+    return rms(true_weights(opt), exact), rms(plain.param_groups[0]["params"], exact)
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
 @pytest.mark.parametrize("lr", [0.0, 1e-3])
 def test_no_drift_in_float32(base: str, lr: float) -> None:
     """2,000 roundings of weights near one: no more than a few times what torch's own step loses."""
-    ours, plain = drift(torch.float32, base, lr, rho=2.0)
+    ours, plain = drift(torch.float32, base, lr)
     assert ours < 4 * plain + 5e-6
 
 
@@ -224,19 +226,30 @@ def test_no_drift_in_float32(base: str, lr: float) -> None:
 @pytest.mark.parametrize("lr", [0.0, 1e-2])
 def test_no_drift_in_bfloat16(base: str, lr: float) -> None:
     """Perturbing adds no error that grows: torch's own step is met up to one rounding of a weight (2⁻⁸ of it)."""
-    ours, plain = drift(torch.bfloat16, base, lr, rho=2.0)
+    ours, plain = drift(torch.bfloat16, base, lr)
     assert ours < 1.5 * plain + 2**-8
 
 
-def test_the_drift_test_would_notice() -> None:
-    """Removing the perturbation with the present ρ, the defect this guards against, is found by the same numbers."""
+def test_adding_and_subtracting_drifts_in_bfloat16() -> None:
+    """The measurement sees what the default avoids."""
+    ours, plain = drift(torch.bfloat16, "sgd", 0.0, restore="subtract")
+    assert plain == 0
+    assert ours > 4 * 2**-8
+
+
+@pytest.mark.parametrize("defect", [False, True])
+def test_drift_of_removing_with_the_present_rho(defect: bool) -> None:
+    """The defect this guards against, written out at learning rate zero: it is found by the same numbers."""
     line = Line(torch.float64)
     w, v = [x.clone() for x in line.w0], [torch.zeros_like(x) for x in line.w0]
-    rhos = [1 + math.sin(t) for t in range(STEPS + 1)]
-    for step in range(STEPS):
+
+    def add(rho: float) -> None:
         norm = torch.cat([x.flatten() for x in v]).norm().clamp(min=1e-30)
-        w = [a + rhos[step + 1] * b / norm for a, b in zip(w, v, strict=True)]  # rhos[step] was applied
-        v = [MU * b + g for b, g in zip(v, line(w, step), strict=True)]
-        norm = torch.cat([x.flatten() for x in v]).norm()
-        w = [a - rhos[step + 1] * b / norm for a, b in zip(w, v, strict=True)]
-    assert furthest(w, line.w0) > 0.1
+        w[:] = [a + rho * b / norm for a, b in zip(w, v, strict=True)]
+
+    for step in range(STEPS):
+        add(strength(step + 1) if defect else strength(step))
+        v[:] = [MU * b + g for b, g in zip(v, line(w, step), strict=True)]
+        add(-strength(step + 1))
+    add(strength(STEPS))
+    assert (rms(w, line.w0) > 0.1) if defect else (rms(w, line.w0) < 1e-12)

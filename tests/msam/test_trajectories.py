@@ -312,3 +312,13 @@ def test_every_implementation_follows_the_twin(case: Case, how: dict[str, Any]) 
     twin, states = follow(case, 12)
     train(model, opt, range(12), case.closure)
     assert_network(model, opt, states[-1].weights, twin, TOL)
+
+
+@pytest.mark.parametrize("restore", ["auto", "subtract", "copy"])
+@pytest.mark.parametrize("case", [case for case in NAMED if case.between], ids=lambda case: case.name)
+def test_every_way_back_to_the_true_weights_follows_the_twin(case: Case, restore: str) -> None:
+    model = network()
+    opt = case.make(model.parameters(), restore=restore)
+    twin, states = follow(case, 12)
+    train(model, opt, range(12), case.closure)
+    assert_network(model, opt, states[-1].weights, twin, TOL)

@@ -53,6 +53,7 @@ class Twin:
         self.step = -1
         self.call = 0
 
+    @torch.enable_grad()
     def __call__(self, weights: Sequence[Tensor], step: int) -> list[Tensor | None]:
         self.call = self.call + 1 if step == self.step else 0
         self.step = step
@@ -72,7 +73,7 @@ class Twin:
 
 def backward(value: Tensor) -> Tensor:
     """Backward from a loss, which is returned."""
-    value.backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(value)
     return value
 
 

@@ -1,0 +1,157 @@
+"""The command ``msam-analysis``: run a study, measure checkpoints."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from msam_analysis.batchnorm import Policy
+from msam_analysis.checkpoints import load_model
+from msam_analysis.measure import RADII, Metrics, measure
+from msam_analysis.objective import Objective
+from msam_analysis.results import atomic_path
+from msam_analysis.studies.study import run_study
+
+app = typer.Typer(
+    help="How flat is this minimum, and why did the optimizer go there?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@app.command("study")
+def study_command(
+    workload: Annotated[str, typer.Option(help="What to train: digits.")] = "digits",
+    seeds: Annotated[int, typer.Option(help="Seeds per optimizer; intervals need at least 2.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="Output folder; default results/WORKLOAD.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="A second folder for the pictures.")] = None,
+    exhibits: Annotated[str | None, typer.Option(help="Only these, e.g. F2C,TA1; default all.")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes; default one per processor.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Train SGD, NAG, SAM and MSAM, measure them, and write tables, figures and a report. Resumes where it stopped."""
+    chosen = None if exhibits in (None, "all") else [name.strip() for name in str(exhibits).split(",") if name.strip()]
+    page = run_study(
+        workload, seeds=seeds, out=out, figures=figures, exhibits=chosen, jobs=jobs, progress=not quiet
+    )
+    typer.echo(f"report: {page}\nreport: {page.with_suffix('.md')}\ntables: {page.parent / 'tables'}")
+
+
+@app.command("measure")
+def measure_command(
+    checkpoints: Annotated[list[Path], typer.Argument(help="Saved weights: .safetensors or torch.save files.")],
+    model: Annotated[str, typer.Option(help="package.module:factory, called without arguments; returns the module.")],
+    data: Annotated[str, typer.Option(help="package.module:factory; returns batches, or (batches, loss_fn).")],
+    loss: Annotated[
+        str | None, typer.Option(help="package.module:factory of loss_fn; default cross-entropy.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for metrics.csv and the full results.")] = None,
+    rho: Annotated[list[float] | None, typer.Option(help="Radius of an L2 ball; may be given several times.")] = None,
+    eigenvalues: Annotated[int, typer.Option(help="How many of the Hessian's largest eigenvalues.")] = 5,
+    batchnorm: Annotated[str, typer.Option(help="eval, batch or recalibrate.")] = "eval",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: where the model is.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
+) -> None:
+    """Print and save the sharpness metrics of checkpoints: loss, λ1..λ5, trace, largest rise in a ball, average rise."""
+    factory, batches = load_object(model), load_object(data)()
+    loss_fn: Any = nn.CrossEntropyLoss()
+    if isinstance(batches, tuple) and len(batches) == 2 and callable(batches[1]):
+        batches, loss_fn = batches
+    if loss is not None:
+        loss_fn = load_object(loss)()
+    folder = out if out is not None else Path("results") / "measure"
+    objectives = [
+        (path, Objective(load_model(path, factory), loss_fn, batches, batchnorm=as_policy(batchnorm), device=device))
+        for path in checkpoints
+    ]
+    console, progress = Console(), Console(stderr=True)
+    for path, objective in objectives:
+        name = f"{path.parent.name}-{path.stem}" if path.parent.name else path.stem
+        with progress.status(f"{name} ...") as status:
+            metrics = measure(
+                objective,
+                radii=tuple(rho) if rho else RADII,
+                eigenvalues=eigenvalues,
+                seed=seed,
+                tick=lambda what, name=name, status=status: status.update(f"{name}: {what} ..."),
+            )
+        _print(console, str(path), objective, metrics)
+        save(metrics, folder / name)
+        console.print(f"saved in {folder / name}", highlight=False, soft_wrap=True)
+
+
+def as_policy(name: str) -> Policy:
+    """Return a BatchNorm policy; the objective refuses names that are none."""
+    return name  # type: ignore[return-value]  # checked, with a sentence, where it is used
+
+
+def load_object(reference: str) -> Callable[[], Any]:
+    """Import ``package.module:name`` (the working directory included) and return what is there.
+
+    Raises
+    ------
+    ValueError
+        The reference is not of that form, or names nothing that can be called.
+    """
+    module_name, colon, attribute = reference.partition(":")
+    if not (module_name and colon and attribute):
+        raise ValueError(f"expected package.module:factory, got {reference!r}: for example mypackage.models:resnet")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"cannot import {module_name!r} ({error}): check the name and the folder you are in") from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{module_name!r} has no {attribute!r}: check the name after the colon")
+        found = getattr(found, part)
+    if not callable(found):
+        raise ValueError(f"{reference!r} is a {type(found).__name__}: expected a function without arguments")
+    return found  # type: ignore[no-any-return]  # callable, as just checked
+
+
+def save(metrics: Metrics, folder: Path) -> None:
+    """Write ``metrics.csv`` and one ``.safetensors`` file per result."""
+    for name, result in metrics.results.items():
+        result.save(folder / f"{name}.safetensors")
+    with atomic_path(folder / "metrics.csv") as partial:
+        metrics.table.to_csv(partial, index=False, lineterminator="\n")
+
+
+def _print(console: Console, title: str, objective: Objective, metrics: Metrics) -> None:
+    settings = ", ".join(f"{key} {value}" for key, value in objective.settings.items())
+    table = Table(title=title, caption=settings, title_justify="left", caption_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("±", justify="right")
+    table.add_column("what it is")
+    for row in metrics.table.itertuples(index=False):
+        uncertainty = "" if row.uncertainty != row.uncertainty else f"{row.uncertainty:.2g}"
+        table.add_row(str(row.metric), f"{row.value:.5g}", uncertainty, str(row.meaning))
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command; a user's mistake becomes one sentence and exit code 2, an interrupt exit code 130."""
+    try:
+        app(standalone_mode=False)
+    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError, OSError) as error:
+        typer.echo(f"msam-analysis: {error}", err=True)
+        raise SystemExit(2) from None
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("msam-analysis: interrupted; finished runs are kept, and the same command goes on from them", err=True)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Train, measure, draw, judge: the main job."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import queue
+import shutil
+import signal
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from msam_analysis import plots, report
+from msam_analysis.studies import store
+from msam_analysis.studies.exhibits import EXHIBITS, Exhibit, choose
+from msam_analysis.studies.measuring import Protocol, cost, measure, scores
+from msam_analysis.studies.tables import FinishedRun, Tables, tabulate
+from msam_analysis.studies.training import Tick, train
+from msam_analysis.studies.workloads import WORKLOADS, Workload, formula, workload
+
+# Change when the meaning of what a run stores changes: older runs are then not reused.
+_FORMAT = 1
+_SUMMARY = ("train_accuracy", "test_accuracy", "train_loss", "test_loss", "lambda_1", "gradients_per_step")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run to be made."""
+
+    workload: str
+    optimizer: str
+    seed: int
+    directory: Path
+    protocol: Protocol
+    every: int
+
+    @property
+    def cost(self) -> float:
+        """Rough cost in training steps, for the progress bar alone."""
+        recipe = WORKLOADS[self.workload].recipe
+        samples = sum(len(labels) for _, labels in WORKLOADS[self.workload].train())
+        return recipe.epochs * -(-samples // recipe.batch_size) + cost(self.protocol)
+
+
+class Stopped(Exception):
+    """The study was interrupted; this run is abandoned."""
+
+
+def run_study(
+    name: str = "digits",
+    *,
+    seeds: int = 3,
+    out: Path | str | None = None,
+    figures: Path | str | None = None,
+    exhibits: Sequence[str] | None = None,
+    jobs: int | None = None,
+    protocol: Protocol | None = None,
+    every: int = 32,
+    progress: bool = True,
+) -> Path:
+    """Train every optimizer of a workload with several seeds, measure every network, and write tables and a report.
+
+    Runs are made in separate processes with one thread each, so that their number does not change a bit of the result.
+    A finished run is never made again: an interrupted study, called again, goes on from the runs it has.
+
+    Parameters
+    ----------
+    name
+        A workload's name.
+    seeds
+        Seeds 0, 1, ..., ``seeds − 1`` for every optimizer. Default 3; one seed gives no interval and so no verdict.
+    out
+        Output folder, default ``results/<name>``: ``tables/*.csv``, ``figures/*.png``, ``runs/*/checkpoint.pt``,
+        ``report.md``, ``report.html``.
+    figures
+        A second folder for the pictures.
+    exhibits
+        Ids of the exhibits to draw and judge; default all.
+    jobs
+        Processes, default the number of processors.
+    protocol
+        What is measured, and how finely.
+    every
+        Steps between records of the slower probes.
+    progress
+        Show a progress bar with the time left.
+
+    Returns
+    -------
+    pathlib.Path
+        ``report.html``.
+
+    Raises
+    ------
+    ValueError
+        An unknown workload or exhibit, or fewer than one seed or process.
+    KeyboardInterrupt
+        Passed on after the processes have stopped; finished runs stay.
+    """
+    problem = workload(name)
+    chosen = choose(exhibits)
+    jobs = jobs if jobs is not None else _processors()
+    if seeds < 1 or jobs < 1:
+        raise ValueError(f"seeds and jobs must be at least 1, got seeds={seeds} and jobs={jobs}")
+    protocol = protocol or Protocol()
+    root = Path(out) if out is not None else Path("results") / name
+    tasks = [
+        Task(name, optimizer, seed, _place(root, problem, optimizer, seed, protocol, every), protocol, every)
+        for optimizer in problem.perturbations
+        for seed in range(seeds)
+    ]
+    (root / "runs").mkdir(parents=True, exist_ok=True)
+    store.sweep(root / "runs")
+    _make([task for task in tasks if not store.is_finished(task.directory)], jobs, progress, len(tasks))
+    runs = [store.read_run(task.directory, task.optimizer, task.seed) for task in tasks]
+    tables = tabulate(runs)
+    tables.write(root / "tables")
+    pictures = _draw(chosen, tables, runs, root / "figures")
+    if figures is not None:
+        Path(figures).mkdir(parents=True, exist_ok=True)
+        for picture in pictures.values():
+            shutil.copyfile(picture, Path(figures) / picture.name)
+    page = _compose(problem, protocol, seeds, chosen, tables, pictures)
+    return report.write(page, root)[1]
+
+
+def _processors() -> int:
+    # What this process may use, where the system tells; a container often has fewer than the machine.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _place(root: Path, problem: Workload, optimizer: str, seed: int, protocol: Protocol, every: int) -> Path:
+    fingerprint = problem.fingerprint(optimizer, _FORMAT, protocol, every, torch.__version__)
+    return store.run_directory(root / "runs", optimizer, seed, fingerprint)
+
+
+def _make(tasks: Sequence[Task], jobs: int, progress: bool, total: int) -> None:
+    """Make runs in processes, showing how far they are."""
+    if not tasks:
+        return
+    context = multiprocessing.get_context("spawn")
+    ticks: Queue[float] = context.Queue()
+    stop = context.Event()
+    others = set(multiprocessing.active_children())
+    bar = tqdm(
+        total=sum(task.cost for task in tasks),
+        desc=f"{total - len(tasks)}/{total} runs",
+        disable=not progress,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left",
+        # The mean rate over the whole study: a recent rate would jump between cheap and dear phases.
+        smoothing=0,
+    )
+    with bar, ProcessPoolExecutor(min(jobs, len(tasks)), context, _prepare, (ticks, stop)) as pool:
+        # The dearest runs first, so that no processor idles at the end.
+        futures = [pool.submit(execute, task) for task in sorted(tasks, key=lambda task: -task.cost)]
+        try:
+            _follow(futures, ticks, bar, total)
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in set(multiprocessing.active_children()) - others:
+                child.terminate()
+            raise
+
+
+def _follow(futures: Sequence[Future[None]], ticks: Queue[float], bar: tqdm[None], total: int) -> None:
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=0.2)
+        for future in done:
+            future.result()
+        try:
+            while True:
+                bar.update(ticks.get_nowait())
+        except queue.Empty:
+            pass
+        bar.set_description_str(f"{total - len(pending)}/{total} runs")
+
+
+_worker: tuple[Queue[float], Event] | None = None
+
+
+def _prepare(ticks: Queue[float], stop: Event) -> None:
+    """Prepare a worker process: one thread, and the interrupt key left to the main process."""
+    global _worker
+    _worker = (ticks, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def execute(task: Task) -> None:
+    """Train and measure one network and write the run; called in a worker process, or directly."""
+
+    def tick(amount: float) -> None:
+        if _worker is not None:
+            ticks, stop = _worker
+            if stop.is_set():
+                raise Stopped
+            ticks.put(amount)
+
+    make_run(task, tick)
+
+
+def make_run(task: Task, tick: Tick) -> None:
+    """Train and measure one network and write the run."""
+    problem = workload(task.workload)
+    trained = train(problem, task.optimizer, task.seed, every=task.every, tick=tick)
+    measured = measure(problem, trained, task.protocol, tick)
+    reached = scores(problem, trained.model) | {"gradients_per_step": trained.gradients_per_step}
+    store.write_run(task.directory, trained, reached, measured)
+
+
+def _draw(chosen: Sequence[Exhibit], tables: Tables, runs: Sequence[FinishedRun], folder: Path) -> dict[str, Path]:
+    return {
+        exhibit.name: plots.save(exhibit.draw(tables, runs), folder / exhibit.name, close=True)[0] for exhibit in chosen
+    }
+
+
+def _compose(
+    problem: Workload,
+    protocol: Protocol,
+    seeds: int,
+    chosen: Sequence[Exhibit],
+    tables: Tables,
+    pictures: dict[str, Path],
+) -> report.Report:
+    recipe = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in asdict(problem.recipe).items())
+    perturbations = "; ".join(
+        f"{name}: {'none' if value is None else formula(value)}" for name, value in problem.perturbations.items()
+    )
+    setup = (
+        f"{problem.description[0].upper()}{problem.description[1:]}.\n\n"
+        f"Every optimizer is SGD with momentum ({recipe}, cosine decay to 0) and differs from the others only in the "
+        f"perturbation ε at which the gradient is taken: {perturbations}. Seeds 0 to {seeds - 1} set the initial weights and "
+        "the order of the batches, and are shared by all optimizers. After training, BatchNorm statistics are re-estimated "
+        "on the training set at the true weights; losses, slices and Hessians are of the training set (wrong labels "
+        "included) with these running statistics. While training, curvatures and perturbation rises use each batch's own "
+        "statistics, as the training step does.\n\n"
+        f"Intervals are 68 % Student-t intervals over {seeds} seeds. Made with torch {torch.__version__}, Python "
+        f"{platform.python_version()}, msam-analysis {version('msam-analysis')}."
+    )
+    quantities = [*_SUMMARY, *(f"sharpness_{radius:g}" for radius in protocol.radii)]
+    shown = tables.optimizers[["optimizer", *(c for q in quantities for c in (q, f"{q}_half_width"))]]
+    sections = [report.Section("What was run", setup, [report.Table(shown, f"Mean over {seeds} seeds ± half width")])]
+    for exhibit in chosen:
+        label = f"{', '.join(exhibit.ids)}: " if exhibit.ids else ""
+        picture = report.Figure(pictures[exhibit.name], exhibit.caption, exhibit.title)
+        sections.append(report.Section(f"{label}{exhibit.title}", "", [picture]))
+    claims = [claim.judge(tables) for exhibit in chosen for claim in exhibit.claims]
+    verdicts = [claim.verdict for claim in claims]
+    counted = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in dict.fromkeys(verdicts))
+    return report.Report(
+        title=f"SGD, NAG, SAM and MSAM on {problem.name}",
+        summary=(
+            f"{len(tables.runs)} networks were trained and measured. Of {len(claims)} claims of the paper: {counted}. "
+            "Verdicts are computed from the tables: a claim holds where the interval of every difference, paired over seeds, "
+            "lies on the claim's side of zero."
+        ),
+        sections=sections,
+        claims=claims,
+    )
+
+
+__all__ = ["EXHIBITS", "Protocol", "execute", "run_study"]

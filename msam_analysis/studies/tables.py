@@ -1,0 +1,119 @@
+"""Finished runs as tidy tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import pandas as pd
+
+from msam_analysis.results import BallSharpness, Eigenpairs, Result, Slice1D, Slice2D, atomic_path
+from msam_analysis.statistics import summarise
+from msam_analysis.studies.measuring import LINES
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedRun:
+    """One trained and measured network.
+
+    Attributes
+    ----------
+    optimizer, seed
+        Which.
+    scores
+        Losses, accuracies and gradients per step.
+    steps
+        What was recorded while training.
+    results
+        What was measured after it.
+    """
+
+    optimizer: str
+    seed: int
+    scores: Mapping[str, float]
+    steps: pd.DataFrame
+    results: Mapping[str, Result]
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """Tidy tables over all runs; every one has the columns ``optimizer`` and ``seed``, but ``optimizers``.
+
+    Attributes
+    ----------
+    runs
+        One row per run: scores, λ1..λk, sharpness per radius, mean loss rise on every line and on the plane.
+    optimizers
+        One row per optimizer: mean and 68 % Student-t half width of every column of ``runs``.
+    steps
+        One row per training step.
+    eigenvalues
+        One row per run, method and index: ``value``, ``residual``.
+    balls
+        One row per run and radius.
+    lines, planes
+        One row per run and point of each slice.
+    """
+
+    runs: pd.DataFrame
+    optimizers: pd.DataFrame
+    steps: pd.DataFrame
+    eigenvalues: pd.DataFrame
+    balls: pd.DataFrame
+    lines: pd.DataFrame
+    planes: pd.DataFrame
+
+    def write(self, directory: Path) -> None:
+        """Write every table as CSV; floats in their shortest exact form, so equal numbers are equal bytes."""
+        for name, frame in vars(self).items():
+            with atomic_path(directory / f"{name}.csv") as partial:
+                frame.to_csv(partial, index=False, lineterminator="\n")
+
+
+def tabulate(runs: Sequence[FinishedRun]) -> Tables:
+    """Return the tables of finished runs, in the order given."""
+    rows = [_row(run) for run in runs]
+    frame = pd.DataFrame(rows)
+    quantities = [name for name in frame.columns if name not in ("optimizer", "seed")]
+    return Tables(
+        runs=frame,
+        optimizers=summarise(frame, "optimizer", quantities),
+        steps=_stack(runs, lambda run: [run.steps]),
+        eigenvalues=_stack(runs, lambda run: [run.results[name].to_frame() for name in ("lanczos", "power")]),
+        balls=_stack(runs, lambda run: [ball.to_frame() for ball in _balls(run)]),
+        lines=_stack(
+            runs, lambda run: [run.results[f"line-{name}"].to_frame().assign(direction=name) for name in LINES]
+        ),
+        planes=_stack(runs, lambda run: [run.results["plane"].to_frame()]),
+    )
+
+
+def _balls(run: FinishedRun) -> list[BallSharpness]:
+    return [result for result in run.results.values() if isinstance(result, BallSharpness)]
+
+
+def _row(run: FinishedRun) -> dict[str, object]:
+    row: dict[str, object] = {"optimizer": run.optimizer, "seed": run.seed, **run.scores}
+    for index, value in enumerate(cast(Eigenpairs, run.results["lanczos"]).values.tolist(), start=1):
+        row[f"lambda_{index}"] = value
+    for ball in _balls(run):
+        row[f"sharpness_{ball.rho:g}"] = ball.sharpness
+    for name in LINES:
+        line = cast(Slice1D, run.results[f"line-{name}"])
+        row[f"rise_along_{name}"] = float(line.loss.mean()) - line.center_loss
+    plane = cast(Slice2D, run.results["plane"])
+    row["rise_on_plane"] = float(plane.loss.mean()) - plane.center_loss
+    return row
+
+
+def _stack(runs: Sequence[FinishedRun], frames: Callable[[FinishedRun], Iterable[pd.DataFrame]]) -> pd.DataFrame:
+    parts = [
+        frame.assign(optimizer=run.optimizer, seed=run.seed)
+        for run in runs
+        for frame in frames(run)
+    ]
+    table = pd.concat(parts, ignore_index=True)
+    first = ["optimizer", "seed"]
+    return table[first + [column for column in table.columns if column not in first]]

@@ -1,0 +1,107 @@
+"""One training run, watched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from msam import PerturbedSGD, update_batchnorm_statistics
+from msam_analysis.monitor import Monitor
+from msam_analysis.objective import Objective
+from msam_analysis.probes import Curvature, MomentumGradientCosine, PerturbationRise
+from msam_analysis.randomness import RandomStream
+from msam_analysis.studies.workloads import Workload
+
+Tick = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network at its true weights, and what was recorded on the way.
+
+    Attributes
+    ----------
+    model, optimizer
+        BatchNorm statistics are re-estimated at the true weights; the optimizer is in eval mode.
+    steps
+        One row per step: ``step``, ``epoch``, ``lr``, ``train_batch_loss``, ``cosine``; every ``every``-th row also has
+        the quantities of the slower probes.
+    gradients_per_step
+        Gradients that were evaluated, per optimizer step.
+    """
+
+    model: nn.Module
+    optimizer: PerturbedSGD
+    steps: pd.DataFrame
+    gradients_per_step: float
+
+
+def train(workload: Workload, optimizer_name: str, seed: int, *, every: int = 32, tick: Tick | None = None) -> Trained:
+    """Train one network; the same arguments give the same bits on the same machine.
+
+    Parameters
+    ----------
+    workload, optimizer_name
+        What to train with which of the workload's optimizers.
+    seed
+        Of the initial weights and of the order of the batches; both are shared by all optimizers.
+    every
+        Steps between two records of the slower probes (perturbation rise and curvature). Default 32, two epochs of the
+        digits workload.
+    tick
+        Called with 1.0 after every step.
+
+    Returns
+    -------
+    Trained
+        The network and the records.
+    """
+    recipe, batches = workload.recipe, workload.train()
+    inputs = torch.cat([batch[0] for batch in batches])
+    labels = torch.cat([batch[1] for batch in batches])
+    with RandomStream(seed):
+        model = workload.network()
+    optimizer = workload.optimizer(optimizer_name, model)
+    criterion = nn.CrossEntropyLoss()
+    total = recipe.epochs * math.ceil(len(labels) / recipe.batch_size)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    order = torch.Generator().manual_seed(seed)
+    current: tuple[Tensor, Tensor] = (inputs, labels)
+    evaluated = 0
+
+    def batch_objective() -> Objective:
+        return Objective(model, criterion, [current], batchnorm="batch")
+
+    def closure() -> Tensor:
+        nonlocal evaluated
+        evaluated += 1
+        optimizer.zero_grad()
+        loss: Tensor = criterion(model(current[0]), current[1])
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+        return loss
+
+    # Batch statistics: the running ones of a perturbed optimizer belong to its perturbed weights while it trains.
+    everything = Objective(model, criterion, batches, batchnorm="batch")
+    rows: list[dict[str, float]] = []
+    with (
+        Monitor(optimizer, [MomentumGradientCosine()], every=1) as quick,
+        Monitor(optimizer, [PerturbationRise(batch_objective), Curvature(everything, seed)], every=every) as slow,
+    ):
+        for epoch in range(recipe.epochs):
+            for index in torch.randperm(len(labels), generator=order).split(recipe.batch_size):
+                current = (inputs[index], labels[index])
+                lr = scheduler.get_last_lr()[0]
+                loss = optimizer.step(closure)
+                scheduler.step()
+                rows.append({"step": len(rows), "epoch": epoch, "lr": float(lr), "train_batch_loss": float(loss)})
+                if tick is not None:
+                    tick(1.0)
+    optimizer.eval()
+    update_batchnorm_statistics(model, batches, optimizer)
+    steps = pd.DataFrame(rows).merge(quick.frame(), on="step").merge(slow.frame(), on="step", how="left")
+    return Trained(model.eval(), optimizer, steps, evaluated / total)

@@ -1,0 +1,75 @@
+"""Results and tables with known contents."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+
+from msam_analysis.results import Slice1D, Slice2D
+
+OPTIMIZERS = ("SGD", "NAG", "SAM", "MSAM")
+SHARPNESS = {"SGD": 12.0, "NAG": 9.0, "SAM": 3.0, "MSAM": 1.6}
+
+
+def line(scale: float = 1.0, *, center: float = 0.5, points: int = 11, direction: str = "random (filter)") -> Slice1D:
+    """A parabola of height ``scale`` at coordinates -1 and 1, with a slope."""
+    x = np.linspace(-1.0, 1.0, points)
+    return Slice1D(
+        coordinates=torch.tensor(x),
+        loss=torch.tensor(center + scale * (x**2 + 0.1 * x)),
+        center_loss=center,
+        direction=direction,
+        direction_norm=3.0,
+    )
+
+
+def with_loss(loss: Sequence[float]) -> Slice1D:
+    return Slice1D(
+        coordinates=torch.arange(float(len(loss))),
+        loss=torch.tensor(loss, dtype=torch.float64),
+        center_loss=loss[0],
+        direction="d",
+        direction_norm=1.0,
+    )
+
+
+def plane(
+    scale: float = 1.0,
+    *,
+    floor: float = 0.01,
+    shape: tuple[int, int] = (7, 13),
+    directions: tuple[str, str] = ("u", "v"),
+) -> Slice2D:
+    """A tilted bowl, much steeper along the first direction, on a grid that is not square."""
+    x, y = np.linspace(-1.0, 1.0, shape[0]), np.linspace(-0.5, 0.5, shape[1])
+    loss = floor + scale * (10.0 * x[:, None] ** 2 + y[None, :] ** 2 + 0.5 * x[:, None] * y[None, :])
+    return with_surface(x, y, loss, directions)
+
+
+def with_surface(
+    x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], loss: npt.NDArray[np.float64], directions: tuple[str, str]
+) -> Slice2D:
+    return Slice2D(
+        x=torch.tensor(x),
+        y=torch.tensor(y),
+        loss=torch.tensor(loss),
+        center_loss=float(loss[len(x) // 2, len(y) // 2]),
+        directions=directions,
+        direction_norms=(1.0, 1.0),
+        cosine=0.0,
+    )
+
+
+def table(
+    columns: Sequence[str], *, optimizers: Sequence[str] = OPTIMIZERS, seeds: int = 3, **axes: Sequence[float | str]
+) -> pd.DataFrame:
+    """A tidy table, one row per optimizer, seed and combination of ``axes``, with positive numbers in ``columns``."""
+    generator = np.random.default_rng(0)
+    keys = pd.MultiIndex.from_product([optimizers, range(seeds), *axes.values()], names=["optimizer", "seed", *axes])
+    frame: pd.DataFrame = keys.to_frame(index=False)
+    for column in columns:
+        level = frame["optimizer"].map(lambda name: SHARPNESS.get(name, 5.0))
+        frame[column] = level.to_numpy(dtype=np.float64) * np.exp(0.2 * generator.standard_normal(len(frame)))
+    return frame

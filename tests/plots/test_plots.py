@@ -1,0 +1,589 @@
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pytest
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.contour import QuadContourSet
+from matplotlib.figure import Figure
+
+from msam_analysis import plots
+from msam_analysis.results import Slice1D
+from msam_analysis.statistics import mean_interval, summarise
+from tests.plots.cases import OPTIMIZERS, SHARPNESS, line, plane, table, with_loss, with_surface
+
+EPOCHS = [1.0, 2.0, 3.0]
+CURVES = {name: [line(SHARPNESS[name] * seed) for seed in (0.8, 1.0, 1.3)] for name in OPTIMIZERS}
+PLANES = {name: plane(SHARPNESS[name]) for name in OPTIMIZERS}
+EIGENVALUES = table(["value"], index=[1, 2, 3], method=["power", "lanczos"])
+BALLS = table(["sharpness", "one_step"], rho=[0.05, 0.1, 0.5])
+RUNS = table(["x"]).assign(train_accuracy=lambda f: 1 / (1 + f.x / 9), test_accuracy=lambda f: 1 / (1 + f.x / 30))
+STEPS = table(["curvature", "loss_before", "loss_after"], epoch=EPOCHS)
+COSINES = STEPS.assign(cosine=lambda f: f.curvature - 5)
+
+EVERY_KIND: dict[str, Callable[[], Any]] = {
+    "slice_1d": lambda: plots.slice_1d(CURVES),
+    "slice_1d log": lambda: plots.slice_1d(CURVES, log=True),
+    "slice_1d one": lambda: plots.slice_1d(line()),
+    "slice_1d_panels": lambda: plots.slice_1d_panels({"gradient": CURVES, "momentum": CURVES, "random": CURVES}),
+    "slice_2d": lambda: plots.slice_2d(PLANES),
+    "slice_2d one": lambda: plots.slice_2d(plane()),
+    "slice_2d linear": lambda: plots.slice_2d(PLANES, log=False),
+    "slice_2d holes": lambda: plots.slice_2d({"a": holes(), "b": plane()}),
+    "slice_2d constant": lambda: plots.slice_2d(
+        with_surface(np.arange(3.0), np.arange(3.0), np.ones((3, 3)), ("u", "v"))
+    ),
+    "surface_3d": lambda: plots.surface_3d(PLANES),
+    "surface_3d one": lambda: plots.surface_3d(plane()),
+    "surface_3d holes": lambda: plots.surface_3d({"a": holes(), "b": plane()}),
+    "eigenvalues": lambda: plots.eigenvalues(EIGENVALUES),
+    "ball_sharpness": lambda: plots.ball_sharpness(BALLS),
+    "accuracy": lambda: plots.accuracy(RUNS),
+    "over_training": lambda: plots.over_training(COSINES, "cosine"),
+    "over_training several": lambda: plots.over_training(STEPS, ["curvature", "loss_before"], log=True),
+    "perturbation_rise": lambda: plots.perturbation_rise(STEPS),
+    "perturbation_rise six": lambda: plots.perturbation_rise(
+        table(["loss_before", "loss_after"], optimizers=[*OPTIMIZERS, "AdamW", "ASAM"], seeds=1, epoch=EPOCHS), log=True
+    ),
+}
+
+
+def holes() -> Any:
+    whole = plane()
+    loss = whole.loss.clone()
+    loss[0, :4] = torch.nan
+    loss[-1, -1] = torch.inf
+    return with_surface(whole.x.numpy(), whole.y.numpy(), loss.numpy(), ("u", "v"))
+
+
+def curves(ax: Axes) -> dict[str, npt.NDArray[np.float64]]:
+    """Name to vertices, shape ``(points, 2)``, of the labelled lines."""
+    found = {str(artist.get_label()): np.asarray(artist.get_xydata()) for artist in ax.lines}
+    return {name: vertices for name, vertices in found.items() if not name.startswith("_")}
+
+
+def filled(ax: Axes) -> QuadContourSet:
+    (found,) = [item for item in ax.collections if isinstance(item, QuadContourSet) and item.filled]
+    return found
+
+
+@pytest.fixture(params=EVERY_KIND)
+def kind(request: pytest.FixtureRequest) -> Iterator[Callable[[], Any]]:
+    yield EVERY_KIND[request.param]
+
+
+# ------------------------------------------------------------------------------------------------------- every picture
+
+
+def test_bytes_repeat_and_rcparams_stay(kind: Callable[[], Any], tmp_path: Path) -> None:
+    before = dict(mpl.rcParams)
+    first = plots.save(kind(), tmp_path / "first", ["png", "svg", "pdf"])
+    second = plots.save(kind(), tmp_path / "second", ["png", "svg", "pdf"])
+    assert dict(mpl.rcParams) == before
+    for a, b in zip(first, second, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_figures_have_the_width_of_a_column_or_a_page_and_readable_text(kind: Callable[[], Any]) -> None:
+    drawn = np.atleast_1d(kind())
+    figure = drawn[0].figure
+    assert figure.get_figwidth() == pytest.approx(plots.COLUMN_WIDTH if len(drawn) == 1 else plots.PAGE_WIDTH)
+    figure.canvas.draw()
+    texts = [item for item in figure.findobj(mpl.text.Text) if item.get_text() and item.get_visible()]
+    assert min(item.get_fontsize() for item in texts) >= 7  # type: ignore[attr-defined]
+
+
+def test_all_text_lies_inside_the_figure(kind: Callable[[], Any]) -> None:
+    figure = np.atleast_1d(kind())[0].figure
+    figure.canvas.draw()
+    box = figure.get_tightbbox()
+    assert box.x0 >= -0.02
+    assert box.y0 >= -0.02
+    assert box.x1 <= figure.get_figwidth() + 0.02
+    assert box.y1 <= figure.get_figheight() + 0.02
+
+
+DRAWN_ON_ONE: dict[str, Callable[[Axes], Any]] = {
+    "slice_1d": lambda ax: plots.slice_1d(CURVES, ax),
+    "slice_1d log": lambda ax: plots.slice_1d(CURVES, ax=ax, log=True),
+    "slice_2d": lambda ax: plots.slice_2d(plane(), ax),
+    "slice_2d holes": lambda ax: plots.slice_2d(holes(), ax),
+    "eigenvalues": lambda ax: plots.eigenvalues(EIGENVALUES, ax),
+    "ball_sharpness": lambda ax: plots.ball_sharpness(BALLS, ax),
+    "accuracy": lambda ax: plots.accuracy(RUNS, ax),
+    "over_training": lambda ax: plots.over_training(STEPS, "curvature", ax),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWN_ON_ONE.values(), ids=DRAWN_ON_ONE)
+def test_draws_on_the_axes_given(draw: Callable[[Axes], Any]) -> None:
+    figure = Figure()
+    ax = figure.subplots()
+    assert draw(ax) is ax
+    assert not plt.get_fignums()
+    assert ax.get_legend() is not None or len(figure.axes) > 1
+    figure.canvas.draw()
+
+
+def test_panels_are_drawn_on_the_axes_given() -> None:
+    figure = Figure()
+    axes = figure.subplots(1, 4)
+    assert plots.slice_2d(PLANES, axes).tolist() == axes.tolist()
+    assert plots.perturbation_rise(STEPS, axes).tolist() == axes.tolist()
+    assert plots.slice_1d_panels({"a": CURVES, "b": CURVES}, axes).tolist() == axes[:2].tolist()
+    assert plots.over_training(STEPS, ["curvature"], axes).tolist() == axes[:1].tolist()
+    assert not plt.get_fignums()
+
+
+def test_optimizers_differ_by_colour_line_and_marker() -> None:
+    names = [*OPTIMIZERS, "AdamW", "ASAM", "ESAM", "MESA"]
+    looks = plots.look(names)
+    assert list(looks) == names
+    for attribute in ("color", "linestyle", "marker"):
+        assert len({getattr(look, attribute) for look in looks.values()}) == len(names)
+
+
+def test_an_optimizer_looks_the_same_in_any_company() -> None:
+    for name in OPTIMIZERS:
+        assert plots.look([name])[name] == plots.look(["Other", *OPTIMIZERS])[name]
+    alone = plots.slice_1d({"MSAM": line()})
+    together = plots.slice_1d(CURVES)
+    colors = {str(item.get_label()): to_hex(item.get_color()) for item in (*together.lines, *alone.lines)}
+    assert colors["MSAM"] == plots.look(["MSAM"])["MSAM"].color.lower()
+
+
+def test_drawing_opens_one_figure_and_close_closes_it(tmp_path: Path) -> None:
+    axes = plots.slice_2d(PLANES)
+    assert len(plt.get_fignums()) == 1
+    plots.save(axes, tmp_path / "a", close=True)
+    assert not plt.get_fignums()
+
+
+def test_plots_and_report_import_no_measurement() -> None:
+    code = (
+        "import sys, msam_analysis.plots, msam_analysis.report;"
+        "print(*(name for name in sys.modules if name.startswith('msam_analysis.')))"
+    )
+    import msam_analysis
+
+    if Path(msam_analysis.__file__ or "").read_text(encoding="utf-8").strip():
+        pytest.skip("the package itself imports its measurements; the layers are checked by import-linter")
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {name.split(".")[1] for name in loaded} == {"plots", "report", "results", "statistics"}
+
+
+# ------------------------------------------------------------------------------------------------------- one dimension
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_slice_1d_draws_the_mean_and_its_interval(relative: bool) -> None:
+    ax = plots.slice_1d(CURVES, relative=relative, level=0.9)
+    drawn = curves(ax)
+    assert list(drawn) == list(OPTIMIZERS)
+    bands = [item for item in ax.collections if item.get_paths()]
+    for (name, vertices), band in zip(drawn.items(), bands, strict=True):
+        losses = np.stack([item.loss.numpy() - relative * item.center_loss for item in CURVES[name]])
+        np.testing.assert_array_equal(vertices[:, 0], CURVES[name][0].coordinates.numpy())
+        np.testing.assert_allclose(vertices[:, 1], losses.mean(axis=0), atol=1e-15)
+        outline = band.get_paths()[0].vertices
+        for point in (0, 3):
+            interval = mean_interval(losses[:, point], 0.9)
+            ends = np.sort(np.unique(outline[np.isclose(outline[:, 0], vertices[point, 0]), 1]))[[0, -1]]
+            np.testing.assert_allclose(ends, (interval.low, interval.high))
+        assert to_hex(band.get_facecolor()[0]) == plots.look([name])[name].color.lower()
+
+
+def test_one_seed_has_no_band() -> None:
+    assert not plots.slice_1d({"SGD": line(), "SAM": [line(2.0)]}).collections
+
+
+def test_slice_1d_along_distance() -> None:
+    ax = plots.slice_1d({"SGD": line()}, x="distance")
+    np.testing.assert_allclose(curves(ax)["SGD"][[0, -1], 0], (-3.0, 3.0))
+    assert ax.get_xlabel() == "distance along random (filter)"
+
+
+def test_not_finite_is_a_hole_and_a_lone_point_a_dot() -> None:
+    result = with_loss([1.0, np.nan, 2.0, np.inf, 3.0, 4.0, -np.inf])
+    ax = plots.slice_1d(result)
+    curve, dots = ax.lines
+    np.testing.assert_array_equal(curve.get_ydata(), [1.0, np.nan, 2.0, np.nan, 3.0, 4.0, np.nan])
+    np.testing.assert_array_equal(dots.get_xydata(), [[0.0, 1.0], [2.0, 2.0]])
+
+
+def test_a_hole_of_one_seed_is_a_hole() -> None:
+    ax = plots.slice_1d({"SGD": [with_loss([1.0, 2.0, 3.0, 4.0]), with_loss([3.0, np.nan, 3.0, 4.0])]})
+    np.testing.assert_array_equal(curves(ax)["SGD"][:, 1], [2.0, np.nan, 3.0, 4.0])
+
+
+def test_log_axis_shows_every_positive_mean() -> None:
+    wide = [with_loss([1e-3, 1.0, 5.0, 0.0]), with_loss([1e-3, 3.0, 0.1, -1.0])]
+    ax = plots.slice_1d({"SGD": wide, "SAM": with_loss([100.0, 1.0, 1.0, 1.0])}, log=True)
+    np.testing.assert_allclose(curves(ax)["SGD"][:, 1], [1e-3, 2.0, 2.55, np.nan])
+    low, high = ax.get_ylim()
+    assert 1e-4 < low < 1e-3
+    assert 100 < high < 1000
+
+
+def test_panels_share_one_log_scale() -> None:
+    axes = plots.slice_1d_panels(
+        {"a": {"SGD": with_loss([1.0, 1e4])}, "b": {"SGD": with_loss([1e-3, 1.0])}}, relative=False, log=True
+    )
+    assert axes[0].get_ylim() == axes[1].get_ylim()
+    assert axes[0].get_ylim()[0] < 1e-3
+    assert axes[0].get_ylim()[1] > 1e4
+
+
+def test_slice_1d_panels() -> None:
+    axes = plots.slice_1d_panels({"gradient": CURVES, "momentum": {"SGD": line(7.0)}, "random": CURVES})
+    assert [ax.get_title() for ax in axes] == ["gradient", "momentum", "random"]
+    assert len({ax.get_ylim() for ax in axes}) == 1
+    np.testing.assert_allclose(curves(axes[1])["SGD"][:, 1], line(7.0).loss.numpy() - 0.5)
+    assert len(axes[0].figure.legends) == 1
+    assert [text.get_text() for text in axes[0].figure.legends[0].get_texts()] == list(OPTIMIZERS)
+
+
+# ------------------------------------------------------------------------------------------------------ two dimensions
+
+
+def test_first_direction_is_horizontal() -> None:
+    result = plane(shape=(7, 13))
+    ax = plots.slice_2d(result, log=False)
+    assert (ax.get_xlim(), ax.get_ylim()) == ((-1.0, 1.0), (-0.5, 0.5))
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("u", "v")
+    assert ax.get_aspect() == 1.0
+    # the loss at a point, read back from the picture: the filled level that holds it
+    contours = filled(ax)
+    loss = result.loss.numpy()
+    for i, j in ((0, 6), (3, 0), (3, 12), (6, 6), (6, 11), (1, 2)):
+        inside = [
+            level
+            for level, path in enumerate(contours.get_paths())
+            if len(path) and path.contains_point((0.999 * float(result.x[i]), 0.999 * float(result.y[j])))
+        ]
+        low, high = contours.levels[inside[0]], contours.levels[inside[-1] + 1]
+        assert low * 0.98 <= loss[i, j] <= high * 1.02
+
+
+def test_lines_lie_where_the_loss_has_their_level() -> None:
+    result = plane(shape=(101, 81))
+    ax = plots.slice_2d(result)
+    (lines,) = [item for item in ax.collections if isinstance(item, QuadContourSet) and not item.filled]
+    assert len(lines.levels) >= 3
+    for level, path in zip(lines.levels, lines.get_paths(), strict=True):
+        x, y = np.asarray(path.vertices).T
+        np.testing.assert_allclose(0.01 + 10 * x**2 + y**2 + 0.5 * x * y, level, rtol=0.05)
+    labels = {text.get_text() for text in lines.labelTexts}
+    assert labels
+    assert labels <= {f"{level:.4g}" for level in lines.levels}
+
+
+def test_one_colour_scale_for_all() -> None:
+    axes = plots.slice_2d(PLANES)
+    contours = [filled(ax) for ax in axes]
+    for item in contours[1:]:
+        np.testing.assert_array_equal(item.levels, contours[0].levels)
+        assert item.norm is contours[0].norm
+        assert item.get_cmap().name == contours[0].get_cmap().name
+    figure = axes[0].figure
+    (bar,) = set(figure.axes) - set(axes)
+    assert bar.get_ylabel() == "loss"
+    smallest = min(float(item.loss.min()) for item in PLANES.values())
+    largest = max(float(item.loss.max()) for item in PLANES.values())
+    assert contours[0].levels[0] <= smallest
+    assert contours[0].levels[-1] >= largest
+    assert contours[0].extend == "neither"
+    low, high = bar.get_ylim()
+    assert (low, high) == pytest.approx((contours[0].levels[0], contours[0].levels[-1]))
+
+
+@pytest.mark.parametrize(
+    ("limits", "extend"),
+    [((0.001, 1000.0), "neither"), ((0.1, 1000.0), "min"), ((0.001, 5.0), "max"), ((0.1, 5.0), "both")],
+)
+@pytest.mark.parametrize("log", [True, False])
+def test_limits_and_arrows(limits: tuple[float, float], extend: str, log: bool) -> None:
+    contours = filled(plots.slice_2d(plane(), limits=limits, log=log))
+    assert contours.extend == extend
+    assert (contours.levels[0], contours.levels[-1]) == limits
+    np.testing.assert_array_less(contours.levels[:-1], contours.levels[1:])
+
+
+@pytest.mark.parametrize(("ratio", "log"), [(5.0, False), (50.0, True), (1e5, True)])
+def test_scale_is_logarithmic_where_the_range_is_large(ratio: float, log: bool) -> None:
+    x = np.linspace(0.0, 1.0, 5)
+    loss = np.geomspace(1.0, ratio, 25).reshape(5, 5)
+    levels = filled(plots.slice_2d(with_surface(x, x, loss, ("u", "v")))).levels
+    steps = np.diff(np.log(levels)) if log else np.diff(levels)
+    assert steps.max() < 2.5 * steps.min()
+    assert 10 <= len(levels) <= 64
+
+
+def test_an_absurd_loss_does_not_take_the_whole_scale() -> None:
+    surface = plane(shape=(11, 11)).loss.numpy().copy()
+    surface[0, 0] = 1e30
+    x = np.linspace(-1.0, 1.0, 11)
+    contours = filled(plots.slice_2d(with_surface(x, x, surface, ("u", "v"))))
+    assert contours.extend == "max"
+    assert contours.levels[-1] < 1e6
+
+
+def test_holes_are_hatched_and_named() -> None:
+    axes = plots.slice_2d({"a": holes(), "b": plane()})
+    figure = axes[0].figure
+    assert axes[0].patch.get_hatch()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["not finite"]
+    covered = [path for path in filled(axes[0]).get_paths() if len(path)]
+    assert not any(path.contains_point((-0.99, -0.45)) for path in covered)
+    assert not any(path.contains_point((0.99, 0.49)) for path in covered)
+    assert any(path.contains_point((0.5, 0.1)) for path in covered)
+    assert not plots.slice_2d({"b": plane()})[0].figure.legends
+
+
+def test_a_slice_without_any_finite_loss_beside_another() -> None:
+    empty = with_surface(np.arange(3.0), np.arange(3.0), np.full((3, 3), np.nan), ("u", "v"))
+    axes = plots.slice_2d({"a": empty, "b": plane()})
+    assert not [item for item in axes[0].collections if isinstance(item, QuadContourSet)]
+    assert filled(axes[1])
+
+
+def test_the_centre_is_marked_where_it_is_in_sight() -> None:
+    assert [item.get_xydata().tolist() for item in plots.slice_2d(plane()).lines] == [[[0.0, 0.0]]]
+    x = np.linspace(1.0, 2.0, 3)
+    assert not plots.slice_2d(with_surface(x, x, np.ones((3, 3)), ("u", "v"))).lines
+
+
+def test_directions_are_named_on_every_panel_where_they_differ() -> None:
+    axes = plots.slice_2d({"a": plane(directions=("p", "q")), "b": plane(directions=("r", "s"))})
+    assert [(ax.get_xlabel(), ax.get_ylabel()) for ax in axes] == [("p", "q"), ("r", "s")]
+    axes = plots.slice_2d(PLANES)
+    assert axes[0].figure.get_supxlabel() == "u"
+    assert [ax.get_ylabel() for ax in axes] == ["v", "", "", ""]
+
+
+def test_surface_has_every_point_at_its_place() -> None:
+    result = plane(shape=(3, 5))
+    ax: Any = plots.surface_3d(result, log=True)
+    (surface,) = ax.collections
+    vertices = np.unique(surface._vec[:3].T.round(12), axis=0)
+    x, y = np.meshgrid(result.x.numpy(), result.y.numpy(), indexing="ij")
+    points = np.stack([x.ravel(), y.ravel(), np.log10(result.loss.numpy()).ravel()], axis=1)
+    np.testing.assert_allclose(vertices, np.unique(points.round(12), axis=0))
+
+
+def test_surface_leaves_out_cells_with_a_hole_and_is_cut_at_the_limits() -> None:
+    ax: Any = plots.surface_3d(holes(), limits=(0.1, 5.0), log=False)
+    (surface,) = ax.collections
+    assert np.isfinite(surface._vec).all()
+    assert surface._vec.shape[1] == 4 * (6 * 12 - 4 - 1)
+    assert (surface._vec[2].min(), surface._vec[2].max()) == (0.1, 5.0)
+    assert ax.get_zlim() == pytest.approx((0.1, 5.0))
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def test_over_training_draws_the_mean_of_each_optimizer() -> None:
+    shuffled = COSINES.sample(frac=1.0, random_state=0)
+    ax = plots.over_training(shuffled, "cosine")
+    drawn = curves(ax)
+    assert list(drawn) == list(OPTIMIZERS)
+    for name, vertices in drawn.items():
+        expected = COSINES[COSINES["optimizer"] == name].groupby("epoch")["cosine"].mean()
+        np.testing.assert_allclose(vertices, np.stack([expected.index, expected], axis=1))
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", "cosine")
+
+
+@pytest.mark.parametrize(
+    ("shift", "given", "drawn"), [(0, None, True), (9, None, False), (9, True, True), (0, False, False)]
+)
+def test_zero_line(shift: float, given: bool | None, drawn: bool) -> None:
+    ax = plots.over_training(COSINES.assign(cosine=COSINES.cosine + shift), "cosine", zero_line=given)
+    flat = [item for item in ax.lines if len(item.get_ydata()) == 2 and not np.any(item.get_ydata())]
+    assert bool(flat) == drawn
+
+
+def test_over_training_takes_steps_and_several_quantities() -> None:
+    frame = STEPS.rename(columns={"epoch": "step"})
+    axes = plots.over_training(frame, {"curvature": "along momentum", "loss_after": "after"}, label="value")
+    assert [ax.get_title() for ax in axes] == ["along momentum", "after"]
+    assert [ax.get_ylabel() for ax in axes] == ["value", ""]
+    assert {ax.get_xlabel() for ax in axes} == {"step"}
+    assert axes[0].get_ylim() == axes[1].get_ylim()
+
+
+def test_over_training_leaves_holes() -> None:
+    frame = STEPS.copy()
+    frame.loc[(frame.optimizer == "SGD") & (frame.seed == 0) & (frame.epoch == 2.0), "curvature"] = np.nan
+    vertices = curves(plots.over_training(frame, "curvature", log=True))["SGD"]
+    assert np.isnan(vertices[:, 1]).tolist() == [False, True, False]
+
+
+def test_eigenvalues_of_two_methods_agree_where_rings_are_centred() -> None:
+    frame = EIGENVALUES[EIGENVALUES["method"] == "lanczos"]
+    frame = pd.concat([frame.assign(method="power"), frame])
+    ax = plots.eigenvalues(frame)
+    markers = [item for item in ax.lines if item.get_marker() not in ("_", "|", "None") and len(item.get_xdata()) == 3]
+    assert len(markers) == 8
+    for filled_in, ring in zip(markers[::2], markers[1::2], strict=True):
+        np.testing.assert_array_equal(filled_in.get_xydata(), ring.get_xydata())
+        assert (filled_in.get_fillstyle(), ring.get_fillstyle()) == ("full", "none")
+    means = summarise(frame[frame["method"] == "power"], ["optimizer", "index"], "value")
+    np.testing.assert_allclose(np.concatenate([item.get_ydata() for item in markers[::2]]), means["value"])
+    assert [text.get_text() for text in ax.get_xticklabels()] == [rf"$\lambda_{{{index}}}$" for index in (1, 2, 3)]
+
+
+def test_eigenvalues_take_a_log_axis_only_where_they_can() -> None:
+    frame = EIGENVALUES.assign(value=10.0 ** EIGENVALUES["index"])
+    assert plots.eigenvalues(frame).get_yscale() == "log"
+    assert plots.eigenvalues(frame.assign(value=-frame["value"])).get_yscale() == "linear"
+    assert plots.eigenvalues(frame, log=False).get_yscale() == "linear"
+    assert plots.eigenvalues(frame.drop(columns="method").drop_duplicates(["optimizer", "seed", "index"])).lines
+
+
+def test_ball_sharpness_draws_the_means_on_two_log_axes() -> None:
+    ax = plots.ball_sharpness(BALLS, value="one_step", label="one step")
+    assert (ax.get_xscale(), ax.get_yscale(), ax.get_ylabel()) == ("log", "log", "one step")
+    for name, vertices in drawn_means(ax).items():
+        expected = BALLS[BALLS["optimizer"] == name].groupby("rho")["one_step"].mean()
+        np.testing.assert_allclose(vertices, np.stack([expected.index, expected], axis=1))
+
+
+def drawn_means(ax: Axes) -> dict[str, npt.NDArray[np.float64]]:
+    """Name to vertices of the markers, by their colour."""
+    colors = {look.color.lower(): name for name, look in plots.look(OPTIMIZERS).items()}
+    return {
+        colors[to_hex(item.get_color())]: np.asarray(item.get_xydata()) for item in ax.lines if len(item.get_xdata())
+    }
+
+
+def test_accuracy_draws_means_intervals_and_seeds() -> None:
+    ax = plots.accuracy(RUNS)
+    points = np.concatenate([np.asarray(item.get_xdata(), dtype=np.float64) for item in ax.lines])
+    for column in ("train_accuracy", "test_accuracy"):
+        for name in OPTIMIZERS:
+            values = RUNS.loc[RUNS["optimizer"] == name, column].to_numpy()
+            interval = mean_interval(values)
+            for value in (*values, *interval[:1], interval.low, interval.high):
+                assert np.isclose(points, value, rtol=1e-12).any()
+    assert [text.get_text() for text in ax.get_yticklabels()] == list(OPTIMIZERS)
+    assert ax.get_ylim()[0] > ax.get_ylim()[1]
+
+
+def test_accuracy_of_one_seed_has_no_interval() -> None:
+    ax = plots.accuracy(RUNS[RUNS["seed"] == 0])
+    assert len(ax.lines) == 2 * len(OPTIMIZERS)
+
+
+def test_perturbation_rise_draws_before_and_after() -> None:
+    axes = plots.perturbation_rise(STEPS)
+    assert [ax.get_title() for ax in axes] == list(OPTIMIZERS)
+    assert len({ax.get_ylim() for ax in axes}) == 1
+    for ax, name in zip(axes, OPTIMIZERS, strict=True):
+        drawn = curves(ax)
+        for column in ("loss_before", "loss_after"):
+            expected = STEPS[STEPS["optimizer"] == name].groupby("epoch")[column].mean()
+            np.testing.assert_allclose(drawn[column.replace("_", " ")][:, 1], expected)
+
+
+def test_the_paper_comes_first_and_others_in_order_of_appearance() -> None:
+    frame = table(["curvature"], optimizers=["Z", "MSAM", "A", "SGD"], epoch=EPOCHS)
+    assert list(curves(plots.over_training(frame, "curvature"))) == ["SGD", "MSAM", "Z", "A"]
+
+
+# --------------------------------------------------------------------------------------------------- files and refusals
+
+
+def test_save_names_the_files_and_leaves_nothing_else(tmp_path: Path) -> None:
+    ax = plots.slice_1d(line())
+    files = plots.save(ax.figure, tmp_path / "new" / "ball_rho0.5", ["svg", "png"])
+    assert [path.name for path in files] == ["ball_rho0.5.svg", "ball_rho0.5.png"]
+    assert sorted((tmp_path / "new").iterdir()) == sorted(files)
+    assert plots.save([ax], tmp_path / "other.png") == [tmp_path / "other.png"]
+    assert plots.save(ax, str(tmp_path / "other"))[0].read_bytes() == files[1].read_bytes()
+
+
+def test_files_have_no_date_and_no_version(tmp_path: Path) -> None:
+    for path in plots.save(plots.slice_1d(line()), tmp_path / "a", ["png", "svg", "pdf"]):
+        content = path.read_bytes()
+        for word in (b"matplotlib", b"Matplotlib", b"CreationDate", b"dc:date", b"tEXt"):
+            assert word not in content
+    assert plt.imread(tmp_path / "a.png").shape[1] == round(200 * plots.COLUMN_WIDTH)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (old,) = plots.save(plots.slice_1d(line()), tmp_path / "a")
+    content = old.read_bytes()
+
+    def fail(self: Figure, path: Path, **options: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        plots.save(plots.slice_1d(line(2.0)), tmp_path / "a")
+    assert list(tmp_path.iterdir()) == [old]
+    assert old.read_bytes() == content
+
+
+DIFFERENT_GRIDS: list[Slice1D] = [line(), line(points=13)]
+NOT_FINITE = with_surface(np.arange(3.0), np.arange(3.0), np.full((3, 3), np.nan), ("u", "v"))
+THIN = with_surface(np.arange(1.0), np.arange(3.0), np.ones((1, 3)), ("u", "v"))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plots.slice_1d({}), "at least one slice"),
+        (lambda: plots.slice_1d({"SGD": []}), "at least one slice"),
+        (lambda: plots.slice_1d(line(), x="norm"), "must be 'coordinate' or 'distance'"),
+        (lambda: plots.slice_1d({"SGD": DIFFERENT_GRIDS}), "'SGD' have different coordinates"),
+        (lambda: plots.slice_1d_panels({}), "at least one panel"),
+        (
+            lambda: plots.slice_1d_panels({"a": line(), "b": line()}, [plt.figure().subplots()]),
+            "2 panels need 2 axes, got 1",
+        ),
+        (lambda: plots.slice_2d({}), "at least one slice"),
+        (lambda: plots.slice_2d(NOT_FINITE), "NaN or infinite"),
+        (lambda: plots.slice_2d(THIN), "two points along each"),
+        (lambda: plots.slice_2d(plane(), limits=(2.0, 1.0)), "lower first"),
+        (lambda: plots.slice_2d(plane(), limits=(0.0, np.inf)), "finite"),
+        (lambda: plots.slice_2d(plane(), limits=(0.0, 1.0), log=True), "positive"),
+        (lambda: plots.surface_3d(plane(), plt.figure().subplots()), "projection='3d'"),
+        (lambda: plots.panels(0), "at least one panel"),
+        (lambda: plots.eigenvalues(RUNS), r"no column \['index', 'value'\]"),
+        (lambda: plots.ball_sharpness(BALLS.iloc[:0]), "no rows"),
+        (lambda: plots.ball_sharpness(pd.concat([BALLS, BALLS])), "one seed several times"),
+        (lambda: plots.over_training(STEPS, "cosine"), r"no column \['cosine'\]"),
+        (lambda: plots.perturbation_rise(STEPS, before="loss"), r"no column \['loss'\]"),
+        (lambda: plots.accuracy(RUNS.assign(test_accuracy=95.0)), "between 0 and 1, got 95"),
+        (lambda: plots.save(plt.figure(), "a", ["gif"]), "formats must be among"),
+        (lambda: plots.save(plt.figure(), "a", []), "formats must be among"),
+    ],
+)
+def test_refuses(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: plots.slice_1d({"SGD": [plane()]}), "expected Slice1D results, got Slice2D under 'SGD'"),  # type: ignore[list-item]
+        (lambda: plots.slice_2d({"SGD": line()}), "expected Slice2D results, got Slice1D under 'SGD'"),  # type: ignore[dict-item]
+        (lambda: plots.save("figure", "a"), "expected a figure or axes on one, got str"),  # type: ignore[arg-type]
+        (lambda: plots.save([], "a"), "expected a figure or axes on one, got list"),
+    ],
+)
+def test_refuses_another_type(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()
