@@ -71,9 +71,10 @@ layers: $(STAMP)  ## import-linter: who may import whom
 	@echo "== layers"
 	@$(BIN)/lint-imports --no-logo --no-cache
 
+# hypothesis: its profile `ci` draws the same examples every time
 tests: $(STAMP)  ## pytest, one thread per worker (PYTEST_ARGS="-k name" to choose, WORKERS=n for more)
 	@echo "== tests"
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --hypothesis-profile=ci $(PYTEST_ARGS)
 
 format: $(STAMP)  ## let ruff repair what it can
 	@$(BIN)/ruff check --quiet --fix . || true
@@ -88,7 +89,7 @@ lowest: $(STAMP)  ## run the tests with the oldest dependencies that setup.cfg a
 	@$(PYTHON) -m venv $(VENV)-lowest
 	@$(PIP:$(VENV)/%=$(VENV)-lowest/%) -c $(VENV)/lowest.txt -e . \
 	    curvlinops-for-pytorch hypothesis ipykernel jupytext nbclient nbformat pytest pytest-xdist 'scikit-learn==1.4.*'
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -q -n $(WORKERS) -W default $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -q -n $(WORKERS) --hypothesis-profile=ci -W default $(PYTEST_ARGS)
 
 # -------------------------------------------------------------------------------------------------------- cleaning
 clean:  ## remove caches and build products

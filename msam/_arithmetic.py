@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 
 import torch
@@ -39,21 +40,28 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     return norm
 
 
-def add_scaled_(weights: list[Tensor], directions: list[Tensor], factor: Tensor) -> None:
-    """Add ``factor · direction`` to each weight in place; ``factor`` is 0-dimensional."""
+def add_scaled_(weights: list[Tensor], directions: list[Tensor], factor: Tensor, *, finite: bool = True) -> None:
+    """Add ``factor · direction`` to each weight in place; ``factor`` is 0-dimensional.
+
+    With ``finite=False`` a factor that is not a number adds nothing, whatever the directions hold.
+    """
     if not weights:
         return
     if weights[0].is_cpu and factor.is_cpu and not torch.compiler.is_compiling():
         # on the CPU a scalar is free to read and spares the product its own memory
-        torch._foreach_add_(weights, directions, alpha=factor.item())
+        multiple = factor.item()
+        if finite or not math.isnan(multiple):
+            torch._foreach_add_(weights, directions, alpha=multiple)
         return
     factors = {device: factor.to(device, non_blocking=True) for device in {w.device for w in weights}}
     for device, local in factors.items():
         here = [i for i, w in enumerate(weights) if w.device == device]
-        product = torch._foreach_mul([directions[i] for i in here], local)
+        along = [directions[i] for i in here]
+        product = list(torch._foreach_mul(along, local)) if finite else scaled(along, local)
         torch._foreach_add_([weights[i] for i in here], product)
 
 
 def scaled(directions: list[Tensor], factor: Tensor) -> list[Tensor]:
-    """Return ``factor · direction`` for each direction, in the direction's dtype; ``factor`` is 0-dimensional."""
-    return [direction * factor.to(direction.device, non_blocking=True) for direction in directions]
+    """Return ``factor · direction`` for each direction, in its dtype; a 0-dimensional ``factor`` of NaN gives zeros."""
+    factors = {device: factor.to(device, non_blocking=True) for device in {d.device for d in directions}}
+    return [(d * factors[d.device]).masked_fill_(factors[d.device].isnan(), 0.0) for d in directions]

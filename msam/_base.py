@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -38,7 +39,8 @@ class PerturbedOptimizer(Optimizer, ABC):
 
     Each parameter group keeps, beside torch's options: ``rho`` (number, 0-dimensional tensor or schedule), ``perturb``
     (bool), ``weight_decay_at``; and as bookkeeping ``displaces`` (which parameters the subset lets move), ``standing``
-    (which are displaced as of the last step) and ``applied`` (the scalar c in ε = c · direction). The first group
+    (which are displaced as of the last step) and ``applied`` (the scalar c in ε = c · direction; not a number where
+    SAM's first gradients overflowed, and then ε = 0). The first group
     also keeps ``steps`` and ``training``. All of it is plain data and travels in ``state_dict``.
 
     Parameters
@@ -231,6 +233,8 @@ class PerturbedOptimizer(Optimizer, ABC):
             In eval mode; for sparse gradients; without a first gradient where two are needed.
         """
         self._require_training()
+        if self._skipped_by_scaler(closure):
+            return None
         if self.perturbation is None or self.perturbation.direction != "gradient":
             loss = self._evaluate(closure)
             self._begin()
@@ -447,6 +451,39 @@ class PerturbedOptimizer(Optimizer, ABC):
         with torch.enable_grad():
             return closure()
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Ask :class:`torch.amp.GradScaler` to call ``step()`` after an overflow too, as SAM has to go back then."""
+        return self._direction_name == "gradient"
+
+    def _skipped_by_scaler(self, closure: Closure | None) -> bool:
+        """Do what GradScaler leaves to optimizers that ask for it; return whether one of the passes overflowed.
+
+        The flag is read on the host where GradScaler itself would read it.
+        """
+        found: Tensor | int | None = getattr(self, "found_inf", None)
+        if found is None:
+            return False
+        if closure is not None:
+            raise RuntimeError(
+                "a GradScaler sees the gradients before step(), got a closure that makes them inside it; call "
+                "first_step() after the first backward() and scaler.step(optimizer) after the second."
+            )
+        applied = self._head["applied"]
+        if applied is not None:
+            found = found + applied.isnan().to(getattr(found, "device", None), non_blocking=True)
+        if found:
+            self._restore()
+            return True
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if scale is not None:
+            inverse = scale.double().reciprocal().float()
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.grad.mul_(inverse.to(p.device, non_blocking=True))
+        return False
+
     def _begin(self) -> None:
         """Check the first gradients and show them to the hooks."""
         self._refuse_sparse()
@@ -513,7 +550,7 @@ class PerturbedOptimizer(Optimizer, ABC):
             for p in members:
                 if not self._needs_copy(p):
                     self.state[p].pop("true_weight", None)  # left by a state saved under another policy
-            add_scaled_(members, self._shaped(members), change)
+            add_scaled_(members, self._shaped(members), change, finite=self._direction_name != "gradient")
             group["standing"] = standing
             if group["applied"] is None:
                 group["applied"] = factor.clone()
@@ -532,8 +569,9 @@ class PerturbedOptimizer(Optimizer, ABC):
             return []
         everyone = [self._members(group) for group in self.param_groups]
         flat = [p for members in everyone for p in members]
+        climbs = perturbation.direction == "gradient"
         norm = None
-        if perturbation.normalize == "l2":
+        if perturbation.normalize == "l2" or climbs:
             norm = global_norm(perturbation.measured(self._directions(flat), flat))
         plan = []
         for group, members, rho in zip(self.param_groups, everyone, rhos, strict=True):
@@ -542,6 +580,8 @@ class PerturbedOptimizer(Optimizer, ABC):
                 factor = -factor
             if not isinstance(factor, Tensor):
                 factor = torch.full((), factor, dtype=widest_dtype(flat), device=flat[0].device if flat else None)
+            if climbs and norm is not None:
+                factor = torch.where(norm.isfinite(), factor, math.nan)  # an overflow under loss scaling, say
             plan.append((group, members, factor))
         return plan
 

@@ -401,6 +401,7 @@ class NAG(PerturbedSGD):
         weight_decay_at: WeightDecayAt = "perturbed",
         **options: Unpack[NAGOptions],
     ) -> None:
+        require_nonnegative("momentum", momentum)
         perturbation = Perturbation(direction="momentum", rho=momentum, normalize="lr")
         super().__init__(
             params,

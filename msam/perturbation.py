@@ -116,14 +116,16 @@ class Perturbation:
 
     def measured(self, directions: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
         """Return what the norm is taken of: ``d``, or ``T d`` when scaled; shapes as given."""
-        if self.scale == "none":
+        if self.scale == "none" or not directions:
             return directions
         return list(torch._foreach_mul(torch._foreach_abs(weights), directions))
 
     def shaped(self, directions: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
         """Return what ε is a multiple of: ``d``, ``T² d`` or ``T d``; shapes as given."""
         along = self.measured(directions, weights)
-        return list(torch._foreach_mul(torch._foreach_abs(weights), along)) if self.scale == "adaptive" else along
+        if self.scale != "adaptive" or not directions:
+            return along
+        return list(torch._foreach_mul(torch._foreach_abs(weights), along))
 
     def factor(self, norm: Tensor | None, rho: Number, lr: Number) -> Number:
         """Return the multiple: ``s ρ / ‖·‖`` (0 where the norm is 0), ``s ρ`` or ``s ρ lr``.

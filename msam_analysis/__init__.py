@@ -1,7 +1,8 @@
-"""Probes of trained networks and of running training: how flat is this minimum, and why did the optimizer go there?
+"""Probes of trained networks and of running training.
 
-An :class:`Objective` is the loss as a function of the weights. Every measurement is a plain function of one and returns
-a frozen result with its own error; every picture is a plain function of a result.
+How flat is this minimum, and why did the optimizer go there? An :class:`Objective` is the loss as a function of the
+weights. Every measurement is a plain function of one and returns a frozen result with its own error; every picture is a
+plain function of a result.
 """
 
 from msam_analysis import checkpoints, directions, plots, probes, results

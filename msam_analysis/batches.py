@@ -27,8 +27,8 @@ class Batches:
     Parameters
     ----------
     data
-        A loader that does not shuffle, a list of batches, or a single batch: a tuple of tensors such as ``(x, y)``, or a
-        mapping of tensors. A re-iterable of any other kind also works.
+        A loader that does not shuffle, a list of batches, or a single batch: a tuple of tensors such as ``(x, y)``,
+        or a mapping of tensors. A re-iterable of any other kind also works.
     device
         Where batches are moved.
     dtype
@@ -102,8 +102,8 @@ class Batches:
         again = [_fingerprint(raw) for raw in _read(self._source, seed=1)]
         if again != sums:
             raise ValueError(
-                "the data differs between two passes (it shuffles, or augments at random): expected the same batches every "
-                "time; use DataLoader(..., shuffle=False) without random augmentation, or pass list(loader) to freeze one pass"
+                "the data differs between two passes (it shuffles, or augments at random): expected the same batches; "
+                "use DataLoader(..., shuffle=False) without random augmentation, or pass list(loader) to freeze one pass"
             )
 
 
@@ -141,7 +141,9 @@ def _as_source(data: object) -> Iterable[Batch]:
     if isinstance(data, DataLoader):
         _refuse_shuffling(data)
         return data
-    if isinstance(data, Mapping) or (isinstance(data, tuple) and data and all(isinstance(item, Tensor) for item in data)):
+    if isinstance(data, Mapping) or (
+        isinstance(data, tuple) and data and all(isinstance(item, Tensor) for item in data)
+    ):
         return [data]
     if isinstance(data, Tensor):
         raise TypeError("data is a bare tensor: expected batches; pass one batch as a tuple (inputs, targets)")
@@ -152,7 +154,9 @@ def _as_source(data: object) -> Iterable[Batch]:
     if isinstance(data, list | tuple):
         return list(data)
     if not isinstance(data, Iterable):
-        raise TypeError(f"data must be batches that can be iterated, got {type(data).__name__}: pass a loader or a list")
+        raise TypeError(
+            f"data must be batches that can be iterated, got {type(data).__name__}: pass a loader or a list"
+        )
     if iter(data) is data:
         raise TypeError("data is an iterator, which can be read only once: pass list(data), or a loader")
     return data
@@ -166,8 +170,8 @@ def _refuse_shuffling(loader: DataLoader[Any]) -> None:
         )
         if shuffles:
             raise ValueError(
-                f"the loader shuffles (its sampler is a {type(sampler).__name__}): expected the same batches at every pass; "
-                "use DataLoader(..., shuffle=False)"
+                f"the loader shuffles (its sampler is a {type(sampler).__name__}): expected the same batches at "
+                "every pass; use DataLoader(..., shuffle=False)"
             )
 
 
@@ -209,8 +213,8 @@ def count_samples(batch: Batch) -> int:
         if tensor.ndim > 0:
             return tensor.shape[0]
     raise TypeError(
-        f"a batch holds no tensor with a sample dimension (got {type(batch).__name__}): expected (inputs, targets), or a "
-        "mapping of tensors whose first dimension counts samples"
+        f"a batch holds no tensor with a sample dimension (got {type(batch).__name__}): expected (inputs, "
+        "targets), or a mapping of tensors whose first dimension counts samples"
     )
 
 

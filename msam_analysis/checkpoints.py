@@ -20,8 +20,7 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a state dict from a ``.safetensors`` file or a ``torch.save`` file.
 
     A ``torch.save`` file is read with ``weights_only=True``: a file that would run code is refused. A state dict nested
-    under ``model``, ``state_dict``, ``model_state_dict`` or ``weights`` is found, and the prefixes that
-    ``DistributedDataParallel`` and ``torch.compile`` add to names are removed.
+    under ``model``, ``state_dict``, ``model_state_dict`` or ``weights`` is found.
 
     Parameters
     ----------
@@ -45,13 +44,20 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no checkpoint at {path}: expected a .safetensors or torch.save file; check the path")
     try:
         content = (
-            load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} holds more than tensors and plain containers, which only running it could restore: expected "
+            "a .safetensors file or torch.save(model.state_dict(), path); nothing in it was run"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"{path} cannot be read as plain weights ({reason}): expected a .safetensors file or "
-            "torch.save(model.state_dict(), path); nothing in it was run"
+            f"{path} cannot be read as weights ({reason}): the file is damaged or of another kind; expected "
+            "a .safetensors file or torch.save(model.state_dict(), path)"
         ) from None
     for key in _NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -61,15 +67,14 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(
             f"{path} holds no state dict (found {came}): expected names to tensors, alone or under one of {_NESTED}"
         )
-    weights = dict(content)
-    for prefix in _WRAPPERS:
-        if all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    return weights
+    return dict(content)
 
 
 def load_model(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:
     """Build a model and load a checkpoint into it, every name and shape matching.
+
+    The prefixes that ``DistributedDataParallel`` and ``torch.compile`` add to names are removed where the model's own
+    names do not have them.
 
     Parameters
     ----------
@@ -95,6 +100,9 @@ def load_model(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model factory must return a torch.nn.Module, got {type(model).__name__}")
     expected = model.state_dict()
+    for prefix in _WRAPPERS:
+        if all(name.startswith(prefix) for name in weights) and not all(name.startswith(prefix) for name in expected):
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     missing = [name for name in expected if name not in weights]
     unexpected = [name for name in weights if name not in expected]
     reshaped = [n for n in expected if n in weights and expected[n].shape != weights[n].shape]

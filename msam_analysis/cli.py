@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 from torch import nn
 
@@ -40,9 +43,7 @@ def study_command(
 ) -> None:
     """Train SGD, NAG, SAM and MSAM, measure them, and write tables, figures and a report. Resumes where it stopped."""
     chosen = None if exhibits in (None, "all") else [name.strip() for name in str(exhibits).split(",") if name.strip()]
-    page = run_study(
-        workload, seeds=seeds, out=out, figures=figures, exhibits=chosen, jobs=jobs, progress=not quiet
-    )
+    page = run_study(workload, seeds=seeds, out=out, figures=figures, exhibits=chosen, jobs=jobs, progress=not quiet)
     typer.echo(f"report: {page}\nreport: {page.with_suffix('.md')}\ntables: {page.parent / 'tables'}")
 
 
@@ -51,9 +52,7 @@ def measure_command(
     checkpoints: Annotated[list[Path], typer.Argument(help="Saved weights: .safetensors or torch.save files.")],
     model: Annotated[str, typer.Option(help="package.module:factory, called without arguments; returns the module.")],
     data: Annotated[str, typer.Option(help="package.module:factory; returns batches, or (batches, loss_fn).")],
-    loss: Annotated[
-        str | None, typer.Option(help="package.module:factory of loss_fn; default cross-entropy.")
-    ] = None,
+    loss: Annotated[str | None, typer.Option(help="package.module:factory of loss_fn; default cross-entropy.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for metrics.csv and the full results.")] = None,
     rho: Annotated[list[float] | None, typer.Option(help="Radius of an L2 ball; may be given several times.")] = None,
     eigenvalues: Annotated[int, typer.Option(help="How many of the Hessian's largest eigenvalues.")] = 5,
@@ -61,7 +60,7 @@ def measure_command(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: where the model is.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
 ) -> None:
-    """Print and save the sharpness metrics of checkpoints: loss, λ1..λ5, trace, largest rise in a ball, average rise."""
+    """Print and save sharpness metrics of checkpoints: loss, λ1..λ5, trace, largest rise in a ball, average rise."""
     factory, batches = load_object(model), load_object(data)()
     loss_fn: Any = nn.CrossEntropyLoss()
     if isinstance(batches, tuple) and len(batches) == 2 and callable(batches[1]):
@@ -82,11 +81,15 @@ def measure_command(
                 radii=tuple(rho) if rho else RADII,
                 eigenvalues=eigenvalues,
                 seed=seed,
-                tick=lambda what, name=name, status=status: status.update(f"{name}: {what} ..."),
+                tick=partial(_show, status, name),
             )
         _print(console, str(path), objective, metrics)
         save(metrics, folder / name)
         console.print(f"saved in {folder / name}", highlight=False, soft_wrap=True)
+
+
+def _show(status: Status, name: str, what: str) -> None:
+    status.update(f"{name}: {what} ...")
 
 
 def as_policy(name: str) -> Policy:
@@ -100,7 +103,9 @@ def load_object(reference: str) -> Callable[[], Any]:
     Raises
     ------
     ValueError
-        The reference is not of that form, or names nothing that can be called.
+        The reference is not of that form, or names nothing.
+    TypeError
+        What it names cannot be called.
     """
     module_name, colon, attribute = reference.partition(":")
     if not (module_name and colon and attribute):
@@ -110,13 +115,15 @@ def load_object(reference: str) -> Callable[[], Any]:
     try:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
-        raise ValueError(f"cannot import {module_name!r} ({error}): check the name and the folder you are in") from error
+        raise ValueError(
+            f"cannot import {module_name!r} ({error}): check the name and the folder you are in"
+        ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{module_name!r} has no {attribute!r}: check the name after the colon")
         found = getattr(found, part)
     if not callable(found):
-        raise ValueError(f"{reference!r} is a {type(found).__name__}: expected a function without arguments")
+        raise TypeError(f"{reference!r} is a {type(found).__name__}: expected a function without arguments")
     return found  # type: ignore[no-any-return]  # callable, as just checked
 
 
@@ -135,9 +142,10 @@ def _print(console: Console, title: str, objective: Objective, metrics: Metrics)
     table.add_column("value", justify="right")
     table.add_column("±", justify="right")
     table.add_column("what it is")
-    for row in metrics.table.itertuples(index=False):
-        uncertainty = "" if row.uncertainty != row.uncertainty else f"{row.uncertainty:.2g}"
-        table.add_row(str(row.metric), f"{row.value:.5g}", uncertainty, str(row.meaning))
+    for row in metrics.table.to_dict("records"):
+        uncertainty = float(row["uncertainty"])
+        shown = "" if math.isnan(uncertainty) else f"{uncertainty:.2g}"
+        table.add_row(str(row["metric"]), f"{row['value']:.5g}", shown, str(row["meaning"]))
     console.print(table)
 
 
@@ -149,7 +157,9 @@ def main() -> None:
         typer.echo(f"msam-analysis: {error}", err=True)
         raise SystemExit(2) from None
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("msam-analysis: interrupted; finished runs are kept, and the same command goes on from them", err=True)
+        typer.echo(
+            "msam-analysis: interrupted; finished runs are kept, and the same command goes on from them", err=True
+        )
         raise SystemExit(130) from None
 
 

@@ -40,7 +40,9 @@ class Direction:
         """L2 norm of the whole vector."""
         return float(self.vector.double().norm() if self.vector.device.type != "mps" else self.vector.norm())
 
-    def normalized(self, objective: Objective, normalize: Normalization = "filter", *, one_d: bool = False) -> Direction:
+    def normalized(
+        self, objective: Objective, normalize: Normalization = "filter", *, one_d: bool = False
+    ) -> Direction:
         """Return the direction rescaled; see :func:`normalized`."""
         vector = normalized(self.vector, objective.layout, objective.point(), normalize, one_d=one_d)
         return replace(self, vector=vector, name=f"{self.name}, {_label(normalize, one_d)}")
@@ -93,7 +95,8 @@ def normalized(
         norm = torch.linalg.vector_norm(vector, dtype=_wide(vector))
         if not float(norm) > 0:
             raise ValueError("the direction is zero: expected a direction with a positive norm to give it length 1")
-        return (vector / norm).to(vector.dtype)
+        unit: Tensor = (vector / norm).to(vector.dtype)
+        return unit
     scaled = vector.clone()
     for piece, weight in zip(layout.views(scaled).values(), layout.views(weights).values(), strict=True):
         if piece.ndim < 2 and not one_d:
@@ -124,7 +127,7 @@ def random(
     weights = objective.point()
     draw = gaussian(objective.size, 1, seed=seed, like=weights)[:, 0]
     vector = normalized(draw, objective.layout, weights, normalize, one_d=one_d)
-    return Direction(vector, f"random, {_label(normalize, one_d)}")
+    return Direction(vector, f"random {seed}, {_label(normalize, one_d)}")
 
 
 def gradient(objective: Objective, normalize: Normalization = "none") -> Direction:
@@ -142,8 +145,8 @@ def momentum(
     optimizer
         Any optimizer with ``momentum_buffer`` or ``exp_avg`` in its state.
     objective
-        Whose parameter order and subset to follow. Without it, the order of the optimizer's parameters is used, which is
-        the objective's if both were made from ``model.parameters()`` with nothing frozen.
+        Whose parameter order and subset to follow. Without it, the order of the optimizer's parameters is used, which
+        is the objective's if both were made from ``model.parameters()`` with nothing frozen.
     normalize
         See :func:`normalized`; only ``"none"`` and ``"l2"`` without an objective.
 
@@ -171,7 +174,14 @@ def eigenvector(objective: Objective, index: int = 0, *, seed: int = 0) -> Direc
     """Return the unit eigenvector of the Hessian's eigenvalue number ``index`` from the top (0: the largest).
 
     Its sign, which mathematics leaves open, is fixed so that its entry of largest magnitude is positive.
+
+    Raises
+    ------
+    ValueError
+        ``index`` is negative or not below ``objective.size``.
     """
+    if not 0 <= index < objective.size:
+        raise ValueError(f"index must be from 0 (the largest) to {objective.size - 1}, got {index}")
     pairs = top_eigenvalues(objective, index + 1, seed=seed)
     vector = pairs.vectors[:, index]
     return Direction(vector * vector[vector.abs().argmax()].sign(), f"eigenvector {index + 1}")

@@ -35,8 +35,15 @@ class HasHessian(Protocol):
 
 
 def as_operator(target: SymmetricOperator | HasHessian) -> SymmetricOperator:
-    """Return the operator itself, or the Hessian of an objective."""
-    return target if isinstance(target, SymmetricOperator) else target.hessian()
+    """Return the operator itself, or the Hessian of an objective; ``TypeError`` for anything else."""
+    if isinstance(target, SymmetricOperator):
+        return target
+    if not hasattr(target, "hessian"):
+        raise TypeError(
+            f"expected an Objective or a SymmetricOperator, got {type(target).__name__}: wrap a model and its data in "
+            "msam_analysis.Objective, or a matrix in msam_analysis.MatrixOperator"
+        )
+    return target.hessian()
 
 
 @dataclass
@@ -57,10 +64,9 @@ class Subspace:
     def __post_init__(self) -> None:
         """Reserve the memory once."""
         shape = (self.operator.size, self.capacity)
-        like = {"dtype": self.operator.dtype, "device": self.operator.device}
-        self._q = torch.empty(shape, **like)  # type: ignore[arg-type]  # a dict of mixed keyword types
-        self._aq = torch.empty(shape, **like)  # type: ignore[arg-type]  # a dict of mixed keyword types
-        self.projection = torch.zeros(0, 0, dtype=torch.float64)
+        self._q = torch.empty(shape, dtype=self.operator.dtype, device=self.operator.device)
+        self._aq = torch.empty_like(self._q)
+        self.projection: Tensor = torch.zeros(0, 0, dtype=torch.float64)
 
     @property
     def columns(self) -> int:
@@ -70,12 +76,14 @@ class Subspace:
     @property
     def q(self) -> Tensor:
         """``Q``, shape ``(size, columns)``."""
-        return self._q[:, : self.columns]
+        columns: Tensor = self._q[:, : self.columns]
+        return columns
 
     @property
     def aq(self) -> Tensor:
         """``A Q``, shape ``(size, columns)``."""
-        return self._aq[:, : self.columns]
+        columns: Tensor = self._aq[:, : self.columns]
+        return columns
 
     def expand(self, vectors: Tensor) -> int:
         """Add the parts of ``vectors`` that are new, at one product each; return how many there were."""
@@ -157,7 +165,7 @@ def top_eigenvalues(
         ``"largest"`` (default) and ``"smallest"`` algebraic values, or ``"magnitude"``.
     tolerance
         A pair has converged when ``‖A v − λ v‖ ≤ tolerance · |λ|``, or below what rounding allows
-        (``30 eps max|λ|``). The error of the value is at most the residual, and about ``residual² / gap``.
+        (``30 eps ‖A‖``). The error of the value is at most the residual, and about ``residual² / gap``.
         Default 1e-4, so that values are right to more digits than figures show.
     max_hvps
         Budget of products; default ``min(40 k + 400, ...)`` for Lanczos and ten times that for power iteration.
@@ -174,7 +182,8 @@ def top_eigenvalues(
     Raises
     ------
     ValueError
-        ``k``, ``method``, ``which``, ``tolerance`` or ``start`` is out of range, or the operator returns NaN or infinity.
+        ``k``, ``method``, ``which``, ``tolerance`` or ``start`` is out of range, or the operator returns NaN or
+        infinity.
 
     Warns
     -----
@@ -191,8 +200,8 @@ def top_eigenvalues(
         guess = torch.cat([warm / warm.norm(dim=0).clamp_min(torch.finfo(warm.dtype).tiny), guess], dim=1)
     solver = _lanczos if method == "lanczos" else _power
     budget = max_hvps if max_hvps is not None else (40 * k + 400) * (1 if method == "lanczos" else 10)
-    values, vectors, residuals = solver(operator, k, which, tolerance, budget, guess, seed)
-    converged = bool((residuals <= _threshold(values, tolerance, operator.dtype)).all())
+    values, vectors, residuals, norm = solver(operator, k, which, tolerance, budget, guess, seed)
+    converged = bool((residuals <= _threshold(values, norm, tolerance, operator.dtype)).all())
     hvps = operator.products - before
     if not converged:
         warnings.warn(
@@ -241,9 +250,9 @@ def _check(
         raise ValueError(f"start must have shape ({operator.size},) or ({operator.size}, p), got {tuple(start.shape)}")
 
 
-def _threshold(values: Tensor, tolerance: float, dtype: torch.dtype) -> Tensor:
-    rounding = 30 * torch.finfo(dtype).eps * values.abs().max()
-    return (tolerance * values.abs()).clamp_min(float(rounding))
+def _threshold(values: Tensor, norm: float, tolerance: float, dtype: torch.dtype) -> Tensor:
+    """Return the residual at which each value has converged; ``norm`` estimates ``‖A‖``, the scale of rounding."""
+    return (tolerance * values.abs()).clamp_min(30 * torch.finfo(dtype).eps * norm)
 
 
 def _finite(basis: Subspace) -> None:
@@ -256,7 +265,7 @@ def _finite(basis: Subspace) -> None:
 
 def _lanczos(
     operator: SymmetricOperator, k: int, which: Which, tolerance: float, budget: int, guess: Tensor, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, float]:
     affordable = _BASIS_BYTES // (2 * operator.size * torch.finfo(operator.dtype).bits // 8)
     capacity = min(operator.size, max(k + guess.shape[1] + 10, min(4 * k + 60, affordable)))
     basis = Subspace(operator, capacity)
@@ -265,12 +274,14 @@ def _lanczos(
     probes = _Probes(operator, seed)
     chain = 0  # vectors of the second chain so far
     believed: Tensor | None = None  # the wanted values when it began
+    norm = 0.0
     while True:
         _finite(basis)
         values, coefficients, residuals = basis.ritz(which, k)
         norms = residuals.norm(dim=0).double().cpu()
         wanted = values[:k]
-        limits = _threshold(wanted, tolerance, operator.dtype)
+        norm = max(norm, float(values.abs().max()))
+        limits = _threshold(wanted, norm, tolerance, operator.dtype)
         done = len(wanted) == k and bool((norms <= limits).all())
         confirmed = (
             done
@@ -279,7 +290,7 @@ def _lanczos(
             and _nothing_beyond(basis, chain, coefficients[:, :k], wanted[-1], float(limits[-1]), which)
         )
         if confirmed or basis.columns == operator.size or operator.products - spent >= budget:
-            return wanted, basis.q @ coefficients[:, :k].to(basis.q), norms
+            return wanted, basis.q @ coefficients[:, :k].to(basis.q), norms, norm
         if basis.columns == capacity:
             basis.compress(coefficients[:, : min(capacity - 2, k + 8)])
             chain, believed = 0, None
@@ -295,10 +306,8 @@ def _lanczos(
         chain += 1
 
 
-def _nothing_beyond(
-    basis: Subspace, steps: int, wanted: Tensor, last: Tensor, limit: float, which: Which
-) -> bool:
-    """Tell whether the newest ``steps`` vectors, cleared of the wanted ones, show nothing beyond the last wanted value."""
+def _nothing_beyond(basis: Subspace, steps: int, wanted: Tensor, last: Tensor, limit: float, which: Which) -> bool:
+    """Tell whether the newest ``steps`` vectors, cleared of the wanted ones, show nothing beyond the last of these."""
     if steps < 2:
         return False
     chain = torch.eye(basis.columns, dtype=torch.float64)[:, -steps:]
@@ -334,22 +343,27 @@ class _Probes:
 
 def _power(
     operator: SymmetricOperator, k: int, which: Which, tolerance: float, budget: int, guess: Tensor, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, float]:
     width = min(operator.size, k + max(k, 4))
     fill = gaussian(operator.size, width, seed=seed + 1, like=guess)
     block = orthonormalize(torch.cat([guess, fill], dim=1))[:, :width]
     sign = -1.0 if which == "smallest" else 1.0
     shift = 0.0
-    locked, locked_values, locked_norms = guess[:, :0], guess.new_zeros(0).double().cpu(), guess.new_zeros(0).double().cpu()
+    locked, locked_values, locked_norms = (
+        guess[:, :0],
+        guess.new_zeros(0).double().cpu(),
+        guess.new_zeros(0).double().cpu(),
+    )
     spent = operator.products
+    norm = 0.0
     while True:
         basis = Subspace(operator, block.shape[1])
         basis.expand(block)
         _finite(basis)
         values, coefficients, residuals = basis.ritz(which, k - locked.shape[1])
         norms = residuals.norm(dim=0).double().cpu()
-        seen = torch.cat([locked_values, values])
-        limits = _threshold(seen, tolerance, operator.dtype)[len(locked_values) :]
+        norm = max(norm, float(values.abs().max()))
+        limits = _threshold(values, norm, tolerance, operator.dtype)
         vectors = basis.q @ coefficients.to(basis.q)
         small = norms <= limits[: len(norms)]
         ready = int(small.long().cumprod(0).sum())
@@ -358,7 +372,7 @@ def _power(
             every = torch.cat([locked_values, values[: len(norms)]])
             order = ordering(every, which)
             stacked = torch.cat([locked, vectors[:, : len(norms)]], dim=1)
-            return every[order], stacked[:, order.to(stacked.device)], torch.cat([locked_norms, norms])[order]
+            return every[order], stacked[:, order.to(stacked.device)], torch.cat([locked_norms, norms])[order], norm
         locked = torch.cat([locked, vectors[:, :ready]], dim=1)
         locked_values = torch.cat([locked_values, values[:ready]])
         locked_norms = torch.cat([locked_norms, norms[:ready]])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,13 +103,12 @@ def slice_2d(
     ValueError
         As for :func:`slice_1d`.
     """
-    first, second = (as_direction(direction, objective) for direction in directions)
+    first, second = (as_direction(direction, objective) for direction in _two(directions, "directions"))
     if coordinates is None:
-        radii = radius if isinstance(radius, tuple) else (radius, radius)
-        counts = points if isinstance(points, tuple) else (points, points)
+        radii, counts = _two(radius, "radii"), _two(points, "numbers of points")
         x, y = (_grid(r, n) for r, n in zip(radii, counts, strict=True))
     else:
-        x, y = (_explicit(axis) for axis in coordinates)
+        x, y = (_explicit(axis) for axis in _two(coordinates, "coordinates"))
     pairs = torch.cartesian_prod(x, y).reshape(-1, 2)
     losses = _sweep(objective, [first.vector, second.vector], pairs, progress).reshape(len(x), len(y))
     product = first.norm * second.norm
@@ -140,6 +140,16 @@ def _sweep(objective: Objective, directions: list[Tensor], coordinates: Tensor, 
 
 def _center(losses: Tensor, at_center: Tensor, objective: Objective) -> float:
     return float(losses[at_center][0]) if bool(at_center.any()) else float(objective.loss())
+
+
+def _two(value: Any, name: str) -> tuple[Any, Any]:
+    """Return a pair: as given, or a single number twice."""
+    if isinstance(value, int | float):
+        return value, value
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        came = f"{len(value)} of them" if isinstance(value, tuple | list) else f"a {type(value).__name__}"
+        raise ValueError(f"expected two {name}, one for x and one for y; got {came}")
+    return value[0], value[1]
 
 
 def _grid(radius: float, points: int) -> Tensor:

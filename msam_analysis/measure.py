@@ -97,5 +97,7 @@ def measure(
     say("average sharpness")
     average = average_sharpness(objective, sigma, adaptive=True, seed=seed)
     results["average"] = average
-    add(f"average σ={sigma:g}", average.value, average.standard_error, "mean loss rise under noise σ|w|; standard error")
+    add(
+        f"average σ={sigma:g}", average.value, average.standard_error, "mean loss rise under noise σ|w|; standard error"
+    )
     return Metrics(pd.DataFrame(rows), results)

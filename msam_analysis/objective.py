@@ -38,16 +38,17 @@ _GRAPH_BYTES = 2 * 2**30
 class Objective:
     r"""The full-data loss ``L(w) = Σ_b n_b ℓ_b(w) / Σ_b n_b`` of a model, seen as a function of a flat vector.
 
-    ``ℓ_b`` is the mean loss of batch ``b`` and ``n_b`` its number of samples, so that a ragged last batch weighs what it
-    holds. Sums are accumulated in float64 (float32 where a device has no float64).
+    ``ℓ_b`` is the mean loss of batch ``b`` and ``n_b`` its number of samples, so that a ragged last batch weighs what
+    it holds. Sums are accumulated in float64 (float32 where a device has no float64).
 
     Parameters
     ----------
     model
-        Any module; it is not modified. Wrappers of ``torch.compile`` and ``DistributedDataParallel`` are looked through.
+        Any module; it is not modified. Wrappers of ``torch.compile`` and ``DistributedDataParallel`` are looked
+        through.
     loss_fn
-        ``criterion(output, target)`` for batches ``(input, target)``; ``loss_fn(model, batch)`` for batches of any other
-        kind. It returns a mean over the batch's samples, or a pair ``(sum, count)``, for example over tokens.
+        ``criterion(output, target)`` for batches ``(input, target)``; ``loss_fn(model, batch)`` for batches of any
+        other kind. It returns a mean over the batch's samples, or a pair ``(sum, count)``, for example over tokens.
     data
         A loader that does not shuffle, a list of batches, or one batch.
     batchnorm
@@ -57,8 +58,8 @@ class Objective:
         Which parameters the vector holds: ``None`` for every one with ``requires_grad``, name patterns, or a predicate.
         All others stay at their current values.
     device, dtype
-        Where and in what precision to evaluate; default: those of the model's parameters. ``torch.float64`` is the way to
-        reference values. Floating-point inputs are cast to ``dtype`` when it is given.
+        Where and in what precision to evaluate; default: those of the model's parameters. ``torch.float64`` is the
+        way to reference values. Floating-point inputs are cast to ``dtype`` when it is given.
     graph_bytes
         Memory that kept gradient graphs may take in :meth:`hessian`; default 2 GiB. More batches kept means faster
         Hessian-vector products (about 2.2 gradients instead of 3.8); the others are rebuilt at every product.
@@ -116,6 +117,7 @@ class Objective:
         self._skeleton.eval()
         if batchnorm == "batch":
             use_batch_statistics(self._skeleton)
+        self._loss_module = _LossModule(self._skeleton, loss_fn)
         self._sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64
 
     @property
@@ -212,7 +214,7 @@ class Objective:
         return self.loss_and_gradient(w)[1]
 
     def loss_and_gradient(self, w: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return ``L(w)`` and ``∇L(w)`` from one forward and one backward pass; arguments and errors as for :meth:`loss`.
+        """Return ``L(w)`` and ``∇L(w)`` from one forward and one backward pass; otherwise as :meth:`loss`.
 
         Raises
         ------
@@ -278,9 +280,7 @@ class Objective:
     def _constants(self) -> dict[str, Tensor]:
         """Return copies of the buffers, and the parameters outside the selection, as constants."""
         fixed = {
-            name: parameter.detach()
-            for name, parameter in self.model.named_parameters()
-            if name not in self.parameters
+            name: parameter.detach() for name, parameter in self.model.named_parameters() if name not in self.parameters
         }
         buffers = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
         return {name: self._converted(tensor) for name, tensor in (fixed | buffers).items()}
@@ -306,11 +306,7 @@ class Objective:
             yield yielded
 
     def _evaluate(self, tensors: dict[str, Tensor], batch: Batch) -> tuple[Tensor, float]:
-        model = _Bound(self._skeleton, tensors)
-        if isinstance(batch, list | tuple) and len(batch) == 2:
-            returned = self.loss_fn(model(batch[0]), batch[1])
-        else:
-            returned = self.loss_fn(model, batch)
+        returned = functional_call(self._loss_module, {f"model.{name}": t for name, t in tensors.items()}, (batch,))
         if isinstance(returned, tuple):
             total, count = returned
             weight = float(count)
@@ -427,18 +423,19 @@ class _GraphMeter:
         return tensor.detach()
 
 
-class _Bound:
-    """A module whose parameters and buffers are given tensors; whatever else is asked of it, the module answers."""
+class _LossModule(nn.Module):
+    """Batch in, loss out: so that a point can be put in place of every tensor of the model while the loss runs."""
 
-    def __init__(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-        self._module = module
-        self._tensors = tensors
+    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_fn = loss_fn
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self._module, self._tensors, args, kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+    def forward(self, batch: Batch) -> Tensor | tuple[Tensor, Tensor | float]:
+        """Return what ``loss_fn`` returns."""
+        if isinstance(batch, list | tuple) and len(batch) == 2:
+            return self.loss_fn(self.model(batch[0]), batch[1])
+        return self.loss_fn(self.model, batch)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -453,8 +450,8 @@ def _private_copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model, shared)
     except Exception as error:
         raise ValueError(
-            f"the model cannot be copied ({type(error).__name__}: {error}): expected a module that copy.deepcopy accepts; "
-            "remove attributes that hold open files, locks or tensors with a history"
+            f"the model cannot be copied ({type(error).__name__}: {error}): expected a module that copy.deepcopy "
+            "accepts; remove attributes that hold open files, locks or tensors with a history"
         ) from error
 
 
@@ -470,8 +467,10 @@ def _scalar(value: Any, what: str) -> Tensor:
 def _gradients(value: Tensor, leaves: dict[str, Tensor], *, create_graph: bool = False) -> list[Tensor]:
     if not value.requires_grad:
         raise ValueError(
-            f"the loss depends on none of the {len(leaves)} selected parameters ({', '.join(list(leaves)[:3])}, ...): expected "
-            "a differentiable loss of them; select other parameters, and check that nothing detaches or runs under no_grad"
+            f"the loss depends on none of the {len(leaves)} selected parameters ({', '.join(list(leaves)[:3])}, "
+            "...): expected "
+            "a differentiable loss of them; select other parameters, and check that nothing detaches or runs "
+            "under no_grad"
         )
     return list(
         torch.autograd.grad(

@@ -34,7 +34,9 @@ class SymmetricOperator(abc.ABC):
         What the operator was built on; copied into every result.
     """
 
-    def __init__(self, size: int, *, dtype: torch.dtype, device: torch.device, settings: Settings | None = None) -> None:
+    def __init__(
+        self, size: int, *, dtype: torch.dtype, device: torch.device, settings: Settings | None = None
+    ) -> None:
         self.size = size
         self.dtype = dtype
         self.device = device
@@ -71,7 +73,9 @@ class SymmetricOperator(abc.ABC):
     def matmat(self, matrix: Tensor) -> Tensor:
         """Return ``A V`` for the columns of a ``(size, p)`` matrix; same errors as :meth:`matvec`."""
         if matrix.ndim != 2 or matrix.shape[0] != self.size:
-            raise ValueError(f"expected a matrix of shape ({self.size}, p), got {tuple(matrix.shape)}: vectors are columns")
+            raise ValueError(
+                f"expected a matrix of shape ({self.size}, p), got {tuple(matrix.shape)}: vectors are columns"
+            )
         if matrix.shape[1] == 0:
             return matrix.to(dtype=self.dtype, device=self.device)
         return torch.stack([self.matvec(column) for column in matrix.unbind(1)], dim=1)
@@ -87,7 +91,7 @@ class SymmetricOperator(abc.ABC):
         def apply(vector: np.ndarray) -> np.ndarray:
             return self.matvec(torch.from_numpy(np.asarray(vector, np.float64).reshape(-1))).double().cpu().numpy()
 
-        return LinearOperator((self.size, self.size), matvec=apply, rmatvec=apply, dtype=np.float64)  # type: ignore[call-arg]
+        return LinearOperator((self.size, self.size), matvec=apply, rmatvec=apply, dtype=np.float64)
 
 
 class MatrixOperator(SymmetricOperator):

@@ -41,8 +41,8 @@ class MomentumGradientCosine:
 class PerturbationRise:
     """``loss_before`` and ``loss_after`` the optimizer's own perturbation: ``L(w)`` and ``L(w + ε)`` (exhibit A12).
 
-    ``w`` are the true weights and ``ε`` the displacement at which this step's training gradient is evaluated; 0, and so no
-    rise, for optimizers that do not perturb. Two forward passes over the objective's data.
+    ``w`` are the true weights and ``ε`` the displacement at which this step's training gradient is evaluated; 0, and
+    so no rise, for optimizers that do not perturb. Two forward passes over the objective's data.
 
     Parameters
     ----------

@@ -26,8 +26,8 @@ def _set_global_state(state: tuple[Any, ...]) -> None:
 class RandomStream:
     """A stream of its own behind Python's, NumPy's and torch's global generators.
 
-    Inside ``with stream:`` the global generators continue this stream; outside they are the caller's, bit for bit as they
-    were, also after an exception.
+    Inside ``with stream:`` the global generators continue this stream; outside they are the caller's, bit for bit as
+    they were, also after an exception.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ class RandomStream:
         if self._inner is None:
             random.seed(self._seed)
             np.random.seed(self._seed % 2**32)
-            torch.random.default_generator.manual_seed(self._seed)
+            torch.default_generator.manual_seed(self._seed)
             if self._outer[-1] is not None:
                 torch.cuda.manual_seed_all(self._seed)
         else:

@@ -69,7 +69,8 @@ class Result:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                tensors[field.name] = value.detach().cpu().contiguous()
+                # A copy each: safetensors refuses tensors that share memory.
+                tensors[field.name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
             else:
                 plain[field.name] = dict(value) if isinstance(value, Mapping) else value
         header = {"kind": type(self).__name__, "fields": json.dumps(plain)}
@@ -92,20 +93,18 @@ class atomic_path:  # noqa: N801 - used as a function in with statements
 
     def __enter__(self) -> Path:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=self.path.parent, prefix=f".{self.path.stem}.", suffix=self.path.suffix
-        )
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.stem}.", suffix=self.path.suffix)
         os.close(handle)
-        # mkstemp makes files private; a result is as readable as any other file of the user's.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
         self.partial = Path(name)
         return self.partial
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            os.replace(self.partial, self.path)
+            # mkstemp makes files private; a result is as readable as any other file of the user's.
+            umask = os.umask(0)
+            os.umask(umask)
+            self.partial.chmod(0o666 & ~umask)
+            self.partial.replace(self.path)
         else:
             self.partial.unlink(missing_ok=True)
 
@@ -144,7 +143,13 @@ def load(path: str | os.PathLike[str]) -> Result:
         raise ValueError(
             f"{path} holds {header.get('kind', 'no kind of result')!r}, expected one of {sorted(Result._kinds)}"
         )
-    return kind(**json.loads(header["fields"]), **tensors)
+    try:
+        return kind(**json.loads(header["fields"]), **tensors)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is damaged: its header does not describe a {kind.__name__} ({type(error).__name__}: {error}); "
+            "write it anew"
+        ) from None
 
 
 def _column(values: Tensor) -> Any:
@@ -165,7 +170,7 @@ class Eigenpairs(Result):
         Shape ``(k,)``: ``‖A v − λ v‖₂`` against the original operator. For a symmetric operator an exact eigenvalue
         lies within this distance of the value.
     converged
-        Every residual is at most ``tolerance · max(|λ|, eps · max|λ|)``.
+        Every residual is at most ``tolerance · |λ|``, or at the level of rounding, ``30 eps ‖A‖``.
     hvps
         Products with the operator that were spent, certificates included.
     method, which, tolerance
@@ -183,7 +188,7 @@ class Eigenpairs(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per eigenvalue: ``index`` (from 1), ``value``, ``residual``, ``method``."""
-        return pd.DataFrame(
+        frame: pd.DataFrame = pd.DataFrame(
             {
                 "index": range(1, len(self.values) + 1),
                 "value": _column(self.values),
@@ -191,6 +196,7 @@ class Eigenpairs(Result):
                 "method": self.method,
             }
         )
+        return frame
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,7 +223,10 @@ class Estimate(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row."""
-        return pd.DataFrame([{key: getattr(self, key) for key in ("quantity", "value", "standard_error", "draws")}])
+        frame: pd.DataFrame = pd.DataFrame(
+            [{key: getattr(self, key) for key in ("quantity", "value", "standard_error", "draws")}]
+        )
+        return frame
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,8 +251,11 @@ class BallSharpness(Result):
     spread
         ``(best − worst start) / best``: how much the answer depends on the start.
     stationarity
-        ``‖P(∇L) ‖ / ‖∇L‖`` at the displacement, ``P`` the projection on the directions that stay in the ball (l2 only;
-        NaN otherwise): 0 at a point that satisfies the first-order conditions of the constrained maximum.
+        How far the displacement is from satisfying the first-order conditions of the constrained maximum, in [0, 1]:
+        the part of the (scaled) gradient ``q = D∇L`` that still points to a higher loss inside the ball, over
+        ``‖q‖``. On the surface of the l2 ball that is the part tangent to it (and any inward part); for linf the
+        entries that are not at their bound on the side they pull to. Inside the ball it is ``‖q‖`` over the largest
+        ``‖q‖`` that was met.
     converged
         The ascent from the best start stopped because it no longer rose, not because its budget ended.
     gradients, hvps
@@ -267,7 +279,8 @@ class BallSharpness(Result):
     def to_frame(self) -> pd.DataFrame:
         """Return one row, without the displacement."""
         names = ("rho", "norm", "adaptive", "sharpness", "one_step", "loss", "spread", "stationarity", "converged")
-        return pd.DataFrame([{name: getattr(self, name) for name in names}])
+        frame: pd.DataFrame = pd.DataFrame([{name: getattr(self, name) for name in names}])
+        return frame
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,13 +308,14 @@ class Slice1D(Result):
     def to_frame(self) -> pd.DataFrame:
         """Return one row per point: ``coordinate``, ``distance``, ``loss``."""
         coordinates = _column(self.coordinates)
-        return pd.DataFrame(
+        frame: pd.DataFrame = pd.DataFrame(
             {
                 "coordinate": coordinates,
                 "distance": coordinates * self.direction_norm,
                 "loss": _column(self.loss),
             }
         )
+        return frame
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,7 +352,10 @@ class Slice2D(Result):
     def to_frame(self) -> pd.DataFrame:
         """Return one row per point: ``x``, ``y``, ``loss``; ``x`` varies slowest."""
         x, y = torch.meshgrid(self.x, self.y, indexing="ij")
-        return pd.DataFrame({"x": _column(x.flatten()), "y": _column(y.flatten()), "loss": _column(self.loss.flatten())})
+        frame: pd.DataFrame = pd.DataFrame(
+            {"x": _column(x.flatten()), "y": _column(y.flatten()), "loss": _column(self.loss.flatten())}
+        )
+        return frame
 
 
 __all__ = [

@@ -1,7 +1,7 @@
 """How much the loss rises around the weights: at worst in a ball, and on average under noise.
 
-Written in coordinates ``z`` with the displacement ``e = D z``: ``D = 1`` for a plain ball, ``D = |w|`` elementwise for an
-adaptive one (Kwon et al. 2021). An entry with ``w = 0`` then never moves, and the ball is plain in ``z``.
+Written in coordinates ``z`` with the displacement ``e = D z``: ``D = 1`` for a plain ball, ``D = |w|`` elementwise
+for an adaptive one (Kwon et al. 2021). An entry with ``w = 0`` then never moves, and the ball is plain in ``z``.
 """
 
 from __future__ import annotations
@@ -42,16 +42,17 @@ def ball_sharpness(
 ) -> BallSharpness:
     r"""Return the largest loss rise found in a ball, ``max_{‖e‖ ≤ ρ} L(w + e) − L(w)``.
 
-    Sources: Keskar et al. (2017) for ``l∞``, Foret et al. (2021) for ``l2``, Kwon et al. (2021) and Andriushchenko et al.
-    (2023) for the adaptive balls ``‖e / |w|‖ ≤ ρ``.
+    Sources: Keskar et al. (2017) for ``l∞``, Foret et al. (2021) for ``l2``, Kwon et al. (2021) and Andriushchenko et
+    al. (2023) for the adaptive balls ``‖e / |w|‖ ≤ ρ``.
 
     The ascent is the fixed point of the linearised problem, ``z ← argmax_{z in ball} ⟨D∇L(w + D z), z⟩``, for ``l2``
     ``z ← ρ D∇L / ‖D∇L‖``. Where that does not rise, the step is damped to a projected gradient step that does. It runs
     from several starts for a few iterations, and to the end from the best:
 
     - ``"gradient"``: ``0``, whose first step is SAM's;
-    - ``"krylov"``: the exact maximum of the quadratic model at ``w`` over a subspace that grows by the residuals of its own
-      answer and of its top Ritz vector, until both are small: exact for a quadratic loss, also an indefinite one;
+    - ``"krylov"``: the exact maximum of the quadratic model at ``w`` over a subspace that grows by the residuals of
+      its own answer and of its top Ritz vector, until both are small: exact for a quadratic loss, also an indefinite
+      one;
     - ``"eigenvector"``: ``± ρ`` times that Ritz vector;
     - ``"random"``: one Gaussian vector on the sphere;
     - a tensor of shape ``(size,)``: a displacement, such as that of a smaller ball; it is scaled to ``ρ``.
@@ -143,8 +144,8 @@ def average_sharpness(
     r"""Return the mean loss rise under Gaussian noise, ``E[L(w + σ D ε)] − L(w)`` with ``ε ~ N(0, I)``.
 
     Each draw is antithetic (``±ε``), which cancels the gradient term; to second order the mean is ``σ²/2 tr(D H D)``.
-    ``D = 1``, or ``|w|`` elementwise when adaptive. Source: Andriushchenko et al., *A Modern Look at the Relationship between
-    Sharpness and Generalization* (2023), average-case sharpness.
+    ``D = 1``, or ``|w|`` elementwise when adaptive. Source: Andriushchenko et al., *A Modern Look at the Relationship
+    between Sharpness and Generalization* (2023), average-case sharpness.
 
     Parameters
     ----------
@@ -220,8 +221,8 @@ class _Problem:
         self.base, self.slope = at_center.rise, at_center.slope
         if not math.isfinite(self.base) or not bool(torch.isfinite(self.slope).all()):
             raise ValueError(
-                f"the loss at the weights is {self.base} with {'a finite' if math.isfinite(float(self.slope.norm())) else 'no finite'} "
-                "gradient: expected finite values at the centre of the ball; check the checkpoint and the data"
+                f"the loss at the weights is {self.base}, its gradient norm {float(self.slope.norm())}: expected "
+                "finite values at the centre of the ball; check the checkpoint and the data"
             )
 
     def displacement(self, z: Tensor) -> Tensor:
@@ -256,10 +257,17 @@ class _Problem:
         return z * (self.rho / length) if length > 0 else z
 
     def stationarity(self, at: _Point) -> float:
-        if self.steepest == 0 or self.rho == 0:
-            return 0.0
-        moved = self.project(at.z + at.slope * (self.rho / self.steepest)) - at.z
-        return float(moved.norm()) / self.rho
+        """Return how much of the slope still points uphill inside the ball; see :class:`BallSharpness`."""
+        if self.norm == "linf":
+            bound = (at.z.abs() >= self.rho * (1 - 1e-6)) & (at.z.sign() == at.slope.sign())
+            free, on_surface = at.slope.masked_fill(bound, 0.0), bool(bound.any())
+        else:
+            length = float(torch.linalg.vector_norm(at.z))
+            on_surface = length >= self.rho * (1 - 1e-6)
+            outward = float(at.slope @ at.z) / length if on_surface else 0.0
+            free = at.slope - at.z * (max(outward, 0.0) / length) if on_surface else at.slope
+        scale = float(at.slope.norm()) if on_surface else self.steepest
+        return float(free.norm()) / scale if scale > 0 else 0.0
 
 
 class _Ascent:
@@ -349,7 +357,9 @@ def _krylov(problem: _Problem, budget: int, seed: int) -> tuple[Tensor, Tensor]:
         step = basis.q @ small
         residual = basis.aq @ small + problem.slope - multiplier * step
         level = max(multiplier * problem.rho, float(problem.slope.norm()))
-        settled = float(residual.norm()) <= 1e-4 * level and float(top_residual.norm()) <= 1e-3 * float(values.abs().max())
+        settled = float(residual.norm()) <= 1e-4 * level and float(top_residual.norm()) <= 1e-3 * float(
+            values.abs().max()
+        )
         grown = 0 if settled else basis.expand(torch.cat([residual[:, None], top_residual], dim=1))
         if grown == 0:
             problem.hvps += operator.products

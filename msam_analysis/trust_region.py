@@ -52,6 +52,8 @@ def maximize_quadratic(matrix: Tensor, linear: Tensor, radius: float) -> tuple[T
         if top >= 0:
             y[-1] = rest if float(c[-1]) >= 0 else -rest
         return vectors @ y, floor
-    delta = brentq(lambda d: norm(d) / radius - 1, smallest, float(c.norm()) / radius + smallest, xtol=1e-300, rtol=1e-14)
+    delta = brentq(
+        lambda d: norm(d) / radius - 1, smallest, float(c.norm()) / radius + smallest, xtol=1e-300, rtol=1e-14
+    )
     y = c / (delta + (floor - values))
     return vectors @ (y * (radius / y.norm())), floor + delta

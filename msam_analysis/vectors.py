@@ -63,9 +63,7 @@ class Layout:
         """
         self.check(vector)
         pieces = torch.split(vector, list(self.sizes))
-        return {
-            name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)
-        }
+        return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
 
     def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
         """Concatenate tensors, given in the layout's order, to a new flat vector of shape ``(size,)``."""
@@ -150,7 +148,12 @@ def normalization_layers(model: nn.Module) -> ParameterFilter:
     callable
         A predicate for the ``parameters`` argument of an objective.
     """
-    kinds = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []))
+    kinds = (
+        nn.modules.batchnorm._NormBase,
+        nn.LayerNorm,
+        nn.GroupNorm,
+        *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []),
+    )
     inside = {
         id(parameter)
         for module in model.modules()
@@ -191,7 +194,8 @@ def orthonormalize(vectors: Tensor, against: Tensor | None = None) -> Tensor:
         # A column that was nearly inside span(against) is mostly rounding error: clean what QR scaled up.
         q = q - against @ (against.T @ q)
         q = q / q.norm(dim=0).clamp_min(torch.finfo(q.dtype).tiny)
-    return q[:, keep]
+    kept: Tensor = q[:, keep]
+    return kept
 
 
 def gaussian(size: int, columns: int, *, seed: int, like: Tensor) -> Tensor:

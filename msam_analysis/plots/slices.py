@@ -14,6 +14,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.path import Path
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection  # type: ignore[import-untyped]
 from torch import Tensor
@@ -464,8 +465,9 @@ def _label_places(lines: QuadContourSet, x: Array, y: Array, *, crowded: bool) -
     taken, places = [box / 2], []
     smallest = 0.3 if crowded else 0.2
     for path in reversed(lines.get_paths()):
-        pieces = [(piece.vertices - corner) / unit for piece in path._iter_connected_components()]  # type: ignore[attr-defined]
-        pieces = [piece for piece in pieces if np.ptp(piece, axis=0).max() >= smallest]
+        starts = np.flatnonzero(np.asarray(path.codes) == Path.MOVETO)
+        pieces = np.split((np.asarray(path.vertices) - corner) / unit, starts[1:])
+        pieces = [piece for piece in pieces if len(piece) and np.ptp(piece, axis=0).max() >= smallest]
         if not pieces:
             continue
         points = np.concatenate(pieces)
@@ -619,7 +621,7 @@ def _surface(ax: Any, item: Slice2D, loss: Array, scale: _Scale, view: tuple[flo
     # opaque edges: through others what lies behind would shine
     edges = np.concatenate([colors[:, :3] * 0.93, colors[:, 3:]], axis=1)
     surface = Poly3DCollection(cells, facecolors=colors, edgecolors=edges, linewidths=0.35)
-    ax.add_collection3d(surface, autolim=False)
+    ax.add_collection3d(surface)
     ax.set_xlim(x.min(), x.max())
     ax.set_ylim(y.min(), y.max())
     ax.set_zlim(low, high)

@@ -46,9 +46,15 @@ def _accuracy(tables: Tables, _: Sequence[FinishedRun]) -> Any:
 
 
 def _cosine(tables: Tables, _: Sequence[FinishedRun]) -> Any:
-    per_epoch = tables.steps.groupby(["optimizer", "seed", "epoch"], sort=False, as_index=False)["cosine"].mean()
+    keys = ["optimizer", "seed", "epoch"]
+    per_epoch = tables.steps.groupby(keys, sort=False)["cosine"].mean().reset_index()
+    quantities = {"cosine": "every sample once an epoch"}
+    if len(tables.controls):
+        control = tables.controls.groupby(keys, sort=False)["cosine"].mean().rename("control").reset_index()
+        per_epoch = per_epoch.merge(control, on=keys, how="left")
+        quantities["control"] = "control: samples drawn with replacement"
     return plots.over_training(
-        per_epoch, "cosine", x="epoch", zero_line=True, label=r"$\cos(v_{t-1},\, g_t)$, mean per epoch"
+        per_epoch, quantities, x="epoch", zero_line=True, label=r"$\cos(v_{t-1},\, g_t)$, mean per epoch"
     )
 
 
@@ -97,7 +103,8 @@ EXHIBITS: tuple[Exhibit, ...] = (
         ("F2C",),
         "cosine",
         "Momentum against gradient",
-        "Cosine between the momentum buffer and the next batch's gradient. Below 0, the last step overshot.",
+        "Cosine between the momentum buffer and the next batch's gradient. Below 0, the last step overshot; but where an "
+        "epoch has few batches, showing every sample once an epoch also pushes it down: see the control.",
         _cosine,
     ),
     Exhibit(
@@ -132,7 +139,8 @@ EXHIBITS: tuple[Exhibit, ...] = (
         ("F4A", "F4B", "F4C"),
         "slices",
         "Along three directions",
-        "Rise of the training loss along the unit gradient, the unit momentum and a random filter-normalised direction.",
+        "Rise of the training loss along the unit gradient, the unit momentum and a random filter-normalised "
+        "direction.",
         _lines,
     ),
     Exhibit(

@@ -31,8 +31,8 @@ class Protocol:
         Ball radii, increasing; each ascent also starts from the answer for the radius before.
     ball_iterations
         Gradients of the final ascent in each ball.
-    line_radius, line_points
-        1-D slices: along unit-length gradient and momentum, and along filter-normalised random directions.
+    unit_radius, filter_radius, line_points
+        1-D slices: along the unit-length gradient and momentum, and along filter-normalised random directions.
     plane_radius, plane_points
         2-D slices in filter-normalised random directions.
     random_seed
@@ -43,7 +43,8 @@ class Protocol:
     power_tolerance: float = 1e-3
     radii: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0, 2.0)
     ball_iterations: int = 40
-    line_radius: float = 1.0
+    unit_radius: float = 3.0
+    filter_radius: float = 1.0
     line_points: int = 41
     plane_radius: float = 1.0
     plane_points: int = 25
@@ -79,8 +80,8 @@ def scores(workload: Workload, model: nn.Module) -> dict[str, float]:
 def measure(workload: Workload, trained: Trained, protocol: Protocol, tick: Tick) -> dict[str, Result]:
     """Return every result on the training set's loss at the true weights, by name.
 
-    Names: ``lanczos``, ``power``, ``ball-<radius>``, ``line-<direction>``, ``plane``. Where a solver's budget ended first
-    its result says so in ``converged``; that is recorded in the tables, not printed.
+    Names: ``lanczos``, ``power``, ``ball-<radius>``, ``line-<direction>``, ``plane``. Where a solver's budget ended
+    first its result says so in ``converged``; that is recorded in the tables, not printed.
     """
     objective = Objective(trained.model, nn.CrossEntropyLoss(), workload.train())
     results: dict[str, Result] = {}
@@ -110,7 +111,8 @@ def measure(workload: Workload, trained: Trained, protocol: Protocol, tick: Tick
         "random": directions.random(objective, protocol.random_seed),
     }
     for name in LINES:
-        results[f"line-{name}"] = slice_1d(objective, lines[name], protocol.line_radius, protocol.line_points)
+        radius = protocol.filter_radius if name == "random" else protocol.unit_radius
+        results[f"line-{name}"] = slice_1d(objective, lines[name], radius, protocol.line_points)
     tick(_COST["lines"])
     plane = (lines["random"], directions.random(objective, protocol.random_seed + 1))
     results["plane"] = slice_2d(objective, plane, protocol.plane_radius, protocol.plane_points)

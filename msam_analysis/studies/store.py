@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -30,9 +29,7 @@ def is_finished(directory: Path) -> bool:
     return (directory / "scores.json").is_file()
 
 
-def write_run(
-    directory: Path, trained: Trained, scores: Mapping[str, float], measured: Mapping[str, Result]
-) -> None:
+def write_run(directory: Path, trained: Trained, scores: Mapping[str, float], measured: Mapping[str, Result]) -> None:
     """Write a run to a hidden folder beside its place, and move it there in one step."""
     partial = directory.parent / f"{_PARTIAL}{directory.name}-{uuid.uuid4().hex[:8]}"
     partial.mkdir(parents=True)
@@ -45,7 +42,7 @@ def write_run(
         for name, result in measured.items():
             result.save(partial / f"{name}.safetensors")
         (partial / "scores.json").write_text(json.dumps(dict(scores), indent=1) + "\n")
-        os.replace(partial, directory)
+        partial.replace(directory)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

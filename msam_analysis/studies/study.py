@@ -8,6 +8,7 @@ import platform
 import queue
 import shutil
 import signal
+import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from importlib.metadata import version
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm.auto import tqdm
@@ -25,7 +27,10 @@ from msam_analysis.studies.exhibits import EXHIBITS, Exhibit, choose
 from msam_analysis.studies.measuring import Protocol, cost, measure, scores
 from msam_analysis.studies.tables import FinishedRun, Tables, tabulate
 from msam_analysis.studies.training import Tick, train
-from msam_analysis.studies.workloads import WORKLOADS, Workload, formula, workload
+from msam_analysis.studies.workloads import Workload, formula, workload
+
+if TYPE_CHECKING:
+    from typing_extensions import Never
 
 # Change when the meaning of what a run stores changes: older runs are then not reused.
 _FORMAT = 1
@@ -34,24 +39,24 @@ _SUMMARY = ("train_accuracy", "test_accuracy", "train_loss", "test_loss", "lambd
 
 @dataclass(frozen=True)
 class Task:
-    """One run to be made."""
+    """One run to be made: a network that is trained and measured, or a control that is trained alone."""
 
-    workload: str
+    workload: Workload
     optimizer: str
     seed: int
     directory: Path
     protocol: Protocol
     every: int
+    control: bool = False
 
     @property
     def cost(self) -> float:
         """Rough cost in training steps, for the progress bar alone."""
-        recipe = WORKLOADS[self.workload].recipe
-        samples = sum(len(labels) for _, labels in WORKLOADS[self.workload].train())
-        return recipe.epochs * -(-samples // recipe.batch_size) + cost(self.protocol)
+        steps = float(self.workload.recipe.steps(sum(len(labels) for _, labels in self.workload.train())))
+        return steps if self.control else steps + cost(self.protocol)
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The study was interrupted; this run is abandoned."""
 
 
@@ -113,16 +118,15 @@ def run_study(
         raise ValueError(f"seeds and jobs must be at least 1, got seeds={seeds} and jobs={jobs}")
     protocol = protocol or Protocol()
     root = Path(out) if out is not None else Path("results") / name
-    tasks = [
-        Task(name, optimizer, seed, _place(root, problem, optimizer, seed, protocol, every), protocol, every)
-        for optimizer in problem.perturbations
-        for seed in range(seeds)
-    ]
+    tasks = _plan(problem, seeds, root / "runs", protocol, every)
     (root / "runs").mkdir(parents=True, exist_ok=True)
     store.sweep(root / "runs")
     _make([task for task in tasks if not store.is_finished(task.directory)], jobs, progress, len(tasks))
-    runs = [store.read_run(task.directory, task.optimizer, task.seed) for task in tasks]
-    tables = tabulate(runs)
+    runs, controls = (
+        [store.read_run(t.directory, t.optimizer, t.seed) for t in tasks if t.control is control]
+        for control in (False, True)
+    )
+    tables = tabulate(runs, controls)
     tables.write(root / "tables")
     pictures = _draw(chosen, tables, runs, root / "figures")
     if figures is not None:
@@ -130,7 +134,7 @@ def run_study(
         for picture in pictures.values():
             shutil.copyfile(picture, Path(figures) / picture.name)
     page = _compose(problem, protocol, seeds, chosen, tables, pictures)
-    return report.write(page, root)[1]
+    return report.write(page, root)[0]
 
 
 def _processors() -> int:
@@ -138,9 +142,15 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _place(root: Path, problem: Workload, optimizer: str, seed: int, protocol: Protocol, every: int) -> Path:
-    fingerprint = problem.fingerprint(optimizer, _FORMAT, protocol, every, torch.__version__)
-    return store.run_directory(root / "runs", optimizer, seed, fingerprint)
+def _plan(problem: Workload, seeds: int, folder: Path, protocol: Protocol, every: int) -> list[Task]:
+    def task(optimizer: str, seed: int, control: bool) -> Task:
+        fingerprint = problem.fingerprint(optimizer, _FORMAT, protocol, every, control, torch.__version__)
+        name = f"control-{optimizer}" if control else optimizer
+        directory = store.run_directory(folder, name, seed, fingerprint)
+        return Task(problem, optimizer, seed, directory, protocol, every, control)
+
+    measured = [task(optimizer, seed, False) for optimizer in problem.perturbations for seed in range(seeds)]
+    return measured + [task(optimizer, seed, True) for optimizer in problem.controls for seed in range(seeds)]
 
 
 def _make(tasks: Sequence[Task], jobs: int, progress: bool, total: int) -> None:
@@ -151,11 +161,13 @@ def _make(tasks: Sequence[Task], jobs: int, progress: bool, total: int) -> None:
     ticks: Queue[float] = context.Queue()
     stop = context.Event()
     others = set(multiprocessing.active_children())
-    bar = tqdm(
+    bar: tqdm[Never] = tqdm(
         total=sum(task.cost for task in tasks),
         desc=f"{total - len(tasks)}/{total} runs",
         disable=not progress,
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left",
+        bar_format="{desc} {percentage:3.0f}%|{bar:30}| {elapsed} passed, {remaining} left",
+        # Into a log, every redraw is a line.
+        mininterval=0.2 if sys.stderr.isatty() else 20,
         # The mean rate over the whole study: a recent rate would jump between cheap and dear phases.
         smoothing=0,
     )
@@ -172,7 +184,7 @@ def _make(tasks: Sequence[Task], jobs: int, progress: bool, total: int) -> None:
             raise
 
 
-def _follow(futures: Sequence[Future[None]], ticks: Queue[float], bar: tqdm[None], total: int) -> None:
+def _follow(futures: Sequence[Future[None]], ticks: Queue[float], bar: tqdm[Never], total: int) -> None:
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=0.2)
@@ -186,13 +198,13 @@ def _follow(futures: Sequence[Future[None]], ticks: Queue[float], bar: tqdm[None
         bar.set_description_str(f"{total - len(pending)}/{total} runs")
 
 
-_worker: tuple[Queue[float], Event] | None = None
+# What a worker process reports to, set once when it starts; empty in the main process.
+_worker: list[tuple[Queue[float], Event]] = []
 
 
 def _prepare(ticks: Queue[float], stop: Event) -> None:
     """Prepare a worker process: one thread, and the interrupt key left to the main process."""
-    global _worker
-    _worker = (ticks, stop)
+    _worker.append((ticks, stop))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
@@ -201,20 +213,20 @@ def execute(task: Task) -> None:
     """Train and measure one network and write the run; called in a worker process, or directly."""
 
     def tick(amount: float) -> None:
-        if _worker is not None:
-            ticks, stop = _worker
+        for ticks, stop in _worker:
             if stop.is_set():
-                raise Stopped
+                raise StoppedError
             ticks.put(amount)
 
     make_run(task, tick)
 
 
 def make_run(task: Task, tick: Tick) -> None:
-    """Train and measure one network and write the run."""
-    problem = workload(task.workload)
-    trained = train(problem, task.optimizer, task.seed, every=task.every, tick=tick)
-    measured = measure(problem, trained, task.protocol, tick)
+    """Train one network, measure it unless it is a control, and write the run."""
+    problem = task.workload
+    every = None if task.control else task.every
+    trained = train(problem, task.optimizer, task.seed, every=every, replacement=task.control, tick=tick)
+    measured = {} if task.control else measure(problem, trained, task.protocol, tick)
     reached = scores(problem, trained.model) | {"gradients_per_step": trained.gradients_per_step}
     store.write_run(task.directory, trained, reached, measured)
 
@@ -240,11 +252,11 @@ def _compose(
     setup = (
         f"{problem.description[0].upper()}{problem.description[1:]}.\n\n"
         f"Every optimizer is SGD with momentum ({recipe}, cosine decay to 0) and differs from the others only in the "
-        f"perturbation ε at which the gradient is taken: {perturbations}. Seeds 0 to {seeds - 1} set the initial weights and "
-        "the order of the batches, and are shared by all optimizers. After training, BatchNorm statistics are re-estimated "
-        "on the training set at the true weights; losses, slices and Hessians are of the training set (wrong labels "
-        "included) with these running statistics. While training, curvatures and perturbation rises use each batch's own "
-        "statistics, as the training step does.\n\n"
+        f"perturbation ε at which the gradient is taken: {perturbations}. The seed sets the initial weights and the order "
+        "of the batches, and is shared by all optimizers. After training, BatchNorm statistics are re-estimated on the "
+        "training set at the true weights; losses, slices and Hessians are of the training set (wrong labels included) "
+        "with these running statistics. While training, curvatures and perturbation rises use each batch's own "
+        "statistics, as the training step does. Control runs draw every sample of a batch independently.\n\n"
         f"Intervals are 68 % Student-t intervals over {seeds} seeds. Made with torch {torch.__version__}, Python "
         f"{platform.python_version()}, msam-analysis {version('msam-analysis')}."
     )
@@ -262,8 +274,8 @@ def _compose(
         title=f"SGD, NAG, SAM and MSAM on {problem.name}",
         summary=(
             f"{len(tables.runs)} networks were trained and measured. Of {len(claims)} claims of the paper: {counted}. "
-            "Verdicts are computed from the tables: a claim holds where the interval of every difference, paired over seeds, "
-            "lies on the claim's side of zero."
+            "Verdicts are computed from the tables: a claim holds where the interval of every difference, paired "
+            "over seeds, lies on the claim's side of zero."
         ),
         sections=sections,
         claims=claims,

@@ -55,6 +55,8 @@ class Tables:
         One row per run and radius.
     lines, planes
         One row per run and point of each slice.
+    controls
+        ``steps`` of the runs on batches drawn with replacement.
     """
 
     runs: pd.DataFrame
@@ -64,6 +66,7 @@ class Tables:
     balls: pd.DataFrame
     lines: pd.DataFrame
     planes: pd.DataFrame
+    controls: pd.DataFrame
 
     def write(self, directory: Path) -> None:
         """Write every table as CSV; floats in their shortest exact form, so equal numbers are equal bytes."""
@@ -72,8 +75,8 @@ class Tables:
                 frame.to_csv(partial, index=False, lineterminator="\n")
 
 
-def tabulate(runs: Sequence[FinishedRun]) -> Tables:
-    """Return the tables of finished runs, in the order given."""
+def tabulate(runs: Sequence[FinishedRun], controls: Sequence[FinishedRun] = ()) -> Tables:
+    """Return the tables of finished runs, and of control runs, in the order given."""
     rows = [_row(run) for run in runs]
     frame = pd.DataFrame(rows)
     quantities = [name for name in frame.columns if name not in ("optimizer", "seed")]
@@ -87,6 +90,7 @@ def tabulate(runs: Sequence[FinishedRun]) -> Tables:
             runs, lambda run: [run.results[f"line-{name}"].to_frame().assign(direction=name) for name in LINES]
         ),
         planes=_stack(runs, lambda run: [run.results["plane"].to_frame()]),
+        controls=_stack(controls, lambda run: [run.steps]),
     )
 
 
@@ -109,11 +113,8 @@ def _row(run: FinishedRun) -> dict[str, object]:
 
 
 def _stack(runs: Sequence[FinishedRun], frames: Callable[[FinishedRun], Iterable[pd.DataFrame]]) -> pd.DataFrame:
-    parts = [
-        frame.assign(optimizer=run.optimizer, seed=run.seed)
-        for run in runs
-        for frame in frames(run)
-    ]
-    table = pd.concat(parts, ignore_index=True)
+    parts = [frame.assign(optimizer=run.optimizer, seed=run.seed) for run in runs for frame in frames(run)]
     first = ["optimizer", "seed"]
-    return table[first + [column for column in table.columns if column not in first]]
+    table: pd.DataFrame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=first)
+    ordered: pd.DataFrame = table[first + [column for column in table.columns if column not in first]]
+    return ordered

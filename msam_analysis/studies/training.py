@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pandas as pd
@@ -15,7 +15,7 @@ from msam_analysis.monitor import Monitor
 from msam_analysis.objective import Objective
 from msam_analysis.probes import Curvature, MomentumGradientCosine, PerturbationRise
 from msam_analysis.randomness import RandomStream
-from msam_analysis.studies.workloads import Workload
+from msam_analysis.studies.workloads import Recipe, Workload
 
 Tick = Callable[[float], None]
 
@@ -41,7 +41,15 @@ class Trained:
     gradients_per_step: float
 
 
-def train(workload: Workload, optimizer_name: str, seed: int, *, every: int = 32, tick: Tick | None = None) -> Trained:
+def train(
+    workload: Workload,
+    optimizer_name: str,
+    seed: int,
+    *,
+    every: int | None = 32,
+    replacement: bool = False,
+    tick: Tick | None = None,
+) -> Trained:
     """Train one network; the same arguments give the same bits on the same machine.
 
     Parameters
@@ -51,8 +59,10 @@ def train(workload: Workload, optimizer_name: str, seed: int, *, every: int = 32
     seed
         Of the initial weights and of the order of the batches; both are shared by all optimizers.
     every
-        Steps between two records of the slower probes (perturbation rise and curvature). Default 32, two epochs of the
-        digits workload.
+        Steps between two records of the slower probes (perturbation rise and curvature), ``None`` for no record.
+        Default 32, two epochs of the digits workload.
+    replacement
+        Draw every sample independently of the others, instead of each once an epoch in random order.
     tick
         Called with 1.0 after every step.
 
@@ -68,9 +78,7 @@ def train(workload: Workload, optimizer_name: str, seed: int, *, every: int = 32
         model = workload.network()
     optimizer = workload.optimizer(optimizer_name, model)
     criterion = nn.CrossEntropyLoss()
-    total = recipe.epochs * math.ceil(len(labels) / recipe.batch_size)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-    order = torch.Generator().manual_seed(seed)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps(len(labels)))
     current: tuple[Tensor, Tensor] = (inputs, labels)
     evaluated = 0
 
@@ -82,26 +90,40 @@ def train(workload: Workload, optimizer_name: str, seed: int, *, every: int = 32
         evaluated += 1
         optimizer.zero_grad()
         loss: Tensor = criterion(model(current[0]), current[1])
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves backward untyped
+        loss.backward()
         return loss
 
     # Batch statistics: the running ones of a perturbed optimizer belong to its perturbed weights while it trains.
     everything = Objective(model, criterion, batches, batchnorm="batch")
     rows: list[dict[str, float]] = []
-    with (
-        Monitor(optimizer, [MomentumGradientCosine()], every=1) as quick,
-        Monitor(optimizer, [PerturbationRise(batch_objective), Curvature(everything, seed)], every=every) as slow,
-    ):
-        for epoch in range(recipe.epochs):
-            for index in torch.randperm(len(labels), generator=order).split(recipe.batch_size):
-                current = (inputs[index], labels[index])
-                lr = scheduler.get_last_lr()[0]
-                loss = optimizer.step(closure)
-                scheduler.step()
-                rows.append({"step": len(rows), "epoch": epoch, "lr": float(lr), "train_batch_loss": float(loss)})
-                if tick is not None:
-                    tick(1.0)
+    with ExitStack() as watched:
+        monitors = [watched.enter_context(Monitor(optimizer, [MomentumGradientCosine()], every=1))]
+        if every is not None:
+            slow = [PerturbationRise(batch_objective), Curvature(everything, seed)]
+            monitors.append(watched.enter_context(Monitor(optimizer, slow, every=every)))
+        for epoch, index in _order(len(labels), recipe, seed, replacement):
+            current = (inputs[index], labels[index])
+            lr = scheduler.get_last_lr()[0]
+            loss = optimizer.step(closure)
+            scheduler.step()
+            rows.append({"step": len(rows), "epoch": epoch, "lr": float(lr), "train_batch_loss": float(loss.detach())})
+            if tick is not None:
+                tick(1.0)
     optimizer.eval()
     update_batchnorm_statistics(model, batches, optimizer)
-    steps = pd.DataFrame(rows).merge(quick.frame(), on="step").merge(slow.frame(), on="step", how="left")
-    return Trained(model.eval(), optimizer, steps, evaluated / total)
+    steps = pd.DataFrame(rows)
+    for monitor in monitors:
+        steps = steps.merge(monitor.frame(), on="step", how="left")
+    return Trained(model.eval(), optimizer, steps, evaluated / len(rows))
+
+
+def _order(samples: int, recipe: Recipe, seed: int, replacement: bool) -> Iterator[tuple[int, Tensor]]:
+    """Yield epoch and sample indices of every batch."""
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(recipe.epochs):
+        if replacement:
+            order = torch.randint(samples, (samples,), generator=generator)
+        else:
+            order = torch.randperm(samples, generator=generator)
+        for index in order.split(recipe.batch_size):
+            yield epoch, index

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -36,6 +37,10 @@ class Recipe:
     momentum: float
     weight_decay: float
 
+    def steps(self, samples: int) -> int:
+        """Return the optimizer steps of a whole run over so many training samples."""
+        return self.epochs * math.ceil(samples / self.batch_size)
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -53,6 +58,9 @@ class Workload:
         See :class:`Recipe`.
     perturbations
         Optimizer name to its perturbation; ``None`` is plain SGD. The optimizers differ in nothing else.
+    controls
+        Optimizers that are also trained on batches drawn with replacement, to tell what in the momentum-gradient cosine
+        comes from showing every sample once an epoch.
     """
 
     name: str
@@ -62,6 +70,7 @@ class Workload:
     test: Callable[[], Batches]
     recipe: Recipe
     perturbations: Mapping[str, Perturbation | None]
+    controls: tuple[str, ...] = ()
 
     def optimizer(self, name: str, model: nn.Module) -> PerturbedSGD:
         """Return the named optimizer for a model.
@@ -95,9 +104,11 @@ class Workload:
 def formula(perturbation: Perturbation) -> str:
     """Return a perturbation's displacement as a line of text, for example ``ε = −ρ v/‖v‖, ρ = 3``."""
     vector = {"momentum": "v", "gradient": "g", "last_gradient": "g₋₁", "random": "ξ"}[perturbation.direction]
-    factor, scaled = {"none": ("", vector), "adaptive": ("w² ", f"|w| {vector}"), "relative": ("|w| ", f"|w| {vector}")}[
-        perturbation.scale
-    ]
+    factor, scaled = {
+        "none": ("", vector),
+        "adaptive": ("w² ", f"|w| {vector}"),
+        "relative": ("|w| ", f"|w| {vector}"),
+    }[perturbation.scale]
     tail = {"l2": f"ρ {factor}{vector}/‖{scaled}‖", "none": f"ρ {factor}{vector}", "lr": f"ρ η {factor}{vector}"}
     sign = "−" if perturbation.toward < 0 else "+"
     return f"ε = {sign}{tail[perturbation.normalize]}, ρ = {perturbation.rho}"
@@ -108,8 +119,8 @@ _MOMENTUM = 0.9
 DIGITS = Workload(
     name="digits",
     description=(
-        "scikit-learn's digits: 1,000 real 8x8 images to train on, 40 % of their labels replaced by a wrong one, 797 clean "
-        "images to test on; a convolutional BatchNorm network of 14,458 parameters"
+        "scikit-learn's digits: 1,000 real 8x8 images to train on, 40 % of their labels replaced by a wrong one, "
+        "797 clean images to test on; a convolutional BatchNorm network of 14,458 parameters"
     ),
     network=digits.network,
     train=digits.train_data,
@@ -121,6 +132,7 @@ DIGITS = Workload(
         "SAM": Perturbation(direction="gradient", rho=0.5),
         "MSAM": Perturbation(direction="momentum", rho=3.0),
     },
+    controls=("SGD", "MSAM"),
 )
 
 WORKLOADS: Mapping[str, Workload] = {"digits": DIGITS}

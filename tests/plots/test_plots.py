@@ -1,6 +1,4 @@
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from matplotlib.contour import QuadContourSet
 from matplotlib.figure import Figure
 
 from msam_analysis import plots
-from msam_analysis.results import Slice1D
+from msam_analysis.results import Slice1D, Slice2D
 from msam_analysis.statistics import mean_interval, summarise
 from tests.plots.cases import OPTIMIZERS, SHARPNESS, line, plane, table, with_loss, with_surface
 
@@ -39,9 +37,7 @@ EVERY_KIND: dict[str, Callable[[], Any]] = {
     "slice_2d one": lambda: plots.slice_2d(plane()),
     "slice_2d linear": lambda: plots.slice_2d(PLANES, log=False),
     "slice_2d holes": lambda: plots.slice_2d({"a": holes(), "b": plane()}),
-    "slice_2d constant": lambda: plots.slice_2d(
-        with_surface(np.arange(3.0), np.arange(3.0), np.ones((3, 3)), ("u", "v"))
-    ),
+    "slice_2d constant": lambda: plots.slice_2d(flat()),
     "surface_3d": lambda: plots.surface_3d(PLANES),
     "surface_3d one": lambda: plots.surface_3d(plane()),
     "surface_3d holes": lambda: plots.surface_3d({"a": holes(), "b": plane()}),
@@ -57,7 +53,11 @@ EVERY_KIND: dict[str, Callable[[], Any]] = {
 }
 
 
-def holes() -> Any:
+def flat() -> Slice2D:
+    return with_surface(np.arange(3.0), np.arange(3.0), np.ones((3, 3)), ("u", "v"))
+
+
+def holes() -> Slice2D:
     whole = plane()
     loss = whole.loss.clone()
     loss[0, :4] = torch.nan
@@ -71,14 +71,21 @@ def curves(ax: Axes) -> dict[str, npt.NDArray[np.float64]]:
     return {name: vertices for name, vertices in found.items() if not name.startswith("_")}
 
 
-def filled(ax: Axes) -> QuadContourSet:
+def filled(ax: Axes) -> Any:
     (found,) = [item for item in ax.collections if isinstance(item, QuadContourSet) and item.filled]
     return found
 
 
+def corners(ax: Any) -> npt.NDArray[np.float64]:
+    """The corners of a surface's cells, shape ``(4 · cells, 3)``; matplotlib has no public way to ask for them."""
+    (surface,) = ax.collections
+    points = surface._faces.reshape(-1, 3) if hasattr(surface, "_faces") else surface._vec[:3].T
+    return np.array(points, dtype=np.float64)
+
+
 @pytest.fixture(params=EVERY_KIND)
-def kind(request: pytest.FixtureRequest) -> Iterator[Callable[[], Any]]:
-    yield EVERY_KIND[request.param]
+def kind(request: pytest.FixtureRequest) -> Any:
+    return EVERY_KIND[request.param]
 
 
 # ------------------------------------------------------------------------------------------------------- every picture
@@ -86,30 +93,33 @@ def kind(request: pytest.FixtureRequest) -> Iterator[Callable[[], Any]]:
 
 def test_bytes_repeat_and_rcparams_stay(kind: Callable[[], Any], tmp_path: Path) -> None:
     before = dict(mpl.rcParams)
-    first = plots.save(kind(), tmp_path / "first", ["png", "svg", "pdf"])
-    second = plots.save(kind(), tmp_path / "second", ["png", "svg", "pdf"])
+    first = plots.save(kind(), tmp_path / "first", ["svg", "png"])
+    second = plots.save(kind(), tmp_path / "second", ["svg", "png"])
     assert dict(mpl.rcParams) == before
     for a, b in zip(first, second, strict=True):
         assert a.read_bytes() == b.read_bytes()
 
 
-def test_figures_have_the_width_of_a_column_or_a_page_and_readable_text(kind: Callable[[], Any]) -> None:
+def test_figures_fit_a_column_or_a_page_and_their_text_is_readable(kind: Callable[[], Any]) -> None:
     drawn = np.atleast_1d(kind())
     figure = drawn[0].figure
     assert figure.get_figwidth() == pytest.approx(plots.COLUMN_WIDTH if len(drawn) == 1 else plots.PAGE_WIDTH)
     figure.canvas.draw()
     texts = [item for item in figure.findobj(mpl.text.Text) if item.get_text() and item.get_visible()]
-    assert min(item.get_fontsize() for item in texts) >= 7  # type: ignore[attr-defined]
-
-
-def test_all_text_lies_inside_the_figure(kind: Callable[[], Any]) -> None:
-    figure = np.atleast_1d(kind())[0].figure
-    figure.canvas.draw()
+    assert min(item.get_fontsize() for item in texts) >= 7
     box = figure.get_tightbbox()
     assert box.x0 >= -0.02
     assert box.y0 >= -0.02
     assert box.x1 <= figure.get_figwidth() + 0.02
     assert box.y1 <= figure.get_figheight() + 0.02
+
+
+def test_the_style_holds_when_the_figure_is_drawn_later() -> None:
+    for ax in (plots.ball_sharpness(BALLS), plots.slice_2d(PLANES)[3], plots.panels(1)[1][0]):
+        ax.figure.canvas.draw()
+        labels = [*ax.get_xticklabels(), *ax.get_yticklabels()]
+        assert {text.get_fontsize() for text in labels} == {7.0}
+        assert {tick.tick1line.get_markersize() for tick in ax.xaxis.get_major_ticks()} == {2.5}
 
 
 DRAWN_ON_ONE: dict[str, Callable[[Axes], Any]] = {
@@ -157,8 +167,8 @@ def test_an_optimizer_looks_the_same_in_any_company() -> None:
         assert plots.look([name])[name] == plots.look(["Other", *OPTIMIZERS])[name]
     alone = plots.slice_1d({"MSAM": line()})
     together = plots.slice_1d(CURVES)
-    colors = {str(item.get_label()): to_hex(item.get_color()) for item in (*together.lines, *alone.lines)}
-    assert colors["MSAM"] == plots.look(["MSAM"])["MSAM"].color.lower()
+    drawn: list[Any] = [item for ax in (alone, together) for item in ax.lines if item.get_label() == "MSAM"]
+    assert [to_hex(item.get_color()) for item in drawn] == [plots.look(["MSAM"])["MSAM"].color.lower()] * 2
 
 
 def test_drawing_opens_one_figure_and_close_closes_it(tmp_path: Path) -> None:
@@ -166,19 +176,6 @@ def test_drawing_opens_one_figure_and_close_closes_it(tmp_path: Path) -> None:
     assert len(plt.get_fignums()) == 1
     plots.save(axes, tmp_path / "a", close=True)
     assert not plt.get_fignums()
-
-
-def test_plots_and_report_import_no_measurement() -> None:
-    code = (
-        "import sys, msam_analysis.plots, msam_analysis.report;"
-        "print(*(name for name in sys.modules if name.startswith('msam_analysis.')))"
-    )
-    import msam_analysis
-
-    if Path(msam_analysis.__file__ or "").read_text(encoding="utf-8").strip():
-        pytest.skip("the package itself imports its measurements; the layers are checked by import-linter")
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert {name.split(".")[1] for name in loaded} == {"plots", "report", "results", "statistics"}
 
 
 # ------------------------------------------------------------------------------------------------------- one dimension
@@ -189,12 +186,12 @@ def test_slice_1d_draws_the_mean_and_its_interval(relative: bool) -> None:
     ax = plots.slice_1d(CURVES, relative=relative, level=0.9)
     drawn = curves(ax)
     assert list(drawn) == list(OPTIMIZERS)
-    bands = [item for item in ax.collections if item.get_paths()]
+    bands: list[Any] = [item for item in ax.collections if item.get_paths()]
     for (name, vertices), band in zip(drawn.items(), bands, strict=True):
         losses = np.stack([item.loss.numpy() - relative * item.center_loss for item in CURVES[name]])
         np.testing.assert_array_equal(vertices[:, 0], CURVES[name][0].coordinates.numpy())
         np.testing.assert_allclose(vertices[:, 1], losses.mean(axis=0), atol=1e-15)
-        outline = band.get_paths()[0].vertices
+        outline = np.asarray(band.get_paths()[0].vertices)
         for point in (0, 3):
             interval = mean_interval(losses[:, point], 0.9)
             ends = np.sort(np.unique(outline[np.isclose(outline[:, 0], vertices[point, 0]), 1]))[[0, -1]]
@@ -278,7 +275,7 @@ def test_lines_lie_where_the_loss_has_their_level() -> None:
     result = plane(shape=(101, 81))
     ax = plots.slice_2d(result)
     (lines,) = [item for item in ax.collections if isinstance(item, QuadContourSet) and not item.filled]
-    assert len(lines.levels) >= 3
+    assert len(list(lines.levels)) >= 3
     for level, path in zip(lines.levels, lines.get_paths(), strict=True):
         x, y = np.asarray(path.vertices).T
         np.testing.assert_allclose(0.01 + 10 * x**2 + y**2 + 0.5 * x * y, level, rtol=0.05)
@@ -353,11 +350,12 @@ def test_a_slice_without_any_finite_loss_beside_another() -> None:
     empty = with_surface(np.arange(3.0), np.arange(3.0), np.full((3, 3), np.nan), ("u", "v"))
     axes = plots.slice_2d({"a": empty, "b": plane()})
     assert not [item for item in axes[0].collections if isinstance(item, QuadContourSet)]
-    assert filled(axes[1])
+    assert len(filled(axes[1]).levels) > 2
 
 
 def test_the_centre_is_marked_where_it_is_in_sight() -> None:
-    assert [item.get_xydata().tolist() for item in plots.slice_2d(plane()).lines] == [[[0.0, 0.0]]]
+    (mark,) = plots.slice_2d(plane()).lines
+    np.testing.assert_array_equal(mark.get_xydata(), [[0.0, 0.0]])
     x = np.linspace(1.0, 2.0, 3)
     assert not plots.slice_2d(with_surface(x, x, np.ones((3, 3)), ("u", "v"))).lines
 
@@ -373,8 +371,7 @@ def test_directions_are_named_on_every_panel_where_they_differ() -> None:
 def test_surface_has_every_point_at_its_place() -> None:
     result = plane(shape=(3, 5))
     ax: Any = plots.surface_3d(result, log=True)
-    (surface,) = ax.collections
-    vertices = np.unique(surface._vec[:3].T.round(12), axis=0)
+    vertices = np.unique(corners(ax).round(12), axis=0)
     x, y = np.meshgrid(result.x.numpy(), result.y.numpy(), indexing="ij")
     points = np.stack([x.ravel(), y.ravel(), np.log10(result.loss.numpy()).ravel()], axis=1)
     np.testing.assert_allclose(vertices, np.unique(points.round(12), axis=0))
@@ -382,10 +379,10 @@ def test_surface_has_every_point_at_its_place() -> None:
 
 def test_surface_leaves_out_cells_with_a_hole_and_is_cut_at_the_limits() -> None:
     ax: Any = plots.surface_3d(holes(), limits=(0.1, 5.0), log=False)
-    (surface,) = ax.collections
-    assert np.isfinite(surface._vec).all()
-    assert surface._vec.shape[1] == 4 * (6 * 12 - 4 - 1)
-    assert (surface._vec[2].min(), surface._vec[2].max()) == (0.1, 5.0)
+    vertices = corners(ax)
+    assert np.isfinite(vertices).all()
+    assert len(vertices) == 4 * (6 * 12 - 4 - 1)
+    assert (vertices[:, 2].min(), vertices[:, 2].max()) == (0.1, 5.0)
     assert ax.get_zlim() == pytest.approx((0.1, 5.0))
 
 
@@ -404,12 +401,12 @@ def test_over_training_draws_the_mean_of_each_optimizer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shift", "given", "drawn"), [(0, None, True), (9, None, False), (9, True, True), (0, False, False)]
+    ("shift", "given", "drawn"), [(0, None, True), (99, None, False), (99, True, True), (0, False, False)]
 )
 def test_zero_line(shift: float, given: bool | None, drawn: bool) -> None:
     ax = plots.over_training(COSINES.assign(cosine=COSINES.cosine + shift), "cosine", zero_line=given)
-    flat = [item for item in ax.lines if len(item.get_ydata()) == 2 and not np.any(item.get_ydata())]
-    assert bool(flat) == drawn
+    zeros = [item for item in ax.lines if np.size(item.get_ydata()) == 2 and not np.any(item.get_ydata())]
+    assert bool(zeros) == drawn
 
 
 def test_over_training_takes_steps_and_several_quantities() -> None:
@@ -432,7 +429,9 @@ def test_eigenvalues_of_two_methods_agree_where_rings_are_centred() -> None:
     frame = EIGENVALUES[EIGENVALUES["method"] == "lanczos"]
     frame = pd.concat([frame.assign(method="power"), frame])
     ax = plots.eigenvalues(frame)
-    markers = [item for item in ax.lines if item.get_marker() not in ("_", "|", "None") and len(item.get_xdata()) == 3]
+    markers = [
+        item for item in ax.lines if item.get_marker() not in ("_", "|", "None") and np.size(item.get_xdata()) == 3
+    ]
     assert len(markers) == 8
     for filled_in, ring in zip(markers[::2], markers[1::2], strict=True):
         np.testing.assert_array_equal(filled_in.get_xydata(), ring.get_xydata())
@@ -459,11 +458,10 @@ def test_ball_sharpness_draws_the_means_on_two_log_axes() -> None:
 
 
 def drawn_means(ax: Axes) -> dict[str, npt.NDArray[np.float64]]:
-    """Name to vertices of the markers, by their colour."""
+    """Name to vertices of the curves, by their colour."""
     colors = {look.color.lower(): name for name, look in plots.look(OPTIMIZERS).items()}
-    return {
-        colors[to_hex(item.get_color())]: np.asarray(item.get_xydata()) for item in ax.lines if len(item.get_xdata())
-    }
+    lines: list[Any] = [item for item in ax.lines if np.size(item.get_xdata())]
+    return {colors[to_hex(item.get_color())]: np.asarray(item.get_xydata()) for item in lines}
 
 
 def test_accuracy_draws_means_intervals_and_seeds() -> None:
@@ -505,6 +503,7 @@ def test_the_paper_comes_first_and_others_in_order_of_appearance() -> None:
 
 def test_save_names_the_files_and_leaves_nothing_else(tmp_path: Path) -> None:
     ax = plots.slice_1d(line())
+    assert isinstance(ax.figure, Figure)
     files = plots.save(ax.figure, tmp_path / "new" / "ball_rho0.5", ["svg", "png"])
     assert [path.name for path in files] == ["ball_rho0.5.svg", "ball_rho0.5.png"]
     assert sorted((tmp_path / "new").iterdir()) == sorted(files)
@@ -515,7 +514,7 @@ def test_save_names_the_files_and_leaves_nothing_else(tmp_path: Path) -> None:
 def test_files_have_no_date_and_no_version(tmp_path: Path) -> None:
     for path in plots.save(plots.slice_1d(line()), tmp_path / "a", ["png", "svg", "pdf"]):
         content = path.read_bytes()
-        for word in (b"matplotlib", b"Matplotlib", b"CreationDate", b"dc:date", b"tEXt"):
+        for word in (b"Matplotlib", mpl.__version__.encode(), b"CreationDate", b"dc:date", b"tEXt"):
             assert word not in content
     assert plt.imread(tmp_path / "a.png").shape[1] == round(200 * plots.COLUMN_WIDTH)
 

@@ -99,7 +99,8 @@ def test_both_say_everything(report: Report, tmp_path: Path) -> None:
     text = Page(html).text.replace("\xa0", " ")
     for phrase in (
         "First paragraph.", "Second paragraph.", "Pictures", "What it shows.", "What the rows are.", "0.1235", "−2",
-        "yes", "Largest for SGD.", "15 > 4", "14.0 ± 0.3", "A note.", "Holds", "Does not hold", "Cannot tell at this scale",
+        "yes", "Largest for SGD.", "15 > 4", "14.0 ± 0.3", "A note.", "Holds", "Does not hold",
+        "Cannot tell at this scale",
     ):  # fmt: skip
         assert phrase in text
         assert phrase in markdown
