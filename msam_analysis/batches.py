@@ -103,7 +103,7 @@ class Batches:
         if again != sums:
             raise ValueError(
                 "the data differs between two passes (it shuffles, or augments at random): expected the same batches; "
-                "use DataLoader(..., shuffle=False) without random augmentation, or pass list(loader) to freeze one pass"
+                "use DataLoader(..., shuffle=False) without random augmentation, or list(loader) to freeze one pass"
             )
 
 

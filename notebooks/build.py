@@ -1,25 +1,45 @@
 """Execute the notebooks from their scripts: ``NN_title.py`` becomes ``NN_title.ipynb``, outputs included.
 
-The scripts (jupytext, percent format) are what is written and reviewed; the notebooks are made from them. Cell ids are
-counted and no times are recorded, so that the same code with the same outputs gives the same file.
+The scripts (jupytext, percent format) are what is written and reviewed; the notebooks are made from them. A script runs
+in a fresh kernel and an empty folder. What is written holds no times, paths or versions, and cell ids are counted, so
+that the same code with the same outputs gives the same file.
 
-Usage: ``python notebooks/build.py [SCRIPT ...]`` (every script, when none is named).
+Usage: ``python notebooks/build.py [--check] [SCRIPT ...]`` (every script, when none is named). With ``--check`` nothing
+is executed or written: it says which notebooks are out of step with their scripts, and exits with 1 if any is.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import sys
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import jupytext
+import nbformat
 from nbclient import NotebookClient
 
 HERE = Path(__file__).resolve().parent
 
+_METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+# A fixed width for printed tables, pictures into the notebook, one thread.
+_ENVIRONMENT = {
+    "COLUMNS": "110",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+    "OMP_NUM_THREADS": "1",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences the kernel's debugger, which is not used
+}
+
 
 def build(script: Path, target: Path | None = None, timeout: float = 600) -> Path:
-    """Execute one script in a fresh kernel, in the script's folder, and write the notebook.
+    """Execute one script in a fresh kernel, in an empty folder, and write the notebook.
 
     Parameters
     ----------
@@ -39,26 +59,98 @@ def build(script: Path, target: Path | None = None, timeout: float = 600) -> Pat
     ------
     nbclient.exceptions.CellExecutionError
         A cell raised; the message shows the cell and its traceback.
+    ValueError
+        A cell shows what differs from machine to machine or from run to run: a path or an address in memory.
     """
     notebook = jupytext.read(script)
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(
+            notebook,
+            timeout=timeout,
+            kernel_name="python3",
+            extra_arguments=["--log-level=ERROR"],
+            record_timing=False,
+            coalesce_streams=True,
+            resources={"metadata": {"path": folder}},
+        ).execute(env=os.environ | _ENVIRONMENT)
+        _refuse_traces(script, notebook, (folder, str(HERE.parent), str(Path.home()), sys.prefix))
+    notebook.metadata = nbformat.from_dict(_METADATA)
     for number, cell in enumerate(notebook.cells, start=1):
         cell["id"] = f"cell-{number:02d}"
-    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # silences the kernel's debugger, which is not used
-    NotebookClient(
-        notebook,
-        timeout=timeout,
-        kernel_name="python3",
-        extra_arguments=["--log-level=ERROR"],
-        record_timing=False,
-        resources={"metadata": {"path": str(script.parent)}},
-    ).execute()
+        cell["metadata"] = {}
+    nbformat.validate(notebook)
     target = target or script.with_suffix(".ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(jupytext.writes(notebook, fmt="ipynb"), encoding="utf-8")
+    partial = target.with_suffix(".partial")
+    partial.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+    partial.replace(target)
     return target
 
 
+def problems(script: Path, target: Path | None = None) -> Iterator[str]:
+    """Yield one sentence for every way in which a notebook is out of step with its script.
+
+    In step means: the same cells in the same order, every code cell executed from the first to the last in one go, and
+    no cell in error. Outputs are not compared: their last digits belong to the machine.
+
+    Parameters
+    ----------
+    script
+        The script.
+    target
+        The notebook; beside the script, when None.
+    """
+    target = target or script.with_suffix(".ipynb")
+    if not target.is_file():
+        yield f"{target.name} is missing"
+        return
+    notebook = nbformat.read(target, as_version=4)
+    written = [(cell.cell_type, cell.source) for cell in jupytext.read(script).cells]
+    committed = [(cell.cell_type, cell.source) for cell in notebook.cells]
+    if len(written) != len(committed):
+        yield f"{target.name} has {len(committed)} cells, its script {len(written)}"
+    for number, (mine, theirs) in enumerate(zip(written, committed, strict=False), start=1):
+        if mine != theirs:
+            yield f"cell {number} of {target.name} differs from the script"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for count, cell in enumerate(code, start=1):
+        if cell.execution_count != count:
+            yield f"code cell {count} of {target.name} was executed as number {cell.execution_count}"
+        if any(output.output_type == "error" for output in cell.outputs):
+            yield f"code cell {count} of {target.name} ended in an error"
+
+
+def _refuse_traces(script: Path, notebook: Any, paths: Sequence[str]) -> None:
+    """Raise if a cell shows one of the paths or an address in memory."""
+    trace = re.compile("|".join([*map(re.escape, paths), r"\bat 0x[0-9a-f]+"]))
+    for number, cell in enumerate(notebook.cells, start=1):
+        for output in cell.get("outputs", []):
+            texts = [output.get("text", ""), *(v for k, v in output.get("data", {}).items() if k.startswith("text/"))]
+            found = trace.search("\n".join(texts))
+            if found:
+                raise ValueError(
+                    f"cell {number} of {script.name} shows {found[0]!r}, which differs between machines or runs: "
+                    "print something else"
+                )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Build or check, and return the exit status."""
+    parser = argparse.ArgumentParser(description="Execute the notebooks from their scripts.")
+    parser.add_argument("scripts", nargs="*", type=Path, metavar="SCRIPT", help="default: every notebooks/NN_*.py")
+    parser.add_argument("--check", action="store_true", help="execute nothing; say what is out of step")
+    options = parser.parse_args(arguments)
+    scripts: list[Path] = options.scripts or sorted(HERE.glob("[0-9][0-9]_*.py"))
+    if options.check:
+        found = [problem for script in scripts for problem in problems(script)]
+        if found:
+            print("\n".join([*found, "run make notebooks"]), file=sys.stderr)
+        return 1 if found else 0
+    for script in scripts:
+        print(f"executing {script.name}", flush=True)
+        build(script)
+    return 0
+
+
 if __name__ == "__main__":
-    for path in [Path(name) for name in sys.argv[1:]] or sorted(HERE.glob("[0-9]*.py")):
-        print(f"executing {path.name}", flush=True)
-        build(path)
+    raise SystemExit(main())

@@ -133,15 +133,18 @@ def slice_1d_panels(
     log: bool = False,
     x: str = "coordinate",
     level: float = LEVEL,
+    share_y: bool = True,
 ) -> AxesArray:
-    """Draw slices along several directions side by side, with one loss axis and one legend.
+    """Draw slices along several directions side by side, with one legend.
 
     Parameters
     ----------
     results
         Title of a panel (``"gradient"``, ``"momentum"``, ``"random"``) to what :func:`slice_1d` draws.
     axes
-        One axes per panel; by default a new figure, 6.8 in wide, whose panels share the loss axis.
+        One axes per panel; by default a new figure, 6.8 in wide.
+    share_y
+        One loss axis for all panels of a new figure (default), or one each where the rises differ too much.
     relative, log, x, level
         As in :func:`slice_1d`, except that ``relative`` is on by default.
 
@@ -162,7 +165,7 @@ def slice_1d_panels(
     Becker et al., arXiv 2401.12033, figure 4 A to C.
     """
     made = axes is None
-    drawn = panels(len(results), share_y=True)[1] if axes is None else given_axes(axes, len(results))
+    drawn = panels(len(results), share_y=share_y)[1] if axes is None else given_axes(axes, len(results))
     with style():
         for ax, (title, result) in zip(drawn, results.items(), strict=True):
             slice_1d(result, ax, relative=relative, log=log, x=x, level=level, legend=not made)

@@ -83,7 +83,7 @@ def _lines(_: Tables, runs: Sequence[FinishedRun]) -> Any:
         for run in runs:
             curves.setdefault(run.optimizer, []).append(cast(Slice1D, run.results[f"line-{name}"]))
         panels[name] = curves
-    return plots.slice_1d_panels(panels)
+    return plots.slice_1d_panels(panels, share_y=False)
 
 
 def _planes(_: Tables, runs: Sequence[FinishedRun]) -> Any:
@@ -103,8 +103,8 @@ EXHIBITS: tuple[Exhibit, ...] = (
         ("F2C",),
         "cosine",
         "Momentum against gradient",
-        "Cosine between the momentum buffer and the next batch's gradient. Below 0, the last step overshot; but where an "
-        "epoch has few batches, showing every sample once an epoch also pushes it down: see the control.",
+        "Cosine between the momentum buffer and the next batch's gradient. Below 0, the last step overshot; but where "
+        "an epoch has few batches, showing every sample once an epoch also pushes it down: see the control.",
         _cosine,
     ),
     Exhibit(

@@ -54,7 +54,7 @@ class Protocol:
 LINES = ("gradient", "momentum", "random")
 
 # Rough cost of each phase in training steps, for the progress bar alone.
-_COST = {"lanczos": 300.0, "power": 750.0, "ball": 250.0, "lines": 150.0, "plane": 600.0}
+_COST = {"lanczos": 100.0, "power": 280.0, "ball": 115.0, "lines": 50.0, "plane": 260.0}
 
 
 def cost(protocol: Protocol) -> float:

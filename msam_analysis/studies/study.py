@@ -252,9 +252,9 @@ def _compose(
     setup = (
         f"{problem.description[0].upper()}{problem.description[1:]}.\n\n"
         f"Every optimizer is SGD with momentum ({recipe}, cosine decay to 0) and differs from the others only in the "
-        f"perturbation ε at which the gradient is taken: {perturbations}. The seed sets the initial weights and the order "
-        "of the batches, and is shared by all optimizers. After training, BatchNorm statistics are re-estimated on the "
-        "training set at the true weights; losses, slices and Hessians are of the training set (wrong labels included) "
+        f"perturbation ε at which the gradient is taken: {perturbations}. The seed sets the initial weights and the "
+        "order of the batches, and is shared by all optimizers. After training, BatchNorm statistics are re-estimated on "
+        "the training set at the true weights; losses, slices and Hessians are of the training set (wrong labels included) "
         "with these running statistics. While training, curvatures and perturbation rises use each batch's own "
         "statistics, as the training step does. Control runs draw every sample of a batch independently.\n\n"
         f"Intervals are 68 % Student-t intervals over {seeds} seeds. Made with torch {torch.__version__}, Python "
@@ -274,8 +274,9 @@ def _compose(
         title=f"SGD, NAG, SAM and MSAM on {problem.name}",
         summary=(
             f"{len(tables.runs)} networks were trained and measured. Of {len(claims)} claims of the paper: {counted}. "
-            "Verdicts are computed from the tables: a claim holds where the interval of every difference, paired "
-            "over seeds, lies on the claim's side of zero."
+            "Verdicts are computed from the tables: a claim holds where the interval over seeds of every quantity "
+            "compared (a difference or ratio of two optimizers is paired by seed) lies on the claim's side of its bound; "
+            "intervals of ratios are in brackets."
         ),
         sections=sections,
         claims=claims,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from msam import PerturbedSGD, update_batchnorm_statistics
 from msam_analysis.monitor import Monitor
 from msam_analysis.objective import Objective
-from msam_analysis.probes import Curvature, MomentumGradientCosine, PerturbationRise
+from msam_analysis.probes import Curvature, MomentumGradientCosine, PerturbationRise, Probe
 from msam_analysis.randomness import RandomStream
 from msam_analysis.studies.workloads import Recipe, Workload
 
@@ -99,7 +99,7 @@ def train(
     with ExitStack() as watched:
         monitors = [watched.enter_context(Monitor(optimizer, [MomentumGradientCosine()], every=1))]
         if every is not None:
-            slow = [PerturbationRise(batch_objective), Curvature(everything, seed)]
+            slow: list[Probe] = [PerturbationRise(batch_objective), Curvature(everything, seed)]
             monitors.append(watched.enter_context(Monitor(optimizer, slow, every=every)))
         for epoch, index in _order(len(labels), recipe, seed, replacement):
             current = (inputs[index], labels[index])

@@ -17,7 +17,7 @@ from .cases import Case, cast, concatenate
 with warnings.catch_warnings():
     # torch loads this at the first forward-mode derivative; it still decorates functions with torch.jit.script.
     warnings.filterwarnings("ignore", message="`torch.jit.script", category=DeprecationWarning)
-    import torch._decomp.decompositions_for_jvp  # noqa: F401
+    import torch._decomp.decompositions_for_jvp
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -49,6 +49,12 @@ def reference_loss(
         return torch.stack(sums).sum() / torch.stack(counts).sum()
 
     return loss
+
+
+def derivatives(loss: Callable[[Tensor], Tensor], point: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient and the Hessian-vector product, forward over reverse."""
+    gradient, hvp = torch.func.jvp(torch.func.grad(loss), (point,), (v,))  # type: ignore[misc]
+    return gradient, hvp
 
 
 def dense_hessian(loss: Callable[[Tensor], Tensor], point: Tensor) -> Tensor:
@@ -91,7 +97,7 @@ def trust_region_maximum(H: Any, g: Any, rho: float) -> float:
         if np.linalg.norm(interior) <= rho:
             return value(interior)
     if np.linalg.norm(c) == 0:
-        return 0.5 * max(top, 0.0) * rho**2
+        return 0.5 * max(float(top), 0.0) * rho**2
 
     floor = max(top, 0.0)
     # Work with the excess s = μ − floor, so that μ − λ keeps its digits near the pole.

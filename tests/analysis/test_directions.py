@@ -25,7 +25,7 @@ def make(case: Case, **options: Any) -> ma.Objective:
     return ma.Objective(case.model(), case.loss_fn, case.data(), **options)
 
 
-def normalized(direction: ma.Direction, objective: ma.Objective, kind: str) -> Tensor:
+def normalized(direction: ma.Direction, objective: ma.Objective, kind: Any) -> Tensor:
     """The one place that knows how a direction is normalised after it was made."""
     return direction.normalized(objective, kind).vector
 
@@ -34,8 +34,8 @@ def filter_normalized(objective: ma.Objective, raw: Tensor) -> Tensor:
     """Li et al. (2018), section 4, as a loop: ``d_ij ← d_ij / ‖d_ij‖ · ‖w_ij‖``; vectors get zero."""
     out = []
     weights = objective.layout.views(objective.point())
-    for name, d in objective.layout.views(raw).items():
-        d, w = d.clone(), weights[name]
+    for name, view in objective.layout.views(raw).items():
+        d, w = view.clone(), weights[name]
         for index in range(len(d)):
             if d.ndim < 2:
                 d[index] = 0
@@ -138,7 +138,7 @@ def test_random_directions_are_gaussian(large: ma.Objective) -> None:
 
 
 @pytest.mark.parametrize("normalize", ["none", "filter", "layer", "l2"])
-def test_random_directions_are_nearly_orthogonal(large: ma.Objective, normalize: str) -> None:
+def test_random_directions_are_nearly_orthogonal(large: ma.Objective, normalize: Any) -> None:
     vectors = torch.stack([ma.directions.random(large, seed=s, normalize=normalize).vector for s in range(6)])
     vectors = vectors / vectors.norm(dim=1, keepdim=True)
     cosines = vectors @ vectors.T - torch.eye(6).double()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def network_hessian(case: Case, policy: str = "eval", dtype: torch.dtype = torch
 
 @methods
 @policies
-def test_top_five_of_a_network(case: Case, policy: str, method: str) -> None:
+def test_top_five_of_a_network(case: Case, policy: Any, method: Any) -> None:
     model, data = case.model(), case.data()
     objective = ma.Objective(model, case.loss_fn, data, batchnorm=policy)
     hessian = network_hessian(case, policy)
@@ -77,7 +77,7 @@ def test_top_five_of_a_network(case: Case, policy: str, method: str) -> None:
 
 @methods
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_top_five_in_float32(case: Case, method: str) -> None:
+def test_top_five_in_float32(case: Case, method: Any) -> None:
     """Float32 arithmetic, compared with the float64 Hessian of the same rounded weights."""
     model, data = case.model(torch.float32), case.data(torch.float32)
     objective = ma.Objective(model, case.loss_fn, data)
@@ -89,7 +89,7 @@ def test_top_five_in_float32(case: Case, method: str) -> None:
 
 
 @methods
-def test_a_ragged_last_batch_does_not_move_the_value(method: str) -> None:
+def test_a_ragged_last_batch_does_not_move_the_value(method: Any) -> None:
     """Equal weights for unequal batches would: the test shows that it can tell."""
     model, data = MLP.model(), MLP.data()
     point = flatten(model)
@@ -115,7 +115,7 @@ def test_subset_gives_the_block_of_the_hessian() -> None:
 
 @pytest.mark.parametrize("which", ["smallest", "magnitude"])
 @methods
-def test_other_ends_of_a_network_spectrum(which: str, method: str) -> None:
+def test_other_ends_of_a_network_spectrum(which: Any, method: Any) -> None:
     model, data = CONVNET.model(), CONVNET.data()
     hessian = network_hessian(CONVNET)
     expected = exact(hessian, 2, which)
@@ -151,10 +151,8 @@ SPECTRA = {
 @methods
 @pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
 @pytest.mark.parametrize("name", SPECTRA)
-def test_spectra(name: str, which: str, method: str) -> None:
+def test_spectra(name: str, which: Any, method: Any) -> None:
     matrix = symmetric(sorted(SPECTRA[name], reverse=True), seed=3)
-    if method == "power" and name == "close":
-        pytest.skip("power iteration needs thousands of products for gaps of a thousandth; its warning is tested apart")
     k = 5
     pairs = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=k, which=which, method=method)
     got, expected = pairs.values.double().numpy(), exact(matrix, k, which)
@@ -184,8 +182,20 @@ def test_nothing_missed_among_many() -> None:
 
 
 @methods
+@pytest.mark.parametrize("gap", [0.3, 0.1, 0.01])
+@pytest.mark.parametrize("size", [12, 60, 200])
+def test_no_copy_of_a_multiple_eigenvalue_is_missed(size: int, gap: float, method: Any) -> None:
+    """In exact arithmetic one Krylov space sees one copy; the next value must not pass for the second."""
+    values = [1.0, 1.0, 1 - gap, *np.linspace(0.5, -0.1, size - 3)]
+    for seed in range(3):
+        operator = ma.MatrixOperator(symmetric(values, seed=seed))
+        pairs = ma.top_eigenvalues(operator, k=2, method=method, seed=seed)
+        np.testing.assert_allclose(pairs.values.numpy(), [1.0, 1.0], rtol=1e-4)
+
+
+@methods
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 6, 8])
-def test_every_k(k: int, method: str) -> None:
+def test_every_k(k: int, method: Any) -> None:
     matrix = symmetric([9.0, 7.0, 5.0, 3.0, 1.0, -2.0, -4.0, -6.0], seed=6)
     pairs = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=k, method=method)
     np.testing.assert_allclose(pairs.values.numpy(), exact(matrix, k), rtol=1e-4)
@@ -193,7 +203,7 @@ def test_every_k(k: int, method: str) -> None:
 
 
 @methods
-def test_size_one(method: str) -> None:
+def test_size_one(method: Any) -> None:
     for value in (2.5, -2.5, 0.0):
         pairs = ma.top_eigenvalues(ma.MatrixOperator(torch.full((1, 1), value).double()), k=1, method=method)
         assert float(pairs.values[0]) == pytest.approx(value, abs=1e-15)
@@ -201,7 +211,9 @@ def test_size_one(method: str) -> None:
         assert pairs.converged
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@example(spectrum=[0.392, 0.393, *[0.0] * 7, 0.086, 0.086, 0.393], k=2, seed=0)
+@example(spectrum=[0.0, -1.0], k=1, seed=0)
 @given(
     spectrum=st.lists(st.integers(-10000, 10000).map(lambda n: n / 1000), min_size=1, max_size=12),
     k=st.integers(1, 5),
@@ -217,7 +229,7 @@ def test_any_spectrum_by_lanczos(spectrum: list[float], k: int, seed: int) -> No
 
 
 @methods
-def test_linear_model_has_no_curvature(method: str) -> None:
+def test_linear_model_has_no_curvature(method: Any) -> None:
     model = cases.Quadratic(torch.zeros(4, 4).double(), torch.ones(4).double())
     objective = ma.Objective(model, cases.mean_output, cases.ONE_SAMPLE)
     pairs = ma.top_eigenvalues(objective, k=2, method=method)
@@ -229,7 +241,7 @@ def test_linear_model_has_no_curvature(method: str) -> None:
 
 
 @methods
-def test_not_converging_is_said(method: str) -> None:
+def test_not_converging_is_said(method: Any) -> None:
     matrix = symmetric(np.linspace(1, 0, 80), seed=7)
     with pytest.warns(ConvergenceWarning, match=r"(?i)converge|tolerance|residual"):
         pairs = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=5, method=method, max_hvps=12)
@@ -239,7 +251,7 @@ def test_not_converging_is_said(method: str) -> None:
 
 
 @methods
-def test_the_warning_is_about_the_callers_line(method: str) -> None:
+def test_the_warning_is_about_the_callers_line(method: Any) -> None:
     matrix = symmetric(np.linspace(1, 0, 80), seed=7)
     with pytest.warns(ConvergenceWarning) as caught:
         ma.top_eigenvalues(ma.MatrixOperator(matrix), k=2, method=method, max_hvps=6)
@@ -269,14 +281,14 @@ class Counting(ma.MatrixOperator):
 
 
 @methods
-def test_products_are_counted(method: str) -> None:
+def test_products_are_counted(method: Any) -> None:
     operator = Counting(symmetric(np.linspace(3, -1, 30) ** 3, seed=8))
     pairs = ma.top_eigenvalues(operator, k=2, method=method)
     assert pairs.hvps == operator.products
 
 
 @methods
-def test_tolerance_is_obeyed(method: str) -> None:
+def test_tolerance_is_obeyed(method: Any) -> None:
     matrix = symmetric([5.0, 4.0, 3.0, 2.0, *np.linspace(1, -1, 40)], seed=9)
     loose = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=2, method=method, tolerance=1e-2)
     tight = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=2, method=method, tolerance=1e-10)
@@ -286,7 +298,7 @@ def test_tolerance_is_obeyed(method: str) -> None:
 
 
 @methods
-def test_seeds(method: str) -> None:
+def test_seeds(method: Any) -> None:
     matrix = symmetric(np.linspace(1, 0, 60), seed=10)
 
     def run(seed: int) -> Eigenpairs:
@@ -300,7 +312,7 @@ def test_seeds(method: str) -> None:
 
 
 @methods
-def test_global_seed_does_not_matter(method: str) -> None:
+def test_global_seed_does_not_matter(method: Any) -> None:
     matrix = symmetric(np.linspace(1, 0, 20) ** 4, seed=10)
     runs = []
     for seed in (1, 2):

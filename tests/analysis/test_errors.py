@@ -28,6 +28,9 @@ from .cases import MLP, concatenate, generator, normal
 
 NAN, INF = math.nan, math.inf
 
+# The mistakes below are such as mypy finds; users without mypy make them, too.
+loose: Any = ma
+
 
 def dataset() -> TensorDataset:
     return TensorDataset(*concatenate(MLP.data()))
@@ -84,7 +87,7 @@ class Augmented(TensorDataset):
         self.source, self.only, self.count = source, only, 0
 
     def __getitem__(self, index: int) -> Any:
-        x, y = super().__getitem__(index)
+        x, y = super().__getitem__(index)  # type: ignore[no-untyped-call]
         if self.only is not None and index != self.only:
             return x, y
         self.count += 1
@@ -140,14 +143,17 @@ def test_data_that_can_be_read_once(once: Callable[[Any], Any]) -> None:
         ma.Objective(MLP.model(), MLP.loss_fn, once(MLP.data()))
 
 
+def no_samples() -> DataLoader[Any]:
+    x, y = concatenate(MLP.data())
+    return DataLoader(TensorDataset(x[:0], y[:0]))
+
+
 def empty_batches() -> list[Any]:
     x, y = concatenate(MLP.data())
     return [(x[:0], y[:0])]
 
 
-@pytest.mark.parametrize(
-    "data", [list, lambda: DataLoader([]), empty_batches, lambda: DataLoader(dataset(), 50, drop_last=True)]
-)
+@pytest.mark.parametrize("data", [list, no_samples, empty_batches, lambda: DataLoader(dataset(), 50, drop_last=True)])
 def test_empty_data(data: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match="data is empty: expected at least one batch"):
         ma.Objective(MLP.model(), MLP.loss_fn, data()).loss()
@@ -171,7 +177,7 @@ def test_data_of_another_type(data: Any, message: str) -> None:
 
 def test_model_of_another_type() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str.*pass"):
-        ma.Objective("model", MLP.loss_fn, MLP.data())
+        loose.Objective("model", MLP.loss_fn, MLP.data())
 
 
 @pytest.mark.parametrize("policy", ["train", "Eval", "", None, True])
@@ -275,7 +281,7 @@ VECTORS: dict[str, Callable[[ma.Objective, Any], Any]] = {
     "views": lambda o, v: o.layout.views(v),
     "slice_1d": lambda o, v: ma.slice_1d(o, v, points=3),
     "slice_2d": lambda o, v: ma.slice_2d(o, (o.point(), v), points=3),
-    "interpolation": lambda o, v: ma.directions.interpolation(o, v),
+    "interpolation": ma.directions.interpolation,
 }
 
 
@@ -309,50 +315,50 @@ def test_operator_on_another_shape(objective: ma.Objective) -> None:
 
 
 def test_vector_from_the_wrong_parameters(objective: ma.Objective) -> None:
-    with pytest.raises(ValueError, match="belongs to a parameter of this objective.*one model"):
+    with pytest.raises(ValueError, match=r"belongs to a parameter of this objective.*one model"):
         objective.vector({nn.Parameter(torch.ones(2)): torch.ones(2)})
 
 
 # --- measurements
 
 CALLS: dict[str, tuple[Callable[[ma.Objective], Any], str]] = {
-    "k = 0": (lambda o: ma.top_eigenvalues(o, k=0), r"k must be between 1 and .*59.*got 0"),
-    "k < 0": (lambda o: ma.top_eigenvalues(o, k=-2), r"k must be between 1 and .*59.*got -2"),
-    "k > size": (lambda o: ma.top_eigenvalues(o, k=60), r"k must be between 1 and .*59.*got 60.*fewer"),
-    "method": (lambda o: ma.top_eigenvalues(o, method="qr"), r"method must be one of .*lanczos.*power.*got 'qr'"),  # type: ignore[arg-type]
-    "which": (lambda o: ma.top_eigenvalues(o, which="LM"), r"which must be one of .*largest.*got 'LM'"),  # type: ignore[arg-type]
-    "tolerance < 0": (lambda o: ma.top_eigenvalues(o, tolerance=-1), r"tolerance must be .*positive.*got -1"),
-    "tolerance NaN": (lambda o: ma.top_eigenvalues(o, tolerance=NAN), r"tolerance must be .*positive.*got nan"),
-    "max_hvps": (lambda o: ma.top_eigenvalues(o, k=5, max_hvps=3), r"max_hvps must be at least k = 5, got 3"),
-    "trace draws": (lambda o: ma.trace(o, draws=0), r"draws must be at least 2.*got 0"),
-    "rho < 0": (lambda o: ma.ball_sharpness(o, -0.1), r"rho must be a number >= 0, got -0\.1.*radius"),
-    "rho NaN": (lambda o: ma.ball_sharpness(o, NAN), r"rho must be a number >= 0, got nan.*radius"),
-    "rho infinite": (lambda o: ma.ball_sharpness(o, INF), r"rho must be a number >= 0, got inf.*radius"),
-    "norm": (lambda o: ma.ball_sharpness(o, 0.1, norm="l1"), r"norm must be one of .*l2.*linf.*got 'l1'"),  # type: ignore[arg-type]
-    "iterations": (lambda o: ma.ball_sharpness(o, 0.1, iterations=0), r"iterations must be at least 1, got 0"),
-    "no starts": (lambda o: ma.ball_sharpness(o, 0.1, starts=()), r"starts must be a non-empty sequence, got \(\)"),
-    "start": (lambda o: ma.ball_sharpness(o, 0.1, starts=("luck",)), r"start must be one of .*gradient.*got 'luck'"),
-    "sigma < 0": (lambda o: ma.average_sharpness(o, -0.1), r"sigma must be a number >= 0, got -0\.1"),
-    "sigma NaN": (lambda o: ma.average_sharpness(o, NAN), r"sigma must be a number >= 0, got nan"),
-    "average draws": (lambda o: ma.average_sharpness(o, 0.1, draws=0), r"draws must be at least 2.*got 0"),
+    "k = 0": (lambda o: loose.top_eigenvalues(o, k=0), r"k must be between 1 and .*59.*got 0"),
+    "k < 0": (lambda o: loose.top_eigenvalues(o, k=-2), r"k must be between 1 and .*59.*got -2"),
+    "k > size": (lambda o: loose.top_eigenvalues(o, k=60), r"k must be between 1 and .*59.*got 60.*fewer"),
+    "method": (lambda o: loose.top_eigenvalues(o, method="qr"), r"method must be one of .*lanczos.*power.*got 'qr'"),
+    "which": (lambda o: loose.top_eigenvalues(o, which="LM"), r"which must be one of .*largest.*got 'LM'"),
+    "tolerance < 0": (lambda o: loose.top_eigenvalues(o, tolerance=-1), r"tolerance must be .*positive.*got -1"),
+    "tolerance NaN": (lambda o: loose.top_eigenvalues(o, tolerance=NAN), r"tolerance must be .*positive.*got nan"),
+    "max_hvps": (lambda o: loose.top_eigenvalues(o, k=5, max_hvps=3), r"max_hvps must be at least k = 5, got 3"),
+    "trace draws": (lambda o: loose.trace(o, draws=0), r"draws must be at least 2.*got 0"),
+    "rho < 0": (lambda o: loose.ball_sharpness(o, -0.1), r"rho must be a number >= 0, got -0\.1.*radius"),
+    "rho NaN": (lambda o: loose.ball_sharpness(o, NAN), r"rho must be a number >= 0, got nan.*radius"),
+    "rho infinite": (lambda o: loose.ball_sharpness(o, INF), r"rho must be a number >= 0, got inf.*radius"),
+    "norm": (lambda o: loose.ball_sharpness(o, 0.1, norm="l1"), r"norm must be one of .*l2.*linf.*got 'l1'"),
+    "iterations": (lambda o: loose.ball_sharpness(o, 0.1, iterations=0), r"iterations must be at least 1, got 0"),
+    "no starts": (lambda o: loose.ball_sharpness(o, 0.1, starts=()), r"starts must be a non-empty sequence, got \(\)"),
+    "start": (lambda o: loose.ball_sharpness(o, 0.1, starts=("luck",)), r"start must be one of .*gradient.*got 'luck'"),
+    "sigma < 0": (lambda o: loose.average_sharpness(o, -0.1), r"sigma must be a number >= 0, got -0\.1"),
+    "sigma NaN": (lambda o: loose.average_sharpness(o, NAN), r"sigma must be a number >= 0, got nan"),
+    "average draws": (lambda o: loose.average_sharpness(o, 0.1, draws=0), r"draws must be at least 2.*got 0"),
     "normalize": (
-        lambda o: ma.directions.random(o, normalize="unit"),
+        lambda o: loose.directions.random(o, normalize="unit"),
         r"normalize must be one of .*filter.*got 'unit'",
-    ),  # type: ignore[arg-type]
-    "index > size": (lambda o: ma.directions.eigenvector(o, index=59), r"index.*59"),
-    "index < 0": (lambda o: ma.directions.eigenvector(o, index=-1), r"index.*-1"),
-    "points": (lambda o: ma.slice_1d(o, o.point(), points=50), r"points must be odd.*got 50.*51"),
-    "radius 0": (lambda o: ma.slice_1d(o, o.point(), radius=0.0), r"radius must be a positive number, got 0"),
-    "radius NaN": (lambda o: ma.slice_1d(o, o.point(), radius=NAN), r"radius must be a positive number, got nan"),
-    "radius < 0": (lambda o: ma.slice_2d(o, (o.point(), o.point()), radius=(1.0, -2.0)), r"radius must be .*got -2"),
-    "three radii": (lambda o: ma.slice_2d(o, (o.point(), o.point()), radius=(1.0, 2.0, 3.0)), r"radius"),  # type: ignore[arg-type]
-    "three points": (lambda o: ma.slice_2d(o, (o.point(), o.point()), points=(3, 3, 3)), r"points"),  # type: ignore[arg-type]
-    "one direction": (lambda o: ma.slice_2d(o, (o.point(),)), r"two directions"),  # type: ignore[arg-type]
-    "three directions": (lambda o: ma.slice_2d(o, (o.point(),) * 3), r"two directions"),  # type: ignore[arg-type]
-    "no coordinates": (lambda o: ma.slice_1d(o, o.point(), coordinates=[]), r"coordinates must be finite.*got \[\]"),
-    "NaN coordinate": (lambda o: ma.slice_1d(o, o.point(), coordinates=[0.0, NAN]), r"coordinates must be finite"),
-    "decreasing": (lambda o: ma.slice_1d(o, o.point(), coordinates=[1.0, 0.0]), r"coordinates must be .*increasing"),
-    "NaN direction": (lambda o: ma.slice_1d(o, o.point() * NAN, points=3), r"direction.*NaN"),
+    ),
+    "index > size": (lambda o: loose.directions.eigenvector(o, index=59), r"index.*59"),
+    "index < 0": (lambda o: loose.directions.eigenvector(o, index=-1), r"index.*-1"),
+    "points": (lambda o: loose.slice_1d(o, o.point(), points=50), r"points must be odd.*got 50.*51"),
+    "radius 0": (lambda o: loose.slice_1d(o, o.point(), radius=0.0), r"radius must be a positive number, got 0"),
+    "radius NaN": (lambda o: loose.slice_1d(o, o.point(), radius=NAN), r"radius must be a positive number, got nan"),
+    "radius < 0": (lambda o: loose.slice_2d(o, (o.point(), o.point()), radius=(1.0, -2.0)), r"radius must be .*got -2"),
+    "three radii": (lambda o: loose.slice_2d(o, (o.point(), o.point()), radius=(1.0, 2.0, 3.0)), r"two radii.*got 3"),
+    "three points": (lambda o: loose.slice_2d(o, (o.point(), o.point()), points=(3, 3, 3)), r"two .*points.*got 3"),
+    "one direction": (lambda o: loose.slice_2d(o, (o.point(),)), r"two directions"),
+    "three directions": (lambda o: loose.slice_2d(o, (o.point(),) * 3), r"two directions"),
+    "no coordinates": (lambda o: loose.slice_1d(o, o.point(), coordinates=[]), r"coordinates must be finite.*got \[\]"),
+    "NaN coordinate": (lambda o: loose.slice_1d(o, o.point(), coordinates=[0.0, NAN]), r"coordinates must be finite"),
+    "decreasing": (lambda o: loose.slice_1d(o, o.point(), coordinates=[1.0, 0.0]), r"coordinates must be .*increasing"),
+    "NaN direction": (lambda o: loose.slice_1d(o, o.point() * NAN, points=3), r"direction.*NaN"),
 }
 
 
@@ -364,9 +370,9 @@ def test_bad_arguments(name: str, objective: ma.Objective) -> None:
 
 
 TYPES: dict[str, tuple[Callable[[ma.Objective], Any], str]] = {
-    "slice along a word": (lambda o: ma.slice_1d(o, "gradient"), r"expected a Direction or a flat tensor, got str"),  # type: ignore[arg-type]
-    "eigenvalues of a model": (lambda o: ma.top_eigenvalues(MLP.model()), r"expected .*Objective.*got Sequential"),  # type: ignore[arg-type]
-    "trace of a model": (lambda o: ma.trace(MLP.model(), draws=3), r"expected .*Objective.*got Sequential"),  # type: ignore[arg-type]
+    "slice along a word": (lambda o: loose.slice_1d(o, "gradient"), r"expected a Direction or a flat tensor, got str"),
+    "eigenvalues of a model": (lambda o: loose.top_eigenvalues(MLP.model()), r"expected .*Objective.*got Sequential"),
+    "trace of a model": (lambda o: loose.trace(MLP.model(), draws=3), r"expected .*Objective.*got Sequential"),
 }
 
 

@@ -72,7 +72,8 @@ def test_line(objective: ma.Objective) -> None:
 def test_line_on_given_coordinates(objective: ma.Objective) -> None:
     """A logarithmic axis, without the centre; the coordinates reported are those applied."""
     coordinates = torch.logspace(-3, 1, 8, dtype=torch.float64)
-    for given in (coordinates, coordinates.tolist(), coordinates.numpy()):
+    forms: list[Any] = [coordinates, coordinates.tolist(), coordinates.numpy()]
+    for given in forms:
         line = ma.slice_1d(objective, D2, coordinates=given)
         np.testing.assert_array_equal(line.coordinates.numpy(), coordinates.numpy())
         for x, loss in zip(coordinates, line.loss, strict=True):
@@ -93,7 +94,7 @@ def test_a_direction_and_its_vector_give_the_same(objective: ma.Objective) -> No
 
 @policies
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_centre_is_exact(case: Case, policy: str, dtype: torch.dtype) -> None:
+def test_centre_is_exact(case: Case, policy: Any, dtype: torch.dtype) -> None:
     """Bit for bit the objective's loss, on odd radii too."""
     objective = ma.Objective(case.model(dtype), case.loss_fn, case.data(dtype), batchnorm=policy)
     loss = float(objective.loss())
@@ -109,7 +110,7 @@ def test_centre_is_exact(case: Case, policy: str, dtype: torch.dtype) -> None:
 
 
 @policies
-def test_networks_at_every_point(case: Case, policy: str) -> None:
+def test_networks_at_every_point(case: Case, policy: Any) -> None:
     model, data = case.model(), case.data()
     objective = ma.Objective(model, case.loss_fn, data, batchnorm=policy)
     reference, point = reference_loss(case, model, data, policy), flatten(model)

@@ -252,9 +252,15 @@ def test_closing_ends_the_recording() -> None:
     step()
     monitor.close()
     assert monitor.frame()["step"].tolist() == [0, 1]
-    with pytest.raises(KeyError, match="stop"), ma.Monitor(optimizer, probes=[Spy([w])], every=1) as failed:
-        step()
-        raise KeyError("stop")
+    failed = ma.Monitor(optimizer, probes=[Spy([w])], every=1)
+
+    def fail() -> None:
+        with failed:
+            step()
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        fail()
     step()
     assert len(failed.frame()) == 1
 
@@ -395,7 +401,7 @@ def test_monitored_training_is_the_same_training(name: str) -> None:
             optimizer = make[name](list(model.parameters()))
             if monitored:
                 objective = ma.Objective(model, CONVNET.loss_fn, data)
-                probes = [
+                probes: list[Any] = [
                     ma.probes.MomentumGradientCosine(),
                     ma.probes.PerturbationRise(objective),
                     ma.probes.Curvature(objective),

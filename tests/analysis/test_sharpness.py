@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def quadratic(H: Tensor, g: Tensor, w: Tensor | None = None) -> ma.Objective:
     return ma.Objective(Quadratic(H, g - H @ w, 0.5, w), mean_output, cases.ONE_SAMPLE)
 
 
-def length(e: Tensor, weights: Tensor, norm: str, adaptive: bool) -> float:
+def length(e: Tensor, weights: Tensor, norm: Any, adaptive: bool) -> float:
     """Return the norm of the ball; where a weight is zero, an adaptive displacement must be zero."""
     if adaptive:
         assert not e[weights == 0].any()
@@ -36,7 +37,7 @@ def length(e: Tensor, weights: Tensor, norm: str, adaptive: bool) -> float:
     return float(e.norm()) if norm == "l2" else float(e.abs().max())
 
 
-def check_certificate(result: BallSharpness, objective: ma.Objective, rho: float, norm: str, adaptive: bool) -> None:
+def check_certificate(result: BallSharpness, objective: ma.Objective, rho: float, norm: Any, adaptive: bool) -> None:
     """The displacement is in the ball and shows the rise that is claimed."""
     point = objective.point()
     base, there = float(objective.loss()), float(objective.loss(point + result.displacement))
@@ -159,7 +160,7 @@ def test_interior_maximum() -> None:
     torch.testing.assert_close(result.displacement, top, rtol=1e-3, atol=1e-4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_quadratic(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 40), label="n")
@@ -251,7 +252,7 @@ def test_linf_of_a_coupled_quadratic_against_every_corner() -> None:
 
 @norms
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_certified_on_networks(case: Case, norm: str, adaptive: bool) -> None:
+def test_certified_on_networks(case: Case, norm: Any, adaptive: bool) -> None:
     model, data = case.model(), case.data()
     objective = ma.Objective(model, case.loss_fn, data)
     rho = 0.02 if norm == "linf" else 0.3
@@ -273,7 +274,7 @@ def test_certified_on_networks(case: Case, norm: str, adaptive: bool) -> None:
 @pytest.mark.filterwarnings("ignore::msam_analysis.results.ConvergenceWarning")
 @pytest.mark.parametrize("policy", CONVNET.policies)
 @pytest.mark.parametrize("rho", [0.1, 3.0])
-def test_no_long_search_finds_much_more(policy: str, rho: float) -> None:
+def test_no_long_search_finds_much_more(policy: Any, rho: float) -> None:
     """Five starts of 60 fixed-point steps each, written here."""
     model, data = CONVNET.model(), CONVNET.data()
     reference, point = reference_loss(CONVNET, model, data, policy), flatten(model)
@@ -294,7 +295,7 @@ def test_no_long_search_finds_much_more(policy: str, rho: float) -> None:
 def test_one_step_is_not_the_maximum() -> None:
     """Strong curvature across the gradient: one step finds a small part of what is there."""
     H = symmetric([100.0, 0.1, 0.1, 0.1], seed=8)
-    values, vectors = torch.linalg.eigh(H)
+    vectors = torch.linalg.eigh(H).eigenvectors
     g = 0.1 * vectors[:, 0] + 1e-3 * vectors[:, 3]
     result = ma.ball_sharpness(quadratic(H, g), 1.0)
     assert result.sharpness == pytest.approx(trust_region_maximum(H, g, 1.0), rel=1e-6)
@@ -302,7 +303,7 @@ def test_one_step_is_not_the_maximum() -> None:
 
 
 @norms
-def test_rho_zero(norm: str, adaptive: bool) -> None:
+def test_rho_zero(norm: Any, adaptive: bool) -> None:
     objective = ma.Objective(MLP.model(), MLP.loss_fn, MLP.data())
     result = ma.ball_sharpness(objective, 0.0, norm=norm, adaptive=adaptive)
     assert result.sharpness == 0
@@ -313,7 +314,7 @@ def test_rho_zero(norm: str, adaptive: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore::msam_analysis.results.ConvergenceWarning")
 @norms
-def test_rho_matters(norm: str, adaptive: bool) -> None:
+def test_rho_matters(norm: Any, adaptive: bool) -> None:
     """To first order the rise is rho times the dual norm of the gradient."""
     objective = ma.Objective(MLP.model(), MLP.loss_fn, MLP.data())
     g = objective.gradient()
@@ -406,8 +407,8 @@ def test_average_seeds_and_error() -> None:
     first, again, other = (ma.average_sharpness(objective, 0.5, draws=10, seed=seed) for seed in (1, 1, 2))
     assert first.value == again.value
     assert first.value != other.value
-    few, many = (ma.average_sharpness(objective, 0.5, draws=draws, seed=4) for draws in (100, 1600))
-    assert many.standard_error == pytest.approx(few.standard_error / 4, rel=0.4)
+    few, many = (ma.average_sharpness(objective, 0.5, draws=draws, seed=4) for draws in (50, 450))
+    assert many.standard_error == pytest.approx(few.standard_error / 3, rel=0.4)
 
 
 def test_average_at_sigma_zero() -> None:

@@ -1,0 +1,34 @@
+"""Fixtures of the studies' tests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from msam_analysis.studies.workloads import WORKLOADS, Workload
+
+from .toy import TOY
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Workload:
+    """The small workload, known by its name and importable in worker processes."""
+    monkeypatch.setitem(WORKLOADS, TOY.name, TOY)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    return TOY
+
+
+@pytest.fixture
+def generators() -> Callable[[], tuple[object, ...]]:
+    """A function that takes down the state of all global generators."""
+
+    def state() -> tuple[object, ...]:
+        numpy_state = np.random.get_state(legacy=False)
+        return torch.get_rng_state().numpy().tobytes(), repr(numpy_state), random.getstate()
+
+    return state
