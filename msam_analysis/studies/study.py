@@ -253,10 +253,11 @@ def _compose(
         f"{problem.description[0].upper()}{problem.description[1:]}.\n\n"
         f"Every optimizer is SGD with momentum ({recipe}, cosine decay to 0) and differs from the others only in the "
         f"perturbation ε at which the gradient is taken: {perturbations}. The seed sets the initial weights and the "
-        "order of the batches, and is shared by all optimizers. After training, BatchNorm statistics are re-estimated on "
-        "the training set at the true weights; losses, slices and Hessians are of the training set (wrong labels included) "
-        "with these running statistics. While training, curvatures and perturbation rises use each batch's own "
-        "statistics, as the training step does. Control runs draw every sample of a batch independently.\n\n"
+        "order of the batches, and is shared by all optimizers.\n\n"
+        "After training, BatchNorm statistics are re-estimated on the training set at the true weights; losses, slices "
+        "and Hessians are of the training set (wrong labels included) with these running statistics. While training, "
+        "curvatures and perturbation rises use each batch's own statistics, as the training step does. Control runs "
+        "draw every sample of a batch independently.\n\n"
         f"Intervals are 68 % Student-t intervals over {seeds} seeds. Made with torch {torch.__version__}, Python "
         f"{platform.python_version()}, msam-analysis {version('msam-analysis')}."
     )
@@ -275,8 +276,8 @@ def _compose(
         summary=(
             f"{len(tables.runs)} networks were trained and measured. Of {len(claims)} claims of the paper: {counted}. "
             "Verdicts are computed from the tables: a claim holds where the interval over seeds of every quantity "
-            "compared (a difference or ratio of two optimizers is paired by seed) lies on the claim's side of its bound; "
-            "intervals of ratios are in brackets."
+            "compared lies on the claim's side of its bound (differences and ratios are paired by seed; the intervals "
+            "of ratios are in brackets)."
         ),
         sections=sections,
         claims=claims,

@@ -62,11 +62,12 @@ def make_runs(seeds: int) -> pd.DataFrame:
                 else:
                     row[str(column)] = value * math.exp(20 * LUCK[seed] + 10 * wiggle(name, seed))
             rows.append(row)
-    return pd.DataFrame(rows)
+    frame: pd.DataFrame = pd.DataFrame(rows)
+    return frame
 
 
 def make_steps(seeds: int) -> pd.DataFrame:
-    """Return records in which the cosine starts at -0.3 and fades in the last epoch; every third step has the others."""
+    """Return records in which the cosine of -0.3 fades in the last epoch; every third step has the others."""
     rows = []
     for name in OPTIMIZERS:
         for seed in range(seeds):
@@ -82,7 +83,8 @@ def make_steps(seeds: int) -> pd.DataFrame:
                     known = slow and not (step == 0 and direction == "momentum")
                     row[f"curvature_{direction}"] = value * math.exp(9 * LUCK[seed] + own) if known else math.nan
                 rows.append(row)
-    return pd.DataFrame(rows)
+    frame: pd.DataFrame = pd.DataFrame(rows)
+    return frame
 
 
 def make_tables(seeds: int = SEEDS, **frames: pd.DataFrame) -> Tables:
@@ -358,7 +360,8 @@ def test_pairing_decides_ratios() -> None:
 def table_of(**columns: list[float]) -> pd.DataFrame:
     """Return a table of two optimizers, A and B."""
     rows = [(name, seed, value) for name, values in columns.items() for seed, value in enumerate(values)]
-    return pd.DataFrame(rows, columns=["optimizer", "seed", "value"])
+    frame: pd.DataFrame = pd.DataFrame(rows, columns=["optimizer", "seed", "value"])
+    return frame
 
 
 def test_a_difference_in_words() -> None:

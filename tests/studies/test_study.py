@@ -1,6 +1,7 @@
 """The whole study on a toy: the same tables however it was made, and nothing half-done.
 
-Every study here trains in worker processes; so there are few, and each answers several questions.
+A worker process takes seconds to start, most of them for torch. So only the tests about processes start some; in the
+others (fixture ``inline``) runs are made in this process, one after the other.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pandas as pd
 import pytest
 
 from msam_analysis.report import Verdict
+from msam_analysis.studies import study as module
 from msam_analysis.studies.exhibits import EXHIBITS
 from msam_analysis.studies.study import run_study
 from msam_analysis.studies.tables import Tables
@@ -69,16 +72,35 @@ def trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainings:
     return Trainings(log)
 
 
+class Inline(Executor):
+    """Makes runs at once, where it is called."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+@pytest.fixture
+def inline(toy: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No worker processes."""
+    monkeypatch.setattr(module, "ProcessPoolExecutor", Inline)
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A study that went through at once, in one process, with all its pictures."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that went through at once, in one worker process, with all its pictures."""
     out = tmp_path_factory.mktemp("study") / "new" / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(WORKLOADS, "toy", TOY)
         patch.syspath_prepend(str(Path(__file__).parents[2]))
         page = study(out, exhibits=None, figures=out.parent / "pictures")
     assert page == out / "report.html"
-    yield out
+    return out
 
 
 def test_the_toy_is_importable_by_workers() -> None:
@@ -144,7 +166,7 @@ def test_jobs_do_not_change_a_byte(toy: Workload, finished: Path, tmp_path: Path
     assert hidden(tmp_path / "out") == []
 
 
-def test_a_finished_study_trains_nothing(toy: Workload, finished: Path, tmp_path: Path, trainings: Trainings) -> None:
+def test_a_finished_study_trains_nothing(inline: None, finished: Path, tmp_path: Path, trainings: Trainings) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     before, files = stamps(out), tables(out)
@@ -156,7 +178,7 @@ def test_a_finished_study_trains_nothing(toy: Workload, finished: Path, tmp_path
 
 
 def test_more_seeds_add_to_those_that_are_there(
-    toy: Workload, finished: Path, tmp_path: Path, trainings: Trainings
+    inline: None, finished: Path, tmp_path: Path, trainings: Trainings
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -199,7 +221,8 @@ def test_an_interrupted_study_goes_on(
 
     kept = stamps(out)
     trainings.count()
-    study(out, jobs=jobs)
+    monkeypatch.setattr(module, "ProcessPoolExecutor", Inline)
+    study(out)
     assert trainings.count() == RUNS - len(done)
     assert stamps(out).items() >= kept.items(), "finished runs are not made again"
     assert tables(out) == tables(finished)
@@ -207,7 +230,7 @@ def test_an_interrupted_study_goes_on(
 
 
 def test_what_is_missing_or_partial_is_made_again(
-    toy: Workload, finished: Path, tmp_path: Path, trainings: Trainings
+    inline: None, finished: Path, tmp_path: Path, trainings: Trainings
 ) -> None:
     """One run's folder is gone, one is empty, and a process that was killed left a partial one."""
     out = tmp_path / "out"
@@ -228,7 +251,7 @@ def test_what_is_missing_or_partial_is_made_again(
 
 
 def test_a_run_that_lost_a_file_is_made_again(
-    toy: Workload, finished: Path, tmp_path: Path, trainings: Trainings
+    inline: None, finished: Path, tmp_path: Path, trainings: Trainings
 ) -> None:
     """However a folder came to be incomplete: the study goes on from what is whole."""
     out = tmp_path / "out"
@@ -239,7 +262,7 @@ def test_a_run_that_lost_a_file_is_made_again(
     assert tables(out) == tables(finished)
 
 
-def test_a_damaged_run_is_not_silently_used(toy: Workload, finished: Path, tmp_path: Path) -> None:
+def test_a_damaged_run_is_not_silently_used(inline: None, finished: Path, tmp_path: Path) -> None:
     """A result is gone: the run is made again, or the sentence says what is missing where."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -257,14 +280,14 @@ def test_a_damaged_run_is_not_silently_used(toy: Workload, finished: Path, tmp_p
 
 
 def test_other_settings_have_other_runs(
-    toy: Workload, finished: Path, tmp_path: Path, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+    inline: None, finished: Path, tmp_path: Path, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A finer protocol, and another learning rate: everything is made again, and what was there stays for later."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     before = stamps(out)
     finer = dataclasses.replace(COARSE, line_points=7)
-    study(out, seeds=1, protocol=finer, jobs=2)
+    study(out, seeds=1, protocol=finer)
     measured = trainings.count()
     assert measured >= len(TOY.perturbations)
     assert len(pd.read_csv(out / "tables" / "lines.csv")) == len(TOY.perturbations) * 3 * 7
@@ -272,7 +295,7 @@ def test_other_settings_have_other_runs(
 
     recipe = dataclasses.replace(TOY.recipe, lr=0.05)
     monkeypatch.setitem(WORKLOADS, "toy", dataclasses.replace(TOY, recipe=recipe))
-    study(out, seeds=1, jobs=2)
+    study(out, seeds=1)
     assert trainings.count() == RUNS // SEEDS
     steps = pd.read_csv(out / "tables" / "steps.csv")
     assert steps["lr"].max() == pytest.approx(0.05)
@@ -283,16 +306,16 @@ def test_other_settings_have_other_runs(
     assert tables(out) == tables(finished)
 
 
-def test_the_recording_interval_is_a_setting(toy: Workload, finished: Path, tmp_path: Path) -> None:
+def test_the_recording_interval_is_a_setting(inline: None, finished: Path, tmp_path: Path) -> None:
     """Several records in an epoch are as good as one."""
     out = tmp_path / "out"
-    study(out, seeds=1, every=3, jobs=2, exhibits=["A12", "A8"])
+    study(out, seeds=1, every=3, exhibits=["A12", "A8"])
     steps = pd.read_csv(out / "tables" / "steps.csv")
     assert set(steps.loc[steps["rise"].notna(), "step"]) == {0, 3, 6}
     assert (out / "report.html").is_file()
 
 
-def test_without_controls(toy: Workload, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_controls(inline: None, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A workload need not name any."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)

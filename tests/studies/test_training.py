@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msam import reference
+from msam import Perturbation, reference
 from msam_analysis.studies import digits
 from msam_analysis.studies.training import Trained, train
 from msam_analysis.studies.workloads import DIGITS, Recipe, Workload, formula, workload
@@ -377,7 +377,7 @@ CHANGES: dict[str, Callable[[Workload], Workload]] = {
         for field in dataclasses.fields(Recipe)
     },
     "rho": lambda w: dataclasses.replace(
-        w, perturbations={**w.perturbations, "MSAM": dataclasses.replace(w.perturbations["MSAM"], rho=0.4)}
+        w, perturbations={**w.perturbations, "MSAM": Perturbation(direction="momentum", rho=0.4)}
     ),
     "the direction": lambda w: dataclasses.replace(
         w, perturbations={**w.perturbations, "MSAM": w.perturbations["SAM"]}
