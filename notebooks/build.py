@@ -35,6 +35,7 @@ _ENVIRONMENT = {
     "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     "OMP_NUM_THREADS": "1",
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences the kernel's debugger, which is not used
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's, where ipywidgets are not installed
 }
 
 
@@ -68,13 +69,13 @@ def build(script: Path, target: Path | None = None, timeout: float = 600) -> Pat
             notebook,
             timeout=timeout,
             kernel_name="python3",
-            extra_arguments=["--log-level=ERROR"],
+            extra_arguments=["--log-level=ERROR", "--InlineBackend.figure_formats={'retina'}"],
             record_timing=False,
             coalesce_streams=True,
             resources={"metadata": {"path": folder}},
         ).execute(env=os.environ | _ENVIRONMENT)
         _refuse_traces(script, notebook, (folder, str(HERE.parent), str(Path.home()), sys.prefix))
-    notebook.metadata = nbformat.from_dict(_METADATA)
+    notebook.metadata = _METADATA
     for number, cell in enumerate(notebook.cells, start=1):
         cell["id"] = f"cell-{number:02d}"
         cell["metadata"] = {}
@@ -82,7 +83,7 @@ def build(script: Path, target: Path | None = None, timeout: float = 600) -> Pat
     target = target or script.with_suffix(".ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
-    partial.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
+    partial.write_text(jupytext.writes(notebook, fmt="ipynb"), encoding="utf-8")
     partial.replace(target)
     return target
 
@@ -104,7 +105,7 @@ def problems(script: Path, target: Path | None = None) -> Iterator[str]:
     if not target.is_file():
         yield f"{target.name} is missing"
         return
-    notebook = nbformat.read(target, as_version=4)
+    notebook = jupytext.read(target)
     written = [(cell.cell_type, cell.source) for cell in jupytext.read(script).cells]
     committed = [(cell.cell_type, cell.source) for cell in notebook.cells]
     if len(written) != len(committed):
