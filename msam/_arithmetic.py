@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 _PIECE = 1 << 17  # elements a sum in float32 may run over on the CPU before it loses digits
 
-_CACHED = 1 << 17  # elements of three float32 tensors that fit a processor's own cache
-
-__all__ = ["add_scaled_", "global_norm", "multiply_", "pieces", "scaled", "widest_dtype"]
+__all__ = ["add_scaled_", "global_norm", "multiply_", "scaled", "widest_dtype"]
 
 
 def widest_dtype(tensors: list[Tensor]) -> torch.dtype:
@@ -28,12 +25,13 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     """
     if not tensors:
         return torch.zeros(())
-    squares, others = defaultdict(list), defaultdict(list)
+    squares: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    others: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         whole = tensor.detach()
         if whole.is_cpu and whole.is_contiguous() and whole.dtype in (torch.float32, torch.float64):
             # a dot product reads twice as fast as a norm does
-            squares[whole.dtype] += [torch.dot(part, part) for part in whole.view(-1).split(_PIECE)]
+            squares[whole.dtype] += [torch.dot(part, part) for part in _parts(whole)]
         else:
             others[whole.dtype].append(whole)
     norms = [torch.stack(same).sum(dtype=torch.float64).sqrt() for same in squares.values()]
@@ -42,6 +40,12 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     device, dtype = tensors[0].device, widest_dtype(tensors)
     norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(device, dtype, non_blocking=True) for n in norms]))
     return norm
+
+
+def _parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return a contiguous tensor as flat views of ``_PIECE`` elements at most."""
+    flat = tensor.view(-1)
+    return (flat,) if flat.numel() <= _PIECE else torch.split(flat, _PIECE)
 
 
 def add_scaled_(weights: list[Tensor], directions: list[Tensor], factor: Tensor, *, finite: bool = True) -> None:
@@ -75,25 +79,3 @@ def multiply_(tensors: list[Tensor], factor: Tensor) -> None:
     """Multiply each tensor in place by a 0-dimensional ``factor``."""
     for device in {t.device for t in tensors}:
         torch._foreach_mul_([t for t in tensors if t.device == device], factor.to(device, non_blocking=True))
-
-
-def pieces(*lists: list[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """Cut lists of contiguous tensors, of the same shapes in each list, into runs that fit the processors' caches.
-
-    Yields
-    ------
-    tuple of lists
-        Flat views, one list for each list given: all that is done to a run before the next one finds it in the cache.
-    """
-    size = _CACHED * torch.get_num_threads()
-    run: list[tuple[Tensor, ...]] = []
-    length = 0
-    for tensors in zip(*lists, strict=True):
-        for part in zip(*(t.detach().view(-1).split(size) for t in tensors), strict=True):
-            if run and length + part[0].numel() > size:
-                yield tuple(map(list, zip(*run, strict=True)))
-                run, length = [], 0
-            run.append(part)
-            length += part[0].numel()
-    if run:
-        yield tuple(map(list, zip(*run, strict=True)))

@@ -235,9 +235,9 @@ class PerturbedOptimizer(DisplacedOptimizer, ABC):
         if self.perturbation is None or self.perturbation.direction != "gradient":
             loss = self._evaluate(closure)
             self._begin()
-            norms = self._advance()
+            self._advance()
             self._remember_gradients()
-            self._displace(self._plan(norms))
+            self._displace(self._plan())
             return loss
         loss = None
         if closure is not None:
@@ -378,23 +378,20 @@ class PerturbedOptimizer(DisplacedOptimizer, ABC):
         for hook in tuple(self._gradient_hooks.values()):
             hook(self)
 
-    def _advance(self) -> list[Tensor | None]:
-        """Return to the true weights and take the base step; return the norms of the new momenta that came with it."""
-        norms = []
+    def _advance(self) -> None:
+        """Take the base step; afterwards the weights are the true ones, or stand at a multiple that is noted."""
         for group in self.param_groups:
-            norm = self._advance_in_pieces(group)
-            if norm is None:
-                for way, members in self._ways(group):
-                    self._bring_back(group, way, [p for p in members if p.grad is None])
-                    self._advance_members(group, way, [p for p in members if p.grad is not None])
+            if self._advance_in_place(group):
+                continue
+            for way, members in self._ways(group):
+                self._bring_back(group, way, [p for p in members if p.grad is None])
+                self._advance_members(group, way, [p for p in members if p.grad is not None])
             self._forget(group)
-            norms.append(norm)
         self._head["steps"].add_(1)
-        return norms
 
-    def _advance_in_pieces(self, group: dict[str, Any]) -> Tensor | None:
-        """Do the whole group in one pass over memory and return the norm of its directions, or do nothing."""
-        return None
+    def _advance_in_place(self, group: dict[str, Any]) -> bool:
+        """Step from where the weights stand, if the base step knows how; return whether it did."""
+        return False
 
     def _advance_members(self, group: dict[str, Any], way: Way, members: list[Tensor]) -> None:
         """Return to the true weights and take the base step there."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -50,14 +49,8 @@ class DirectedOptimizer(Optimizer):
         perturbation = self.perturbation
         return None if perturbation is None else f"{perturbation.direction}, scaled {perturbation.scale}"
 
-    def _plan(self, norms: Sequence[Tensor | None] = ()) -> list[Move]:
-        """Return the displacement, group by group; empty where nothing moves.
-
-        Parameters
-        ----------
-        norms : sequence of Tensor or None
-            For each group the norm of the directions of all its parameters, where it is known.
-        """
+    def _plan(self) -> list[Move]:
+        """Return the displacement, group by group; empty where nothing moves."""
         perturbation = self.perturbation
         if perturbation is None:
             return []
@@ -67,7 +60,9 @@ class DirectedOptimizer(Optimizer):
             return [Move(group, [], torch.zeros(())) for group in self.param_groups] if climbs else []
         everyone = [self._members(group) for group in self.param_groups]
         flat = [p for members in everyone for p in members]
-        norm = self._norm(perturbation, everyone, norms) if perturbation.normalize == "l2" or climbs else None
+        norm = None
+        if perturbation.normalize == "l2" or climbs:
+            norm = global_norm(perturbation.measured(self._directions(flat), flat))
         plan = []
         for group, members, rho in zip(self.param_groups, everyone, rhos, strict=True):
             factor = perturbation.factor(norm, rho, group["lr"])
@@ -79,19 +74,6 @@ class DirectedOptimizer(Optimizer):
                 factor = torch.where(norm.isfinite(), factor, math.nan)  # an overflow under loss scaling, say
             plan.append(Move(group, members, factor))
         return plan
-
-    def _norm(self, perturbation: Perturbation, everyone: list[list[Tensor]], norms: Sequence[Tensor | None]) -> Tensor:
-        """Return the norm over all groups of what the perturbation measures."""
-        known, rest = [], []
-        for i, (group, members) in enumerate(zip(self.param_groups, everyone, strict=True)):
-            norm = norms[i] if i < len(norms) and len(members) == len(group["params"]) else None
-            if norm is None:
-                rest += members
-            else:
-                known.append(norm)
-        if rest or not known:
-            known.append(global_norm(perturbation.measured(self._directions(rest), rest)))
-        return known[0] if len(known) == 1 else global_norm(known)
 
     def _rho(self, group: dict[str, Any]) -> Number:
         rho: Number | Schedule = group["rho"]

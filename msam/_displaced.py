@@ -122,15 +122,24 @@ class DisplacedOptimizer(DirectedOptimizer):
     # ---------------------------------------------------------------- there
 
     def _displace(self, plan: list[Move]) -> None:
-        """Move from the true weights to w + ε and note what was done."""
+        """Move to w + ε, from the true weights or from what still stands, and note what was done."""
+        if not plan:
+            self._restore()
         for group, members, factor in plan:
             moved = set(map(id, members))
             standing = [id(p) in moved for p in group["params"]]
-            self._keep_copies([p for p in members if self._needs_copy(p)])
+            copied = [p for p in members if self._needs_copy(p)]
+            change = factor
+            if group["standing"] is not None:
+                if standing == group["standing"] and not copied:
+                    change = factor - group["applied"]
+                else:
+                    self._restore_group(group)
+            self._keep_copies(copied)
             for p in members:
                 if not self._needs_copy(p):
                     self.state[p].pop("true_weight", None)  # left by a state saved under another policy
-            add_scaled_(members, self._shaped(members), factor, finite=self._direction_name != "gradient")
+            add_scaled_(members, self._shaped(members), change, finite=self._direction_name != "gradient")
             group["standing"] = standing
             if group["applied"] is None:
                 group["applied"] = factor.clone()
@@ -198,12 +207,15 @@ class DisplacedOptimizer(DirectedOptimizer):
             for p in group["params"]:
                 self.state[p].pop("true_weight", None)
 
+    def _restore_group(self, group: dict[str, Any]) -> None:
+        for way, members in self._ways(group):
+            self._bring_back(group, way, members)
+        self._forget(group)
+
     def _restore(self) -> None:
         """Return to the true weights for good."""
         for group in self.param_groups:
-            for way, members in self._ways(group):
-                self._bring_back(group, way, members)
-            self._forget(group)
+            self._restore_group(group)
 
 
 def _swap(these: list[Tensor], those: list[Tensor]) -> None:

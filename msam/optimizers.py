@@ -10,7 +10,6 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from ._arithmetic import global_norm, pieces
 from ._base import PerturbedOptimizer, Restore, WeightDecayAt
 from .filters import ParameterFilter
 from .perturbation import Perturbation
@@ -20,6 +19,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["MSAM", "NAG", "SAM", "AdamWMSAM", "AdamWSAM", "PerturbedAdamW", "PerturbedSGD"]
+
+
+_LONGEST = 1e5  # |c| / lr up to which the fused step is taken in place: see PerturbedSGD._advance_in_place
 
 
 class PerturbedSGD(PerturbedOptimizer):
@@ -124,43 +126,57 @@ class PerturbedSGD(PerturbedOptimizer):
                 for i, buffer in zip(rows, updated, strict=True):
                     self.state[weights[i]]["momentum_buffer"] = buffer
 
-    def _advance_in_pieces(self, group: dict[str, Any]) -> Tensor | None:
-        """Go back, step and measure the new buffers, a piece at a time while the piece is in the processor's cache.
+    def _advance_in_place(self, group: dict[str, Any]) -> bool:
+        """Step without going back first, in one pass of torch's fused kernel.
 
-        The arithmetic is that of three passes over all parameters, each of which would wait for memory. For torch's
-        fused kernel on the CPU, which takes views of any length.
+        At ``w̃ = w + c v`` let ``g' = g + λ w̃``. The new buffer is ``v' = m v + g'`` with ``m = μ − λ c`` for decay at
+        the true weights and ``m = μ`` at the perturbed ones. Nesterov's kernel with factor m and learning rate
+        ``−c / m`` leaves ``w̃ + (c / m) g' + c v'``, and as ``v = (v' − g') / m`` this is the new true weight plus
+        ``(c + c / m + lr) v'``: displaced along the new buffer by a known multiple, where the next displacement starts.
+
+        ``g'`` enters scaled by ``c / m`` and leaves again, so that rounding v' costs ``2⁻²⁴ |c| / (m lr)`` of this
+        step's length in float32. Up to 1e5 that is below 0.7 %, and below what storing the weights costs; beyond
+        (the last 0.3 % of a cosine schedule at ρ / ‖v‖ = 1 and lr from 0.5) the step is taken from the true weights.
         """
-        if self._direction_name != "momentum" or not group["fused"] or isinstance(group["lr"], Tensor):
-            return None
+        standing = group["standing"]
+        if (
+            self._direction_name != "momentum"
+            or not group["fused"]
+            or group["dampening"]
+            or standing is None
+            or isinstance(group["lr"], Tensor)
+            or torch.compiler.is_compiling()
+        ):
+            return False
         weights = group["params"]
         grads = [p.grad for p in weights if p.grad is not None]
-        if len(grads) < len(weights) or [way for way, _ in self._ways(group)] != ["subtract"]:
-            return None
+        exact = (torch.float32, torch.float64)
+        if not all(standing) or len(grads) < len(weights):
+            return False
+        if not all(p.is_cpu and p.dtype in exact and "true_weight" not in self.state[p] for p in weights):
+            return False
         buffers = self._directions(weights)
-        same_kind = {(t.dtype, t.is_cpu and t.is_contiguous()) for t in (*weights, *grads, *buffers)}
-        if len(same_kind) > 1 or not same_kind.pop()[1] or torch.compiler.is_compiling():
-            return None
-        multiple = -group["applied"].item()
-        at_perturbed = group["weight_decay"] and group["weight_decay_at"] == "perturbed"
-        norms = []
-        for some, slopes, along in pieces(weights, grads, buffers):
-            gs = self._decay_at_perturbed(group, some, slopes, some) if at_perturbed else slopes
-            torch._foreach_add_(some, along, alpha=multiple)
-            sgd(
-                some,
-                gs,
-                [*along],
-                weight_decay=0.0 if at_perturbed else group["weight_decay"],
-                momentum=group["momentum"],
-                lr=group["lr"],
-                dampening=group["dampening"],
-                nesterov=False,
-                maximize=group["maximize"],
-                has_sparse_grad=False,
-                fused=True,
-            )
-            norms.append(global_norm(along))
-        return global_norm(norms)
+        c = group["applied"].item()
+        factor = group["momentum"]
+        if group["weight_decay_at"] == "true":
+            factor -= group["weight_decay"] * c
+        if factor < 0.5 or abs(c) > _LONGEST * group["lr"]:
+            return False
+        sgd(
+            weights,
+            grads,
+            [*buffers],
+            weight_decay=group["weight_decay"],
+            momentum=factor,
+            lr=-c / factor,
+            dampening=0.0,
+            nesterov=True,
+            maximize=group["maximize"],
+            has_sparse_grad=False,
+            fused=True,
+        )
+        group["applied"].fill_(c + c / factor + group["lr"])
+        return True
 
     def _decay_at_perturbed(
         self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], decayed: list[Tensor]

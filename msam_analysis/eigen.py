@@ -23,10 +23,13 @@ Method = Literal["lanczos", "power"]
 Which = Literal["largest", "smallest", "magnitude"]
 
 _BASIS_BYTES = 4 * 2**30
-# The second chain is believed once it has this many vectors and its best Ritz value, raised by this many residuals, is
-# still short of the wanted ones: with fewer, copies of an eigenvalue were missed; with these, in none of 80 trials.
-_PROBE_STEPS = 6
-_PROBE_MARGIN = 5.0
+# What the second chain must exclude, and how surely: a value beyond the wanted ones by this fraction of the spectrum's
+# spread, but for this probability over its random start.
+_PROBE_SPREAD = 0.01
+_PROBE_FAILURE = 1e-3
+# Block steps that power iteration makes from a warm start before it believes it: the random columns must have their
+# say.
+_WARM_STEPS = 8
 
 
 class HasHessian(Protocol):
@@ -67,7 +70,9 @@ class Subspace:
     def __post_init__(self) -> None:
         """Reserve the memory once."""
         shape = (self.operator.size, self.capacity)
-        self._q = torch.empty(shape, dtype=self.operator.dtype, device=self.operator.device)
+        # A basis in half precision would lose its orthogonality, and has no QR.
+        wide = torch.promote_types(self.operator.dtype, torch.float32)
+        self._q = torch.empty(shape, dtype=wide, device=self.operator.device)
         self._aq = torch.empty_like(self._q)
         self.projection: Tensor = torch.zeros(0, 0, dtype=torch.float64)
 
@@ -96,10 +101,10 @@ class Subspace:
         if count == 0:
             return 0
         self._q[:, old : old + count] = fresh
-        self._aq[:, old : old + count] = self.operator.matmat(fresh)
+        self._aq[:, old : old + count] = self.operator.matmat(fresh).to(self._aq)
         grown = torch.zeros(old + count, old + count, dtype=torch.float64)
         grown[:old, :old] = self.projection
-        block = (self._q[:, : old + count].T @ self._aq[:, old : old + count]).double().cpu()
+        block = (self._q[:, : old + count].T @ self._aq[:, old : old + count]).cpu().double()
         grown[:, old:] = block
         grown[old:, :old] = block[:old].T
         self.projection = (grown + grown.T) / 2
@@ -107,7 +112,7 @@ class Subspace:
 
     def compress(self, coefficients: Tensor) -> None:
         """Keep only the span of ``Q S`` for orthonormal coefficients ``S`` of shape ``(columns, p)``."""
-        small = coefficients.to(dtype=self.operator.dtype, device=self.operator.device)
+        small = coefficients.to(self._q)
         kept, products = self.q @ small, self.aq @ small
         self._q[:, : small.shape[1]] = kept
         self._aq[:, : small.shape[1]] = products
@@ -151,10 +156,12 @@ def top_eigenvalues(
 
     ``"lanczos"`` builds a Krylov space with full re-orthogonalisation and thick restarts (Wu & Simon 2000), then
     starts a short second chain from a fresh random vector: an eigenvalue that occurs more than once is invisible to a
-    single Krylov space, and is found there. ``"power"`` is power iteration on a block with Rayleigh-Ritz extraction
-    (Rutishauser's simultaneous iteration): one step multiplies every vector not yet converged; converged ones are
-    locked and deflated; a few guard vectors beyond ``k`` make close eigenvalues separate. Where negative eigenvalues
-    would dominate, the operator is shifted by the most negative Ritz value and the values are shifted back.
+    single Krylov space, and is found there. The result counts as converged once a missed value that exceeds the last
+    wanted one by more than 1 % of the spectrum's spread has a probability below 0.001. ``"power"`` is power iteration
+    on a block with Rayleigh-Ritz extraction (Rutishauser's simultaneous iteration): one step multiplies every vector
+    not yet converged; converged ones are locked and deflated; a few guard vectors beyond ``k`` make close eigenvalues
+    separate. Where negative eigenvalues would dominate, the operator is shifted by the most negative Ritz value and
+    the values are shifted back.
 
     Parameters
     ----------
@@ -196,22 +203,23 @@ def top_eigenvalues(
     operator = as_operator(target)
     _check(operator, k, method, which, tolerance, max_hvps, start)
     before = operator.products
-    guess = gaussian(operator.size, 1, seed=seed, like=torch.empty(0, dtype=operator.dtype, device=operator.device))
+    like = torch.empty(0, dtype=torch.promote_types(operator.dtype, torch.float32), device=operator.device)
+    guess = gaussian(operator.size, 1, seed=seed, like=like)
     if start is not None:
         # The random vector stays in: a warm start that lost an eigenvector must be able to find it again.
         warm = start.reshape(operator.size, -1).to(guess)
         guess = torch.cat([warm / warm.norm(dim=0).clamp_min(torch.finfo(warm.dtype).tiny), guess], dim=1)
     solver = _lanczos if method == "lanczos" else _power
     budget = max_hvps if max_hvps is not None else (40 * k + 400) * (1 if method == "lanczos" else 10)
-    values, vectors, residuals, norm = solver(operator, k, which, tolerance, budget, guess, seed)
-    converged = bool((residuals <= _threshold(values, norm, tolerance, operator.dtype)).all())
+    found = solver(operator, k, which, tolerance, budget, guess, seed)
+    values, vectors, residuals, converged = found.values, found.vectors, found.residuals, found.converged
     hvps = operator.products - before
     if not converged:
         warnings.warn(
             f"top_eigenvalues: after {hvps} Hessian-vector products the residuals are "
             f"{', '.join(f'{r:.1e}' for r in residuals.tolist())} for eigenvalues "
-            f"{', '.join(f'{v:.4g}' for v in values.tolist())}; expected residual/|value| <= {tolerance:g}: "
-            "raise max_hvps or tolerance",
+            f"{', '.join(f'{v:.4g}' for v in values.tolist())}; expected residual/|value| <= {tolerance:g} and a check "
+            "that no value was missed: raise max_hvps or tolerance",
             ConvergenceWarning,
             stacklevel=2,
         )
@@ -268,20 +276,20 @@ def _finite(basis: Subspace) -> None:
 
 def _lanczos(
     operator: SymmetricOperator, k: int, which: Which, tolerance: float, budget: int, guess: Tensor, seed: int
-) -> tuple[Tensor, Tensor, Tensor, float]:
+) -> _Found:
     affordable = _BASIS_BYTES // (2 * operator.size * torch.finfo(operator.dtype).bits // 8)
     capacity = min(operator.size, max(k + guess.shape[1] + 10, min(4 * k + 60, affordable)))
     basis = Subspace(operator, capacity)
     spent = operator.products
-    basis.expand(guess)
-    probes = _Probes(operator, seed)
+    basis.expand(guess[:, -budget:])
+    probes = _Probes(guess, seed)
     chain = 0  # vectors of the second chain so far
     believed: Tensor | None = None  # the wanted values when it began
     norm = 0.0
     while True:
         _finite(basis)
         values, coefficients, residuals = basis.ritz(which, k)
-        norms = residuals.norm(dim=0).double().cpu()
+        norms = residuals.norm(dim=0).cpu().double()
         wanted = values[:k]
         norm = max(norm, float(values.abs().max()))
         limits = _threshold(wanted, norm, tolerance, operator.dtype)
@@ -290,10 +298,11 @@ def _lanczos(
             done
             and believed is not None
             and bool(((wanted - believed).abs() <= limits).all())
-            and _nothing_beyond(basis, chain, coefficients[:, :k], wanted[-1], float(limits[-1]), which)
+            and _nothing_beyond(basis, chain, coefficients[:, :k], wanted[-1], which)
         )
-        if confirmed or basis.columns == operator.size or operator.products - spent >= budget:
-            return wanted, basis.q @ coefficients[:, :k].to(basis.q), norms, norm
+        complete = done and basis.columns == operator.size
+        if confirmed or complete or basis.columns == operator.size or operator.products - spent >= budget:
+            return _Found(wanted, basis.q @ coefficients[:, :k].to(basis.q), norms, confirmed or complete)
         if basis.columns == capacity:
             basis.compress(coefficients[:, : min(capacity - 2, k + 8)])
             chain, believed = 0, None
@@ -309,71 +318,82 @@ def _lanczos(
         chain += 1
 
 
-def _nothing_beyond(basis: Subspace, steps: int, wanted: Tensor, last: Tensor, limit: float, which: Which) -> bool:
-    """Tell whether the newest ``steps`` vectors, cleared of the wanted ones, show nothing beyond the last of these."""
-    if steps < _PROBE_STEPS:
+def _nothing_beyond(basis: Subspace, steps: int, wanted: Tensor, last: Tensor, which: Which) -> bool:
+    """Tell whether the newest ``steps`` vectors, cleared of the wanted ones, make a value beyond the last one unlikely.
+
+    They are a Lanczos run from a random start on what the earlier basis cannot see. Kuczynski & Wozniakowski (1992):
+    after ``m`` steps the best Ritz value ``θ`` falls short of the largest eigenvalue by more than ``ε (λmax − λmin)``
+    with probability at most ``1.648 √n exp(−√ε (2m − 1))``.
+    """
+    cleared = orthonormalize(torch.eye(basis.columns, dtype=torch.float64)[:, -steps:], wanted)
+    if steps == 0 or cleared.shape[1] == 0:
         return False
-    chain = torch.eye(basis.columns, dtype=torch.float64)[:, -steps:]
-    cleared = orthonormalize(chain, wanted)
-    if cleared.shape[1] == 0:
-        return True
-    levels, vectors = torch.linalg.eigh(cleared.T @ basis.projection @ cleared)
-    first = ordering(levels, which)[0]
-    lead = (cleared @ vectors[:, first]).to(basis.q)
-    residual = float((basis.aq @ lead - (basis.q @ lead) * levels[first].to(basis.q)).norm())
-    if which == "magnitude":
-        level, bound = abs(float(levels[first])), abs(float(last))
-    else:
-        sign = -1.0 if which == "smallest" else 1.0
-        level, bound = sign * float(levels[first]), sign * float(last)
-    return level + (limit if residual <= limit else _PROBE_MARGIN * residual) <= bound + limit
+    levels = torch.linalg.eigvalsh(cleared.T @ basis.projection @ cleared)
+    seen = torch.linalg.eigvalsh(basis.projection)
+    for sign in {"largest": (1,), "smallest": (-1,), "magnitude": (1, -1)}[which]:
+        bound = abs(float(last)) if which == "magnitude" else sign * float(last)
+        spread = bound - float((sign * seen).min())
+        short = (bound - float((sign * levels).max())) / spread if spread > 0 else 0.0
+        decay = math.sqrt(max(short, _PROBE_SPREAD)) * (2 * steps - 1)
+        if 1.648 * math.sqrt(basis.operator.size) * math.exp(-decay) > _PROBE_FAILURE:
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a solver ends with; ``converged``: small residuals, and reason to believe that nothing was missed."""
+
+    values: Tensor
+    vectors: Tensor
+    residuals: Tensor
+    converged: bool
 
 
 class _Probes:
-    """Fresh random vectors, each from a seed of its own."""
+    """Fresh random vectors like a given one, each from a seed of its own."""
 
-    def __init__(self, operator: SymmetricOperator, seed: int) -> None:
-        self.operator = operator
+    def __init__(self, like: Tensor, seed: int) -> None:
+        self.like = like
         self.seed = seed
 
     def next(self) -> Tensor:
         self.seed += 7919
-        like = torch.empty(0, dtype=self.operator.dtype, device=self.operator.device)
-        return gaussian(self.operator.size, 1, seed=self.seed, like=like)
+        return gaussian(self.like.shape[0], 1, seed=self.seed, like=self.like)
 
 
 def _power(
     operator: SymmetricOperator, k: int, which: Which, tolerance: float, budget: int, guess: Tensor, seed: int
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    width = min(operator.size, k + max(k, 4))
+) -> _Found:
+    width = min(operator.size, k + max(k, 4) + guess.shape[1] - 1, budget)
     fill = gaussian(operator.size, width, seed=seed + 1, like=guess)
-    block = orthonormalize(torch.cat([guess, fill], dim=1))[:, :width]
+    block = orthonormalize(torch.cat([guess, fill], dim=1)[:, :width])
+    patience = _WARM_STEPS if guess.shape[1] > 1 else 0
     sign = -1.0 if which == "smallest" else 1.0
-    shift = 0.0
-    locked, locked_values, locked_norms = (
-        guess[:, :0],
-        guess.new_zeros(0).double().cpu(),
-        guess.new_zeros(0).double().cpu(),
-    )
+    shift = norm = 0.0
+    locked = guess[:, :0]
+    locked_values = locked_norms = torch.zeros(0, dtype=torch.float64)
     spent = operator.products
-    norm = 0.0
     while True:
         basis = Subspace(operator, block.shape[1])
         basis.expand(block)
         _finite(basis)
         values, coefficients, residuals = basis.ritz(which, k - locked.shape[1])
-        norms = residuals.norm(dim=0).double().cpu()
+        norms = residuals.norm(dim=0).cpu().double()
         norm = max(norm, float(values.abs().max()))
         limits = _threshold(values, norm, tolerance, operator.dtype)
         vectors = basis.q @ coefficients.to(basis.q)
         small = norms <= limits[: len(norms)]
-        ready = int(small.long().cumprod(0).sum())
-        exhausted = operator.products - spent + block.shape[1] - ready > budget
-        if ready == len(norms) or exhausted:
+        ready = int(small.long().cumprod(0).sum()) if patience <= 0 else 0
+        patience -= 1
+        done = ready == len(norms)
+        if done or operator.products - spent + block.shape[1] - ready > budget:
             every = torch.cat([locked_values, values[: len(norms)]])
             order = ordering(every, which)
             stacked = torch.cat([locked, vectors[:, : len(norms)]], dim=1)
-            return every[order], stacked[:, order.to(stacked.device)], torch.cat([locked_norms, norms])[order], norm
+            return _Found(
+                every[order], stacked[:, order.to(stacked.device)], torch.cat([locked_norms, norms])[order], done
+            )
         locked = torch.cat([locked, vectors[:, :ready]], dim=1)
         locked_values = torch.cat([locked_values, values[:ready]])
         locked_norms = torch.cat([locked_norms, norms[:ready]])

@@ -119,7 +119,7 @@ def slice_2d(
         center_loss=_center(losses, (x == 0)[:, None] & (y == 0), objective),
         directions=(first.name, second.name),
         direction_norms=(first.norm, second.norm),
-        cosine=float(first.vector.double() @ second.vector.double()) / product if product > 0 else math.nan,
+        cosine=float(first.vector.cpu().double() @ second.vector.cpu().double()) / product if product > 0 else math.nan,
         settings=objective.settings,
     )
 

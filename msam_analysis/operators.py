@@ -89,7 +89,7 @@ class SymmetricOperator(abc.ABC):
         from scipy.sparse.linalg import LinearOperator
 
         def apply(vector: np.ndarray) -> np.ndarray:
-            return self.matvec(torch.from_numpy(np.asarray(vector, np.float64).reshape(-1))).double().cpu().numpy()
+            return self.matvec(torch.from_numpy(np.asarray(vector, np.float64).reshape(-1))).cpu().double().numpy()
 
         return LinearOperator((self.size, self.size), matvec=apply, rmatvec=apply, dtype=np.float64)
 

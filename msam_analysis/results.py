@@ -247,15 +247,15 @@ class BallSharpness(Result):
     rho, norm, adaptive
         The ball: ``‖e‖ ≤ ρ``, or ``‖e / |w|‖ ≤ ρ`` when adaptive.
     starts
-        The rise reached from every start.
+        The rise reached from every start after the same few gradients; the ascent then goes on from the best.
     spread
-        ``(best − worst start) / best``: how much the answer depends on the start.
+        ``(best − worst) / best`` of these: how much the start matters.
     stationarity
-        How far the displacement is from satisfying the first-order conditions of the constrained maximum, in [0, 1]:
-        the part of the (scaled) gradient ``q = D∇L`` that still points to a higher loss inside the ball, over
-        ``‖q‖``. On the surface of the l2 ball that is the part tangent to it (and any inward part); for linf the
-        entries that are not at their bound on the side they pull to. Inside the ball it is ``‖q‖`` over the largest
-        ``‖q‖`` that was met.
+        How far the displacement is from satisfying the first-order conditions of the constrained maximum; 0: it does.
+        On the surface of the ball, the share of the (scaled) gradient ``q = D∇L`` that still points to a higher loss
+        within it: for l2 the part tangent to the surface (and any inward part) over ``‖q‖``; for linf the entries not
+        held at their bound over ``‖q‖``. Inside the ball, ``‖q‖ ρ / sharpness``: what the slope promises against what
+        was found.
     converged
         The ascent from the best start stopped because it no longer rose, not because its budget ended.
     gradients, hvps

@@ -167,7 +167,7 @@ def orthonormalize(vectors: Tensor, against: Tensor | None = None) -> Tensor:
     """Return an orthonormal basis of the columns of ``vectors`` after removing their parts in span(``against``).
 
     Two passes of classical Gram-Schmidt against ``against`` ("twice is enough", Giraud et al. 2005), then a
-    Householder QR. Columns that are dependent to working precision are dropped.
+    rank-revealing QR. Directions that are dependent to working precision are dropped.
 
     Parameters
     ----------
@@ -189,7 +189,9 @@ def orthonormalize(vectors: Tensor, against: Tensor | None = None) -> Tensor:
     if vectors.shape[1] == 0:
         return vectors
     q, r = torch.linalg.qr(vectors)
-    keep = r.diagonal().abs() > 100 * torch.finfo(vectors.dtype).eps
+    # The singular vectors of the small factor tell dependent columns apart wherever they stand.
+    left, singular, _ = torch.linalg.svd(r, full_matrices=False)
+    q, keep = q @ left, singular > 100 * torch.finfo(vectors.dtype).eps
     if against is not None and against.shape[1]:
         # A column that was nearly inside span(against) is mostly rounding error: clean what QR scaled up.
         q = q - against @ (against.T @ q)

@@ -34,8 +34,8 @@ torch.set_num_threads(1)
 # %% [markdown]
 # ## Two checkpoints
 #
-# From SGD to MSAM is a change of one line: the optimizer. MSAM takes its gradient a distance ρ behind the weights along
-# the momentum, where the loss is higher, at the price of one gradient a step, as SGD.
+# From SGD to MSAM is a change of one line: the optimizer. MSAM takes its gradient a distance ρ further along the
+# last step, where the loss of the next batch is mostly higher; like SGD, it needs one gradient a step.
 #
 # While it trains, the parameters *are* the displaced ones. `optimizer.eval()` brings the true weights back, for
 # evaluating and saving. BatchNorm's running statistics were collected at displaced weights too;

@@ -377,6 +377,46 @@ def test_trace_seeds() -> None:
     assert ma.trace(operator, draws=5, seed=3).value != ma.trace(operator, draws=5, seed=4).value
 
 
+# --- what a start or a budget must not do
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_start_at_another_eigenvector_hides_nothing(method: Any) -> None:
+    values = [1.0, 0.9, *np.linspace(0.5, -0.2, 60)]
+    matrix = symmetric(values, seed=21)
+    second = torch.linalg.eigh(matrix)[1][:, -2]
+    result = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=1, method=method, start=second)
+    assert result.converged
+    assert float(result.values[0]) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_a_good_start_saves_products() -> None:
+    matrix = symmetric([3.0, 2.5, *np.linspace(1, -0.2, 200)], seed=22)
+    cold = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=2, method="power")
+    warm = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=2, method="power", start=cold.vectors, tolerance=1e-6)
+    torch.testing.assert_close(warm.values, cold.values, rtol=1e-5, atol=0)
+
+
+def test_a_budget_that_ends_before_the_check_is_not_convergence() -> None:
+    """Residuals are small long before a second copy of an eigenvalue can be excluded."""
+    matrix = symmetric([3.0, 3.0, 2.0, *np.linspace(0.5, -1, 197)], seed=23)
+    with pytest.warns(ma.ConvergenceWarning, match="no value was missed"):
+        result = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=2, max_hvps=12)
+    assert not result.converged
+    assert result.hvps <= 12
+    assert ma.top_eigenvalues(ma.MatrixOperator(matrix), k=2).values.tolist() == pytest.approx([3.0, 3.0], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_operators(method: Any) -> None:
+    matrix = symmetric([4.0, 2.0, *np.linspace(0.5, 0.1, 20)], seed=24).to(torch.bfloat16)
+    matrix = torch.triu(matrix) + torch.triu(matrix, 1).T
+    result = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=2, method=method, tolerance=0.05)
+    expected = torch.linalg.eigvalsh(matrix.double()).flip(0)[:2]
+    # Products in bfloat16 carry two to three digits, and so do the values.
+    torch.testing.assert_close(result.values, expected, rtol=0.1, atol=0)
+
+
 # --- other people's tools on the same objective
 
 

@@ -416,3 +416,24 @@ def test_average_at_sigma_zero() -> None:
     estimate = ma.average_sharpness(objective, 0.0, draws=4)
     assert estimate.value == 0
     assert estimate.standard_error == 0
+
+
+def test_an_interior_maximum_that_was_not_reached_is_not_called_one() -> None:
+    """A flat ridge inside the ball: the loss rises too slowly to see, far below the top."""
+    H = symmetric(-np.logspace(-4, 3, 60), seed=31)
+    g = H @ torch.linspace(-0.2, 0.2, 60, dtype=torch.float64)
+    starts = ("gradient",)
+    with pytest.warns(ma.ConvergenceWarning, match="no maximum was reached"):
+        short = ma.ball_sharpness(quadratic(H, g), 5.0, starts=starts, iterations=5)
+    assert not short.converged
+    full = ma.ball_sharpness(quadratic(H, g), 5.0)
+    exact = float(-0.5 * g @ torch.linalg.solve(H, g))
+    assert full.sharpness == pytest.approx(exact, rel=1e-6)
+    assert full.converged
+
+
+def test_too_small_a_subspace_is_refused() -> None:
+    with pytest.raises(ValueError, match="krylov_hvps must be at least 2, got 1"):
+        ma.ball_sharpness(
+            quadratic(symmetric([1.0, 2.0], seed=0), torch.ones(2, dtype=torch.float64)), 1.0, krylov_hvps=1
+        )

@@ -154,7 +154,7 @@ def test_what_is_removed_is_what_was_applied(change: str, normalize: Any) -> Non
 
 
 STEPS = 2000
-SHAPES = ((20, 5), (7,), (3, 4))
+SHAPES = ((119,),)
 
 
 class Line:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -98,14 +99,21 @@ def results(offset: float) -> dict[str, Result]:
 
 
 def steps(offset: float) -> pd.DataFrame:
-    return pd.DataFrame(
-        {"step": [0, 1, 2], "epoch": [0, 0, 1], "cosine": [math.nan, -0.3 - offset, AWKWARD], "lr": [0.1, 0.05, 0.0]}
-    )
+    columns = {
+        "step": [0, 1, 2],
+        "epoch": [0, 0, 1],
+        "cosine": [math.nan, -0.3 - offset, AWKWARD],
+        "lr": [0.1, 0.05, 0.0],
+    }
+    frame: pd.DataFrame = pd.DataFrame(columns)
+    return frame
 
 
 def run(optimizer: str, seed: int) -> FinishedRun:
     offset = seed / 8 + len(optimizer) / 64
-    return FinishedRun(optimizer, seed, {"test_accuracy": 0.5 + offset, "train_loss": AWKWARD}, steps(offset), results(offset))
+    return FinishedRun(
+        optimizer, seed, {"test_accuracy": 0.5 + offset, "train_loss": AWKWARD}, steps(offset), results(offset)
+    )
 
 
 @pytest.fixture
@@ -167,7 +175,8 @@ def test_long_tables_hold_the_results(tables: Tables) -> None:
 
     def part(frame: pd.DataFrame) -> pd.DataFrame:
         chosen = frame[(frame["optimizer"] == "MSAM") & (frame["seed"] == 2)]
-        return chosen.drop(columns=["optimizer", "seed"]).reset_index(drop=True)
+        rest: pd.DataFrame = chosen.drop(columns=["optimizer", "seed"]).reset_index(drop=True)
+        return rest
 
     pd.testing.assert_frame_equal(part(tables.steps), expected.steps, check_exact=True)
     eigenvalues = part(tables.eigenvalues)
@@ -312,10 +321,12 @@ def test_a_run_that_cannot_be_written_is_not_there(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_an_interrupted_run_left_is_swept_away(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_interrupted_run_left_is_swept_away(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A process that is killed cleans nothing up: its folder is not a run, and goes at the next start."""
     store.write_run(tmp_path / "finished", trained, scores(), {})
-    monkeypatch.setattr(store.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt

@@ -63,8 +63,9 @@ class Watched(nn.Sequential):
         # Measurements look at private copies, in eval mode.
         if self.training and torch.is_grad_enabled():
             self.batches.append(x[:, 0].long())
-        result: Tensor = super().forward(x)
-        return result
+        for layer in self:
+            x = layer(x)
+        return x
 
 
 class Laboratory:

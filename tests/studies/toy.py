@@ -1,7 +1,7 @@
 """A workload that trains in a moment, in a module that worker processes can import.
 
 Two environment variables, which worker processes inherit: ``TOY_LOG`` names a file that gets a line for every network
-that is made, and ``TOY_TROUBLE=3:RuntimeError`` raises when a worker process makes its third.
+that is made, and ``TOY_TROUBLE=3:RuntimeError`` raises when a worker process makes its third, or a later one.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def network() -> nn.Module:
     trouble = os.environ.get("TOY_TROUBLE", "")
     if trouble and multiprocessing.parent_process() is not None:
         when, _, kind = trouble.partition(":")
-        if next(_made) == int(when):
+        if next(_made) >= int(when):
             raise cast(type[BaseException], getattr(builtins, kind))("trouble with the toy")
     if "TOY_LOG" in os.environ:
         with Path(os.environ["TOY_LOG"]).open("a") as log:
