@@ -115,8 +115,9 @@ def ball_sharpness(
     converged = rho == 0 or (best.finished and (stationarity <= 1e-3 or problem.on_surface(best.at)))
     if not converged:
         warnings.warn(
-            f"ball_sharpness: no maximum was reached in {iterations} gradients from the start {best.name!r} "
-            f"(rho = {rho:g}, sharpness {sharpness:.4g}): raise iterations or tolerance",
+            f"ball_sharpness: no maximum was reached from the start {best.name!r} (rho = {rho:g}, sharpness "
+            f"{sharpness:.4g}, stationarity {stationarity:.1e}): the loss was still rising after {iterations} "
+            "gradients; raise iterations, or krylov_hvps, or tolerance",
             ConvergenceWarning,
             stacklevel=2,
         )
