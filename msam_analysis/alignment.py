@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from msam_analysis.momentum import gradients, momentum_buffers
+from msam_analysis.vectors import widest
 
 
 def momentum_gradient_cosine(optimizer: torch.optim.Optimizer) -> float:
@@ -40,12 +42,19 @@ def momentum_gradient_cosine(optimizer: torch.optim.Optimizer) -> float:
     if not buffers:
         return math.nan
     shared = [(buffers[parameter], grad) for parameter, grad in grads.items() if parameter in buffers]
-    dot = sum((_dot(buffer, grad) for buffer, grad in shared), start=0.0)
-    norms = math.sqrt(sum(_dot(v, v) for v in buffers.values())) * math.sqrt(sum(_dot(g, g) for g in grads.values()))
+    pairs = (shared, [(v, v) for v in buffers.values()], [(g, g) for g in grads.values()])
+    # One transfer in all: a training loop that is watched must not wait for the device at every parameter.
+    device = next(iter(grads.values())).device
+    dot, vv, gg = torch.stack([_dot(pair, device) for pair in pairs]).tolist()
+    norms = math.sqrt(vv) * math.sqrt(gg)
     return max(-1.0, min(1.0, dot / norms)) if norms > 0 else math.nan
 
 
-def _dot(a: Tensor, b: Tensor) -> float:
-    """Dot product accumulated in float64 (float32 where a device has no float64)."""
-    wide = torch.float32 if a.device.type == "mps" else torch.float64
-    return float(a.detach().reshape(-1).to(wide) @ b.detach().reshape(-1).to(device=a.device, dtype=wide))
+def _dot(pairs: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
+    """Sum of the dot products of pairs, on ``device``, accumulated in float64 (float32 where a device has none)."""
+    total = torch.zeros((), dtype=widest(device), device=device)
+    for a, b in pairs:
+        wide = widest(a.device)
+        dot = a.detach().reshape(-1).to(wide) @ b.detach().reshape(-1).to(device=a.device, dtype=wide)
+        total += dot.to(total)
+    return total

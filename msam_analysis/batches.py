@@ -27,15 +27,15 @@ class Batches:
     Parameters
     ----------
     data
-        A loader that does not shuffle, a list of batches, or a single batch: a tuple of tensors such as ``(x, y)``,
-        or a mapping of tensors. A re-iterable of any other kind also works.
+        A loader that does not shuffle, a list of batches, or a single batch: a tuple or list of tensors such as
+        ``(x, y)``, or a mapping of tensors. A re-iterable of any other kind also works.
     device
         Where batches are moved.
     dtype
         Floating-point tensors are cast to it; ``None`` leaves them.
     cache_bytes
-        Batches are kept on the device up to this size in all; beyond it they are read again at every pass.
-        Default 1 GiB.
+        Copies of the batches are kept on the device up to this size in all; beyond it, and if they turn out to have
+        been written to, batches are read again at every pass. Default 1 GiB.
 
     Raises
     ------
@@ -68,6 +68,7 @@ class Batches:
                 self._cached.append(batch)
                 if kept > cache_bytes:
                     self._cached = None
+        self._versions = self._written()
         if not self.sizes or sum(self.sizes) == 0:
             raise ValueError("the data is empty: expected at least one batch with at least one sample")
         if not isinstance(self._source, list):
@@ -83,19 +84,29 @@ class Batches:
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Iterate over the batches on the device."""
+        """Iterate over batches on the device, which whoever gets them may write to."""
+        if self._written() != self._versions:
+            self._cached = None  # a model that works in place
         if self._cached is not None:
-            yield from self._cached
+            for batch in self._cached:
+                yield _map(batch, lambda tensor: tensor)  # containers of its own: loss functions pop their labels
         else:
             for raw in _read(self._source):
                 yield self._move(raw)
 
+    def _written(self) -> list[int]:
+        """Return how often every cached tensor has been written to."""
+        return [tensor._version for batch in self._cached or () for tensor in _tensors(batch)]
+
     def _move(self, batch: Batch) -> Batch:
+        """Return a copy on the device: what a model does to its input in place, it does not do to the caller's."""
+
         def convert(tensor: Tensor) -> Tensor:
             dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
-            return tensor.detach().to(device=self._device, dtype=dtype)
+            return tensor.detach().to(device=self._device, dtype=dtype, copy=True)
 
-        return _map(batch, convert)
+        with torch.inference_mode(mode=False):  # tensors made inside of it could not be used outside
+            return _map(batch, convert)
 
     def _check_repeats(self, sums: list[tuple[float, ...]]) -> None:
         # Another seed: what depends on the random state shows.
@@ -142,7 +153,7 @@ def _as_source(data: object) -> Iterable[Batch]:
         _refuse_shuffling(data)
         return data
     if isinstance(data, Mapping) or (
-        isinstance(data, tuple) and data and all(isinstance(item, Tensor) for item in data)
+        isinstance(data, list | tuple) and data and all(isinstance(item, Tensor) for item in data)
     ):
         return [data]
     if isinstance(data, Tensor):
@@ -225,7 +236,7 @@ def _fingerprint(batch: Batch) -> tuple[float, ...]:
         flat = tensor.detach().reshape(-1)
         if flat.is_complex():
             flat = torch.view_as_real(flat).reshape(-1)
-        flat = flat.double()
-        weights = torch.arange(1, flat.numel() + 1, dtype=torch.float64, device=flat.device).sqrt()
+        flat = flat.cpu().double()
+        weights = torch.arange(1, flat.numel() + 1, dtype=torch.float64).sqrt()
         marks += [float(flat.numel()), float(torch.nan_to_num(flat).dot(weights))]
     return tuple(marks)

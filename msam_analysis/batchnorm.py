@@ -6,7 +6,8 @@ policy                    normalisation at the point ``w + e``
 ``"eval"``                the running statistics that the model holds: the function that is deployed
 ``"batch"``               each batch's own statistics, running ones untouched: the function that is trained
 ``"recalibrate"``         statistics re-estimated on all batches at every point, then held constant for derivatives:
-                          the function that would be deployed after moving to that point
+                          the function that would be deployed after moving to that point; means over batches that
+                          weigh what they hold, as by :func:`msam.update_batchnorm_statistics`
 ========================  =========================================================================================
 """
 
@@ -32,6 +33,19 @@ def batchnorm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
+def describe_policy(model: nn.Module, policy: Policy) -> str:
+    """Return the policy in words that hold for this model, which may have no BatchNorm or none with statistics."""
+    layers = batchnorm_layers(model).values()
+    without = sum(layer.running_mean is None for layer in layers)
+    if not layers:
+        return "no BatchNorm"
+    if policy == "batch" or not without:
+        return policy
+    if without == len(layers):
+        return "batch (no running statistics)"
+    return f"{policy} ({without} of {len(layers)} layers: batch, no running statistics)"
+
+
 def use_batch_statistics(model: nn.Module) -> None:
     """Make every BatchNorm layer of a private copy normalise by the batch and write nothing."""
     for layer in batchnorm_layers(model).values():
@@ -39,11 +53,11 @@ def use_batch_statistics(model: nn.Module) -> None:
         layer.track_running_stats = False
 
 
-def collect_statistics(model: nn.Module, collect: bool) -> None:
-    """Switch a private copy between collecting a cumulative average of the statistics and using it."""
+def collect_statistics(model: nn.Module, share: float | None) -> None:
+    """Let a private copy collect statistics, the next batch making up ``share`` of all so far; ``None``: use them."""
     for layer in batchnorm_layers(model).values():
-        layer.train(collect)
-        layer.momentum = None
+        layer.train(share is not None)
+        layer.momentum = share
 
 
 def blank_statistics(model: nn.Module, buffers: dict[str, Tensor]) -> dict[str, Tensor]:

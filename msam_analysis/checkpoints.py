@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -73,8 +73,8 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 def load_model(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:
     """Build a model and load a checkpoint into it, every name and shape matching.
 
-    The prefixes that ``DistributedDataParallel`` and ``torch.compile`` add to names are removed where the model's own
-    names do not have them.
+    The prefixes that ``DistributedDataParallel`` and ``torch.compile`` add to names, in any nesting, are removed where
+    the model's own names do not have them.
 
     Parameters
     ----------
@@ -100,9 +100,8 @@ def load_model(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model factory must return a torch.nn.Module, got {type(model).__name__}")
     expected = model.state_dict()
-    for prefix in _WRAPPERS:
-        if all(name.startswith(prefix) for name in weights) and not all(name.startswith(prefix) for name in expected):
-            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    while prefix := next((p for p in _WRAPPERS if _all_start(weights, p) and not _all_start(expected, p)), None):
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     missing = [name for name in expected if name not in weights]
     unexpected = [name for name in weights if name not in expected]
     reshaped = [n for n in expected if n in weights and expected[n].shape != weights[n].shape]
@@ -122,3 +121,7 @@ def load_model(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -
         )
     model.load_state_dict(weights)
     return model
+
+
+def _all_start(names: Iterable[str], prefix: str) -> bool:
+    return all(name.startswith(prefix) for name in names)

@@ -6,12 +6,11 @@ The floor is one forward pass a point; the point itself is computed in place in 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from msam_analysis.directions import Direction, as_direction
 from msam_analysis.objective import Objective
@@ -128,7 +127,12 @@ def _sweep(objective: Objective, directions: list[Tensor], coordinates: Tensor, 
     center = objective.point()
     at = torch.empty_like(center)
     losses = torch.empty(len(coordinates), dtype=torch.float64)
-    rows = tqdm(coordinates.tolist(), desc="loss slice", unit="point", disable=not progress)
+    rows: Iterable[list[float]] = coordinates.tolist()
+    if progress:
+        # Imported where it is used: in a notebook without widgets the import alone warns.
+        from tqdm.auto import tqdm
+
+        rows = tqdm(rows, total=len(coordinates), desc="loss slice", unit="point")
     for index, row in enumerate(rows):
         at.copy_(center)
         for alpha, direction in zip(row, directions, strict=True):

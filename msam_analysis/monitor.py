@@ -33,7 +33,8 @@ class Monitor:
     Raises
     ------
     ValueError
-        ``every`` is not a positive integer, there is no probe, or two probes record the same name.
+        ``every`` is not a positive integer, or there is no probe. Two probes that record the same name are found out
+        at the first recorded step, in which the optimizer's ``step`` then raises.
 
     Examples
     --------

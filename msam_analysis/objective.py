@@ -1,36 +1,34 @@
 """The loss as a function of the weights, with its derivatives, for any model and any data.
 
 An objective never touches the model it was given. It evaluates a private skeleton of the model (same parameters, own
-modes and hooks) through :func:`torch.func.functional_call` on views of one flat vector, with copies of the buffers; so
+modes, no hooks) through :func:`torch.func.functional_call` on views of one flat vector, with copies of the buffers; so
 nothing has to be restored afterwards, whatever is raised.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from msam_analysis.batches import Batch, Batches, count_samples
 from msam_analysis.batchnorm import (
     Policy,
-    batchnorm_layers,
     blank_statistics,
     check_policy,
     collect_statistics,
+    describe_policy,
     use_batch_statistics,
 )
-from msam_analysis.operators import SymmetricOperator
+from msam_analysis.hessian import HessianOperator, loss_gradients, no_autocast
 from msam_analysis.randomness import RandomStream
 from msam_analysis.results import Settings
-from msam_analysis.vectors import Layout, Selection, select
-
-LossFunction = Callable[..., Tensor | tuple[Tensor, Tensor | float]]
+from msam_analysis.skeleton import LossFunction, LossModule, unwrap
+from msam_analysis.vectors import Layout, Selection, select, widest
 
 _GRAPH_BYTES = 2 * 2**30
 
@@ -45,12 +43,15 @@ class Objective:
     ----------
     model
         Any module; it is not modified. Wrappers of ``torch.compile`` and ``DistributedDataParallel`` are looked
-        through.
+        through. It is evaluated in evaluation mode, without the hooks that were registered on it (except those of
+        :mod:`torch.nn.utils`, which compute weights): an operation that belongs to the function belongs in
+        ``forward``. ``torch.autocast`` around a measurement has no effect; inside ``forward`` it has.
     loss_fn
         ``criterion(output, target)`` for batches ``(input, target)``; ``loss_fn(model, batch)`` for batches of any
         other kind. It returns a mean over the batch's samples, or a pair ``(sum, count)``, for example over tokens.
+        If it is a module, its tensors follow ``device`` and ``dtype``.
     data
-        A loader that does not shuffle, a list of batches, or one batch.
+        A loader that does not shuffle, a list of batches, or one batch; see :class:`~msam_analysis.batches.Batches`.
     batchnorm
         ``"eval"`` (default: the running statistics), ``"batch"`` or ``"recalibrate"``;
         see :mod:`msam_analysis.batchnorm`.
@@ -59,7 +60,8 @@ class Objective:
         All others stay at their current values.
     device, dtype
         Where and in what precision to evaluate; default: those of the model's parameters. ``torch.float64`` is the
-        way to reference values. Floating-point inputs are cast to ``dtype`` when it is given.
+        way to reference values. When ``dtype`` is given, everything of floating point is cast to it; otherwise every
+        parameter is evaluated in its own precision, and the flat vector has the widest of them.
     graph_bytes
         Memory that kept gradient graphs may take in :meth:`hessian`; default 2 GiB. More batches kept means faster
         Hessian-vector products (about 2.2 gradients instead of 3.8); the others are rebuilt at every product.
@@ -101,24 +103,28 @@ class Objective:
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}: pass e.g. nn.CrossEntropyLoss()")
         check_policy(batchnorm)
-        self.model = _unwrap(model)
+        self.model = unwrap(model)
         self.loss_fn = loss_fn
         self.batchnorm = batchnorm
-        self.parameters = select(self.model, parameters)
-        first = next(iter(self.parameters.values()))
-        self.device = torch.device(device) if device is not None else first.device
-        self.dtype = dtype if dtype is not None else first.dtype
+        chosen = select(self.model, parameters)
+        self.layout = Layout(tuple(chosen), tuple(p.shape for p in chosen.values()))
+        self._dtypes = {name: dtype or p.dtype for name, p in chosen.items()}
+        self.device = torch.device(device) if device is not None else next(iter(chosen.values())).device
+        self.dtype = reduce(torch.promote_types, self._dtypes.values())
         self._cast = dtype
         self._graph_bytes = graph_bytes
         self._seed = seed
-        self.layout = Layout(tuple(self.parameters), tuple(p.shape for p in self.parameters.values()))
         self.batches = Batches(data, device=self.device, dtype=dtype)
-        self._skeleton = _private_copy(self.model)
-        self._skeleton.eval()
+        self._original = LossModule(self.model, unwrap(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn)
+        self._skeleton = self._original.private_copy().eval()
         if batchnorm == "batch":
             use_batch_statistics(self._skeleton)
-        self._loss_module = _LossModule(self._skeleton, loss_fn)
-        self._sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The selected parameters, by name, that the model has now."""
+        current = dict(self.model.named_parameters())
+        return {name: current[name] for name in self.layout.names}
 
     @property
     def size(self) -> int:
@@ -133,13 +139,16 @@ class Objective:
     @property
     def settings(self) -> Settings:
         """What every result made from this objective is labelled with."""
+        hooks = self._original.foreign_hooks
+        left_out: Settings = {"hooks left out": hooks} if hooks else {}
         return {
-            "batchnorm": self.batchnorm if batchnorm_layers(self._skeleton) else "no BatchNorm",
+            "batchnorm": describe_policy(self._skeleton, self.batchnorm),
             "samples": self.samples,
             "batches": len(self.batches),
             "parameters": self.size,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": self.device.type,
+            **left_out,
         }
 
     def point(self) -> Tensor:
@@ -200,11 +209,10 @@ class Objective:
         ValueError
             ``w`` has another shape, or the loss is not a scalar.
         """
-        with torch.no_grad():
-            views = self._views(w)
-            total = torch.zeros((), dtype=self._sum_dtype, device=self.device)
-            weight_sum = 0.0
-            for value, weight in self._batch_losses(views, views):
+        total = torch.zeros((), dtype=widest(self.device), device=self.device)
+        weight_sum = 0.0
+        with torch.no_grad(), no_autocast(self.device), RandomStream(self._seed) as stream:
+            for value, weight in self._batch_losses(self._views(w), stream):
                 total += value.to(total.dtype) * weight
                 weight_sum += weight
         return total / weight_sum
@@ -222,13 +230,13 @@ class Objective:
             Also if the loss depends on none of the selected parameters.
         """
         leaves = self._leaves(w)
-        total = torch.zeros((), dtype=self._sum_dtype, device=self.device)
-        gradient = torch.zeros(self.size, dtype=self._accumulator, device=self.device)
+        total = torch.zeros((), dtype=widest(self.device), device=self.device)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        gradient = torch.zeros(self.size, dtype=wide, device=self.device)
         weight_sum = 0.0
-        with torch.enable_grad():
-            for value, weight in self._batch_losses(leaves, leaves):
-                pieces = _gradients(value, leaves)
-                gradient.add_(self.layout.flatten(pieces), alpha=weight)
+        with torch.enable_grad(), no_autocast(self.device), RandomStream(self._seed) as stream:
+            for value, weight in self._batch_losses(leaves, stream):
+                gradient.add_(self.layout.flatten(loss_gradients(value, leaves)), alpha=weight)
                 total += value.detach().to(total.dtype) * weight
                 weight_sum += weight
         return total / weight_sum, (gradient / weight_sum).to(self.dtype)
@@ -249,20 +257,35 @@ class Objective:
         -------
         Tensor
             Shape ``(size,)``.
+
+        Raises
+        ------
+        ValueError
+            Also if a function in the model is marked ``once_differentiable``.
         """
         self.layout.check(v, "direction v")
-        return HessianOperator(self, w, keep_bytes=0).matvec(v)
+        return self._hessian(w, keep_bytes=0).matvec(v)
 
     def hessian(self, w: Tensor | None = None) -> HessianOperator:
         """Return ``∇²L(w)`` as an operator that keeps the gradient's graph within ``graph_bytes``.
 
         The operator is a snapshot: it does not follow later changes of the weights.
         """
-        return HessianOperator(self, w, keep_bytes=self._graph_bytes)
+        return self._hessian(w, keep_bytes=self._graph_bytes)
 
-    @property
-    def _accumulator(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
+    def _hessian(self, w: Tensor | None, keep_bytes: int) -> HessianOperator:
+        leaves = self._leaves(w)
+        return HessianOperator(
+            lambda stream, skip: self._batch_losses(leaves, stream, skip=skip),
+            leaves,
+            layout=self.layout,
+            batches=len(self.batches),
+            seed=self._seed,
+            keep_bytes=keep_bytes,
+            dtype=self.dtype,
+            device=self.device,
+            settings=self.settings,
+        )
 
     def _flat(self, w: Tensor | None) -> Tensor:
         if w is None:
@@ -271,188 +294,75 @@ class Objective:
         return w.detach().to(device=self.device, dtype=self.dtype)
 
     def _views(self, w: Tensor | None) -> dict[str, Tensor]:
-        return self.layout.views(self._flat(w))
+        return {name: view.to(self._dtypes[name]) for name, view in self.layout.views(self._flat(w)).items()}
 
     def _leaves(self, w: Tensor | None) -> dict[str, Tensor]:
         # Views of one vector would each send back a vector of full length; leaves send back their own piece.
         return {name: view.detach().clone().requires_grad_() for name, view in self._views(w).items()}
 
-    def _constants(self) -> dict[str, Tensor]:
-        """Return copies of the buffers, and the parameters outside the selection, as constants."""
-        fixed = {
-            name: parameter.detach() for name, parameter in self.model.named_parameters() if name not in self.parameters
-        }
-        buffers = {name: buffer.detach().clone() for name, buffer in self.model.named_buffers()}
-        return {name: self._converted(tensor) for name, tensor in (fixed | buffers).items()}
-
     def _converted(self, tensor: Tensor) -> Tensor:
         dtype = self._cast if self._cast is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.to(device=self.device, dtype=dtype)
+        return tensor.detach().to(device=self.device, dtype=dtype)
 
     def _batch_losses(
-        self, point: dict[str, Tensor], leaves: dict[str, Tensor], *, skip: int = 0
+        self, point: dict[str, Tensor], stream: RandomStream, *, skip: int = 0
     ) -> Iterator[tuple[Tensor, float]]:
-        """Yield the mean loss and the weight of every batch after the first ``skip``."""
-        constants = self._constants()
+        """Yield the mean loss and the weight of every batch after the first ``skip``, drawing from ``stream``."""
+        point = {f"model.{name}": tensor for name, tensor in point.items()}
+        # The parameters outside the selection, and those of the criterion, are constants.
+        fixed = {name: self._converted(p) for name, p in self._original.named_parameters() if name not in point}
+        buffers = {name: self._converted(buffer) for name, buffer in self._original.named_buffers()}
         if self.batchnorm == "recalibrate":
-            constants = self._recalibrated(point, constants)
+            buffers = self._recalibrated(point | fixed, buffers, stream)
         for index, batch in enumerate(self.batches):
-            if index < skip:
-                continue
-            # Buffers are fresh for every batch, so that no batch sees what another wrote.
-            own = {name: tensor.clone() for name, tensor in constants.items()} if len(self.batches) > 1 else constants
-            with RandomStream(self._seed + index):
-                yielded = self._evaluate(leaves | own, batch)
-            yield yielded
+            if index >= skip:
+                # Every batch has its own seed and fresh buffers: none sees what another drew or wrote.
+                stream.restart(self._seed + index)
+                yield self._evaluate(point | fixed | _copied(buffers), batch)
 
     def _evaluate(self, tensors: dict[str, Tensor], batch: Batch) -> tuple[Tensor, float]:
-        returned = functional_call(self._loss_module, {f"model.{name}": t for name, t in tensors.items()}, (batch,))
+        samples = count_samples(batch)  # before loss_fn, which may take it apart
+        returned = functional_call(self._skeleton, tensors, (batch,))
         if isinstance(returned, tuple):
-            total, count = returned
-            weight = float(count)
-            if not weight > 0:
-                raise ValueError(f"loss_fn returned (sum, count) with count {weight:g}: expected a positive count")
-            return _scalar(total, "a sum") / weight, weight
-        return _scalar(returned, "a mean loss"), float(count_samples(batch))
+            total, count = _sum_and_count(returned)
+            return total / count, count
+        return _scalar(returned, "a mean loss"), float(samples)
 
-    def _recalibrated(self, point: dict[str, Tensor], constants: dict[str, Tensor]) -> dict[str, Tensor]:
-        fresh = blank_statistics(self._skeleton, constants)
-        fixed = {name: tensor.detach() for name, tensor in point.items()} | fresh
-        collect_statistics(self._skeleton, collect=True)
+    def _recalibrated(
+        self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], stream: RandomStream
+    ) -> dict[str, Tensor]:
+        fresh = blank_statistics(self._skeleton, _copied(buffers))
+        constants = {name: tensor.detach() for name, tensor in parameters.items()} | fresh
+        stream.restart(self._seed)
+        seen = 0
         try:
-            with torch.no_grad(), RandomStream(self._seed):
-                for batch in self.batches:
-                    self._evaluate(fixed, batch)
+            with torch.no_grad():
+                for batch, size in zip(self.batches, self.batches.sizes, strict=True):
+                    seen += size
+                    collect_statistics(self._skeleton, share=size / seen if seen else 0.0)
+                    self._evaluate(constants, batch)
         finally:
-            collect_statistics(self._skeleton, collect=False)
+            collect_statistics(self._skeleton, share=None)
         return fresh
 
 
-class HessianOperator(SymmetricOperator):
-    """``∇²L(w)`` of an objective; products with it reuse the gradient's graph batch by batch.
-
-    Products cost about 2.2 gradients for every batch whose graph is kept, 3.8 for the others (measured on a small
-    convolutional network on a CPU).
-
-    Parameters
-    ----------
-    objective
-        The objective.
-    w
-        Shape ``(size,)``; default: the current weights.
-    keep_bytes
-        Memory for kept graphs.
-
-    Attributes
-    ----------
-    kept
-        Number of batches whose graph is kept.
-    """
-
-    def __init__(self, objective: Objective, w: Tensor | None = None, *, keep_bytes: int = _GRAPH_BYTES) -> None:
-        super().__init__(objective.size, dtype=objective.dtype, device=objective.device, settings=objective.settings)
-        self._objective = objective
-        self._leaves = objective._leaves(w)
-        self._room = keep_bytes
-        self._graphs: list[tuple[list[Tensor], float]] = []
-        self._complete = False
-
-    @property
-    def kept(self) -> int:
-        """Number of batches whose graph is kept (0 before the first product)."""
-        return len(self._graphs)
-
-    def _apply(self, vector: Tensor) -> Tensor:
-        layout, leaves = self._objective.layout, list(self._leaves.values())
-        total = torch.zeros(self.size, dtype=self._objective._accumulator, device=self.device)
-        pieces = list(layout.views(vector).values())
-        weight_sum = 0.0
-        for gradients, weight in self._batch_gradients():
-            product = _vector_product(gradients, leaves, pieces)
-            total.add_(layout.flatten(product), alpha=weight)
-            weight_sum += weight
-        return (total / weight_sum).to(self.dtype)
-
-    def _batch_gradients(self) -> Iterator[tuple[list[Tensor], float]]:
-        """Yield every batch's gradient with its graph; keep, on the first pass, those that fit."""
-        kept = len(self._graphs)
-        yield from self._graphs[:kept]
-        if kept == len(self._objective.batches):
-            return
-        point = {name: leaf.detach() for name, leaf in self._leaves.items()}
-        # Fused attention kernels have no second derivative; the math kernel has.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            meter = _GraphMeter()
-            losses = self._objective._batch_losses(point, self._leaves, skip=kept)
-            while True:
-                with meter:
-                    value, weight = next(losses, (None, 0.0))
-                    if value is None:
-                        break
-                    gradients = _gradients(value, self._leaves, create_graph=True)
-                if not self._complete and meter.bytes <= self._room:
-                    self._room -= meter.bytes
-                    self._graphs.append((gradients, weight))
-                else:
-                    # Only a prefix is kept, so that a later pass knows which batches to skip.
-                    self._complete = True
-                yield gradients, weight
-        self._complete = True
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-class _GraphMeter:
-    """Counts the bytes that autograd saves inside ``with meter:``."""
-
-    def __enter__(self) -> None:
-        self._storages: dict[int, int] = {}
-        # Packing must not hold the tensor itself, or the graph would keep itself alive.
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self._hooks.__enter__()
-
-    def __exit__(self, *_: object) -> None:
-        self._hooks.__exit__()
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of distinct storages saved since the last entry."""
-        return sum(self._storages.values())
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self._storages[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()
-
-
-class _LossModule(nn.Module):
-    """Batch in, loss out: so that a point can be put in place of every tensor of the model while the loss runs."""
-
-    def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_fn = loss_fn
-
-    def forward(self, batch: Batch) -> Tensor | tuple[Tensor, Tensor | float]:
-        """Return what ``loss_fn`` returns."""
-        if isinstance(batch, list | tuple) and len(batch) == 2:
-            return self.loss_fn(self.model(batch[0]), batch[1])
-        return self.loss_fn(self.model, batch)
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    model = getattr(model, "_orig_mod", model)
-    return model.module if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel) else model
-
-
-def _private_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of the modules that shares every parameter and buffer with the original."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    try:
-        return copy.deepcopy(model, shared)
-    except Exception as error:
+def _sum_and_count(returned: tuple[Any, ...]) -> tuple[Tensor, float]:
+    count = returned[1] if len(returned) == 2 else None
+    if not (isinstance(count, int | float) or (isinstance(count, Tensor) and count.numel() == 1)):
+        came = f"a tensor of shape {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
         raise ValueError(
-            f"the model cannot be copied ({type(error).__name__}: {error}): expected a module that copy.deepcopy "
-            "accepts; remove attributes that hold open files, locks or tensors with a history"
-        ) from error
+            f"loss_fn returned a tuple of {len(returned)}"
+            + (f" with {came} as its second item" if len(returned) == 2 else "")
+            + ": expected a mean loss alone, or (sum, count) with a number; drop what else it returns, e.g. the logits"
+        )
+    weight = float(count)
+    if not weight > 0:
+        raise ValueError(f"loss_fn returned (sum, count) with count {weight:g}: expected a positive count")
+    return _scalar(returned[0], "a sum"), weight
 
 
 def _scalar(value: Any, what: str) -> Tensor:
@@ -462,31 +372,3 @@ def _scalar(value: Any, what: str) -> Tensor:
             f"loss_fn must return {what} as one number, got {came}: use reduction='mean', or return (sum, count)"
         )
     return value.reshape(())
-
-
-def _gradients(value: Tensor, leaves: dict[str, Tensor], *, create_graph: bool = False) -> list[Tensor]:
-    if not value.requires_grad:
-        raise ValueError(
-            f"the loss depends on none of the {len(leaves)} selected parameters ({', '.join(list(leaves)[:3])}, "
-            "...): expected "
-            "a differentiable loss of them; select other parameters, and check that nothing detaches or runs "
-            "under no_grad"
-        )
-    return list(
-        torch.autograd.grad(
-            value, list(leaves.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
-        )
-    )
-
-
-def _vector_product(gradients: list[Tensor], leaves: list[Tensor], pieces: list[Tensor]) -> list[Tensor]:
-    """Return ``∂(gradients · pieces)/∂leaves``; a gradient that is constant contributes nothing."""
-    varying = [(gradient, piece) for gradient, piece in zip(gradients, pieces, strict=True) if gradient.requires_grad]
-    if not varying:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    outputs, weights = zip(*varying, strict=True)
-    return list(
-        torch.autograd.grad(
-            outputs, leaves, grad_outputs=weights, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-    )

@@ -85,7 +85,8 @@ class Curvature:
         """Return ``curvature_momentum`` (NaN at the first step), ``curvature_gradient`` and ``curvature_random``."""
         objective = self.objective
         hessian = objective.hessian(objective.vector(true_weights(optimizer)))
-        draw = gaussian(objective.size, 1, seed=self.seed * 1_000_003 + step, like=objective.point())[:, 0]
+        seed = self.seed * 1_000_003 + step
+        draw = gaussian(objective.size, 1, seed=seed, like=objective.point(), use="curvature")[:, 0]
         along = {
             "momentum": objective.vector(momentum_buffers(optimizer)),
             "gradient": objective.vector(gradients(optimizer)),

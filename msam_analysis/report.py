@@ -31,6 +31,11 @@ Verdict = Literal["holds", "does not hold", "cannot tell at this scale"]
 _MEDIA = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 _SCREEN_SCALE = 0.66  # of the dots of a picture: a page of 6.8 in fills the column of text, on fine screens sharply
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_PLURAL: Mapping[Verdict, tuple[str, str]] = {
+    "holds": ("holds", "hold"),
+    "does not hold": ("does not hold", "do not hold"),
+    "cannot tell at this scale": ("cannot be told at this scale",) * 2,
+}
 _CSS = {"holds": "holds", "does not hold": "does-not-hold", "cannot tell at this scale": "cannot-tell"}
 
 
@@ -92,6 +97,8 @@ class Claim:
         ``"holds"``, ``"does not hold"`` or ``"cannot tell at this scale"``.
     note
         Why, where the numbers do not say it.
+    control
+        Not a claim of the paper, and not counted as one.
 
     Raises
     ------
@@ -105,6 +112,7 @@ class Claim:
     measured: str
     verdict: Verdict
     note: str = ""
+    control: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a verdict that readers could not compare."""
@@ -173,6 +181,8 @@ def plus_minus(mean: float, half_width: float, *, digits: int = 2, unit: str = "
     """
     if math.isnan(mean):
         return "–"
+    if half_width < 1e-12 * abs(mean):  # values that agree, up to rounding
+        half_width = 0.0
     if not (math.isfinite(mean) and math.isfinite(half_width)):
         text = _number(mean, digits + 2)
     else:
@@ -327,9 +337,20 @@ def _tight(text: str) -> str:
     return re.sub(r"(?<=\d) (?=%)", "\u00a0", text.replace(" ± ", "\u00a0±\u00a0"))
 
 
-def _tally(claims: Sequence[Claim]) -> list[tuple[str, int]]:
+def _tally(claims: Sequence[Claim]) -> list[tuple[Verdict, int]]:
     counts = [(verdict, sum(claim.verdict == verdict for claim in claims)) for verdict in get_args(Verdict)]
     return [(verdict, count) for verdict, count in counts if count]
+
+
+def counted(claims: Sequence[Claim]) -> str:
+    """Return how many claims came to what: ``"3 claims: 2 hold, 1 does not hold; 1 control: 1 holds"``."""
+    parts = []
+    for noun, control in (("claim", False), ("control", True)):
+        chosen = [claim for claim in claims if claim.control is control]
+        if chosen:
+            verdicts = ", ".join(f"{count} {_PLURAL[verdict][count > 1]}" for verdict, count in _tally(chosen))
+            parts.append(f"{len(chosen)} {noun}{'s' * (len(chosen) > 1)}: {verdicts}")
+    return "; ".join(parts)
 
 
 @functools.cache
@@ -347,11 +368,12 @@ def _environment() -> jinja2.Environment:
         "cells": _cells,
         "css": _CSS.__getitem__,
         "is_figure": lambda item: isinstance(item, Figure),
-        "tally": _tally,
+        "tally": lambda claims: _tally([claim for claim in claims if not claim.control]),
+        "counted": counted,
         "tight": _tight,
     }
     environment.filters.update(filters)
     return environment
 
 
-__all__ = ["Claim", "Figure", "Report", "Section", "Table", "Verdict", "plus_minus", "write"]
+__all__ = ["Claim", "Figure", "Report", "Section", "Table", "Verdict", "counted", "plus_minus", "write"]

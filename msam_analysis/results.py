@@ -187,13 +187,14 @@ class Eigenpairs(Result):
     tolerance: float
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per eigenvalue: ``index`` (from 1), ``value``, ``residual``, ``method``."""
+        """Return one row per eigenvalue: ``index`` (from 1), ``value``, ``residual``, ``method``, ``converged``."""
         frame: pd.DataFrame = pd.DataFrame(
             {
                 "index": range(1, len(self.values) + 1),
                 "value": _column(self.values),
                 "residual": _column(self.residuals),
                 "method": self.method,
+                "converged": self.converged,
             }
         )
         return frame

@@ -42,7 +42,7 @@ def trace(target: SymmetricOperator | HasHessian, *, draws: int = 30, seed: int 
     sample = torch.empty(draws, dtype=torch.float64)
     for draw in range(draws):
         signs = (2 * torch.randint(2, (operator.size,), generator=generator) - 1).to(operator.device, operator.dtype)
-        sample[draw] = float(signs @ operator.matvec(signs))
+        sample[draw] = float(signs.dot(operator.matvec(signs)))  # autocast would round signs @ ...
     return Estimate(
         quantity="trace",
         value=float(sample.mean()),
@@ -75,4 +75,4 @@ def curvature_along(target: SymmetricOperator | HasHessian, direction: Direction
     if length == 0 or not math.isfinite(length):
         return math.nan
     unit = vector / length
-    return float(unit @ operator.matvec(unit))
+    return float(unit.dot(operator.matvec(unit)))

@@ -46,11 +46,22 @@ class Interval(NamedTuple):
         """Upper end of the interval."""
         return self.mean + self.half_width
 
+    def at(self, level: float) -> Interval:
+        """Return the interval of the same values at another level; this one must be at :data:`LEVEL`."""
+        if self.n < 2:
+            return self
+        return self._replace(half_width=self.half_width * _quantile(self.n, level) / _quantile(self.n, LEVEL))
+
 
 def _checked_level(level: float) -> float:
     if not 0.0 < level < 1.0:
         raise ValueError(f"level must lie between 0 and 1 (0.68 for a 68 % interval), got {level!r}")
     return level
+
+
+def _quantile(count: int, level: float) -> float:
+    """Return Student's t with ``count − 1`` degrees of freedom, of a two-sided level."""
+    return float(stdtrit(count - 1, (1.0 + level) / 2.0))
 
 
 def _intervals(
@@ -62,8 +73,7 @@ def _intervals(
         mean = values.mean(axis=0)
         if count < 2:
             return mean, np.full_like(mean, np.nan)
-        quantile = float(stdtrit(count - 1, (1.0 + level) / 2.0))
-        return mean, quantile * values.std(axis=0, ddof=1) / np.sqrt(count)
+        return mean, _quantile(count, level) * values.std(axis=0, ddof=1) / np.sqrt(count)
 
 
 def bands(values: npt.ArrayLike, level: float = LEVEL) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:

@@ -7,6 +7,7 @@ belongs to which parameter and gives views, never copies.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -200,12 +201,18 @@ def orthonormalize(vectors: Tensor, against: Tensor | None = None) -> Tensor:
     return kept
 
 
-def gaussian(size: int, columns: int, *, seed: int, like: Tensor) -> Tensor:
-    """Draw a ``(size, columns)`` standard Gaussian matrix from a private generator seeded with ``seed``.
+def widest(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 for a device that has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
-    Drawn in float64 on the CPU, so that every device and data type sees the same numbers.
+
+def gaussian(size: int, columns: int, *, seed: int, like: Tensor, use: str = "") -> Tensor:
+    """Draw a ``(size, columns)`` standard Gaussian matrix from a private generator seeded with ``seed`` and ``use``.
+
+    Drawn in float64 on the CPU, so that every device and data type sees the same numbers. What is drawn for another
+    ``use`` is independent, also from the same seed.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + (zlib.crc32(use.encode()) << 30))
     draw = torch.randn(size, columns, generator=generator, dtype=torch.float64)
     return draw.to(device=like.device, dtype=like.dtype)
 

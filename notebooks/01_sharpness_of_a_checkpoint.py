@@ -159,7 +159,7 @@ assert pairs["SGD"].values[0] > 1.5 * pairs["MSAM"].values[0]
 
 # %%
 radii = (0.1, 0.5)
-balls = {(name, rho): ma.ball_sharpness(objectives[name], rho) for name in models for rho in radii}
+balls = {(name, rho): ma.ball_sharpness(objectives[name], rho, iterations=200) for name in models for rho in radii}
 worst = pd.concat({key: ball.to_frame() for key, ball in balls.items()}, names=["network", "rho"])
 worst.droplevel(2)[["one_step", "sharpness", "spread", "converged"]].round(4)
 

@@ -74,7 +74,8 @@ def build(script: Path, target: Path | None = None, timeout: float = 600) -> Pat
             coalesce_streams=True,
             resources={"metadata": {"path": folder}},
         ).execute(env=os.environ | _ENVIRONMENT)
-        _refuse_traces(script, notebook, (folder, str(HERE.parent), str(Path.home()), sys.prefix))
+        # Warnings show where they were raised: in the kernel's temporary files or in an installed package.
+        _refuse_traces(script, notebook, (tempfile.gettempdir(), str(HERE.parent), str(Path.home()), sys.prefix))
     notebook.metadata = _METADATA
     for number, cell in enumerate(notebook.cells, start=1):
         cell["id"] = f"cell-{number:02d}"

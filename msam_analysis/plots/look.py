@@ -106,6 +106,9 @@ def style() -> AbstractContextManager[None]:
     context manager
         Inside, ``style.mplstyle`` lies over the user's ``rcParams``; outside they are as before.
     """
+    # pyplot chooses its backend, and turns interactive mode on in a notebook, when it is first used. Were that inside
+    # the context, leaving it would turn interactive mode off again.
+    plt.draw_if_interactive()
     return matplotlib.style.context(_style_settings())
 
 

@@ -1,8 +1,7 @@
 """The paper's claims, each tested by differences paired over seeds, with a verdict that no hand writes.
 
-A claim is a list of :class:`Comparison`: a quantity that the claim says exceeds a bound, one value per seed. It holds
-where every 68 % Student-t interval lies above the bound, does not hold where any lies below, and cannot be told
-otherwise.
+A claim is a list of :class:`Comparison`: a quantity, one value per seed, and the region in which the claim says it
+lies. :func:`verdict` is the rule.
 """
 
 from __future__ import annotations
@@ -10,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from msam_analysis.report import Claim, Verdict, plus_minus
-from msam_analysis.statistics import Interval, mean_interval
+from msam_analysis.statistics import LEVEL, Interval, mean_interval
 from msam_analysis.studies.tables import Tables
 
 Values = npt.NDArray[np.float64]
@@ -24,58 +24,64 @@ Values = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Comparison:
-    """A quantity that a claim says is large enough.
+    """A quantity and where a claim says it lies.
 
     Attributes
     ----------
     label
-        What it is.
+        What it is: "whose, what".
     interval
         Mean over seeds, with its 68 % interval; of the logarithm, for a factor.
     unit
         Shown after the number.
     factor
         The quantity is a ratio.
-    beyond
-        The claim says that the quantity (the ratio itself, for a factor) exceeds this. Default 0, or 1 for a factor.
+    above, below
+        The claim's region, on the interval's scale; by default the numbers above 0 (ratios above 1).
     """
 
     label: str
     interval: Interval
     unit: str = ""
     factor: bool = False
-    beyond: float | None = None
+    above: float = 0.0
+    below: float = math.inf
 
-    @property
-    def bound(self) -> float:
-        """What the interval must exceed, on the interval's scale."""
-        if self.factor:
-            return math.log(1.0 if self.beyond is None else self.beyond)
-        return self.beyond or 0.0
-
-    @property
-    def sign(self) -> int:
-        """1 where the interval lies above the bound, −1 where it lies below, 0 where it holds it or is unknown."""
-        if not np.isfinite(self.interval.half_width):
+    def side(self, level: float = LEVEL) -> int:
+        """Return 1 where the interval lies in the region, −1 where it lies outside, 0 where neither or unknown."""
+        interval = self.interval.at(level)
+        if not np.isfinite(interval.half_width):
             return 0
-        return int(self.interval.low > self.bound) - int(self.interval.high < self.bound)
+        inside = interval.low > self.above and interval.high < self.below
+        return int(inside) - int(interval.high < self.above or interval.low > self.below)
 
     def text(self) -> str:
-        """Return "label: number ± half width", with the bound where it is not the obvious one."""
-        if self.factor:
-            low, middle, high = np.exp([self.interval.low, self.interval.mean, self.interval.high])
-            known = f" ({low:.3g} to {high:.3g})" if np.isfinite(self.interval.half_width) else ""
-            number = f"{middle:.3g} times{known}"
+        """Return "label: number ± half width", for a factor with its interval in brackets."""
+        if not self.factor or np.isnan(self.interval.mean):
+            return f"{self.label}: {plus_minus(self.interval.mean, self.interval.half_width, unit=self.unit)}"
+        low, middle, high = np.exp([self.interval.low, self.interval.mean, self.interval.high])
+        known = f" ({low:.3g} to {high:.3g})" if np.isfinite(self.interval.half_width) else ""
+        return f"{self.label}: {middle:.3g} times{known}"
+
+    def requirement(self) -> str:
+        """Return the region in words, with what the label says after its comma; empty for the obvious one."""
+        if (self.above, self.below) == (0.0, math.inf):
+            return ""
+        low, high = np.exp([self.above, self.below]) if self.factor else (self.above, self.below)
+        if math.isinf(high):
+            region = f"more than {low:g}"
         else:
-            number = plus_minus(self.interval.mean, self.interval.half_width, unit=self.unit)
-        required = (
-            "" if self.beyond is None else f", required: more than {self.beyond:g}{self.unit and ' ' + self.unit}"
-        )
-        return f"{self.label}: {number}{required}"
+            region = f"less than {high:g}" if math.isinf(low) else f"between {low:g} and {high:g}"
+        unit = "times" if self.factor else self.unit
+        return f"{self.label.partition(', ')[2]} {region} {unit}".strip().replace("-", "−")
 
 
 def verdict(comparisons: Sequence[Comparison]) -> Verdict:
-    """Return the verdict on a claim that every comparison exceeds its bound.
+    """Return the verdict on a claim that every quantity lies in its region.
+
+    The claim holds where every 68 % interval lies in its region. It does not hold where some interval lies outside
+    even at the level ``1 − 0.32 / comparisons`` (Bonferroni): of many quantities one is easily found on the wrong side
+    by chance. Otherwise it cannot be told.
 
     Raises
     ------
@@ -84,10 +90,10 @@ def verdict(comparisons: Sequence[Comparison]) -> Verdict:
     """
     if not comparisons:
         raise ValueError("a verdict needs at least one comparison, got none")
-    signs = [comparison.sign for comparison in comparisons]
-    if min(signs) < 0:
-        return "does not hold"
-    return "holds" if min(signs) > 0 else "cannot tell at this scale"
+    if all(comparison.side() > 0 for comparison in comparisons):
+        return "holds"
+    strict = 1.0 - (1.0 - LEVEL) / len(comparisons)
+    return "does not hold" if any(c.side(strict) < 0 for c in comparisons) else "cannot tell at this scale"
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,8 @@ class PaperClaim:
         Tables to comparisons.
     note
         How the test was set up, where that matters.
+    control
+        Not a claim of the paper, but what one of them must be read beside.
     """
 
     exhibit: str
@@ -113,17 +121,23 @@ class PaperClaim:
     paper: str
     compare: Callable[[Tables], list[Comparison]]
     note: str = ""
+    control: bool = False
 
     def judge(self, tables: Tables) -> Claim:
-        """Return the row of the claims table."""
+        """Return the row of the claims table; without anything to compare, the claim cannot be told."""
         comparisons = self.compare(tables)
+        required = ", ".join(dict.fromkeys(filter(None, (comparison.requirement() for comparison in comparisons))))
         return Claim(
             exhibit=self.exhibit,
             claim=self.sentence,
             paper=self.paper,
-            measured="; ".join(comparison.text() for comparison in comparisons),
-            verdict=verdict(comparisons),
+            measured="; ".join(
+                [*(comparison.text() for comparison in comparisons), *([f"required: {required}"] if required else [])]
+            )
+            or "not measured",
+            verdict=verdict(comparisons) if comparisons else "cannot tell at this scale",
             note=self.note,
+            control=self.control,
         )
 
 
@@ -142,11 +156,23 @@ def difference(
     return Comparison(f"{larger} − {smaller}", mean_interval(scale * values), unit)
 
 
-def ratio(frame: pd.DataFrame, column: str, larger: str, smaller: str, label: str = "") -> Comparison:
-    """Compare the logarithm of a positive ``column`` of two optimizers, paired by seed."""
-    with np.errstate(all="ignore"):
-        values = np.log(by_seed(frame, larger, column)) - np.log(by_seed(frame, smaller, column))
-    return Comparison(label or f"{larger} / {smaller}", mean_interval(values), factor=True)
+def ratio(frame: pd.DataFrame, column: str, larger: str, smaller: str) -> Comparison:
+    """Compare the ratio of ``column`` of two optimizers, paired by seed; see :func:`times`."""
+    return times(f"{larger} / {smaller}", by_seed(frame, larger, column), by_seed(frame, smaller, column))
+
+
+def times(label: str, larger: Values, smaller: Values, at_least: float = 1.0) -> Comparison:
+    """Compare the logarithm of ``larger / smaller`` with that of ``at_least``.
+
+    Where a number is not positive there is no such logarithm: then ``larger − smaller`` must exceed
+    ``(at_least − 1) · |smaller|``, which for positive numbers is the same.
+    """
+    if (larger <= 0).any() or (smaller <= 0).any():
+        excess = larger - smaller - (at_least - 1) * np.abs(smaller)
+        multiple = "" if at_least == 1 else f" − {at_least - 1:g} · |second|"
+        return Comparison(f"{label} (not all positive: first − second{multiple})", mean_interval(excess))
+    values = np.log(larger) - np.log(smaller)
+    return Comparison(label, mean_interval(values), factor=True, above=math.log(at_least))
 
 
 def _per_seed(steps: pd.DataFrame, optimizer: str, statistic: Callable[[pd.DataFrame], float]) -> Values:
@@ -161,84 +187,73 @@ def _accuracy(tables: Tables) -> list[Comparison]:
 
 
 def _same_cost(tables: Tables) -> list[Comparison]:
-    sam, msam = (by_seed(tables.runs, name, "gradients_per_step") for name in ("SAM", "MSAM"))
-    return [Comparison("gradients a step, SAM − MSAM", mean_interval(sam - msam))]
+    sgd, sam, msam = (by_seed(tables.runs, name, "gradients_per_step") for name in ("SGD", "SAM", "MSAM"))
+    return [
+        Comparison(f"{label}, gradients a step", mean_interval(values), above=-SAME_COST, below=SAME_COST)
+        for label, values in (("MSAM − SGD", msam - sgd), ("SAM − 2 SGD", sam - 2 * sgd))
+    ]
+
+
+def _each(
+    steps: pd.DataFrame, what: str, statistic: Callable[[pd.DataFrame], float], **region: Any
+) -> list[Comparison]:
+    """Compare a statistic of every run's records, one comparison per optimizer."""
+    names = dict.fromkeys(steps["optimizer"])
+    return [Comparison(f"{name}, {what}", mean_interval(_per_seed(steps, name, statistic)), **region) for name in names]
 
 
 def _mostly_negative(steps: pd.DataFrame) -> list[Comparison]:
     def share(run: pd.DataFrame) -> float:
         return 100 * float((run["cosine"].dropna() < 0).mean())
 
-    return [
-        Comparison(
-            f"{name}, steps with a negative cosine", mean_interval(_per_seed(steps, name, share)), "%", beyond=50
-        )
-        for name in dict.fromkeys(steps["optimizer"])
-    ]
+    return _each(steps, "steps with a negative cosine", share, unit="%", above=50.0)
 
 
 def _fades_out(tables: Tables) -> list[Comparison]:
     last = int(tables.steps["epoch"].max())
 
-    def fall(run: pd.DataFrame) -> float:
-        middle = run[(run["epoch"] >= 0.25 * last) & (run["epoch"] <= 0.75 * last)]["cosine"].mean()
-        end = run[run["epoch"] == last]["cosine"].mean()
-        return abs(float(middle)) - abs(float(end))
+    def size(run: pd.DataFrame, first: float, end: float) -> float:
+        return abs(float(run.loc[run["epoch"].between(first, end), "cosine"].mean()))
 
-    names = list(dict.fromkeys(tables.steps["optimizer"]))
+    def left(run: pd.DataFrame) -> float:
+        return size(run, last, last)
+
+    def fall(run: pd.DataFrame) -> float:
+        return size(run, 0.25 * last, 0.75 * last) - left(run)
+
     return [
-        Comparison(f"{name}, |cosine| mid-training − last epoch", mean_interval(_per_seed(tables.steps, name, fall)))
-        for name in names
+        *_each(tables.steps, "|cosine| mid-training − last epoch", fall),
+        *_each(tables.steps, "|cosine| in the last epoch", left, above=-math.inf, below=FADED),
     ]
 
 
 def _rises(tables: Tables) -> list[Comparison]:
-    return [
-        Comparison(
-            f"{name}, mean L(w + ε) − L(w)",
-            mean_interval(_per_seed(tables.steps, name, lambda run: float(run["rise"].mean()))),
-        )
-        for name in ("SAM", "MSAM")
-    ]
+    perturbed = tables.steps[tables.steps["optimizer"].isin(("SAM", "MSAM"))]
+    return _each(perturbed, "mean L(w + ε) − L(w)", lambda run: float(run["rise"].mean()))
 
 
-def _mean_curvature(run: pd.DataFrame, direction: str) -> float:
-    return float(run[f"curvature_{direction}"].mean())
+def _curvature(steps: pd.DataFrame, optimizer: str, direction: str) -> Values:
+    return _per_seed(steps, optimizer, lambda run: float(run[f"curvature_{direction}"].mean()))
 
 
 def _momentum_curvature(tables: Tables) -> list[Comparison]:
-    def log_ratio(run: pd.DataFrame) -> float:
-        with np.errstate(all="ignore"):
-            return float(np.log(_mean_curvature(run, "momentum") / _mean_curvature(run, "random")))
-
-    names = list(dict.fromkeys(tables.steps["optimizer"]))
     return [
-        Comparison(
+        times(
             f"{name}, momentum / random",
-            mean_interval(_per_seed(tables.steps, name, log_ratio)),
-            factor=True,
-            beyond=MUCH,
+            _curvature(tables.steps, name, "momentum"),
+            _curvature(tables.steps, name, "random"),
+            MUCH,
         )
-        for name in names
+        for name in dict.fromkeys(tables.steps["optimizer"])
     ]
 
 
 def _msam_lowest_curvature(tables: Tables) -> list[Comparison]:
-    def log_mean(direction: str) -> Callable[[pd.DataFrame], float]:
-        def value(run: pd.DataFrame) -> float:
-            with np.errstate(all="ignore"):
-                return float(np.log(_mean_curvature(run, direction)))
-
-        return value
-
     return [
-        Comparison(
+        times(
             f"{other} / MSAM along {direction}",
-            mean_interval(
-                _per_seed(tables.steps, other, log_mean(direction))
-                - _per_seed(tables.steps, "MSAM", log_mean(direction))
-            ),
-            factor=True,
+            _curvature(tables.steps, other, direction),
+            _curvature(tables.steps, "MSAM", direction),
         )
         for direction in ("random", "momentum")
         for other in ("SGD", "NAG", "SAM")
@@ -260,6 +275,10 @@ def _ordered(column: str) -> Callable[[Tables], list[Comparison]]:
 
 MUCH = 3.0
 """How many times larger counts as "much larger" where the paper gives no number."""
+FADED = 0.05
+"""A cosine smaller than this counts as gone to 0."""
+SAME_COST = 0.05
+"""A difference of fewer gradients per step counts as none."""
 
 CLAIMS: tuple[PaperClaim, ...] = (
     PaperClaim(
@@ -273,7 +292,7 @@ CLAIMS: tuple[PaperClaim, ...] = (
         "MSAM costs what SGD costs; SAM costs twice as much.",
         "speed 0.99 against 0.52 (SGD: 1)",
         _same_cost,
-        note="Gradients evaluated per step were counted: the difference is the whole cost of SAM's first pass.",
+        note="Gradients evaluated per step were counted: SAM's second one is the whole difference.",
     ),
     PaperClaim(
         "F2C",
@@ -288,13 +307,14 @@ CLAIMS: tuple[PaperClaim, ...] = (
         lambda tables: _mostly_negative(tables.controls),
         note="Within an epoch every sample is shown once, so that the batches still to come are those that the "
         "momentum lacks: with few batches an epoch this alone makes the cosine negative.",
+        control=True,
     ),
     PaperClaim(
         "F2C",
         "The cosine goes to 0 as the learning rate decays to 0.",
         "→ 0",
         _fades_out,
-        note="|Mean cosine| over the middle half of the epochs against that over the last epoch.",
+        note="|Mean cosine| over the last epoch: small, and smaller than over the middle half of the epochs.",
     ),
     PaperClaim(
         "A12",

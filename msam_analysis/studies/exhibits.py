@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import pandas as pd
+
 from msam_analysis import plots
 from msam_analysis.results import Slice1D, Slice2D
 from msam_analysis.studies.claims import CLAIMS, PaperClaim
@@ -45,13 +47,21 @@ def _accuracy(tables: Tables, _: Sequence[FinishedRun]) -> Any:
     return plots.accuracy(tables.runs)
 
 
+_EPOCH = ["optimizer", "seed", "epoch"]
+
+
+def _per_epoch(steps: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """Return the mean over what each epoch of each run recorded; epochs without a record have no row."""
+    means: pd.DataFrame = steps.groupby(_EPOCH, sort=False)[list(columns)].mean()
+    return means.dropna().reset_index()
+
+
 def _cosine(tables: Tables, _: Sequence[FinishedRun]) -> Any:
-    keys = ["optimizer", "seed", "epoch"]
-    per_epoch = tables.steps.groupby(keys, sort=False)["cosine"].mean().reset_index()
+    per_epoch = _per_epoch(tables.steps, "cosine")
     quantities = {"cosine": "every sample once an epoch"}
     if len(tables.controls):
-        control = tables.controls.groupby(keys, sort=False)["cosine"].mean().rename("control").reset_index()
-        per_epoch = per_epoch.merge(control, on=keys, how="left")
+        control = _per_epoch(tables.controls, "cosine").rename(columns={"cosine": "control"})
+        per_epoch = per_epoch.merge(control, on=_EPOCH, how="left")
         quantities["control"] = "control: samples drawn with replacement"
     return plots.over_training(
         per_epoch, quantities, x="epoch", zero_line=True, label=r"$\cos(v_{t-1},\, g_t)$, mean per epoch"
@@ -59,12 +69,12 @@ def _cosine(tables: Tables, _: Sequence[FinishedRun]) -> Any:
 
 
 def _rise(tables: Tables, _: Sequence[FinishedRun]) -> Any:
-    return plots.perturbation_rise(tables.steps.dropna(subset=["rise"]), x="epoch")
+    return plots.perturbation_rise(_per_epoch(tables.steps, "loss_before", "loss_after"), x="epoch")
 
 
 def _curvature(tables: Tables, _: Sequence[FinishedRun]) -> Any:
-    recorded = tables.steps.dropna(subset=["curvature_momentum"])
     quantities = {f"curvature_{name}": f"along {name}" for name in ("momentum", "gradient", "random")}
+    recorded = _per_epoch(tables.steps, *quantities)
     return plots.over_training(recorded, quantities, x="epoch", log=True, label=r"$d^\top H d \,/\, d^\top d$")
 
 
@@ -161,10 +171,12 @@ def choose(ids: Sequence[str] | None) -> tuple[Exhibit, ...]:
     Raises
     ------
     ValueError
-        An id is unknown.
+        An id is unknown, or none is given.
     """
     if ids is None:
         return EXHIBITS
+    if not ids:
+        raise ValueError("no exhibit was chosen: name some, as in F2C,TA1, or all")
     chosen = []
     for exhibit in EXHIBITS:
         keys = {*exhibit.ids, exhibit.name, *(key[:2] for key in exhibit.ids if key.startswith("F4"))}

@@ -44,15 +44,17 @@ class Tables:
     Attributes
     ----------
     runs
-        One row per run: scores, λ1..λk, sharpness per radius, mean loss rise on every line and on the plane.
+        One row per run: scores, λ1..λk with residuals, sharpness per radius with how far it is from stationary, whether
+        the solvers converged, mean loss rise on every line and on the plane.
     optimizers
-        One row per optimizer: mean and 68 % Student-t half width of every column of ``runs``.
+        One row per optimizer: mean and 68 % Student-t half width of every column of ``runs``; of yes and no, the
+        fraction of yes.
     steps
         One row per training step.
     eigenvalues
-        One row per run, method and index: ``value``, ``residual``.
+        One row per run, method and index: ``value``, ``residual``, ``converged``.
     balls
-        One row per run and radius.
+        One row per run and radius; ``converged`` and ``stationarity`` tell how good the ascent was.
     lines, planes
         One row per run and point of each slice.
     controls
@@ -67,6 +69,13 @@ class Tables:
     lines: pd.DataFrame
     planes: pd.DataFrame
     controls: pd.DataFrame
+
+    @property
+    def solvers(self) -> pd.Series[bool]:
+        """Whether they converged, of all solver runs: eigenvalues by each method, and the largest rise in each ball."""
+        pairs = self.eigenvalues.drop_duplicates(["optimizer", "seed", "method"])
+        together: pd.Series[bool] = pd.concat([pairs["converged"], self.balls["converged"]])
+        return together
 
     def write(self, directory: Path) -> None:
         """Write every table as CSV; floats in their shortest exact form, so equal numbers are equal bytes."""
@@ -100,10 +109,13 @@ def _balls(run: FinishedRun) -> list[BallSharpness]:
 
 def _row(run: FinishedRun) -> dict[str, object]:
     row: dict[str, object] = {"optimizer": run.optimizer, "seed": run.seed, **run.scores}
-    for index, value in enumerate(cast(Eigenpairs, run.results["lanczos"]).values.tolist(), start=1):
-        row[f"lambda_{index}"] = value
+    pairs = cast(Eigenpairs, run.results["lanczos"])
+    for index, (value, residual) in enumerate(zip(pairs.values.tolist(), pairs.residuals.tolist(), strict=True), 1):
+        row |= {f"lambda_{index}": value, f"lambda_{index}_residual": residual}
+    row["lambda_converged"] = pairs.converged
     for ball in _balls(run):
-        row[f"sharpness_{ball.rho:g}"] = ball.sharpness
+        name = f"sharpness_{ball.rho:g}"
+        row |= {name: ball.sharpness, f"{name}_stationarity": ball.stationarity, f"{name}_converged": ball.converged}
     for name in LINES:
         line = cast(Slice1D, run.results[f"line-{name}"])
         row[f"rise_along_{name}"] = float(line.loss.mean()) - line.center_loss

@@ -73,6 +73,15 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     assert model.decoder.weight is model.embedding.weight
 
 
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.module.", "module._orig_mod.", "module.module.", "_orig_mod.module._orig_mod."]
+)
+def test_nested_wrappers(prefix: str, trained: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({prefix + name: tensor for name, tensor in trained.state_dict().items()}, path)
+    check_equal(ma.checkpoints.load_model(path, factory), trained)
+
+
 def test_a_layer_that_is_called_module(tmp_path: Path) -> None:
     """The prefix of DistributedDataParallel can be a name of one's own."""
 

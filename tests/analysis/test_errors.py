@@ -261,6 +261,73 @@ def test_loss_that_depends_on_nothing_selected() -> None:
         objective.gradient()
 
 
+def test_loss_that_ignores_the_model_it_is_given() -> None:
+    own = MLP.model().eval()
+    batches = [{"x": x, "y": y} for x, y in MLP.data()]
+    objective = ma.Objective(own, lambda model, batch: F.cross_entropy(own(batch["x"]), batch["y"]), batches)
+    for probe in ("gradient", "hvp"):
+        with pytest.raises(ValueError, match=r"depends on none of the 4 selected .*loss_fn uses the model it is given"):
+            EVALUATIONS[probe](objective)
+
+
+class Once(torch.autograd.Function):
+    """A square whose derivative is not differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        square: Tensor = x.square()
+        return square
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gradient: Tensor = 2 * x * grad
+        return gradient
+
+
+class OnceDifferentiable(nn.Module):
+    """One of its two branches goes through such a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.beside = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = Once.apply(self.inside(x)) + self.beside(x)  # type: ignore[no-untyped-call]
+        return out
+
+
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, lambda output, target: output.mean()], ids=["curved", "linear"])
+@pytest.mark.parametrize("probe", ["hvp", "eigenvalues"])
+def test_curvature_that_autograd_would_leave_out(probe: str, loss_fn: Any) -> None:
+    objective = ma.Objective(OnceDifferentiable(), loss_fn, MLP.data())
+    assert objective.gradient().all()
+    with pytest.raises(ValueError, match=r"cannot be differentiated twice: Once is marked once_differentiable.*use a"):
+        EVALUATIONS[probe](objective)
+
+
+@pytest.mark.parametrize("probe", ["gradient", "hvp"])
+def test_gradients_in_inference_mode(probe: str, objective: ma.Objective) -> None:
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"inside torch\.inference_mode.*torch\.no_grad\(\)"):
+        EVALUATIONS[probe](objective)
+
+
+@pytest.mark.parametrize(
+    ("extra", "came"),
+    [
+        (lambda output: (output,), r"of 2 with a tensor of shape \(8, 3\)"),
+        (lambda output: (None,), "of 2 with NoneType"),
+        (lambda output: (8, output), "of 3"),
+    ],
+)
+def test_loss_with_more_beside_it(extra: Callable[[Tensor], Any], came: str) -> None:
+    objective = ma.Objective(MLP.model(), lambda o, y: (F.cross_entropy(o, y), *extra(o)), MLP.data())
+    with pytest.raises(ValueError, match=rf"tuple {came}.*expected a mean loss alone, or \(sum, count\).*logits"):
+        objective.loss()
+
+
 @pytest.mark.parametrize("count", [0, -3])
 def test_nothing_counted(count: int) -> None:
     """A loss of (sum, 0) on every batch has no mean."""

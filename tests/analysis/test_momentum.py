@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import msam
 import msam_analysis as ma
@@ -118,6 +119,28 @@ def test_parameters_without_gradient_or_buffer_count_as_zero() -> None:
     v = joined(optimizer.state[p]["momentum_buffer"] for p in used)
     g = joined(torch.zeros_like(p) if p.grad is None else p.grad for p in used)
     assert got == pytest.approx(cosine(v, g), abs=1e-13)
+
+
+class Transfers(TorchDispatchMode):
+    """Counts the single numbers that are fetched from a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_device_is_not_waited_for_at_every_parameter() -> None:
+    """A loop that is watched at every step must stay fast: everything is fetched at once, in the end."""
+    parameters = [nn.Parameter(normal(3, seed=seed)) for seed in range(20)]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    for parameter in parameters:
+        parameter.grad = parameter.detach().clone()
+    optimizer.step()
+    with Transfers() as transfers:  # type: ignore[no-untyped-call]
+        assert ma.momentum_gradient_cosine(optimizer) == pytest.approx(1.0, abs=1e-15)
+    assert transfers.count <= 3
 
 
 def test_zero_gradient_has_no_angle() -> None:
@@ -383,6 +406,18 @@ def test_curvature_by_seed() -> None:
 
     assert run(1) == run(1)
     assert run(1) != run(2)
+
+
+def test_random_curvature_is_along_another_direction_than_what_else_is_random() -> None:
+    """One seed for everything in a script must not make the direction plotted the direction measured."""
+    model, data = MLP.model().eval(), MLP.data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    objective = ma.Objective(model, MLP.loss_fn, data)
+    along = ma.curvature_along(objective, ma.directions.random(objective, seed=0, normalize="none"))
+    with ma.Monitor(optimizer, probes=[ma.probes.Curvature(objective)], every=1) as monitor:
+        backward(model, data[0])
+        optimizer.step()
+    assert monitor.frame()["curvature_random"][0] != pytest.approx(along, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["SGD", "MSAM", "SAM"])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+import msam
 import msam_analysis as ma
 
 from . import cases
@@ -193,8 +194,16 @@ def loader(data: list[Any], batch_size: int = 8) -> DataLoader[Any]:
 
 @pytest.mark.parametrize(
     "form",
-    [lambda data: data, loader, lambda data: loader(data, 7), concatenate, lambda data: [concatenate(data)]],
-    ids=["list", "loader", "other batch size", "one batch", "list of one"],
+    [
+        lambda data: data,
+        loader,
+        lambda data: loader(data, 7),
+        concatenate,
+        lambda data: list(concatenate(data)),
+        lambda data: next(iter(loader(data, 19))),
+        lambda data: [concatenate(data)],
+    ],
+    ids=["list", "loader", "other batch size", "one batch", "one batch as a list", "from a loader", "list of one"],
 )
 def test_the_form_of_the_data_does_not_matter(form: Callable[[list[Any]], Any]) -> None:
     model, data = MLP.model(), MLP.data()
@@ -296,6 +305,89 @@ def test_a_general_loss_may_penalise_the_weights() -> None:
     torch.testing.assert_close(objective.gradient(w), torch.func.grad(reference)(w) + w, rtol=1e-10, atol=1e-12)
 
 
+# --- wrappers, hooks and what else surrounds a model
+
+
+def test_nested_wrappers_are_looked_through() -> None:
+    model = MLP.model()
+    compiled: Any = torch.compile
+    for wrapped in (
+        compiled(nn.DataParallel(model)),
+        nn.DataParallel(compiled(model)),
+        compiled(nn.DataParallel(compiled(model))),
+    ):
+        assert ma.Objective(wrapped, MLP.loss_fn, MLP.data()).model is model
+
+
+@pytest.mark.parametrize("normalise", [nn.utils.weight_norm, nn.utils.spectral_norm], ids=["weight", "spectral"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_hooks_that_compute_weights_run(normalise: Callable[[nn.Module], nn.Module]) -> None:
+    """The loss follows the parameters behind a normalised weight, not the weight that was last computed from them."""
+    with torch.random.fork_rng(devices=[]):
+        model = nn.Sequential(normalise(nn.Linear(4, 3).double())).eval()
+    x, y = concatenate(MLP.data())
+    for _ in range(2):
+        expected = F.cross_entropy(model(x), y)
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(expected, parameters)])
+        objective = ma.Objective(model, F.cross_entropy, (x, y))
+        assert objective.layout.names == names
+        assert float(objective.loss()) == pytest.approx(float(expected.detach()), rel=1e-12)
+        torch.testing.assert_close(objective.gradient(), gradient, rtol=1e-10, atol=1e-12)
+        with torch.no_grad():
+            for index, parameter in enumerate(parameters):
+                parameter.add_(normal(*parameter.shape, seed=60 + index), alpha=0.1)
+
+
+def test_autocast_of_the_caller_has_no_effect() -> None:
+    objective = ma.Objective(MLP.model(torch.float32), MLP.loss_fn, MLP.data(torch.float32))
+    v = normal(objective.size, seed=62).float()
+
+    def measured() -> tuple[Tensor, Tensor, Tensor, float, float]:
+        curvature, trace = ma.curvature_along(objective, v), ma.trace(objective, draws=2).value
+        return objective.loss(), objective.gradient(), objective.hvp(v), curvature, trace
+
+    plain = measured()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = measured()
+    assert all(torch.equal(a, b) for a, b in zip(plain[:3], inside[:3], strict=True))
+    assert plain[3:] == inside[3:]
+
+
+def test_an_objective_made_in_inference_mode_has_gradients_outside() -> None:
+    model = MLP.model()
+    with torch.inference_mode():
+        objective = ma.Objective(model, MLP.loss_fn, cases.split([8, 8, 3], *concatenate(MLP.data())))
+    assert torch.equal(objective.gradient(), ma.Objective(model, MLP.loss_fn, MLP.data()).gradient())
+
+
+class Noise(nn.Module):
+    """Multiplies by noise, in whatever mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + 0.1 * torch.randn(x.shape, dtype=x.dtype))
+
+
+def test_a_stochastic_forward_draws_the_same_however_many_graphs_are_kept() -> None:
+    """Every batch has noise of its own, the same in the loss, the gradient and every product."""
+    model = nn.Sequential(MLP.model(), Noise())
+    x, y = (part[:8] for part in concatenate(MLP.data()))
+    v = normal(59, seed=61)
+    products, kept = [], []
+    for graph_bytes in (0, 6000, 2**30):
+        objective = ma.Objective(model, F.cross_entropy, [(x, y)] * 3, graph_bytes=graph_bytes)
+        operator = objective.hessian()
+        products += [operator @ v, operator @ v]
+        kept.append(operator.kept)
+    assert kept[0] == 0 < kept[1] < kept[2] == 3
+    assert all(torch.equal(product, products[0]) for product in products)
+    step = 1e-5 * v
+    bend = (objective.gradient(objective.point() + step) - objective.gradient(objective.point() - step)) / 2e-5
+    torch.testing.assert_close(products[0], bend, rtol=1e-5, atol=1e-7)
+    first = ma.Objective(model, F.cross_entropy, (x, y))
+    assert not torch.equal(first.loss(), objective.loss()), "another batch, other noise"
+
+
 # --- BatchNorm
 
 
@@ -335,6 +427,33 @@ def test_recalibrated_statistics_are_those_of_the_data_at_the_point() -> None:
         scaled = (hidden - hidden.mean(0)) / torch.sqrt(hidden.var(0) + 1e-5) * p["1.weight"] + p["1.bias"]
         expected = ((scaled @ p["2.weight"].T + p["2.bias"] - y) ** 2).mean()
         assert float(objective.loss(w)) == pytest.approx(float(expected), rel=0.02)
+
+
+def test_recalibration_weighs_batches_by_what_they_hold() -> None:
+    """The statistics are those of msam.update_batchnorm_statistics, ragged batches included."""
+    model, data = CONVNET.model(), CONVNET.data()
+    by_hand = CONVNET.model()
+    msam.update_batchnorm_statistics(by_hand, data)
+    expected = ma.Objective(by_hand, CONVNET.loss_fn, data).loss()
+    got = ma.Objective(model, CONVNET.loss_fn, data, batchnorm="recalibrate").loss()
+    assert float(got) == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("policy", ["eval", "batch", "recalibrate"])
+def test_layers_without_running_statistics_are_not_labelled_with_them(policy: Any) -> None:
+    without = nn.BatchNorm1d(4, track_running_stats=False)
+    for layers, label in (
+        ([nn.BatchNorm1d(4)], policy),
+        ([without], "batch" if policy == "batch" else "batch (no running statistics)"),
+        (
+            [nn.BatchNorm1d(4), without],
+            "batch" if policy == "batch" else f"{policy} (1 of 2 layers: batch, no running statistics)",
+        ),
+        ([], "no BatchNorm"),
+    ):
+        model = nn.Sequential(nn.Linear(4, 4), *layers).double()
+        objective = ma.Objective(model, F.cross_entropy, MLP.data(), batchnorm=policy)
+        assert objective.settings["batchnorm"] == label
 
 
 def test_recalibrate_equals_eval_after_recalibrating_by_hand() -> None:
@@ -429,6 +548,61 @@ def test_dtype_casts_model_and_data() -> None:
     torch.testing.assert_close(objective.hvp(v), hvp, rtol=1e-10, atol=1e-12)
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert all(x.dtype == torch.float32 for x, _ in data)
+
+
+def test_dtype_casts_a_criterion_with_weights() -> None:
+    """Class weights are part of the loss; the criterion itself stays as it is."""
+    x, y = concatenate(MLP.data(torch.float32))
+    weight = torch.tensor([1.0, 2.0, 0.5])
+    criterion = nn.CrossEntropyLoss(weight=weight)
+    objective = ma.Objective(MLP.model(torch.float32), criterion, (x, y), dtype=torch.float64)
+    expected = F.cross_entropy(MLP.model(torch.float32).double().eval()(x.double()), y, weight=weight.double())
+    assert float(objective.loss()) == pytest.approx(float(expected.detach()), rel=1e-13)
+    assert objective.hvp(objective.point()).dtype == torch.float64
+    assert criterion.weight is weight
+    assert weight.dtype == torch.float32
+
+
+class Mixed(nn.Module):
+    """A body in one precision, a head in another, and the cast between them."""
+
+    def __init__(self, body: torch.dtype, head: torch.dtype) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 5).to(body), nn.Linear(5, 3).to(head)
+        for index, parameter in enumerate(self.parameters()):
+            parameter.data.copy_(normal(*parameter.shape, seed=70 + index))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(x.to(self.body.weight.dtype)))
+        out: Tensor = self.head(hidden.to(self.head.weight.dtype))
+        return out
+
+
+@pytest.mark.parametrize("body", [torch.float32, torch.float64])
+def test_mixed_precision_is_evaluated_as_it_is(body: torch.dtype) -> None:
+    """Every parameter in its own data type, the vector in the widest."""
+    head = torch.float32 if body == torch.float64 else torch.float64
+    model, (x, y) = Mixed(body, head), concatenate(MLP.data())
+    objective = ma.Objective(model, F.cross_entropy, (x, y))
+    loss = F.cross_entropy(model(x), y)
+    gradient = torch.cat([g.double().flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    assert objective.dtype == torch.float64
+    assert torch.equal(objective.point(), flatten(model))
+    assert float(objective.loss()) == pytest.approx(float(loss.detach()), rel=1e-12)
+    torch.testing.assert_close(objective.gradient(), gradient, rtol=1e-6, atol=1e-8)
+    v = normal(objective.size, seed=75)
+    exact = ma.Objective(model, F.cross_entropy, (x, y), dtype=torch.float64).hvp(v)
+    assert relative(objective.hvp(v), exact) < 1e-5
+
+
+def test_loss_follows_weights_that_were_assigned() -> None:
+    """load_state_dict(assign=True) puts other parameters in the place of those the objective was made with."""
+    model = MLP.model()
+    objective = ma.Objective(model, MLP.loss_fn, MLP.data(), parameters="3.*")
+    model.load_state_dict({name: 0.5 * tensor for name, tensor in model.state_dict().items()}, assign=True)
+    expected = reference_loss(MLP, model, MLP.data())(flatten(model))
+    assert float(objective.loss()) == pytest.approx(float(expected), rel=1e-12)
+    assert torch.equal(objective.vector({model[3].weight: model[3].weight})[:21], model[3].weight.detach().flatten())
 
 
 def test_vector_from_parameters() -> None:

@@ -196,7 +196,7 @@ def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
 
 def test_eigenpairs_frame() -> None:
     frame = eigenpairs().to_frame()
-    assert list(frame.columns) == ["index", "value", "residual", "method"]
+    assert list(frame.columns) == ["index", "value", "residual", "method", "converged"]
     assert frame["index"].tolist() == [1, 2]
     assert frame["value"].tolist() == [3.0, -1.0]
 

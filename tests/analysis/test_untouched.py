@@ -249,6 +249,105 @@ def test_data_are_not_written_to(case: Case) -> None:
     assert [raw(tensor) for tensor in tensors] == before
 
 
+class InPlace(nn.Module):
+    """Scales its input in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layer(x.mul_(0.5))
+        return out
+
+
+@pytest.mark.parametrize(
+    "form", [list, lambda data: data[0], lambda data: DataLoader(TensorDataset(*concatenate(data)), 8)]
+)
+def test_a_model_that_works_in_place(form: Callable[[Any], Any]) -> None:
+    """It changes neither the caller's data nor what the next evaluation sees."""
+    model, data = InPlace(), MLP.data()
+    before = [raw(tensor) for batch in data for tensor in batch]
+    objective = ma.Objective(model, F.cross_entropy, form(data))
+    same = ma.Objective(model.layer, F.cross_entropy, form([(0.5 * x, y) for x, y in data]))
+    for _ in range(3):
+        assert float(objective.loss()) == pytest.approx(float(same.loss()), rel=1e-12)
+        torch.testing.assert_close(objective.gradient(), same.gradient(), rtol=1e-10, atol=1e-12)
+        v = direction(objective)
+        torch.testing.assert_close(objective.hvp(v), same.hvp(v), rtol=1e-10, atol=1e-12)
+    assert [raw(tensor) for batch in data for tensor in batch] == before
+
+
+def test_a_loss_that_takes_its_labels_out_of_the_batch() -> None:
+    def loss_fn(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        labels = batch.pop("y")
+        return F.cross_entropy(model(**batch), labels)
+
+    data = [{"input": x, "y": y} for x, y in MLP.data()]
+    model = MLP.model()
+    objective = ma.Objective(model, loss_fn, data)
+    expected = ma.Objective(model, F.cross_entropy, MLP.data()).loss()
+    for _ in range(2):
+        assert torch.equal(objective.loss(), expected)
+    assert all(batch.keys() == {"input", "y"} for batch in data)
+
+
+def test_hooks_of_the_model_are_not_called() -> None:
+    """An activation recorder records what its owner runs; results say that hooks were left out."""
+    model, seen = MLP.model(), []
+    handles = [
+        model[0].register_forward_hook(lambda *args: seen.append(args)),
+        model[0].register_forward_pre_hook(lambda *args: seen.append(args)),
+        model[0].register_full_backward_hook(lambda *args: seen.append(args)),
+    ]
+    objective = ma.Objective(model, MLP.loss_fn, MLP.data())
+    with untouched(model):
+        objective.loss_and_gradient()
+        objective.hvp(direction(objective))
+    assert not seen
+    assert objective.settings["hooks left out"] == 3
+    for handle in handles:
+        handle.remove()
+    assert "hooks left out" not in ma.Objective(model, MLP.loss_fn, MLP.data()).settings
+
+
+def test_a_criterion_with_buffers() -> None:
+    """A criterion may count its calls; measuring is none."""
+
+    class Counting(nn.CrossEntropyLoss):
+        calls: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__(weight=torch.ones(3).double())
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            return super().forward(output, target)
+
+    criterion = Counting()
+    objective = ma.Objective(MLP.model(), criterion, MLP.data())
+    with untouched(criterion):
+        objective.loss_and_gradient()
+
+
+def test_the_generator_of_apple_silicon_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is one; here it is played by another."""
+    device, model, data = torch.Generator().manual_seed(3), MLP.model(), MLP.data()
+    before = device.get_state()
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", device.get_state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", device.set_state)
+    monkeypatch.setattr(torch.mps, "manual_seed", device.manual_seed)
+
+    def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output, target) * torch.rand((), generator=device).double()
+
+    objective = ma.Objective(model, loss_fn, data)
+    assert torch.equal(objective.loss(), objective.loss())
+    assert torch.equal(device.get_state(), before)
+
+
 def test_vectors_given_are_not_written_to() -> None:
     objective = ma.Objective(MLP.model(), MLP.loss_fn, MLP.data())
     w, v = direction(objective), direction(objective).flip(0)

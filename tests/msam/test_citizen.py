@@ -22,7 +22,9 @@ from .workloads import (
     batch,
     closure_of,
     furthest,
+    hide,
     loss,
+    missing,
     network,
     same,
     snapshot,
@@ -452,6 +454,57 @@ def test_infinity_in_either_pass_skips_the_step(name: str, bad: int, how: dict[s
     assert furthest(true_weights(opt), weights) < 1e-10
 
 
+@pytest.mark.parametrize("how", [{}, dict(fused=True)], ids=str)
+@pytest.mark.parametrize("name", ["SAM", "AdamWSAM"])
+def test_clipping_of_the_second_scaled_gradient(name: str, how: dict[str, Any]) -> None:
+    """``scaler.unscale_`` between ``backward`` and ``scaler.step``: not unscaled twice."""
+    model, scaler = network(), scaler_of()
+    opt = BY_NAME[name].make(model.parameters(), **how)
+    for step in range(6):
+        opt.zero_grad()
+        scaler.scale(loss(model, step)).backward()
+        opt.first_step(zero_grad=True)
+        with msam.frozen_batchnorm_statistics(model):
+            scaler.scale(loss(model, step)).backward()
+        scaler.unscale_(opt)
+        clip_grad_norm_(model.parameters(), 0.05)
+        scaler.step(opt)
+        scaler.update()
+    twin, weights = twin_of(BY_NAME[name], 6, lambda g, step, call: clipped(g, step, call) if call else g)
+    assert_network(model, opt, weights, twin)
+
+
+@pytest.mark.parametrize("normalize", ["l2", "none", "lr"])
+@pytest.mark.parametrize("scale", ["none", "adaptive", "relative"])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_first_gradient_that_is_not_finite_displaces_nothing(normalize: str, scale: str, bad: float) -> None:
+    model = network()
+    opt = general("sgd", dict(direction="gradient", normalize=normalize, scale=scale, rho=RHO)).make(model.parameters())
+    before = snapshot(model.parameters())
+    backward(loss(model, 0))
+    gradient = model.get_parameter("3.bias").grad
+    assert gradient is not None
+    gradient[1] = bad
+    assert all(not e.any() for e in opt.displacement().values())
+    opt.first_step()
+    assert same(model.parameters(), before)
+    assert all(not e.any() for e in opt.displacement().values())
+
+
+def test_an_unused_scaler_changes_nothing() -> None:
+    model, other, scaler = network(), network(), torch.amp.GradScaler("cpu", enabled=False)
+    opt, plain = BY_NAME["SAM"].make(model.parameters()), BY_NAME["SAM"].make(other.parameters())
+    for step in range(4):
+        closure_of(model, opt, step)()
+        opt.first_step()
+        with msam.frozen_batchnorm_statistics(model):
+            closure_of(model, opt, step)()
+        scaler.step(opt)
+        scaler.update()
+    train(other, plain, range(4), closure=True)
+    assert same(model.parameters(), other.parameters())
+
+
 @each_case
 def test_autocast_to_bfloat16(case: Case) -> None:
     model = network(torch.float32)
@@ -505,6 +558,63 @@ def test_repr_names_the_class() -> None:
     assert repr(BY_NAME["MSAM"].make(network().parameters())).startswith("MSAM")
 
 
+@pytest.mark.parametrize("name", ["MSAM", "NAG", "SAM", "AdamWMSAM"])
+def test_compiled_step(name: str) -> None:
+    """``torch.compile`` traces the step; the backend runs what was traced as it is."""
+    model, other = network(torch.float32), network(torch.float32)
+    opt, plain = BY_NAME[name].make(model.parameters()), BY_NAME[name].make(other.parameters())
+    first: Callable[[], Any] = torch.compile(opt.first_step, backend="eager")
+    step: Callable[[], Any] = torch.compile(opt.step, backend="eager")
+    for t in range(5):
+        closure_of(model, opt, t)()
+        if BY_NAME[name].closure:
+            first()
+            with msam.frozen_batchnorm_statistics(model):
+                closure_of(model, opt, t)()
+        step()
+    train(other, plain, range(5), BY_NAME[name].closure)
+    assert furthest(model.parameters(), other.parameters()) < 1e-6
+    assert furthest(true_weights(opt), true_weights(plain)) < 1e-6
+
+
+# The fused step that does not go back first, and what makes it go back.
+
+
+def test_fused_steps_with_all_that_interrupts_them() -> None:
+    """A missing gradient, a group that stops moving and moves again, a learning rate next to nothing."""
+    model = network()
+    moves = [t not in (6, 7) for t in range(17)]
+    rates = [LR * (1e-9 if t in (10, 11) else 1.0) for t in range(16)]
+    opt = BY_NAME["MSAM"].make(model.parameters(), fused=True)
+    for step in range(16):
+        opt.param_groups[0]["lr"] = rates[step]
+        opt.param_groups[0]["perturb"] = moves[step + 1]
+        train(model, opt, [step], after_backward=hide if step == 3 else None)
+    count = len(list(model.parameters()))
+    twin, weights = twin_of(
+        BY_NAME["MSAM"],
+        16,
+        lambda g, t, c: missing(g, t, c) if t == 3 else g,
+        lr=lambda t: rates[t],
+        mask=lambda t: [moves[t]] * count,
+    )
+    assert_network(model, opt, weights, twin)
+
+
+@pytest.mark.parametrize("weight_decay_at", ["true", "perturbed"])
+def test_fused_steps_with_a_decay_as_large_as_the_momentum(weight_decay_at: str) -> None:
+    """λ |c| of the order of μ, with either sign: the factor of the buffer changes sign."""
+    for sign in (1, -1):
+        case = general(
+            "sgd", dict(direction="momentum", rho=0.5, sign=sign), weight_decay=2.0, weight_decay_at=weight_decay_at
+        )
+        model = network()
+        opt = case.make(model.parameters(), fused=True)
+        train(model, opt, range(12))
+        twin, weights = twin_of(case, 12)
+        assert_network(model, opt, weights, twin)
+
+
 def test_statistics_estimated_at_the_true_weights() -> None:
     """The average over the batches of what each finds at the true weights, and nothing else is changed."""
     model = network()
@@ -521,3 +631,62 @@ def test_statistics_estimated_at_the_true_weights() -> None:
     assert same(model.parameters(), before)
     assert model.training
     assert model.get_submodule("1").momentum == 0.1
+
+
+def statistics(model: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+    """Mean over the samples of each batch's own statistics, of a network's first layer."""
+    hidden = [x @ model.get_parameter("0.weight").detach().T for x in inputs]
+    count = sum(map(len, hidden))
+    mean = torch.stack([len(h) / count * h.mean(0) for h in hidden]).sum(0)
+    return [mean, torch.stack([len(h) / count * h.var(0) for h in hidden]).sum(0)]
+
+
+def test_statistics_of_ragged_batches_weigh_what_they_hold() -> None:
+    model = network().eval()
+    inputs = [batch(0)[0], batch(1)[0][:5]]
+    msam.update_batchnorm_statistics(model, [(x, "ignored") for x in inputs], device="cpu")
+    found = [model.get_buffer("1.running_mean"), model.get_buffer("1.running_var")]
+    assert furthest(found, statistics(model, inputs)) < 1e-12
+    assert not any(m.training for m in model.modules())
+
+
+def test_statistics_of_batches_of_another_kind() -> None:
+    model = network()
+    inputs = [batch(step)[0] for step in range(3)]
+    msam.update_batchnorm_statistics(model, [{"x": x} for x in inputs], forward=lambda m, b: m(b["x"]))
+    found = [model.get_buffer("1.running_mean"), model.get_buffer("1.running_var")]
+    assert furthest(found, statistics(model, inputs)) < 1e-12
+    without = network(norm=False)
+    msam.update_batchnorm_statistics(without, [])  # nothing to estimate, nothing to ask for
+    assert without.training
+
+
+def test_statistics_interrupted_leave_weights_and_modes() -> None:
+    model = network()
+    opt = BY_NAME["MSAM"].make(model.parameters())
+    train(model, opt, range(3))
+    before = snapshot(model.parameters())
+    with pytest.raises(ZeroDivisionError):
+        msam.update_batchnorm_statistics(model, [batch(0)[0]], opt, forward=lambda m, b: 1 / 0)
+    assert same(model.parameters(), before)
+    assert all(m.training for m in model.modules())
+    assert model.get_submodule("1").momentum == 0.1
+
+
+def test_frozen_statistics_of_shared_layers_come_back() -> None:
+    layer = nn.BatchNorm1d(6)
+    norm = nn.InstanceNorm1d(3, track_running_stats=True)
+    model = nn.Sequential(layer, nn.Linear(6, 6), layer, nn.Unflatten(1, (3, 2)), norm).double()
+    before = snapshot(model.buffers())
+
+    def evaluate_and_fail() -> None:
+        with msam.frozen_batchnorm_statistics(model):
+            model(batch(0)[0])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        evaluate_and_fail()
+    assert same(model.buffers(), before)
+    assert (layer.track_running_stats, norm.momentum) == (True, 0.1)
+    model(batch(0)[0])
+    assert not same([layer.running_mean, norm.running_mean], [before[0], before[3]])  # type: ignore[list-item]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -271,3 +272,65 @@ def test_first_step_of_an_optimizer_with_one_gradient() -> None:
     backward(loss(model, 0))
     with pytest.raises((RuntimeError, AttributeError)):
         opt.first_step()
+
+
+def momentum_along(**switches: Any) -> msam.Perturbation:
+    return msam.Perturbation(**{"direction": "momentum", "rho": RHO, **switches})
+
+
+# one row for each message that no test above asks for: what is done, the error, a word of its message
+MORE: dict[str, tuple[Any, type[Exception], str]] = {
+    "perturbation": (lambda: construct("PerturbedSGD", perturbation="msam"), TypeError, "Perturbation"),
+    "lr of two elements": (lambda: construct("MSAM", lr=torch.ones(2)), ValueError, "one element"),
+    "negative tensor lr": (lambda: construct("MSAM", lr=torch.tensor(-1.0)), ValueError, "lr"),
+    "misspelt option of a group": (
+        lambda: construct("MSAM", params=[{"params": list(network().parameters()), "weigth_decay": 0.1}]),
+        ValueError,
+        "weight_decay",
+    ),
+    "foreach with a tensor lr": (
+        lambda: construct("AdamWMSAM", lr=torch.tensor(0.1), foreach=True),
+        ValueError,
+        "capturable",
+    ),
+    "squared learning rate": (
+        lambda: momentum_along(normalize="lr", rho=msam.FollowLR(0.1)),
+        ValueError,
+        "learning rate",
+    ),
+    "seed of nothing": (lambda: momentum_along(seed=1), ValueError, "random"),
+    "seed of a wrong type": (lambda: momentum_along(direction="random", seed=1.5), TypeError, "seed"),
+    "factor without norm": (lambda: momentum_along().factor(None, RHO, 0.1), ValueError, "norm"),
+    "saved schedule": (lambda: msam.Schedule.from_plain({"schedule": "Cosinus", "value": 1.0}), ValueError, "Cosinus"),
+    "copied filter without names": (
+        lambda: construct("MSAM", subset=copy.deepcopy(msam.NamedSubset(frozenset({"0.weight"})))),
+        ValueError,
+        "named_parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize(("act", "error", "word"), MORE.values(), ids=MORE)
+def test_message(act: Any, error: type[Exception], word: str) -> None:
+    with pytest.raises(error, match=word):
+        act()
+
+
+@pytest.mark.parametrize("name", ["SAM", "AdamWSAM"])
+def test_closure_inside_a_gradient_scaler(name: str) -> None:
+    model, scaler = network(), torch.amp.GradScaler("cpu")
+    opt = BY_NAME[name].make(model.parameters())
+    backward(scaler.scale(loss(model, 0)))
+    with pytest.raises(RuntimeError, match="first_step"):
+        scaler.step(opt, closure_of(model, opt, 0))
+
+
+def test_schedule_in_a_captured_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph would repeat the rho of its capture for ever."""
+    model = network()
+    opt = BY_NAME["MSAM"].make(model.parameters(), rho=msam.Ramp(RHO, steps=5))
+    train(model, opt, [0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="tensor"):
+        opt.step()

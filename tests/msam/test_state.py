@@ -313,3 +313,46 @@ def test_gradients_are_left_as_backward_made_them(case: Case) -> None:
 
     train(model, opt, range(4), case.closure, after_backward=keep)
     assert same((p.grad for p in model.parameters() if p.grad is not None), seen[-1])
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", ["SAM", "ASAM", "AdamWSAM"])
+def test_saved_between_the_passes_of_sam(name: str, mode: str) -> None:
+    """Model and optimizer saved after ``first_step`` finish the step elsewhere, bit for bit."""
+    model, opt = start(BY_NAME[name])
+    backward(loss(model, 7))
+    opt.first_step(zero_grad=True)
+    getattr(opt, mode)()
+    weights, state = saved_state(model), saved_state(opt)
+    other, resumed = start(BY_NAME[name], 0)
+    other.load_state_dict(weights)
+    resumed.load_state_dict(state)
+    assert opt.perturbed == resumed.perturbed == (mode == "train")
+    for net, optimizer in ((model, opt), (other, resumed)):
+        optimizer.train()
+        with msam.frozen_batchnorm_statistics(net):
+            backward(loss(net, 7))
+        optimizer.second_step(zero_grad=True)
+        train(net, optimizer, range(8, 10), closure=True)
+    assert same(everything(model, opt), everything(other, resumed))
+
+
+def test_state_saved_in_eval_may_change_its_direction() -> None:
+    """The true weights are in place, so that nothing along the old direction has to be taken back."""
+    model, opt = start(general("sgd", dict(direction="last_gradient", rho=RHO)))
+    opt.eval()
+    other, resumed = start(BY_NAME["MSAM"], 0)
+    other.load_state_dict(saved_state(model))
+    resumed.load_state_dict(saved_state(opt))
+    resumed.train()
+    assert same(other.parameters(), model.parameters())
+    train(other, resumed, range(7, 10))
+    assert resumed.perturbed
+
+
+def test_copied_filter_goes_by_name() -> None:
+    model = network()
+    subset = copy.deepcopy(msam.normalization_layers(model))
+    opt = msam.MSAM(model.named_parameters(), rho=RHO, subset=subset, **SGD)
+    train(model, opt, range(3))
+    assert [p.shape == (8,) for p in model.parameters()] == [p in opt.displacement() for p in model.parameters()]

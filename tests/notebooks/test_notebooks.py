@@ -147,7 +147,11 @@ def test_a_cell_that_raises_leaves_nothing(build: ModuleType, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [script]
 
 
-@pytest.mark.parametrize("code", ["import os\nprint(os.getcwd())", "object()"], ids=["path", "address"])
+@pytest.mark.parametrize(
+    "code",
+    ["import os\nprint(os.getcwd())", "object()", "import warnings\nwarnings.warn('slow')"],
+    ids=["path", "address", "warning"],
+)
 def test_a_cell_that_shows_the_machine_is_refused(build: ModuleType, tmp_path: Path, code: str) -> None:
     script = tmp_path / "01_shows.py"
     script.write_text(f"# %%\n{code}\n", encoding="utf-8")

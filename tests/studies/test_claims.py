@@ -15,8 +15,8 @@ import pytest
 from scipy import stats
 
 from msam_analysis.report import Claim
-from msam_analysis.statistics import Interval
-from msam_analysis.studies.claims import CLAIMS, MUCH, Comparison, PaperClaim, difference, ratio, verdict
+from msam_analysis.statistics import Interval, mean_interval
+from msam_analysis.studies.claims import CLAIMS, FADED, MUCH, Comparison, PaperClaim, difference, ratio, verdict
 from msam_analysis.studies.tables import Tables
 
 OPTIMIZERS = ("SGD", "NAG", "SAM", "MSAM")
@@ -241,7 +241,8 @@ def test_a_flip_for_half_of_the_seeds(key: tuple[str, str], flip: str) -> None:
         for table in ("runs", "steps", "controls")
     }
     claim = find(key).judge(dataclasses.replace(tables, **mixed))
-    assert claim.verdict == UNKNOWN, claim.measured
+    # What a step costs is counted, not estimated: that it differs between seeds may well decide against the claim.
+    assert claim.verdict in ((UNKNOWN, FAILS) if "costs" in key[1] else (UNKNOWN,)), claim.measured
 
 
 @each_claim
@@ -340,22 +341,22 @@ def test_pairing_decides() -> None:
     (nag, nag_half), (msam, msam_half) = (t_interval(values[name]) for name in ("NAG", "MSAM"))
     assert nag + nag_half > msam - msam_half, "unpaired intervals overlap"
     comparison = difference(runs, "test_accuracy", "MSAM", "NAG")
-    assert comparison.sign == 1
+    assert comparison.side() == 1
     mean, half = t_interval(values["MSAM"] - values["NAG"])
     assert comparison.interval.mean == pytest.approx(mean)
     assert comparison.interval.half_width == pytest.approx(half)
     # With the seeds of one of the two in another order the pairs are wrong, and the answer is gone.
     part = runs["optimizer"] == "NAG"
     runs.loc[part, "seed"] = np.roll(runs.loc[part, "seed"], 1)
-    assert difference(runs, "test_accuracy", "MSAM", "NAG").sign == 0
+    assert difference(runs, "test_accuracy", "MSAM", "NAG").side() == 0
 
 
 def test_pairing_decides_ratios() -> None:
     runs = make_runs(SEEDS).copy()
-    assert ratio(runs, "lambda_1", "SAM", "MSAM").sign == 1
+    assert ratio(runs, "lambda_1", "SAM", "MSAM").side() == 1
     part = runs["optimizer"] == "SAM"
     runs.loc[part, "seed"] = np.roll(runs.loc[part, "seed"], 1)
-    assert ratio(runs, "lambda_1", "SAM", "MSAM").sign == 0
+    assert ratio(runs, "lambda_1", "SAM", "MSAM").side() == 0
 
 
 # --- numbers and words
@@ -380,7 +381,7 @@ def test_a_difference_in_words() -> None:
 def test_seeds_that_agree_in_words(value: float) -> None:
     """Three equal differences, whose standard deviation is 0 up to rounding."""
     comparison = difference(table_of(A=[value] * 3, B=[0.0] * 3), "value", "A", "B")
-    assert comparison.sign == 1
+    assert comparison.side() == 1
     assert comparison.text().startswith("A − B: ")
 
 
@@ -443,6 +444,7 @@ def comparison(low: float, high: float, **options: Any) -> Comparison:
 
 
 ABOVE, BELOW, ACROSS = comparison(0.1, 2.0), comparison(-2.0, -0.1), comparison(-0.1, 2.0)
+FAR_BELOW = comparison(-2.0, -1.0)
 UNDECIDED = Comparison("x", Interval(5.0, math.nan, 1))
 
 
@@ -457,22 +459,30 @@ UNDECIDED = Comparison("x", Interval(5.0, math.nan, 1))
         ([comparison(-2.0, 0.0)], UNKNOWN),
         ([comparison(0.0, 0.0)], UNKNOWN),
         ([comparison(1.0, 1.0)], HOLDS),
-        ([comparison(51.0, 60.0, beyond=50)], HOLDS),
-        ([comparison(40.0, 49.0, beyond=50)], FAILS),
-        ([comparison(49.0, 60.0, beyond=50)], UNKNOWN),
+        ([comparison(51.0, 60.0, above=50)], HOLDS),
+        ([comparison(40.0, 49.0, above=50)], FAILS),
+        ([comparison(49.0, 60.0, above=50)], UNKNOWN),
         ([comparison(math.log(1.1), math.log(2.9), factor=True)], HOLDS),
         ([comparison(math.log(0.5), math.log(0.9), factor=True)], FAILS),
-        ([comparison(math.log(3.1), math.log(5.0), factor=True, beyond=3)], HOLDS),
-        ([comparison(math.log(1.1), math.log(2.9), factor=True, beyond=3)], FAILS),
-        ([comparison(math.log(2.9), math.log(3.1), factor=True, beyond=3)], UNKNOWN),
+        ([comparison(math.log(3.1), math.log(5.0), factor=True, above=math.log(3))], HOLDS),
+        ([comparison(math.log(1.1), math.log(2.9), factor=True, above=math.log(3))], FAILS),
+        ([comparison(math.log(2.9), math.log(3.1), factor=True, above=math.log(3))], UNKNOWN),
         ([Comparison("x", Interval(math.nan, math.nan, 3))], UNKNOWN),
         ([Comparison("x", Interval(math.inf, math.nan, 3))], UNKNOWN),
         ([ABOVE, ABOVE], HOLDS),
         ([ABOVE, ACROSS], UNKNOWN),
         ([ABOVE, UNDECIDED], UNKNOWN),
-        ([ABOVE, BELOW], FAILS),
-        ([ACROSS, BELOW], FAILS),
-        ([UNDECIDED, BELOW], FAILS),
+        # One of many is easily on the wrong side by chance: then it must be there at a higher level.
+        ([ABOVE, BELOW], UNKNOWN),
+        ([ABOVE, FAR_BELOW], FAILS),
+        ([ACROSS, FAR_BELOW], FAILS),
+        ([UNDECIDED, FAR_BELOW], FAILS),
+        ([ABOVE] * 5 + [FAR_BELOW], UNKNOWN),
+        # A region with two ends.
+        ([comparison(-0.04, 0.04, above=-0.05, below=0.05)], HOLDS),
+        ([comparison(-0.06, 0.04, above=-0.05, below=0.05)], UNKNOWN),
+        ([comparison(0.06, 0.08, above=-0.05, below=0.05)], FAILS),
+        ([comparison(-0.08, -0.06, above=-0.05, below=0.05)], FAILS),
     ],
 )
 def test_verdicts(comparisons: list[Comparison], expected: str) -> None:
@@ -483,3 +493,77 @@ def test_verdicts(comparisons: list[Comparison], expected: str) -> None:
 def test_nothing_to_compare() -> None:
     with pytest.raises(ValueError, match="at least one comparison, got none"):
         verdict([])
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_chance_decides_seldom(count: int) -> None:
+    """Where nothing differs, a claim is refused in 16 % of the studies at most, however much it compares."""
+    rng = np.random.default_rng(0)
+    studies = [verdict([Comparison("x", mean_interval(rng.normal(size=3))) for _ in range(count)]) for _ in range(2000)]
+    assert studies.count(FAILS) < 0.18 * len(studies)
+    assert studies.count(HOLDS) < 0.18 * len(studies)
+
+
+def test_an_interval_at_another_level() -> None:
+    values = np.array([1.0, 2.5, 2.0, 4.0])
+    wide = mean_interval(values).at(0.95)
+    low, high = stats.t.interval(0.95, 3, loc=values.mean(), scale=stats.sem(values))
+    assert (wide.low, wide.high) == pytest.approx((low, high))
+    assert math.isnan(mean_interval([1.0]).at(0.95).half_width)
+
+
+# --- sentences and their tests
+
+
+@pytest.mark.parametrize(
+    ("momentum", "random", "expected"),
+    [(-6.0, -1.0, FAILS), (-1.0, -6.0, FAILS), (6.0, -1.0, HOLDS), (-6.0, 1.0, FAILS), (6.0, 0.0, HOLDS)],
+)
+def test_curvatures_that_are_not_positive(momentum: float, random: float, expected: str) -> None:
+    """They have no ratio: two negatives make none that is large, and a number is shown all the same."""
+    tables = make_tables()
+    for name in OPTIMIZERS:
+        for column, value in (("curvature_momentum", momentum), ("curvature_random", random)):
+            tables = assign("steps", column, name, lambda part, v=value: part["cosine"] * 0 + v)(tables)  # type: ignore[misc]
+    claim = find(("A8", "much larger")).judge(tables)
+    assert claim.verdict == expected, claim.measured
+    assert "not all positive" in claim.measured
+    assert "nan" not in claim.measured
+    assert "times" not in claim.measured.partition("required")[0]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"), [(0.3, 0.29, FAILS), (0.3, 0.02, HOLDS), (0.01, 0.02, FAILS), (0.06, 0.04, HOLDS)]
+)
+def test_going_to_zero_is_more_than_falling(before: float, after: float, expected: str) -> None:
+    tables = make_tables()
+    for name in OPTIMIZERS:
+        tables = assign(
+            "steps",
+            "cosine",
+            name,
+            lambda part: -(part["epoch"] < EPOCHS - 1) * before - (part["epoch"] == EPOCHS - 1) * after,
+        )(tables)
+    claim = find(("F2C", "goes to 0")).judge(tables)
+    assert claim.verdict == expected, claim.measured
+
+
+@each_claim
+def test_what_is_required_is_said_once(key: tuple[str, str]) -> None:
+    assert find(key).judge(make_tables()).measured.count("required") <= 1
+
+
+def test_requirements_in_words() -> None:
+    def required(*key: str) -> str:
+        return find((key[0], key[1])).judge(make_tables()).measured.partition("; required: ")[2]
+
+    assert required("F2C", "negative for most") == "steps with a negative cosine more than 50 %"
+    assert required("A8", "much larger") == f"momentum / random more than {MUCH:g} times"
+    assert required("F2C", "goes to 0") == f"|cosine| in the last epoch less than {FADED:g}"
+    assert required("T1", "costs twice") == "gradients a step between −0.05 and 0.05"
+    assert required("TA1", "eigenvalue") == ""
+
+
+def test_controls_are_marked() -> None:
+    assert [claim.control for claim in CLAIMS] == ["not in the paper" in claim.sentence for claim in CLAIMS]
+    assert [find(key).judge(make_tables()).control for key in FLIPS].count(True) == 1

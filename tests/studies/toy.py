@@ -1,7 +1,7 @@
 """A workload that trains in a moment, in a module that worker processes can import.
 
 Two environment variables, which worker processes inherit: ``TOY_LOG`` names a file that gets a line for every network
-that is made, and ``TOY_TROUBLE=3:RuntimeError`` raises when a worker process makes its third, or a later one.
+that is trained, and ``TOY_TROUBLE=3:RuntimeError`` raises when a worker process trains its third, or a later one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from msam_analysis.studies.measuring import Protocol
 from msam_analysis.studies.workloads import DIGITS, Recipe, Workload
 
 SAMPLES, TESTED, FEATURES, CLASSES = 60, 21, 5, 3
-_made = itertools.count(1)
+_begun = itertools.count(1)
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -59,17 +59,33 @@ class Features(nn.Module):
         return x[:, 1:]
 
 
-def network() -> nn.Module:
-    """Return 4 -> 6 -> 3 with BatchNorm between; log it, or raise, as the environment says."""
+class Eventful(Features):
+    """Tells when its training begins, or ends it there, as the environment says."""
+
+    begun = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Measurements look at private copies, in eval mode.
+        if self.training and torch.is_grad_enabled() and not self.begun:
+            self.begun = True
+            begin()
+        return super().forward(x)
+
+
+def begin() -> None:
     trouble = os.environ.get("TOY_TROUBLE", "")
     if trouble and multiprocessing.parent_process() is not None:
         when, _, kind = trouble.partition(":")
-        if next(_made) >= int(when):
+        if next(_begun) >= int(when):
             raise cast(type[BaseException], getattr(builtins, kind))("trouble with the toy")
     if "TOY_LOG" in os.environ:
         with Path(os.environ["TOY_LOG"]).open("a") as log:
             log.write(f"{os.getpid()}\n")
-    return nn.Sequential(Features(), nn.Linear(FEATURES - 1, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, CLASSES))
+
+
+def network() -> nn.Module:
+    """Return 4 -> 6 -> 3 with BatchNorm between."""
+    return nn.Sequential(Eventful(), nn.Linear(FEATURES - 1, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, CLASSES))
 
 
 TOY: Workload = dataclasses.replace(

@@ -1,0 +1,110 @@
+"""Hugging Face Trainer: MSAM goes in as any optimizer, SAM as a ``training_step`` of two passes.
+
+Evaluation runs at the true weights. A checkpoint holds model and optimizer together, in either mode, and resumes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from toy import BATCH, accuracy, network, report, spirals
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import Trainer, TrainingArguments
+
+import msam
+
+EPOCHS = 15
+
+
+class Classifier(nn.Module):
+    """A network that returns its loss, as Trainer wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = network()
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return loss and logits of a batch."""
+        logits = self.network(x)
+        return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+
+class PerturbedTrainer(Trainer):
+    """Trainer for the optimizers of msam: two passes where they are needed, evaluation at the true weights."""
+
+    def bare_optimizer(self) -> msam.PerturbedOptimizer | None:
+        """Return the optimizer without accelerate's wrapper, if it is one of msam."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer if isinstance(optimizer, msam.PerturbedOptimizer) else None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Tensor:
+        """Forward and backward, for SAM twice; Trainer then calls ``optimizer.step()``.
+
+        With ``gradient_accumulation_steps`` above 1 SAM would need all parts again: enlarge the batch instead.
+        """
+        loss = super().training_step(model, inputs, *args, **options)
+        optimizer = self.bare_optimizer()
+        perturbation = optimizer and optimizer.perturbation
+        if optimizer and perturbation and perturbation.direction == "gradient":
+            optimizer.first_step(zero_grad=True)
+            with msam.frozen_batchnorm_statistics(model):
+                super().training_step(model, inputs, *args, **options)
+        return loss
+
+    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
+        """Evaluate at the true weights."""
+        optimizer = self.bare_optimizer()
+        with optimizer.unperturbed() if optimizer else nullcontext():
+            metrics: dict[str, float] = super().evaluate(*args, **options)
+            return metrics
+
+
+def examples(seed: int) -> list[dict[str, Tensor]]:
+    """The data as a list of dicts."""
+    return [{"x": x, "labels": y} for x, y in zip(*spirals(seed=seed), strict=True)]
+
+
+def train(name: str, folder: str) -> float:
+    """Fit and return the accuracy at the true weights."""
+    torch.manual_seed(0)
+    model = Classifier()
+    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
+    optimizer: msam.PerturbedOptimizer
+    if name == "MSAM":
+        optimizer = msam.MSAM(model.parameters(), rho=0.3, **options)
+    else:
+        optimizer = msam.SAM(model.parameters(), rho=0.05, **options)
+    trainer = PerturbedTrainer(
+        model,
+        TrainingArguments(
+            folder,
+            num_train_epochs=EPOCHS,
+            per_device_train_batch_size=BATCH,
+            eval_strategy="epoch",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        ),
+        train_dataset=examples(0),
+        eval_dataset=examples(2),
+        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
+    )
+    trainer.train()
+    with optimizer.unperturbed():
+        return accuracy(model.network)
+
+
+def main() -> None:
+    """Train both."""
+    for name in ("MSAM", "SAM"):
+        with tempfile.TemporaryDirectory() as folder:
+            report(f"{name} in Trainer", train(name, folder))
+
+
+if __name__ == "__main__":
+    main()
