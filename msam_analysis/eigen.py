@@ -204,7 +204,7 @@ def top_eigenvalues(
     _check(operator, k, method, which, tolerance, max_hvps, start)
     before = operator.products
     like = torch.empty(0, dtype=torch.promote_types(operator.dtype, torch.float32), device=operator.device)
-    guess = gaussian(operator.size, 1, seed=seed, like=like)
+    guess = gaussian(operator.size, 1, seed=seed, like=like, use="start")
     if start is not None:
         # The random vector stays in: a warm start that lost an eigenvector must be able to find it again.
         warm = start.reshape(operator.size, -1).to(guess)
@@ -351,26 +351,28 @@ class _Found:
 
 
 class _Probes:
-    """Fresh random vectors like a given one, each from a seed of its own."""
+    """Fresh random vectors like a given one, each a draw of its own."""
 
     def __init__(self, like: Tensor, seed: int) -> None:
         self.like = like
         self.seed = seed
+        self.drawn = 0
 
     def next(self) -> Tensor:
-        self.seed += 7919
-        return gaussian(self.like.shape[0], 1, seed=self.seed, like=self.like)
+        self.drawn += 1
+        return gaussian(self.like.shape[0], 1, seed=self.seed, like=self.like, use=f"probe {self.drawn}")
 
 
 def _power(
     operator: SymmetricOperator, k: int, which: Which, tolerance: float, budget: int, guess: Tensor, seed: int
 ) -> _Found:
     width = min(operator.size, k + max(k, 4) + guess.shape[1] - 1, budget)
-    fill = gaussian(operator.size, width, seed=seed + 1, like=guess)
+    fill = gaussian(operator.size, width, seed=seed, like=guess, use="block")
     block = orthonormalize(torch.cat([guess, fill], dim=1)[:, :width])
     patience = _WARM_STEPS if guess.shape[1] > 1 else 0
     sign = -1.0 if which == "smallest" else 1.0
     shift = norm = 0.0
+    spares = 0
     locked = guess[:, :0]
     locked_values = locked_norms = torch.zeros(0, dtype=torch.float64)
     spent = operator.products
@@ -404,6 +406,6 @@ def _power(
         missing = width - locked.shape[1] - block.shape[1]
         if missing > 0:
             # Vectors the operator sends to zero are replaced, so that a low-rank operator cannot starve the block.
-            seed += 1
-            spare = gaussian(operator.size, missing, seed=seed + 1, like=guess)
+            spares += 1
+            spare = gaussian(operator.size, missing, seed=seed, like=guess, use=f"spare {spares}")
             block = torch.cat([block, orthonormalize(spare, torch.cat([locked, block], dim=1))], dim=1)

@@ -181,7 +181,7 @@ def average_sharpness(
     base = float(objective.loss(center))
     rises = []
     for draw in range(draws):
-        step = scale * gaussian(objective.size, 1, seed=_seed(seed, draw), like=center)[:, 0]
+        step = scale * gaussian(objective.size, 1, seed=seed, like=center, use=f"noise {draw}")[:, 0]
         rises.append((float(objective.loss(center + step)) + float(objective.loss(center - step))) / 2 - base)
     sample = torch.tensor(rises, dtype=torch.float64)
     return Estimate(
@@ -336,7 +336,7 @@ def _starting_points(
         if "eigenvector" in names:
             points += [("+eigenvector", problem.stretched(vector)), ("-eigenvector", problem.stretched(-vector))]
     if "random" in names:
-        draw = gaussian(problem.objective.size, 1, seed=_seed(seed, 1), like=problem.center)[:, 0]
+        draw = gaussian(problem.objective.size, 1, seed=seed, like=problem.center, use="ball start")[:, 0]
         points.append(("random", problem.stretched(draw)))
     given = [start for start in starts if isinstance(start, Tensor)]
     for index, displacement in enumerate(given):
@@ -352,7 +352,7 @@ def _krylov(problem: _Problem, budget: int, seed: int) -> tuple[Tensor, Tensor]:
     operator = problem.objective.hessian(problem.center)
     if problem.scale is not None:
         operator = ScaledOperator(operator, problem.scale)  # type: ignore[assignment]  # both are symmetric operators
-    draw = gaussian(operator.size, 1, seed=_seed(seed, 0), like=problem.center)
+    draw = gaussian(operator.size, 1, seed=seed, like=problem.center, use="ball subspace")
     basis = Subspace(operator, min(operator.size, budget))
     basis.expand(torch.cat([problem.slope[:, None], draw], dim=1))
     while True:
@@ -376,11 +376,6 @@ def _krylov(problem: _Problem, budget: int, seed: int) -> tuple[Tensor, Tensor]:
         if grown == 0:
             problem.hvps += operator.products
             return step, basis.q @ coefficients[:, 0].to(basis.q)
-
-
-def _seed(seed: int, draw: int) -> int:
-    """Give every draw a seed of its own that two neighbouring seeds do not share."""
-    return seed * 1_000_003 + draw
 
 
 def _check(

@@ -108,7 +108,7 @@ def style() -> AbstractContextManager[None]:
     """
     # pyplot chooses its backend, and turns interactive mode on in a notebook, when it is first used. Were that inside
     # the context, leaving it would turn interactive mode off again.
-    plt.draw_if_interactive()
+    plt.draw_if_interactive()  # type: ignore[no-untyped-call]  # matplotlib leaves it untyped
     return matplotlib.style.context(_style_settings())
 
 

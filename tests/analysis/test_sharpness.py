@@ -422,9 +422,8 @@ def test_an_interior_maximum_that_was_not_reached_is_not_called_one() -> None:
     """A flat ridge inside the ball: the loss rises too slowly to see, far below the top."""
     H = symmetric(-np.logspace(-4, 3, 60), seed=31)
     g = H @ torch.linspace(-0.2, 0.2, 60, dtype=torch.float64)
-    starts = ("gradient",)
     with pytest.warns(ma.ConvergenceWarning, match="no maximum was reached"):
-        short = ma.ball_sharpness(quadratic(H, g), 5.0, starts=starts, iterations=5)
+        short = ma.ball_sharpness(quadratic(H, g), 5.0, starts=("gradient",), iterations=5)
     assert not short.converged
     full = ma.ball_sharpness(quadratic(H, g), 5.0)
     exact = float(-0.5 * g @ torch.linalg.solve(H, g))
