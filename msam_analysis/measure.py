@@ -26,7 +26,7 @@ class Metrics:
     ----------
     table
         One row per number: ``metric``, ``value``, ``uncertainty`` (a residual or a standard error; NaN for exact or
-        lower-bound values), ``meaning``.
+        lower-bound values), ``converged`` (of an iterative solver; else missing), ``meaning``.
     results
         The results behind it, by name.
     """
@@ -70,8 +70,11 @@ def measure(
     rows: list[dict[str, object]] = []
     results: dict[str, Result] = {}
 
-    def add(metric: str, value: float | Tensor, uncertainty: float, meaning: str) -> None:
-        rows.append({"metric": metric, "value": float(value), "uncertainty": uncertainty, "meaning": meaning})
+    def add(
+        metric: str, value: float | Tensor, uncertainty: float, meaning: str, converged: bool | None = None
+    ) -> None:
+        row = {"metric": metric, "value": float(value), "uncertainty": uncertainty, "converged": converged}
+        rows.append({**row, "meaning": meaning})
 
     say("loss and gradient")
     loss, gradient = objective.loss_and_gradient()
@@ -83,7 +86,8 @@ def measure(
     pairs = top_eigenvalues(objective, min(eigenvalues, objective.size), seed=seed)
     results["eigenvalues"] = pairs
     for index, (value, residual) in enumerate(zip(pairs.values.tolist(), pairs.residuals.tolist(), strict=True), 1):
-        add(f"λ{index}", value, residual, "Hessian eigenvalue; uncertainty is its residual ‖Hv − λv‖")
+        meaning = "Hessian eigenvalue; uncertainty is its residual ‖Hv − λv‖"
+        add(f"λ{index}", value, residual, meaning, pairs.converged)
     say("trace")
     traced = trace(objective, seed=seed)
     results["trace"] = traced
@@ -92,7 +96,8 @@ def measure(
         say(f"ball of radius {radius:g}")
         ball = ball_sharpness(objective, radius, seed=seed)
         results[f"ball-{radius:g}"] = ball
-        add(f"sharpness ρ={radius:g}", ball.sharpness, nan, f"largest loss rise found in ‖e‖₂ ≤ {radius:g}")
+        meaning = f"largest loss rise found in ‖e‖₂ ≤ {radius:g}"
+        add(f"sharpness ρ={radius:g}", ball.sharpness, nan, meaning, ball.converged)
         add(f"one-step ρ={radius:g}", ball.one_step, nan, "loss rise after SAM's single ascent step")
     say("average sharpness")
     average = average_sharpness(objective, sigma, adaptive=True, seed=seed)
@@ -100,4 +105,4 @@ def measure(
     add(
         f"average σ={sigma:g}", average.value, average.standard_error, "mean loss rise under noise σ|w|; standard error"
     )
-    return Metrics(pd.DataFrame(rows), results)
+    return Metrics(pd.DataFrame(rows).astype({"converged": "boolean"}), results)

@@ -191,8 +191,8 @@ def plus_minus(mean: float, half_width: float, *, digits: int = 2, unit: str = "
         places = extra - 1 - math.floor(math.log10(scale)) if scale > 0 else 0
         if scale > 0 and round(scale, places) >= 10.0 ** (extra - places):  # 0.0996 is 0.10, not 0.100
             places -= 1
-        if places > 6 or places < -4:
-            exponent = math.floor(math.log10(max(abs(mean), half_width)))
+        exponent = math.floor(math.log10(max(abs(mean), half_width))) if scale > 0 else 0
+        if exponent and not -4 <= places <= 6:
             inner = plus_minus(mean / 10.0**exponent, half_width / 10.0**exponent, digits=digits)
             text = f"({inner}) · 10{str(exponent).translate(_SUPERSCRIPT)}"
         else:

@@ -10,8 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 Settings = Mapping[str, str | int | float | bool | None]
+
+PARTIAL = ".partial-"
+"""How the name of a folder begins that is being written."""
 
 
 class ConvergenceWarning(UserWarning):
@@ -107,6 +113,34 @@ class atomic_path:  # noqa: N801 - used as a function in with statements
             self.partial.replace(self.path)
         else:
             self.partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary folder beside ``path`` that takes its place, whole, on success and vanishes on failure.
+
+    Parameters
+    ----------
+    path
+        The final folder; its parents are made. What was in it before is gone afterwards.
+
+    Yields
+    ------
+    pathlib.Path
+        Where to write.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{PARTIAL}{path.name}-{uuid.uuid4().hex[:8]}")
+    old = partial.with_name(f"{partial.name}-old")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            path.replace(old)
+        partial.replace(path)
+    finally:
+        for folder in (partial, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(path: str | os.PathLike[str]) -> Result:
@@ -368,6 +402,7 @@ __all__ = [
     "Settings",
     "Slice1D",
     "Slice2D",
+    "atomic_folder",
     "atomic_path",
     "load",
 ]

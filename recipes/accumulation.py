@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from toy import accuracy, batches, network, report
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from toy import accuracy, batches, network, report
 
 import msam
 
-EPOCHS = 15
+EPOCHS = 20
 PARTS = 4
 
 

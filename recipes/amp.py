@@ -7,10 +7,10 @@ skips the step and leaves the true weights in place; SAM's normalised displaceme
 from __future__ import annotations
 
 import torch
-from toy import accuracy, batches, network, report
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
+from toy import accuracy, batches, network, report
 
 import msam
 

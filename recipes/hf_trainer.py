@@ -10,9 +10,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from toy import BATCH, accuracy, network, report, spirals
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from toy import BATCH, accuracy, network, report, spirals
 from transformers import Trainer, TrainingArguments
 
 import msam
@@ -72,12 +72,11 @@ def train(name: str, folder: str) -> float:
     """Fit and return the accuracy at the true weights."""
     torch.manual_seed(0)
     model = Classifier()
-    options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
     optimizer: msam.PerturbedOptimizer
     if name == "MSAM":
-        optimizer = msam.MSAM(model.parameters(), rho=0.3, **options)
+        optimizer = msam.MSAM(model.parameters(), lr=0.05, rho=0.3, momentum=0.9, weight_decay=5e-4)
     else:
-        optimizer = msam.SAM(model.parameters(), rho=0.05, **options)
+        optimizer = msam.SAM(model.parameters(), lr=0.05, rho=0.05, momentum=0.9, weight_decay=5e-4)
     trainer = PerturbedTrainer(
         model,
         TrainingArguments(

@@ -11,10 +11,10 @@ import warnings
 
 import lightning as pl
 import torch
-from toy import BATCH, accuracy, network, report, spirals
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+from toy import BATCH, accuracy, network, report, spirals
 
 import msam
 
@@ -56,10 +56,9 @@ class Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Make the optimizer."""
-        options = {"lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
         if self.name == "MSAM":
-            return msam.MSAM(self.parameters(), rho=0.3, **options)
-        return msam.SAM(self.parameters(), rho=0.05, **options)
+            return msam.MSAM(self.parameters(), lr=0.05, rho=0.3, momentum=0.9, weight_decay=5e-4)
+        return msam.SAM(self.parameters(), lr=0.05, rho=0.05, momentum=0.9, weight_decay=5e-4)
 
 
 def train(name: str) -> float:

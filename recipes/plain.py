@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from toy import accuracy, batches, network, report, spirals
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from toy import accuracy, batches, network, report, spirals
 
 import msam
 
@@ -16,7 +16,7 @@ def train_msam() -> float:
     """One gradient a step; between steps the parameters are the perturbed ones."""
     model = network()
     optimizer = msam.MSAM(model.parameters(), lr=0.05, rho=0.3, momentum=0.9, weight_decay=5e-4)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * 16)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * 20)
     for x, y in batches(EPOCHS):
         optimizer.zero_grad()
         cross_entropy(model(x), y).backward()
@@ -32,7 +32,7 @@ def train_sam() -> float:
     """Two gradients a step, from a closure; BatchNorm collects statistics in the first pass only."""
     model = network()
     optimizer = msam.SAM(model.parameters(), lr=0.05, rho=0.05, momentum=0.9, weight_decay=5e-4)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * 16)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * 20)
     for x, y in batches(EPOCHS):
 
         def closure(x: Tensor = x, y: Tensor = y) -> Tensor:

@@ -73,7 +73,7 @@ class Comparison:
         else:
             region = f"less than {high:g}" if math.isinf(low) else f"between {low:g} and {high:g}"
         unit = "times" if self.factor else self.unit
-        return f"{self.label.partition(', ')[2]} {region} {unit}".strip().replace("-", "−")
+        return f"{self.label.partition(', ')[2]} {region.replace('-', '−')} {unit}".strip()
 
 
 def verdict(comparisons: Sequence[Comparison]) -> Verdict:

@@ -52,8 +52,8 @@ _EPOCH = ["optimizer", "seed", "epoch"]
 
 def _per_epoch(steps: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """Return the mean over what each epoch of each run recorded; epochs without a record have no row."""
-    means: pd.DataFrame = steps.groupby(_EPOCH, sort=False)[list(columns)].mean()
-    return means.dropna().reset_index()
+    means: pd.DataFrame = steps.groupby(_EPOCH, sort=False)[list(columns)].mean().dropna().reset_index()
+    return means
 
 
 def _cosine(tables: Tables, _: Sequence[FinishedRun]) -> Any:

@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import shutil
-import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 
 from msam_analysis import results
-from msam_analysis.results import Result
+from msam_analysis.results import PARTIAL, Result, atomic_folder
 from msam_analysis.studies.tables import FinishedRun
 from msam_analysis.studies.training import Trained
 
-_PARTIAL = ".partial-"
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_SUMMARY = "scores.json"
+
+
+@contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Hold a folder of runs for this process alone; however the process ends, its hold ends with it.
+
+    Raises
+    ------
+    BlockingIOError
+        Another process holds it.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise BlockingIOError(
+            f"another study is running in {root.parent}: wait for its end, or choose another output folder"
+        ) from None
+    finally:
+        os.close(handle)
 
 
 def run_directory(root: Path, optimizer: str, seed: int, fingerprint: str) -> Path:
@@ -25,15 +57,16 @@ def run_directory(root: Path, optimizer: str, seed: int, fingerprint: str) -> Pa
 
 
 def is_finished(directory: Path) -> bool:
-    """Tell whether a run is there; it appears in one piece, when everything in it is written."""
-    return (directory / "scores.json").is_file()
+    """Tell whether a run is there with every file that was written."""
+    try:
+        return all((directory / name).is_file() for name in _summary(directory)["files"])
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def write_run(directory: Path, trained: Trained, scores: Mapping[str, float], measured: Mapping[str, Result]) -> None:
-    """Write a run to a hidden folder beside its place, and move it there in one step."""
-    partial = directory.parent / f"{_PARTIAL}{directory.name}-{uuid.uuid4().hex[:8]}"
-    partial.mkdir(parents=True)
-    try:
+    """Write a run, in one step; what is in its place is not whole, and goes."""
+    with atomic_folder(directory) as partial:
         torch.save(
             {"model": trained.model.state_dict(), "optimizer": trained.optimizer.state_dict()},
             partial / "checkpoint.pt",
@@ -41,11 +74,8 @@ def write_run(directory: Path, trained: Trained, scores: Mapping[str, float], me
         trained.steps.to_csv(partial / "steps.csv", index=False, lineterminator="\n")
         for name, result in measured.items():
             result.save(partial / f"{name}.safetensors")
-        (partial / "scores.json").write_text(json.dumps(dict(scores), indent=1) + "\n")
-        partial.replace(directory)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        summary = {"scores": dict(scores), "files": sorted(path.name for path in partial.iterdir())}
+        (partial / _SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
 
 
 def read_run(directory: Path, optimizer: str, seed: int) -> FinishedRun:
@@ -54,16 +84,33 @@ def read_run(directory: Path, optimizer: str, seed: int) -> FinishedRun:
     return FinishedRun(
         optimizer=optimizer,
         seed=seed,
-        scores=json.loads((directory / "scores.json").read_text()),
-        steps=pd.read_csv(directory / "steps.csv", float_precision="round_trip"),
+        scores=_summary(directory)["scores"],
+        steps=_read_numbers(directory / "steps.csv"),
         results=measured,
     )
 
 
 def sweep(root: Path) -> None:
-    """Remove what interrupted runs left behind."""
-    for leftover in root.glob(f"{_PARTIAL}*"):
+    """Remove what interrupted runs left behind; only for who holds the folder, see :func:`alone`."""
+    for leftover in root.glob(f"{PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _summary(directory: Path) -> Any:
+    return json.loads((directory / _SUMMARY).read_text())
+
+
+def _read_numbers(path: Path) -> pd.DataFrame:
+    """Read a table of numbers exactly, which pandas of itself does in some of its versions only."""
+
+    def number(text: str) -> float:
+        return int(text) if text.isdecimal() else float(text or "nan")
+
+    with path.open(newline="") as file:
+        header, *rows = csv.reader(file)
+    columns = {name: [number(row[place]) for row in rows] for place, name in enumerate(header)}
+    table: pd.DataFrame = pd.DataFrame(columns)
+    return table
 
 
 def _natural(path: Path) -> tuple[str, float]:

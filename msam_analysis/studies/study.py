@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import platform
 import queue
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from multiprocessing.queues import Queue
@@ -32,8 +36,6 @@ from msam_analysis.studies.workloads import Workload, formula, workload
 if TYPE_CHECKING:
     from typing_extensions import Never
 
-# Change when the meaning of what a run stores changes: older runs are then not reused.
-_FORMAT = 1
 _SUMMARY = ("train_accuracy", "test_accuracy", "train_loss", "test_loss", "lambda_1", "gradients_per_step")
 
 
@@ -108,33 +110,60 @@ def run_study(
     ------
     ValueError
         An unknown workload or exhibit, or fewer than one seed or process.
+    BlockingIOError
+        Another study is running in the output folder.
+    ChildProcessError
+        A process was killed; finished runs stay.
     KeyboardInterrupt
-        Passed on after the processes have stopped; finished runs stay.
+        Passed on, also for a request to terminate, after the processes have stopped; finished runs stay.
     """
     problem = workload(name)
     chosen = choose(exhibits)
     jobs = jobs if jobs is not None else _processors()
     if seeds < 1 or jobs < 1:
         raise ValueError(f"seeds and jobs must be at least 1, got seeds={seeds} and jobs={jobs}")
+    if every < 1:
+        raise ValueError(f"every must be a positive integer, got {every}")
     protocol = protocol or Protocol()
     root = Path(out) if out is not None else Path("results") / name
     tasks = _plan(problem, seeds, root / "runs", protocol, every)
     (root / "runs").mkdir(parents=True, exist_ok=True)
-    store.sweep(root / "runs")
-    _make([task for task in tasks if not store.is_finished(task.directory)], jobs, progress, len(tasks))
-    runs, controls = (
-        [store.read_run(t.directory, t.optimizer, t.seed) for t in tasks if t.control is control]
-        for control in (False, True)
-    )
-    tables = tabulate(runs, controls)
-    tables.write(root / "tables")
-    pictures = _draw(chosen, tables, runs, root / "figures")
-    if figures is not None:
-        Path(figures).mkdir(parents=True, exist_ok=True)
-        for picture in pictures.values():
-            shutil.copyfile(picture, Path(figures) / picture.name)
-    page = _compose(problem, protocol, seeds, chosen, tables, pictures)
-    return report.write(page, root)[0]
+    with store.alone(root / "runs"), _terminable():
+        store.sweep(root / "runs")
+        _make([task for task in tasks if not store.is_finished(task.directory)], jobs, progress, len(tasks))
+        runs, controls = (
+            [store.read_run(t.directory, t.optimizer, t.seed) for t in tasks if t.control is control]
+            for control in (False, True)
+        )
+        tables = tabulate(runs, controls)
+        tables.write(root / "tables")
+        pictures = _draw(chosen, tables, runs, root / "figures")
+        if figures is not None:
+            Path(figures).mkdir(parents=True, exist_ok=True)
+            for picture in pictures.values():
+                shutil.copyfile(picture, Path(figures) / picture.name)
+        page = _compose(problem, protocol, seeds, chosen, tables, pictures)
+        return report.write(page, root)[0]
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let a request to terminate, or a terminal that is closed, do what the interrupt key does."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    here = threading.current_thread() is threading.main_thread()
+    # What somebody else handles or ignores (nohup) stays so.
+    ours = [number for number in signals if here and signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _processors() -> int:
@@ -144,7 +173,7 @@ def _processors() -> int:
 
 def _plan(problem: Workload, seeds: int, folder: Path, protocol: Protocol, every: int) -> list[Task]:
     def task(optimizer: str, seed: int, control: bool) -> Task:
-        fingerprint = problem.fingerprint(optimizer, _FORMAT, protocol, every, control, torch.__version__)
+        fingerprint = problem.fingerprint(optimizer, protocol, every, control, torch.__version__)
         name = f"control-{optimizer}" if control else optimizer
         directory = store.run_directory(folder, name, seed, fingerprint)
         return Task(problem, optimizer, seed, directory, protocol, every, control)
@@ -176,11 +205,19 @@ def _make(tasks: Sequence[Task], jobs: int, progress: bool, total: int) -> None:
         futures = [pool.submit(execute, task) for task in sorted(tasks, key=lambda task: -task.cost)]
         try:
             _follow(futures, ticks, bar, total)
-        except BaseException:
+        except BaseException as error:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in set(multiprocessing.active_children()) - others:
+            ours = set(multiprocessing.active_children()) - others
+            for child in ours:
                 child.terminate()
+            for child in ours:
+                child.join()
+            if isinstance(error, BrokenProcessPool):
+                raise ChildProcessError(
+                    "a process was killed (out of memory?): finished runs are kept, and the same command goes on from "
+                    "them; fewer processes (--jobs 1) need less memory"
+                ) from None
             raise
 
 
@@ -203,10 +240,18 @@ _worker: list[tuple[Queue[float], Event]] = []
 
 
 def _prepare(ticks: Queue[float], stop: Event) -> None:
-    """Prepare a worker process: one thread, and the interrupt key left to the main process."""
+    """Prepare a worker process: one thread, the interrupt key left to the main process, and no life without that."""
     _worker.append((ticks, stop))
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def execute(task: Task) -> None:
@@ -269,15 +314,19 @@ def _compose(
         picture = report.Figure(pictures[exhibit.name], exhibit.caption, exhibit.title)
         sections.append(report.Section(f"{label}{exhibit.title}", "", [picture]))
     claims = [claim.judge(tables) for exhibit in chosen for claim in exhibit.claims]
-    verdicts = [claim.verdict for claim in claims]
-    counted = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in dict.fromkeys(verdicts))
+    verdicts = f" {report.counted(claims)}." if claims else ""
+    solvers = tables.solvers
     return report.Report(
         title=f"SGD, NAG, SAM and MSAM on {problem.name}",
         summary=(
-            f"{len(tables.runs)} networks were trained and measured. Of {len(claims)} claims of the paper: {counted}. "
-            "Verdicts are computed from the tables: a claim holds where the interval over seeds of every quantity "
-            "compared lies on the claim's side of its bound (differences and ratios are paired by seed; the intervals "
-            "of ratios are in brackets)."
+            f"{len(tables.runs)} networks were trained and measured.{verdicts}\n\n"
+            "Verdicts are computed from the tables: a claim holds where the 68 % interval over seeds of every quantity "
+            "compared lies on the claim's side of its bound; it does not hold where some interval lies on the other "
+            "side even at the level 1 − 0.32/m for m comparisons (Bonferroni), as of many quantities one is easily "
+            "there by chance; otherwise it cannot be told. Differences and ratios are paired by seed; the intervals of "
+            "ratios are in brackets.\n\n"
+            f"Of {len(solvers)} runs of an iterative solver (eigenvalues, largest rise in a ball), "
+            f"{int((~solvers).sum()) or 'none'} ended at the budget before it converged; the tables mark them."
         ),
         sections=sections,
         claims=claims,

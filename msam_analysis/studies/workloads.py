@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +10,7 @@ from torch import Tensor, nn
 
 from msam import Perturbation, PerturbedSGD
 from msam_analysis.studies import digits
+from msam_analysis.studies.fingerprint import fingerprint, untrained
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -92,13 +90,16 @@ class Workload:
         )
 
     def fingerprint(self, optimizer: str, *extra: object) -> str:
-        """Return a hash of all that decides a run's outcome: recipe, perturbation, data, and ``extra``."""
-        digest = hashlib.sha256()
-        for inputs, labels in (*self.train(), *self.test()):
-            digest.update(inputs.numpy().tobytes() + labels.numpy().tobytes())
-        plain = [self.name, dataclasses.asdict(self.recipe), repr(self.perturbations[optimizer]), *map(repr, extra)]
-        digest.update(json.dumps(plain, sort_keys=True).encode())
-        return digest.hexdigest()[:16]
+        """Return a hash of all that decides a run: recipe, perturbation, network, data, ``extra``, and our code."""
+        return fingerprint(
+            self.name,
+            self.recipe,
+            self.perturbations[optimizer],
+            untrained(self.network),
+            self.train(),
+            self.test(),
+            *extra,
+        )
 
 
 def formula(perturbation: Perturbation) -> str:

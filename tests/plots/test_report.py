@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from msam_analysis.report import Claim, Figure, Report, Section, Table, plus_minus, write
+from msam_analysis.report import Claim, Figure, Report, Section, Table, Verdict, counted, plus_minus, write
 from msam_analysis.statistics import summarise
 
 PIXEL = base64.b64decode(
@@ -255,3 +256,40 @@ def test_plus_minus(mean: float, half_width: float, text: str) -> None:
 
 def test_plus_minus_with_unit_and_digits() -> None:
     assert plus_minus(95.123, 1.26, digits=1, unit="%") == "95 ± 1 %"
+
+
+@pytest.mark.parametrize(
+    ("mean", "half_width", "text"),
+    [
+        (0.1, 1.2e-17, "0.1000 ± 0.0000"),
+        (1.0, 1e-16, "1.000 ± 0.000"),
+        (3.0, 1e-9, "3.0000000000 ± 0.0000000010"),
+        (1e9, 1e-8, "(1.000 ± 0.000) · 10⁹"),
+        (-2e-9, 1e-20, "(−2.000000000000 ± 0.000000000010) · 10⁻⁹"),
+    ],
+)
+def test_half_widths_that_are_rounding_noise(mean: float, half_width: float, text: str) -> None:
+    assert plus_minus(mean, half_width) == text
+
+
+def test_claims_are_counted() -> None:
+    def claims(**verdicts: int) -> list[Claim]:
+        words: dict[str, Verdict] = {"yes": "holds", "no": "does not hold", "open": "cannot tell at this scale"}
+        return [Claim("T1", "", "", "", words[key]) for key, count in verdicts.items() for _ in range(count)]
+
+    control = dataclasses.replace(claims(yes=1)[0], control=True)
+    thirteen = claims(open=1, no=2, yes=10)
+    assert counted(thirteen) == "13 claims: 10 hold, 2 do not hold, 1 cannot be told at this scale"
+    assert counted(claims(yes=1)) == "1 claim: 1 holds"
+    assert counted([*claims(no=1, open=2), control]) == (
+        "3 claims: 1 does not hold, 2 cannot be told at this scale; 1 control: 1 holds"
+    )
+    assert counted([control, control]) == "2 controls: 2 hold"
+    assert counted([]) == ""
+
+
+def test_controls_are_not_in_the_tally(report: Report, tmp_path: Path) -> None:
+    report = dataclasses.replace(report, claims=[*report.claims, dataclasses.replace(report.claims[0], control=True)])
+    html, markdown = written(report, tmp_path)
+    assert "Holds: 1<" in html
+    assert "3 claims: 1 holds, 1 does not hold, 1 cannot be told at this scale; 1 control: 1 holds." in markdown

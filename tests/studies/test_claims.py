@@ -427,12 +427,12 @@ def test_the_numbers_are_in_the_claim() -> None:
     # 8 of 53 steps have a positive cosine, in all runs.
     words = shown(("F2C", "negative for most"))
     assert words.count(f"{100 * 45 / 53:.2f}") == len(OPTIMIZERS)
-    assert words.count("50 %") == len(OPTIMIZERS), "what is required stands beside what was measured"
+    assert words.count("50 %") == 1, "what is required stands once, beside what was measured"
     words = shown(("A8", "much larger"))
     for name in OPTIMIZERS:
         factor = CURVATURE.loc[name, "momentum"] / CURVATURE.loc[name, "random"]
         assert f"{name}, momentum / random: {factor:.3g} times" in words
-    assert words.count(f"more than {MUCH:g}") == len(OPTIMIZERS)
+    assert words.count(f"more than {MUCH:g}") == 1
     assert f"SAM / MSAM along momentum: {2:.3g} times" in shown(("A8", "lowest curvature"))
 
 
@@ -499,7 +499,9 @@ def test_nothing_to_compare() -> None:
 def test_chance_decides_seldom(count: int) -> None:
     """Where nothing differs, a claim is refused in 16 % of the studies at most, however much it compares."""
     rng = np.random.default_rng(0)
-    studies = [verdict([Comparison("x", mean_interval(rng.normal(size=3))) for _ in range(count)]) for _ in range(2000)]
+    studies: list[str] = [
+        verdict([Comparison("x", mean_interval(rng.normal(size=3))) for _ in range(count)]) for _ in range(2000)
+    ]
     assert studies.count(FAILS) < 0.18 * len(studies)
     assert studies.count(HOLDS) < 0.18 * len(studies)
 
@@ -542,7 +544,7 @@ def test_going_to_zero_is_more_than_falling(before: float, after: float, expecte
             "steps",
             "cosine",
             name,
-            lambda part: -(part["epoch"] < EPOCHS - 1) * before - (part["epoch"] == EPOCHS - 1) * after,
+            lambda part: (part["epoch"] < EPOCHS - 1).map({True: -before, False: -after}),
         )(tables)
     claim = find(("F2C", "goes to 0")).judge(tables)
     assert claim.verdict == expected, claim.measured

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -24,7 +25,7 @@ from torch import nn
 import msam_analysis as ma
 from msam_analysis import cli, results
 from msam_analysis.checkpoints import load_model
-from msam_analysis.measure import measure
+from msam_analysis.measure import RADII, measure
 from msam_analysis.results import Result
 from msam_analysis.studies import study
 
@@ -314,6 +315,50 @@ def test_several_checkpoints_are_all_saved(bench: Path, command: Command) -> Non
     assert outcome.code == 0
     assert all(path in outcome.out for path in paths)
     assert len(list((bench / "out").rglob("metrics.csv"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["run/c.pt"], ["run-c"]),
+        (["c.pt"], ["c"]),
+        (["p/run/c.pt", "q/run/c.pt"], ["p-run-c", "q-run-c"]),
+        (["p/run/c.pt", "q/run/d.pt"], ["run-c", "run-d"]),
+        (["run/c.pt", "run/c.safetensors", "./run/c.pt"], ["run-c", "run-c-2", "run-c-3"]),
+        (["/a/p/run/c.pt", "/b/p/run/c.pt", "e/f.pt"], ["a-p-run-c", "b-p-run-c", "e-f"]),
+        (["../c.pt", "c.pt"], ["c", "c-2"]),
+    ],
+)
+def test_names_of_result_folders(paths: list[str], names: list[str]) -> None:
+    assert cli.distinct_names([Path(path) for path in paths]) == names
+
+
+def test_nothing_stale_beside_new_numbers(bench: Path, command: Command) -> None:
+    """A folder of results is replaced as a whole; one with something else in it is not touched."""
+    assert command(*GOOD, "--rho", 0.1).code == 0
+    assert command(*GOOD, "--rho", 0.3).code == 0
+    folder = bench / "out" / "run-checkpoint"
+    assert {path.name for path in folder.glob("ball*")} == {"ball-0.3.safetensors"}
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    (folder / "metrics.csv").rename(folder / "thesis.txt")
+    before = contents(bench)
+    outcome = command(*GOOD)
+    assert outcome.code == 2
+    assert "run-checkpoint holds something else" in outcome.err
+    assert contents(bench) == before
+
+
+def test_what_did_not_converge_is_said(bench: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def impatient(*arguments: Any, **options: Any) -> results.BallSharpness:
+        return dataclasses.replace(ma.ball_sharpness(*arguments, **options), converged=False)
+
+    monkeypatch.setattr(sys.modules["msam_analysis.measure"], "ball_sharpness", impatient)
+    outcome = command(*GOOD)
+    assert outcome.out.count("NOT converged") == len(RADII)
+    table = pd.read_csv(next((bench / "out").rglob("metrics.csv"))).set_index("metric")["converged"]
+    assert not table[f"sharpness ρ={RADII[0]:g}"]
+    assert table["λ1"]
+    assert math.isnan(table["loss"])
 
 
 def test_safetensors_and_training_checkpoints(bench: Path, command: Command) -> None:

@@ -151,7 +151,7 @@ def test_the_same_seed_gives_the_same_table(metrics: Metrics, objective: ma.Obje
 
 
 def test_every_number_has_a_meaning(metrics: Metrics) -> None:
-    assert list(metrics.table.columns) == ["metric", "value", "uncertainty", "meaning"]
+    assert list(metrics.table.columns) == ["metric", "value", "uncertainty", "converged", "meaning"]
     assert metrics.table["meaning"].str.len().gt(0).all()
     assert metrics.table["value"].notna().all()
 

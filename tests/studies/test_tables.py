@@ -139,6 +139,22 @@ def test_one_row_per_run(tables: Tables) -> None:
         assert row["rise_on_plane"] == pytest.approx(4.0, rel=1e-12)
 
 
+def test_what_did_not_converge_is_in_the_tables() -> None:
+    measured = results(0.0)
+    for name in ("power", "ball-0.5"):
+        measured[name] = dataclasses.replace(measured[name], converged=False)  # type: ignore[call-arg]
+    tables = tabulate([FinishedRun("SGD", 0, {}, steps(0.0), measured), run("SGD", 1)])
+    assert (len(tables.solvers), int((~tables.solvers).sum())) == (2 * (2 + len(RADII)), 2)
+    bad = tables.eigenvalues[~tables.eigenvalues["converged"]]
+    assert list(zip(bad["seed"], bad["method"], strict=True)) == [(0, "power")] * 2
+    assert tables.balls.loc[~tables.balls["converged"], ["seed", "rho"]].to_numpy().tolist() == [[0, 0.5]]
+    runs = tables.runs
+    assert list(runs["lambda_converged"]) == [True, True], "Lanczos, whose values these are"
+    assert list(runs["lambda_2_residual"]) == [1e-5, 1e-5]
+    assert list(runs["sharpness_0.5_converged"]) == [False, True]
+    assert list(runs["sharpness_0.5_stationarity"]) == [0.0, 0.0]
+
+
 def test_one_row_per_optimizer(tables: Tables) -> None:
     """Mean and 68 % Student-t half width of every number, recomputed by scipy."""
     assert list(tables.optimizers["optimizer"]) == ["SGD", "MSAM"]
@@ -343,6 +359,21 @@ def test_what_an_interrupted_run_left_is_swept_away(
     assert store.is_finished(tmp_path / "finished")
 
 
+def test_a_run_that_is_not_whole_is_replaced(trained: Trained, tmp_path: Path) -> None:
+    """Whole, so that no file of the old one stays."""
+    directory = tmp_path / "run"
+    store.write_run(directory, trained, scores(), results(0.0))
+    assert store.is_finished(directory)
+    (directory / "plane.safetensors").rename(directory / "stale.safetensors")
+    assert not store.is_finished(directory)
+    store.write_run(directory, trained, scores(), results(0.0))
+    assert store.is_finished(directory)
+    assert not (directory / "stale.safetensors").exists()
+    (directory / "scores.json").write_text("half of")
+    assert not store.is_finished(directory)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_every_setting_has_its_own_place(tmp_path: Path) -> None:
     places = {
         store.run_directory(tmp_path, name, seed, fingerprint)
@@ -354,6 +385,11 @@ def test_every_setting_has_its_own_place(tmp_path: Path) -> None:
 
 
 # --- exhibits
+
+
+def test_no_exhibits() -> None:
+    with pytest.raises(ValueError, match="no exhibit was chosen"):
+        choose([])
 
 
 def test_exhibits_can_be_chosen() -> None:

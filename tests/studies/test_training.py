@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msam import Perturbation, reference
+from msam import Perturbation, normalization_layers, reference
+from msam.filters import ParameterFilter
 from msam_analysis.studies import digits
+from msam_analysis.studies import fingerprint as module
 from msam_analysis.studies.training import Trained, train
 from msam_analysis.studies.workloads import DIGITS, Recipe, Workload, formula, workload
 
@@ -403,6 +407,62 @@ def test_fingerprints() -> None:
     assert TOY.fingerprint("MSAM") == dataclasses.replace(TOY, description="other words").fingerprint("MSAM")
     assert len({TOY.fingerprint(name) for name in OPTIMIZERS}) == 4
     assert TOY.fingerprint("SGD", 1) != TOY.fingerprint("SGD", 2)
+
+
+def only_weights(name: str | None, parameter: Tensor) -> bool:
+    return parameter.ndim > 1
+
+
+def with_subset(subset: ParameterFilter) -> Workload:
+    return dataclasses.replace(TOY, perturbations={"MSAM": Perturbation(direction="momentum", rho=0.3, subset=subset)})
+
+
+def test_perturbations_count_by_value() -> None:
+    """The same function made anew is the same; other code, or another value in it, is another."""
+
+    def longer_than(length: int) -> ParameterFilter:
+        return lambda name, parameter: len(parameter) > length
+
+    assert with_subset(longer_than(3)).fingerprint("MSAM") == with_subset(longer_than(3)).fingerprint("MSAM")
+    chosen: list[ParameterFilter] = [longer_than(3), longer_than(4), only_weights, normalization_layers(TOY.network())]
+    assert len({with_subset(subset).fingerprint("MSAM") for subset in chosen}) == len(chosen)
+
+
+def test_layers_without_weights_count() -> None:
+    """Two networks with the same parameters, and initial weights that differ in size alone."""
+    tanh, relu = (nn.Sequential(Features(), nn.Linear(4, 3), layer) for layer in (nn.Tanh(), nn.ReLU()))
+
+    def shown(model: nn.Module, scale: float = 1.0) -> str:
+        def network() -> nn.Module:
+            copied = copy.deepcopy(model)
+            for parameter in copied.parameters():
+                parameter.data.fill_(0.1 * scale)
+            return copied
+
+        return dataclasses.replace(TOY, network=network).fingerprint("SGD")
+
+    assert len({shown(tanh), shown(relu), shown(tanh, 2.0)}) == 3
+    assert shown(tanh) == shown(tanh)
+
+
+def test_a_fingerprint_counts_our_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But what only reads finished runs."""
+    before = TOY.fingerprint("SGD")
+    read = Path.read_bytes
+
+    def edited(name: str) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == name))
+            module._sources.cache_clear()
+            try:
+                return TOY.fingerprint("SGD")
+            finally:
+                module._sources.cache_clear()
+
+    for name in ("optimizers.py", "eigen.py", "training.py", "digits.py"):
+        assert edited(name) != before
+    for name in ("claims.py", "report.py", "cli.py", "no_such_file.py"):
+        assert edited(name) == before
 
 
 def test_formulas() -> None:
