@@ -42,7 +42,7 @@ class Protocol:
     eigenvalues: int = 5
     power_tolerance: float = 1e-3
     radii: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0, 2.0)
-    ball_iterations: int = 40
+    ball_iterations: int = 60
     unit_radius: float = 3.0
     filter_radius: float = 1.0
     line_points: int = 41
@@ -64,7 +64,7 @@ def cost(protocol: Protocol) -> float:
 
 def error_rate(output: Tensor, target: Tensor) -> Tensor:
     """Return the fraction of wrong predictions, ``mean(argmax(output) != target)``."""
-    return (output.argmax(dim=1) != target).float().mean()
+    return (output.argmax(dim=1) != target).double().mean()
 
 
 def scores(workload: Workload, model: nn.Module) -> dict[str, float]:

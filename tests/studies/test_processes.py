@@ -67,7 +67,7 @@ class Running:
         script.write_text(SCRIPT)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOY_LOG": str(log), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(script), str(self.out)]
-        self.main = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)  # noqa: S603 - ours
+        self.main = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
         self.workers: set[int] = set()
 
         def begun() -> bool:
