@@ -7,14 +7,16 @@ SAM has a choice for its first pass. Inside ``no_sync()`` every rank climbs the 
 
 from __future__ import annotations
 
+import gc
 import tempfile
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from toy import accuracy, batches, network, report
@@ -70,7 +72,7 @@ def ranks_agree(model: nn.Module) -> bool:
 def work(rank: int, meeting_point: str) -> None:
     """What one process does."""
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=RANKS)
-    ways = {
+    ways: dict[str, Callable[[], nn.Module]] = {
         "MSAM": lambda: train_msam(rank),
         "SAM, first pass in no_sync()": lambda: train_sam(rank, own_ascent=True),
         "SAM, first pass averaged": lambda: train_sam(rank, own_ascent=False),
@@ -82,13 +84,15 @@ def work(rank: int, meeting_point: str) -> None:
             raise RuntimeError(f"expected the same parameters on every rank after {name}, got different ones.")
         if rank == 0:
             report(name, accuracy(model))
+    del model
+    gc.collect()  # the wrappers: gloo's threads have to end before the process does
     dist.destroy_process_group()
 
 
 def main() -> None:
     """Start the processes and wait for them."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, args=(str(Path(folder) / "meeting-point"),), nprocs=RANKS)
+        spawn(work, args=(str(Path(folder) / "meeting-point"),), nprocs=RANKS)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def train(name: str, folder: str) -> float:
         ),
         train_dataset=examples(0),
         eval_dataset=examples(2),
-        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
     )
     trainer.train()
     with optimizer.unperturbed():

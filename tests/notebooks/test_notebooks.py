@@ -71,9 +71,7 @@ def test_every_plot_of_a_notebook_is_shown(script: Path) -> None:
 def test_script_runs_and_its_assertions_hold(script: Path, tmp_path: Path) -> None:
     environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script)]
-    ended = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", check=False
-    )
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", check=False)
     assert ended.returncode == 0, ended.stderr
 
 
