@@ -1,4 +1,4 @@
-"""What a step of the optimizers costs, in time, traffic and memory; see benchmarks/README.md for how to read it.
+"""What a step of the optimizers costs, in time, traffic and memory; docs/optimizers.md says how to read it.
 
 ``python benchmarks/optimizers.py`` takes under four minutes on one core. ``--device cuda`` times the same table on a
 GPU, eager and replayed from a captured graph, and checks that no step waits for the device; no figures of it are kept
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -333,6 +334,20 @@ def measure_memory(shapes: Shapes, device: str) -> list[dict[str, Any]]:
     return table
 
 
+def markdown(results: dict[str, Any]) -> str:
+    """The figures as the Markdown table in ``docs/optimizers.md``."""
+    lines = ["| what | optimizer | median, ms (quartiles) | of its base (quartiles) | floor |", "|---|---|---|---|---|"]
+    tables = {f"step, {name}": part["table"] for name, part in results["steps"].items()}
+    tables[f"training step, WRN-16-4, batch {results['options']['batch']}"] = results["training"]["table"]
+    for what, table in tables.items():
+        for row in table:
+            spread = f"{row['median_ms']:.4g} ({row['q1_ms']:.4g}–{row['q3_ms']:.4g})"
+            quotient = f"{row['ratio']:.2f} ({row['ratio_q1']:.2f}–{row['ratio_q3']:.2f}) {row['base']}"
+            floor = f"{row['floor_ratio']:.2f}" if "floor_ratio" in row else ""
+            lines.append(f"| {what} | {row['optimizer']} | {spread} | {quotient} | {floor} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -344,8 +359,12 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=40, help="of a step of WRN-16-4; a fifth of it of ViT-B")
     parser.add_argument("--training", type=int, default=6, help="repetitions of whole training steps")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--markdown", type=Path, metavar="JSON", help="print the table of such a file, measure nothing")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/optimizers_<device>.json")
     options = parser.parse_args()
+    if options.markdown:
+        print(markdown(json.loads(options.markdown.read_text(encoding="utf-8"))))
+        return
     torch.set_num_threads(options.threads)
     results: dict[str, Any] = {
         "machine": machine(options.device),

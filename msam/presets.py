@@ -15,7 +15,7 @@ from .filters import ParameterFilter
 from .perturbation import Direction, Normalization, Perturbation, Scale
 from .schedules import Schedule
 
-__all__ = ["PRESETS", "Preset"]
+__all__ = ["PRESETS", "Preset", "presets_table"]
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
         "nag": Preset("−η μ v", "A1", 0.9, "momentum", normalize="lr", weight_decay_at="perturbed"),
         "adaptive_msam": Preset("−ρ T² v/‖T v‖", "T3", 3.0, "momentum", scale="adaptive"),
         "relative_msam": Preset("−ρ T v/‖T v‖", "appendix A.7", 3.0, "momentum", scale="relative"),
-        "bn_only_msam": Preset("−ρ v/‖v‖, v of the norm layers", "T3", 3.0, "momentum", normalization_only=True),
+        "bn_only_msam": Preset("−ρ v/‖v‖, normalisation layers only", "T3", 3.0, "momentum", normalization_only=True),
         "sam": Preset("+ρ g/‖g‖", "Foret et al. 2021", 0.05, "gradient"),
         "asam": Preset("+ρ T² g/‖T g‖", "Kwon et al. 2021", 0.5, "gradient", scale="adaptive"),
         "relative_sam": Preset("+ρ T g/‖T g‖", "appendix A.7", 0.05, "gradient", scale="relative"),
-        "bn_only_sam": Preset("+ρ g/‖g‖, g of the norm layers", "T3", 0.05, "gradient", normalization_only=True),
+        "bn_only_sam": Preset("+ρ g/‖g‖, normalisation layers only", "T3", 0.05, "gradient", normalization_only=True),
         "random": Preset("+ρ z/‖z‖, z Gaussian", "A9", 3.0, "random"),
         "relative_random": Preset("+ρ T z/‖T z‖, z Gaussian", "A9", 3.0, "random", scale="relative"),
         "last_gradient": Preset("+ρ g₋/‖g₋‖", "A9", 0.3, "last_gradient"),
@@ -113,3 +113,14 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
     }
 )
 """Name to row; ``PRESETS["msam"](rho=2.0)`` builds a perturbation."""
+
+
+def presets_table() -> str:
+    """Return the presets as a Markdown table, the one in ``docs/optimizers.md``."""
+    head = ["preset", "base", "ε", "ρ", "weight decay at", "source"]
+    points = {"true": "w", "perturbed": "w + ε"}
+    rows = [
+        [f"`{name}`", row.optimizer, row.equation, f"{row.rho:g}", points[row.weight_decay_at], row.source]
+        for name, row in PRESETS.items()
+    ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))

@@ -212,7 +212,8 @@ def gaussian(size: int, columns: int, *, seed: int, like: Tensor, use: str = "")
     Drawn in float64 on the CPU, so that every device and data type sees the same numbers. What is drawn for another
     ``use`` is independent, also from the same seed.
     """
-    generator = torch.Generator().manual_seed(seed + (zlib.crc32(use.encode()) << 30))
+    # The generator looks at 32 bits of its seed only: hash all of it into these.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {use}".encode()) if use else seed)
     draw = torch.randn(size, columns, generator=generator, dtype=torch.float64)
     return draw.to(device=like.device, dtype=like.dtype)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from msam_analysis.vectors import orthonormalize
+from msam_analysis.vectors import gaussian, orthonormalize
 
 
 @pytest.mark.parametrize("order", [[0, 0, 1], [0, 0, 0, 1], [0, 1, 0, 2, 1]])
@@ -31,3 +31,13 @@ def test_what_is_orthogonalised_against_stays_out() -> None:
 
 def test_zero_columns_are_dropped() -> None:
     assert orthonormalize(torch.zeros(5, 2)).shape == (5, 0)
+
+
+def test_draws_for_other_uses_and_seeds_are_independent() -> None:
+    like = torch.empty(0, dtype=torch.float64)
+    keys = [(seed, use) for seed in range(5) for use in ("", "start", *(f"noise {draw}" for draw in range(40)))]
+    draws = torch.cat([gaussian(2000, 1, seed=seed, like=like, use=use) for seed, use in keys], dim=1)
+    cosines = draws.T @ draws / (draws.norm(dim=0)[:, None] * draws.norm(dim=0))
+    assert float((cosines - torch.eye(len(keys), dtype=torch.float64)).abs().max()) < 0.12
+    again = gaussian(2000, 1, seed=3, like=like, use="start")
+    assert torch.equal(again[:, 0], draws[:, keys.index((3, "start"))])
