@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["MSAM", "NAG", "SAM", "AdamWMSAM", "AdamWSAM", "PerturbedAdamW", "PerturbedSGD"]
 
 
-_LONGEST = 1e5  # |c| / lr up to which the fused step is taken in place: see PerturbedSGD._advance_in_place
+_LONGEST = 1e4  # |c| / lr up to which the fused step is taken in place: see PerturbedSGD._advance_in_place
 
 
 class PerturbedSGD(PerturbedOptimizer):
@@ -135,8 +135,8 @@ class PerturbedSGD(PerturbedOptimizer):
         ``(c + c / m + lr) v'``: displaced along the new buffer by a known multiple, where the next displacement starts.
 
         ``g'`` enters scaled by ``c / m`` and leaves again, so that rounding v' costs ``2⁻²⁴ |c| / (m lr)`` of this
-        step's length in float32. Up to 1e5 that is below 0.7 %, and below what storing the weights costs; beyond
-        (the last 0.3 % of a cosine schedule at ρ / ‖v‖ = 1 and lr from 0.5) the step is taken from the true weights.
+        step's length in float32. Up to 1e4 that is below 0.07 %; beyond (the last 0.9 % of a cosine schedule from
+        lr = 0.5 at ρ / ‖v‖ = 1) the step is taken from the true weights.
         """
         standing = group["standing"]
         if (

@@ -615,6 +615,31 @@ def test_fused_steps_with_a_decay_as_large_as_the_momentum(weight_decay_at: str)
         assert_network(model, opt, weights, twin)
 
 
+def fused_against_the_twin(gradient: Callable[[int], float], steps: int, **switches: Any) -> float:
+    """Largest error of four float32 weights, from 0 on, along gradients fixed in advance."""
+    case = general("sgd", dict(direction="momentum", **switches.pop("perturbation")), **switches)
+    weight = nn.Parameter(torch.zeros(4))
+    opt = case.make([weight], fused=True)
+    for step in range(steps):
+        weight.grad = torch.full_like(weight, gradient(step))
+        opt.step()
+    start = [torch.zeros(4, dtype=torch.float64)]
+    states = reference.trajectory(lambda w, t: [torch.full_like(w[0], gradient(t))], start, steps, **case.twin)
+    return furthest(true_weights(opt), states[-1].weights)
+
+
+@pytest.mark.parametrize("pause", [90, 220])
+def test_fused_steps_after_gradients_vanished(pause: int) -> None:
+    """The buffer is next to nothing, ρ / ‖v‖ over the learning rate 4e4 or 4e10, and then a gradient of 1 comes."""
+    options: dict[str, Any] = dict(perturbation=dict(rho=RHO), weight_decay=0.0)
+    assert fused_against_the_twin(lambda t: float(t in (0, pause)), pause + 1, **options) < 2e-6
+
+
+def test_fused_steps_where_decay_cancels_the_momentum() -> None:
+    """At λ c = μ the in-place step would divide by zero."""
+    assert fused_against_the_twin(lambda t: 0.5, 3, perturbation=dict(rho=0.45, sign=-1), weight_decay=2.0) < 1e-6
+
+
 def test_statistics_estimated_at_the_true_weights() -> None:
     """The average over the batches of what each finds at the true weights, and nothing else is changed."""
     model = network()

@@ -222,9 +222,9 @@ def test_no_drift_in_float32(base: str, lr: float) -> None:
     assert ours < 4 * plain + 5e-6
 
 
-@pytest.mark.parametrize("lr", [2e-6, 1e-3])
+@pytest.mark.parametrize("lr", [1e-5, 1e-3])
 def test_no_drift_of_the_fused_step(lr: float) -> None:
-    """It never returns to the true weights; at the smaller learning rate ``|c| / lr`` goes up to 8e4."""
+    """It never returns to the true weights; at the smaller learning rate ``|c| / lr`` passes 1e4 now and then."""
     ours, plain = drift(torch.float32, "sgd", lr, fused=True)
     assert ours < 4 * plain + 5e-6
 
