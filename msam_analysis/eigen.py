@@ -286,6 +286,7 @@ def _lanczos(
     chain = 0  # vectors of the second chain so far
     believed: Tensor | None = None  # the wanted values when it began
     norm = 0.0
+    stuck = False
     while True:
         _finite(basis)
         values, coefficients, residuals = basis.ritz(which, k)
@@ -301,7 +302,8 @@ def _lanczos(
             and _nothing_beyond(basis, chain, coefficients[:, :k], wanted[-1], which)
         )
         complete = done and basis.columns == operator.size
-        if confirmed or complete or basis.columns == operator.size or operator.products - spent >= budget:
+        exhausted = stuck or basis.columns == operator.size or operator.products - spent >= budget
+        if confirmed or complete or exhausted:
             return _Found(wanted, basis.q @ coefficients[:, :k].to(basis.q), norms, confirmed or complete)
         if basis.columns == capacity:
             basis.compress(coefficients[:, : min(capacity - 2, k + 8)])
@@ -312,9 +314,9 @@ def _lanczos(
             chain, believed = 0, wanted
         else:
             direction = basis.aq[:, -1:]
-        if not basis.expand(direction):
-            # An invariant subspace: what is left of the spectrum lies outside it.
-            basis.expand(probes.next())
+        # Nothing new in an invariant subspace: what is left of the spectrum lies outside it. If no random vector leads
+        # there either, going on would never end.
+        stuck = not basis.expand(direction) and not basis.expand(probes.next())
         chain += 1
 
 

@@ -7,6 +7,7 @@ as JSON in the header. No pickle is involved, so a file from a stranger is safe 
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import json
 import os
@@ -35,7 +36,7 @@ class ConvergenceWarning(UserWarning):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
+class Result(abc.ABC):
     """Base of every result.
 
     Attributes
@@ -52,9 +53,9 @@ class Result:
         """Register the kind, so that :func:`load` finds it by name."""
         Result._kinds[cls.__name__] = cls
 
+    @abc.abstractmethod
     def to_frame(self) -> pd.DataFrame:
         """Return the result as a tidy table; each kind says what its rows are."""
-        raise NotImplementedError(f"{type(self).__name__} must say how it becomes a table")
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the result to one ``.safetensors`` file, atomically.
