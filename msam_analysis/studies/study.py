@@ -207,12 +207,10 @@ def _make(tasks: Sequence[Task], jobs: int, progress: bool, total: int) -> None:
             _follow(futures, ticks, bar, total)
         except BaseException as error:
             stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            ours = set(multiprocessing.active_children()) - others
-            for child in ours:
+            for child in set(multiprocessing.active_children()) - others:
                 child.terminate()
-            for child in ours:
-                child.join()
+            # The pool's own thread waits for its processes; two waiting for one would each miss that it ended.
+            pool.shutdown(wait=True, cancel_futures=True)
             if isinstance(error, BrokenProcessPool):
                 raise ChildProcessError(
                     "a process was killed (out of memory?): finished runs are kept, and the same command goes on from "
