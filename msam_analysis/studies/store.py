@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 
 from msam_analysis import results
-from msam_analysis.results import PARTIAL, Result, atomic_folder
+from msam_analysis.results import Result, atomic_folder
+from msam_analysis.results.files import PARTIAL
 from msam_analysis.studies.tables import FinishedRun
 from msam_analysis.studies.training import Trained
 

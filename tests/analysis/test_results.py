@@ -257,7 +257,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
         Path(filename).write_bytes(b"half a file")
         raise error("no space left on device")
 
-    monkeypatch.setattr(results, "save_file", full)
+    monkeypatch.setattr(results.base, "save_file", full)
     with pytest.raises(error, match="no space"):
         estimate(value=2.0).save(path)
     assert files(tmp_path) == (["result.safetensors"] if exists else [])

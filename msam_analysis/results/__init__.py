@@ -1,0 +1,26 @@
+"""Frozen results: what was measured, how well, at what cost and under which settings.
+
+Every result knows how to become a :class:`pandas.DataFrame` (:meth:`Result.to_frame`) and how to be written
+to and read from one ``.safetensors`` file (:meth:`Result.save`, :func:`load`): tensors as tensors, the rest
+as JSON in the header. No pickle is involved, so a file from a stranger is safe to read.
+"""
+
+from msam_analysis.results.balls import BallSharpness
+from msam_analysis.results.base import ConvergenceWarning, Result, Settings, load
+from msam_analysis.results.curvature import Eigenpairs, Estimate
+from msam_analysis.results.files import atomic_folder, atomic_path
+from msam_analysis.results.slices import Slice1D, Slice2D
+
+__all__ = [
+    "BallSharpness",
+    "ConvergenceWarning",
+    "Eigenpairs",
+    "Estimate",
+    "Result",
+    "Settings",
+    "Slice1D",
+    "Slice2D",
+    "atomic_folder",
+    "atomic_path",
+    "load",
+]
