@@ -23,7 +23,7 @@ $(STAMP): $(SETUP)
 	    + sys.version.split()[0] + ": name another one, as in make PYTHON=python3.11")'
 	@echo "== installing into $(VENV) (once; some minutes, most of them for torch)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) -c constraints.txt -e '.[study,interactive,test]'
+	@$(PIP) -c constraints.txt -e '.[study,interactive,recipes,test]'
 	@$(BIN)/python -m pip check --disable-pip-version-check
 	@touch $@
 

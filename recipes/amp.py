@@ -22,7 +22,7 @@ DTYPE = torch.float16 if torch.cuda.is_available() else torch.bfloat16
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The loss under autocast."""
     with torch.autocast(DEVICE, DTYPE):
-        return cross_entropy(model(x), y)
+        return cross_entropy(model(x.to(DEVICE)), y.to(DEVICE))
 
 
 def train_msam() -> float:
@@ -32,7 +32,7 @@ def train_msam() -> float:
     scaler = torch.amp.GradScaler(DEVICE)
     for x, y in batches(EPOCHS):
         optimizer.zero_grad()
-        scaler.scale(loss_of(model, x.to(DEVICE), y.to(DEVICE))).backward()
+        scaler.scale(loss_of(model, x, y)).backward()
         scaler.unscale_(optimizer)
         clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
@@ -47,12 +47,11 @@ def train_sam() -> float:
     optimizer = msam.SAM(model.parameters(), lr=0.05, rho=0.05, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(DEVICE)
     for x, y in batches(EPOCHS):
-        inputs, labels = x.to(DEVICE), y.to(DEVICE)
         optimizer.zero_grad()
-        scaler.scale(loss_of(model, inputs, labels)).backward()
+        scaler.scale(loss_of(model, x, y)).backward()
         optimizer.first_step(zero_grad=True)
         with msam.frozen_batchnorm_statistics(model):
-            scaler.scale(loss_of(model, inputs, labels)).backward()
+            scaler.scale(loss_of(model, x, y)).backward()
         scaler.step(optimizer)
         scaler.update()
     return accuracy(model)

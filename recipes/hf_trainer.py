@@ -1,19 +1,21 @@
 """Hugging Face Trainer: MSAM goes in as any optimizer, SAM as a ``training_step`` of two passes.
 
-Evaluation runs at the true weights. A checkpoint holds model and optimizer together, in either mode, and resumes.
+Evaluation runs at the true weights, as Trainer itself calls ``optimizer.eval()`` before it and ``optimizer.train()``
+after it. A checkpoint holds model and optimizer together, in either mode, and resumes.
+
+If the import of ``Trainer`` fails, there may be a torchvision built for another torch: ``pip uninstall torchvision``.
 """
 
 from __future__ import annotations
 
 import tempfile
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from toy import BATCH, accuracy, network, report, spirals
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import msam
 
@@ -34,12 +36,7 @@ class Classifier(nn.Module):
 
 
 class PerturbedTrainer(Trainer):
-    """Trainer for the optimizers of msam: two passes where they are needed, evaluation at the true weights."""
-
-    def bare_optimizer(self) -> msam.PerturbedOptimizer | None:
-        """Return the optimizer without accelerate's wrapper, if it is one of msam."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return optimizer if isinstance(optimizer, msam.PerturbedOptimizer) else None
+    """Trainer that takes SAM's two passes, and any other optimizer as it is."""
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Tensor:
         """Forward and backward, for SAM twice; Trainer then calls ``optimizer.step()``.
@@ -47,20 +44,12 @@ class PerturbedTrainer(Trainer):
         With ``gradient_accumulation_steps`` above 1 SAM would need all parts again: enlarge the batch instead.
         """
         loss = super().training_step(model, inputs, *args, **options)
-        optimizer = self.bare_optimizer()
-        perturbation = optimizer and optimizer.perturbation
-        if optimizer and perturbation and perturbation.direction == "gradient":
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
+        if isinstance(optimizer, msam.SAM | msam.AdamWSAM):
             optimizer.first_step(zero_grad=True)
             with msam.frozen_batchnorm_statistics(model):
                 super().training_step(model, inputs, *args, **options)
         return loss
-
-    def evaluate(self, *args: Any, **options: Any) -> dict[str, float]:
-        """Evaluate at the true weights."""
-        optimizer = self.bare_optimizer()
-        with optimizer.unperturbed() if optimizer else nullcontext():
-            metrics: dict[str, float] = super().evaluate(*args, **options)
-            return metrics
 
 
 def examples(seed: int) -> list[dict[str, Tensor]]:
@@ -68,11 +57,11 @@ def examples(seed: int) -> list[dict[str, Tensor]]:
     return [{"x": x, "labels": y} for x, y in zip(*spirals(seed=seed), strict=True)]
 
 
-def train(name: str, folder: str) -> float:
-    """Fit and return the accuracy at the true weights."""
+def train(name: str, folder: str) -> tuple[float, list[float]]:
+    """Fit and return the accuracy at the true weights, and the validation losses from the start on."""
     torch.manual_seed(0)
     model = Classifier()
-    optimizer: msam.PerturbedOptimizer
+    optimizer: msam.MSAM | msam.SAM
     if name == "MSAM":
         optimizer = msam.MSAM(model.parameters(), lr=0.05, rho=0.3, momentum=0.9, weight_decay=5e-4)
     else:
@@ -84,25 +73,29 @@ def train(name: str, folder: str) -> float:
             num_train_epochs=EPOCHS,
             per_device_train_batch_size=BATCH,
             eval_strategy="epoch",
+            eval_on_start=True,
             save_strategy="no",
             logging_strategy="no",
             report_to=[],
             disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
         ),
         train_dataset=examples(0),
         eval_dataset=examples(2),
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     with optimizer.unperturbed():
-        return accuracy(model.network)
+        return accuracy(model.network), losses
 
 
 def main() -> None:
     """Train both."""
     for name in ("MSAM", "SAM"):
         with tempfile.TemporaryDirectory() as folder:
-            report(f"{name} in Trainer", train(name, folder))
+            report(f"{name} in Trainer", *train(name, folder))
 
 
 if __name__ == "__main__":

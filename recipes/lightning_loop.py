@@ -2,6 +2,8 @@
 
 Validation runs at the true weights. (This file cannot be called ``lightning.py``: it would hide the package.) For SAM
 with loss scaling use manual optimization and ``recipes/amp.py``: a scaler wants the gradients before ``step``.
+
+If the import of Lightning fails in torchvision, that was built for another torch: ``pip uninstall torchvision``.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class Classifier(pl.LightningModule):
         super().__init__()
         self.name = name
         self.network = network()
+        self.losses: list[float] = []
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Return the loss of a batch; SAM asks twice."""
@@ -53,6 +56,7 @@ class Classifier(pl.LightningModule):
     def on_validation_end(self) -> None:
         """Go back to the perturbed ones."""
         self.perturbed_optimizer().train()
+        self.losses.append(float(self.trainer.callback_metrics["validation_loss"]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Make the optimizer."""
@@ -61,8 +65,8 @@ class Classifier(pl.LightningModule):
         return msam.SAM(self.parameters(), lr=0.05, rho=0.05, momentum=0.9, weight_decay=5e-4)
 
 
-def train(name: str) -> float:
-    """Fit and return the accuracy at the true weights."""
+def train(name: str) -> tuple[float, list[float]]:
+    """Fit and return the accuracy at the true weights, and the validation losses from the start on."""
     model = Classifier(name)
     fit = DataLoader(TensorDataset(*spirals()), batch_size=BATCH, shuffle=True)
     validate = DataLoader(TensorDataset(*spirals(seed=2)), batch_size=128)
@@ -76,7 +80,7 @@ def train(name: str) -> float:
     )
     trainer.fit(model, fit, validate)
     with model.perturbed_optimizer().unperturbed():
-        return accuracy(model.network)
+        return accuracy(model.network), model.losses
 
 
 def main() -> None:
@@ -85,7 +89,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     pl.seed_everything(0, verbose=False)
     for name in ("MSAM", "SAM"):
-        report(f"{name} in Lightning", train(name))
+        report(f"{name} in Lightning", *train(name))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,9 @@ def accuracy(model: nn.Module) -> float:
     return float(right)
 
 
-def report(name: str, reached: float) -> None:
-    """Print what was reached, and insist that it was worth training."""
-    print(f"{name:32s} accuracy {reached:.3f}")
+def report(name: str, reached: float, losses: Sequence[float] = ()) -> None:
+    """Print what was reached, and where the validation loss went if it was kept; insist that it was worth training."""
+    fall = f", validation loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else ""
+    print(f"{name:32s} accuracy {reached:.3f}{fall}")
     if reached < 0.9:
         raise RuntimeError(f"expected an accuracy of 0.9 at least from {name}, got {reached:.3f}; something is broken.")

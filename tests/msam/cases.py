@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
 import msam
@@ -103,6 +104,10 @@ MATRIX = [
         ((1, "true"), (-1, "perturbed")),
     )
 ]
+
+
+IMPLEMENTATIONS: list[dict[str, Any]] = [{}, dict(foreach=True), dict(foreach=False), dict(fused=True)]
+each_implementation = pytest.mark.parametrize("how", IMPLEMENTATIONS, ids=str)
 
 
 def torch_twin(base: str) -> Callable[..., torch.optim.Optimizer]:

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 import msam
 from msam import reference
 
-from .cases import ADAMW, BY_NAME, LR, NAMED, RHO, SGD, Case, general
+from .cases import ADAMW, BY_NAME, LR, NAMED, RHO, SGD, Case, each_implementation, general
 from .workloads import (
     Twin,
     assert_network,
@@ -374,7 +374,7 @@ def scaler_of() -> Any:
     return torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=10_000)
 
 
-@pytest.mark.parametrize("how", [{}, dict(foreach=True), dict(foreach=False), dict(fused=True)], ids=str)
+@each_implementation
 @pytest.mark.parametrize("clipping", [False, True], ids=["", "clip"])
 @each_one_gradient
 def test_loss_scaling(case: Case, clipping: bool, how: dict[str, Any]) -> None:
@@ -386,7 +386,7 @@ def test_loss_scaling(case: Case, clipping: bool, how: dict[str, Any]) -> None:
     assert_network(model, opt, weights, twin)
 
 
-@pytest.mark.parametrize("how", [{}, dict(foreach=True), dict(foreach=False), dict(fused=True)], ids=str)
+@each_implementation
 @pytest.mark.parametrize("when", [0, 3])
 @each_one_gradient
 def test_step_skipped_on_infinity(case: Case, when: int, how: dict[str, Any]) -> None:
@@ -409,69 +409,63 @@ def test_step_skipped_on_infinity(case: Case, when: int, how: dict[str, Any]) ->
     assert same(model.parameters(), other.parameters())
 
 
-@pytest.mark.parametrize("how", [{}, dict(fused=True)], ids=str)
-@pytest.mark.parametrize("name", ["SAM", "AdamWSAM"])
-def test_loss_scaling_of_both_passes(name: str, how: dict[str, Any]) -> None:
-    """``scaler.step`` after ``first_step`` is the second step; the normalised displacement does not see the scale."""
+def scaled_passes(
+    model: nn.Module,
+    opt: Any,
+    scaler: Any,
+    step: int,
+    factors: tuple[float, float] = (1.0, 1.0),
+    clipping: bool = False,
+) -> None:
+    """Both of SAM's; the second gradient is clipped."""
+    opt.zero_grad()
+    scaler.scale(loss(model, step) * factors[0]).backward()
+    opt.first_step(zero_grad=True)
+    with msam.frozen_batchnorm_statistics(model):
+        scaler.scale(loss(model, step) * factors[1]).backward()
+    if clipping:
+        scaler.unscale_(opt)
+        clip_grad_norm_(model.parameters(), 0.05)
+    scaler.step(opt)
+    scaler.update()
+
+
+each_sam = pytest.mark.parametrize("name", ["SAM", "AdamWSAM"])
+each_step = pytest.mark.parametrize("how", [{}, dict(fused=True)], ids=str)
+
+
+@each_step
+@pytest.mark.parametrize("clipping", [False, True], ids=["", "clip"])
+@each_sam
+def test_loss_scaling_of_both_passes(name: str, clipping: bool, how: dict[str, Any]) -> None:
+    """``scaler.step`` after ``first_step`` is the second step; the normalised displacement does not see the scale.
+
+    ``scaler.unscale_`` may stand between ``backward`` and ``scaler.step``: not unscaled twice.
+    """
     model, scaler = network(), scaler_of()
     opt = BY_NAME[name].make(model.parameters(), **how)
     for step in range(10):
-        opt.zero_grad()
-        scaler.scale(loss(model, step)).backward()
-        opt.first_step(zero_grad=True)
-        with msam.frozen_batchnorm_statistics(model):
-            scaler.scale(loss(model, step)).backward()
-        scaler.step(opt)
-        scaler.update()
-    twin, weights = twin_of(BY_NAME[name], 10)
+        scaled_passes(model, opt, scaler, step, clipping=clipping)
+    edit: Any = lambda g, step, call: clipped(g, step, call) if call else g  # noqa: E731
+    twin, weights = twin_of(BY_NAME[name], 10, edit if clipping else None)
     assert_network(model, opt, weights, twin)
 
 
-@pytest.mark.parametrize("how", [{}, dict(fused=True)], ids=str)
+@each_step
 @pytest.mark.parametrize("bad", [0, 1], ids=["first", "second"])
-@pytest.mark.parametrize("name", ["SAM", "AdamWSAM"])
+@each_sam
 def test_infinity_in_either_pass_skips_the_step(name: str, bad: int, how: dict[str, Any]) -> None:
     """True weights and buffers stay, whichever pass overflowed, and the next step is an ordinary one."""
     model, scaler = network(), scaler_of()
     opt = BY_NAME[name].make(model.parameters(), **how)
-
-    def one_step(step: int, factors: tuple[float, float]) -> None:
-        opt.zero_grad()
-        scaler.scale(loss(model, step) * factors[0]).backward()
-        opt.first_step(zero_grad=True)
-        with msam.frozen_batchnorm_statistics(model):
-            scaler.scale(loss(model, step) * factors[1]).backward()
-        scaler.step(opt)
-        scaler.update()
-
-    one_step(0, (1.0, 1.0))
+    scaled_passes(model, opt, scaler, 0)
     before = true_weights(opt)
-    one_step(1, (float("inf"), 1.0) if bad == 0 else (1.0, float("inf")))
+    scaled_passes(model, opt, scaler, 1, (float("inf"), 1.0) if bad == 0 else (1.0, float("inf")))
     assert same(true_weights(opt), before)
     for step in range(1, 5):
-        one_step(step, (1.0, 1.0))
+        scaled_passes(model, opt, scaler, step)
     _, weights = twin_of(BY_NAME[name], 5)
     assert furthest(true_weights(opt), weights) < 1e-10
-
-
-@pytest.mark.parametrize("how", [{}, dict(fused=True)], ids=str)
-@pytest.mark.parametrize("name", ["SAM", "AdamWSAM"])
-def test_clipping_of_the_second_scaled_gradient(name: str, how: dict[str, Any]) -> None:
-    """``scaler.unscale_`` between ``backward`` and ``scaler.step``: not unscaled twice."""
-    model, scaler = network(), scaler_of()
-    opt = BY_NAME[name].make(model.parameters(), **how)
-    for step in range(6):
-        opt.zero_grad()
-        scaler.scale(loss(model, step)).backward()
-        opt.first_step(zero_grad=True)
-        with msam.frozen_batchnorm_statistics(model):
-            scaler.scale(loss(model, step)).backward()
-        scaler.unscale_(opt)
-        clip_grad_norm_(model.parameters(), 0.05)
-        scaler.step(opt)
-        scaler.update()
-    twin, weights = twin_of(BY_NAME[name], 6, lambda g, step, call: clipped(g, step, call) if call else g)
-    assert_network(model, opt, weights, twin)
 
 
 @pytest.mark.parametrize("normalize", ["l2", "none", "lr"])

@@ -1,17 +1,23 @@
-"""The recipes run as they stand and reach what they insist on. Those of optional packages have `make recipes`."""
+"""The recipes run as they stand and reach what they insist on; in those of a framework the perturbation is there."""
 
 from __future__ import annotations
 
+import os
+import re
 import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+WATCHED = str(Path(__file__).with_name("watched.py"))
 
 
 @pytest.fixture
@@ -34,10 +40,70 @@ def test_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_recipe_of_two_processes() -> None:
     """A process of its own: the ranks it starts import it by its path."""
-    command = [sys.executable, "-W", "error", str(RECIPES / "ddp.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    lines = lines_of(str(RECIPES / "ddp.py"))
+    assert [line.split()[0].rstrip(",") for line in lines] == ["MSAM", "SAM", "SAM"]
+
+
+def lines_of(*arguments: str, folder: Path | None = None) -> list[str]:
+    """What a Python of its own prints, in a folder; warnings are errors."""
+    home = {} if folder is None else {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "error", *arguments]
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | home, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0].rstrip(",") for line in done.stdout.splitlines()] == ["MSAM", "SAM", "SAM"]
+    return done.stdout.splitlines()
+
+
+def distances(passes: list[tuple[bool, Tensor]], before: bool, after: bool) -> list[float]:
+    """How far the weights move from a pass in one mode to the next in the other; True is training."""
+    pairs = [(v, w) for (mode, v), (other, w) in pairwise(passes) if (mode, other) == (before, after)]
+    return [float((w.double() - v.double()).norm()) for v, w in pairs]
+
+
+needs_lightning = pytest.mark.skipif(find_spec("lightning") is None, reason="Lightning is not installed")
+needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+
+
+@pytest.mark.parametrize(
+    ("name", "framework"),
+    [
+        pytest.param("lightning_loop", "Lightning", marks=needs_lightning),
+        pytest.param("hf_trainer", "Trainer", marks=needs_transformers),
+    ],
+)
+def test_recipe_of_a_framework(name: str, framework: str, tmp_path: Path) -> None:
+    """From outside: the weights that each forward pass sees. The tolerance is the rounding of float32 weights."""
+    (folder := tmp_path / "empty").mkdir()
+    lines = lines_of(WATCHED, str(RECIPES / f"{name}.py"), str(tmp_path / "passes.pt"), folder=folder)
+    assert list(folder.iterdir()) == []
+
+    for optimizer, line in zip(["MSAM", "SAM"], lines, strict=True):
+        number = r"(\d\.\d{3})"
+        found = re.fullmatch(
+            rf"{optimizer} in {framework} +accuracy {number}, validation loss {number} to {number}", line
+        )
+        assert found, line
+        _, first, last = map(float, found.groups())
+        assert first > 0.5  # chance is log 2
+        assert last < 0.1
+
+    of_msam, of_sam = torch.load(tmp_path / "passes.pt", weights_only=True)
+    for passes in (of_msam, of_sam):
+        assert max(distances(passes, False, False)) < 1e-5  # validation, and the accuracy after the last one
+        assert min(distances(passes, True, False)) > 0.01  # there is a step between
+    # MSAM: from the true weights to ε of the step before, which the first step lacks
+    assert distances(of_msam, False, True) == pytest.approx([0.0] + 14 * [0.3], abs=1e-5)
+    # SAM: every gradient twice, at the true weights and at a distance ρ
+    training = [weights for mode, weights in of_sam if mode]
+    ascents = [float((b.double() - a.double()).norm()) for a, b in zip(training[::2], training[1::2], strict=True)]
+    assert ascents == pytest.approx(len(ascents) * [0.05], abs=1e-5)
+    assert distances(of_sam, False, True) == pytest.approx(15 * [0.0], abs=1e-5)
+
+
+def test_import_brings_no_framework() -> None:
+    names = "{'accelerate', 'lightning', 'torchmetrics', 'torchvision', 'transformers'}"
+    assert lines_of("-c", f"import sys, msam, msam_analysis; print({names} & sys.modules.keys())") == ["set()"]
 
 
 def test_every_recipe_has_a_line_in_the_documentation() -> None:

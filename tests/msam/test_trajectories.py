@@ -10,7 +10,7 @@ import torch
 import msam
 from msam import reference
 
-from .cases import BY_NAME, LR, MATRIX, MU, NAMED, SGD, Case, general, torch_twin
+from .cases import BY_NAME, LR, MATRIX, MU, NAMED, SGD, Case, each_implementation, general, torch_twin
 from .workloads import (
     Twin,
     assert_network,
@@ -201,7 +201,7 @@ ZERO: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "more"), ZERO, ids=str)
-@pytest.mark.parametrize("how", [{}, dict(foreach=True), dict(foreach=False), dict(fused=True)], ids=str)
+@each_implementation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_rho_zero_is_torch_to_the_bit(name: str, more: dict[str, Any], how: dict[str, Any], dtype: torch.dtype) -> None:
     case = BY_NAME[name]
@@ -304,7 +304,7 @@ def negate(model: torch.nn.Module, step: int) -> None:
         p.grad.neg_()
 
 
-@pytest.mark.parametrize("how", [{}, dict(foreach=True), dict(foreach=False), dict(fused=True)], ids=str)
+@each_implementation
 @each_named
 def test_every_implementation_follows_the_twin(case: Case, how: dict[str, Any]) -> None:
     model = network()
