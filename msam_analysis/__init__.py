@@ -5,7 +5,7 @@ weights. Every measurement is a plain function of one and returns a frozen resul
 plain function of a result.
 """
 
-from msam_analysis import checkpoints, directions, plots, probes, results
+from msam_analysis import checkpoints, directions, export, plots, probes, results, trajectory
 from msam_analysis.alignment import momentum_gradient_cosine
 from msam_analysis.directions import Direction
 from msam_analysis.eigen import top_eigenvalues
@@ -13,30 +13,54 @@ from msam_analysis.landscape import slice_1d, slice_2d
 from msam_analysis.monitor import Monitor
 from msam_analysis.objective import Objective
 from msam_analysis.operators import MatrixOperator, SymmetricOperator
-from msam_analysis.results import ConvergenceWarning
-from msam_analysis.sharpness import average_sharpness, ball_sharpness
+from msam_analysis.resampling import data_interval
+from msam_analysis.results import ApproximationWarning, ConvergenceWarning
+from msam_analysis.sharpness import (
+    average_sharpness,
+    ball_sharpness,
+    certify,
+    directional_sharpness,
+    fisher_rao_norm,
+    m_sharpness,
+    one_step_sharpness,
+    relative_flatness,
+)
 from msam_analysis.spectrum import curvature_along, trace
+from msam_analysis.trajectory import TrajectoryRecorder, pca_plane, project
 from msam_analysis.vectors import normalization_layers
 
 __all__ = [
+    "ApproximationWarning",
     "ConvergenceWarning",
     "Direction",
     "MatrixOperator",
     "Monitor",
     "Objective",
     "SymmetricOperator",
+    "TrajectoryRecorder",
     "average_sharpness",
     "ball_sharpness",
+    "certify",
     "checkpoints",
     "curvature_along",
+    "data_interval",
+    "directional_sharpness",
     "directions",
+    "export",
+    "fisher_rao_norm",
+    "m_sharpness",
     "momentum_gradient_cosine",
     "normalization_layers",
+    "one_step_sharpness",
+    "pca_plane",
     "plots",
     "probes",
+    "project",
+    "relative_flatness",
     "results",
     "slice_1d",
     "slice_2d",
     "top_eigenvalues",
     "trace",
+    "trajectory",
 ]

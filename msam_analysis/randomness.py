@@ -29,6 +29,17 @@ def _set_global_state(state: tuple[Any, ...]) -> None:
         torch.mps.set_rng_state(mps)
 
 
+def same_state(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    """Tell whether nothing was drawn from a stream between two of its states."""
+    python, numpy, cpu, cuda, mps = zip(a, b, strict=True)
+    tensors = [cpu, *zip(cuda[0] or (), cuda[1] or (), strict=True), *([mps] if mps[0] is not None else [])]
+    return (
+        python[0] == python[1]
+        and all(np.array_equal(x, y) for x, y in zip(*numpy, strict=True))
+        and all(torch.equal(x, y) for x, y in tensors)
+    )
+
+
 def _cuda() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_initialized()
 
@@ -61,6 +72,11 @@ class RandomStream:
     def __exit__(self, *_: object) -> None:
         self._inner = _global_state()
         _set_global_state(self._outer)
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """Where the stream is, inside ``with stream:``; see :func:`same_state`."""
+        return _global_state()
 
     def restart(self, seed: int) -> None:
         """Start anew from a seed, inside ``with stream:``; much cheaper than to enter another stream."""

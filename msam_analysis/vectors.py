@@ -206,6 +206,11 @@ def widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def no_autocast(device: torch.device) -> torch.autocast:
+    """Return the context in which a caller's autocast does not reach what is computed."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def gaussian(size: int, columns: int, *, seed: int, like: Tensor, use: str = "") -> Tensor:
     """Draw a ``(size, columns)`` standard Gaussian matrix from a private generator seeded with ``seed`` and ``use``.
 

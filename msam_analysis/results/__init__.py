@@ -5,22 +5,33 @@ to and read from one ``.safetensors`` file (:meth:`Result.save`, :func:`load`): 
 as JSON in the header. No pickle is involved, so a file from a stranger is safe to read.
 """
 
-from msam_analysis.results.balls import BallSharpness
-from msam_analysis.results.base import ConvergenceWarning, Result, Settings, load
+from msam_analysis.results.balls import BallSharpness, BatchSharpness, Certificate, DirectionalSharpness
+from msam_analysis.results.base import ApproximationWarning, ConvergenceWarning, Result, Settings, load
 from msam_analysis.results.curvature import Eigenpairs, Estimate
 from msam_analysis.results.files import atomic_folder, atomic_path
+from msam_analysis.results.intervals import DataInterval
+from msam_analysis.results.points import load_trajectory
 from msam_analysis.results.slices import Slice1D, Slice2D
+from msam_analysis.results.trajectories import Projection, Trajectory
 
 __all__ = [
+    "ApproximationWarning",
     "BallSharpness",
+    "BatchSharpness",
+    "Certificate",
     "ConvergenceWarning",
+    "DataInterval",
+    "DirectionalSharpness",
     "Eigenpairs",
     "Estimate",
+    "Projection",
     "Result",
     "Settings",
     "Slice1D",
     "Slice2D",
+    "Trajectory",
     "atomic_folder",
     "atomic_path",
     "load",
+    "load_trajectory",
 ]

@@ -20,9 +20,15 @@ from msam_analysis.results.files import atomic_path
 
 Settings = Mapping[str, str | int | float | bool | None]
 
+_INSIDE = "/"  # between a field's name and the key of a tensor in it
+
 
 class ConvergenceWarning(UserWarning):
     """An iteration stopped before it reached the tolerance it was asked for."""
+
+
+class ApproximationWarning(UserWarning):
+    """A number is coarser than it looks: what was asked for had to be replaced, or was rounded away."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +73,9 @@ class Result(abc.ABC):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 # A copy each: safetensors refuses tensors that share memory.
-                tensors[field.name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+                tensors[field.name] = _plain_copy(value)
+            elif isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values()):
+                tensors |= {f"{field.name}{_INSIDE}{key}": _plain_copy(item) for key, item in value.items()}
             else:
                 plain[field.name] = dict(value) if isinstance(value, Mapping) else value
         header = {"kind": type(self).__name__, "fields": json.dumps(plain)}
@@ -111,12 +119,28 @@ def load(path: str | os.PathLike[str]) -> Result:
             f"{path} holds {header.get('kind', 'no kind of result')!r}, expected one of {sorted(Result._kinds)}"
         )
     try:
-        return kind(**json.loads(header["fields"]), **tensors)
+        return kind(**json.loads(header["fields"]), **_nested(tensors))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is damaged: its header does not describe a {kind.__name__} ({type(error).__name__}: {error}); "
             "write it anew"
         ) from None
+
+
+def _plain_copy(value: Tensor) -> Tensor:
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the tensors of a file as fields: those of one mapping together."""
+    fields: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        field, inside, key = name.partition(_INSIDE)
+        if inside:
+            fields.setdefault(field, {})[key] = tensor
+        else:
+            fields[field] = tensor
+    return fields
 
 
 def column(values: Tensor) -> Any:

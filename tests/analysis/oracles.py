@@ -130,3 +130,28 @@ def trust_region_maximum(H: Any, g: Any, rho: float) -> float:
     z = c / (np.exp(root) + gaps)
     z *= rho / np.linalg.norm(z)
     return value(z)
+
+
+def dense_gauss_newton(
+    forward: Callable[[Tensor, Any], Tensor],
+    loss_sum: Callable[[Tensor, Any], tuple[Tensor, Tensor | int]],
+    point: Tensor,
+    batches: list[Any],
+) -> Tensor:
+    """Return ``Σ JᵀHJ / Σ n`` from dense Jacobians and Hessians; ``loss_sum`` returns a sum over the batch and n."""
+    total, count = torch.zeros(len(point), len(point), dtype=torch.float64), 0.0
+    for batch in batches:
+        output = forward(point, batch)
+        J = torch.func.jacrev(lambda w, batch=batch: forward(w, batch).flatten())(point)
+        H = torch.func.hessian(lambda z, batch=batch, like=output: loss_sum(z.view_as(like), batch)[0])(
+            output.detach().flatten()
+        )
+        total += J.T @ H @ J
+        count += float(loss_sum(output, batch)[1])
+    return total / count
+
+
+def dense_symmetric(size: int, seed: int) -> Tensor:
+    """Return a symmetric float64 matrix with numbers of order one."""
+    matrix = torch.from_numpy(np.random.default_rng(seed).standard_normal((size, size)))
+    return (matrix + matrix.T) / 2

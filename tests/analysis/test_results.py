@@ -93,12 +93,125 @@ def estimate(**changes: Any) -> results.Estimate:
     return results.Estimate(**fields | changes)
 
 
+def interval(**changes: Any) -> results.DataInterval:
+    fields: dict[str, Any] = {
+        "settings": SETTINGS,
+        **{
+            name: torch.tensor([0.1 + 0.2, math.nan], dtype=torch.float64)
+            for name in ("value", "bias", "standard_error", "low", "high")
+        },
+        "replicates": torch.eye(3, 2).double(),
+        "samples": 19,
+        "method": "jackknife",
+        "level": 0.68,
+        "failed": 1,
+        "converged": False,
+    }
+    return results.DataInterval(**fields | changes)
+
+
+def batch_sharpness(**changes: Any) -> results.BatchSharpness:
+    fields: dict[str, Any] = {
+        "settings": SETTINGS,
+        "value": 0.1 + 0.2,
+        "standard_error": math.nan,
+        "rises": torch.tensor([0.1, math.inf, 1 / 3], dtype=torch.float64),
+        "one_steps": torch.tensor([0.05, math.nan, -0.1], dtype=torch.float64),
+        "sizes": torch.tensor([8, 8, 3]),
+        "m": 8,
+        "rho": 0.05,
+        "norm": "linf",
+        "adaptive": "filter",
+        "batches": 5,
+        "converged": False,
+        "gradients": 90,
+        "hvps": 36,
+    }
+    return results.BatchSharpness(**fields | changes)
+
+
+def certificate(**changes: Any) -> results.Certificate:
+    fields: dict[str, Any] = {
+        "settings": SETTINGS,
+        "verdict": "local maximum",
+        "multiplier": 1 / 3,
+        "residual": 1e-17,
+        "relative_residual": math.nan,
+        "curvature": -math.inf,
+        "curvature_residual": 0.0,
+        "gain": 0.1 + 0.2,
+        "on_surface": True,
+        "dimensions": 0,
+        "converged": True,
+        "tolerance": 1e-2,
+        "hvps": 0,
+    }
+    return results.Certificate(**fields | changes)
+
+
+def directional(**changes: Any) -> results.DirectionalSharpness:
+    fields: dict[str, Any] = {
+        "settings": SETTINGS,
+        "sharpness": 1 / 3,
+        "largest": math.inf,
+        "at": -0.5,
+        "coordinates": torch.tensor([-0.5, 0.0, 0.5], dtype=torch.float64),
+        "rises": torch.tensor([math.inf, 0.0, 1 / 3], dtype=torch.float64),
+        "resolution": 1e-17,
+        "loss": 0.1,
+        "displacement": torch.linspace(0, 1, 5),
+        "direction": "random (filter)",
+        "rho": 0.5,
+        "evaluations": 3,
+    }
+    return results.DirectionalSharpness(**fields | changes)
+
+
+def projection(**changes: Any) -> results.Projection:
+    fields: dict[str, Any] = {
+        "settings": SETTINGS,
+        "label": "MSAM",
+        "steps": torch.tensor([0, 10]),
+        "coordinates": torch.tensor([[0.1 + 0.2, math.nan], [1.0, -0.0]]).double(),
+        "distance": torch.tensor([1.0, math.inf]).double(),
+        "off_plane": torch.tensor([0.5, math.nan]).double(),
+        "rounding": torch.zeros(2).double(),
+        "directions": ("PCA 1 (90.0 %)", "PCA 2 (9.0 %)"),
+        "direction_norms": (1.0, 0.1 + 0.2),
+        "loss": torch.tensor([1 / 3, math.inf]).double(),
+        "projected_loss": None,
+        "center_loss": 1e-17,
+    }
+    return results.Projection(**fields | changes)
+
+
+def trajectory(**changes: Any) -> results.Trajectory:
+    fields: dict[str, Any] = {
+        "settings": SETTINGS,
+        "label": "SGD",
+        "steps": torch.tensor([0, 5]),
+        "points": torch.tensor([[1.0, 2.0, 3.0], [math.nan, 0.5, -math.inf]]),
+        "rounding": torch.tensor([0.0, math.nan]).double(),
+        "names": ("a", "b"),
+        "shapes": ((2, 1), (1,)),
+        "metrics": {"loss": torch.tensor([1 / 3, math.nan]).double()},
+        "buffers": {"bn.mean": torch.arange(4.0).reshape(2, 2), "bn.count": torch.tensor([3, 4])},
+    }
+    return results.Trajectory(**fields | changes)
+
+
 KINDS: dict[str, Callable[..., results.Result]] = {
     "Eigenpairs": eigenpairs,
     "BallSharpness": ball,
+    "BatchSharpness": batch_sharpness,
+    "Certificate": certificate,
+    "DirectionalSharpness": directional,
+    "DataInterval": interval,
     "Slice1D": line,
     "Slice2D": surface,
     "Estimate": estimate,
+    "Projection": projection,
+    "Trajectory": trajectory,
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
