@@ -1,14 +1,17 @@
-"""Results about the largest loss in a ball."""
+"""Results about how much the loss rises around the weights."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, Literal
 
 import pandas as pd
 from torch import Tensor
 
-from msam_analysis.results.base import Result
+from msam_analysis.results.base import Result, column
+
+Verdict = Literal["local maximum", "not a local maximum", "undecided"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,9 +30,9 @@ class BallSharpness(Result):
     displacement
         Shape ``(size,)``, inside the ball.
     rho, norm, adaptive
-        The ball: ``‖e‖ ≤ ρ``, or ``‖e / |w|‖ ≤ ρ`` when adaptive.
+        The ball: ``‖e‖ ≤ ρ``, or ``‖e / |w|‖ ≤ ρ`` when adaptive; ``"filter"``: in units of every filter's norm.
     starts
-        The rise reached from every start after the same few gradients; the ascent then goes on from the best.
+        The rise reached from every start after the same three gradients; the ascent then goes on from the best.
     spread
         ``(best − worst) / best`` of these: how much the start matters.
     stationarity
@@ -39,9 +42,12 @@ class BallSharpness(Result):
         held at their bound over ``‖q‖``. Inside the ball, ``‖q‖ ρ / sharpness``: what the slope promises against what
         was found.
     converged
-        The ascent from the best start stopped because it no longer rose, not because its budget ended.
+        The ascent from the best start stopped because it no longer rose, not because its budget ended, and nothing
+        speaks against a maximum: no NaN in the ball, and a start that could leave a point of zero gradient.
     gradients, hvps
         Gradients and Hessian-vector products spent.
+    undefined
+        Points of the ball, of those looked at, where the loss or its gradient was NaN.
     """
 
     sharpness: float
@@ -50,16 +56,188 @@ class BallSharpness(Result):
     displacement: Tensor
     rho: float
     norm: str
-    adaptive: bool
+    adaptive: bool | str
     starts: Mapping[str, float]
     spread: float
     stationarity: float
     converged: bool
     gradients: int
     hvps: int
+    undefined: int = 0
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row, without the displacement."""
         names = ("rho", "norm", "adaptive", "sharpness", "one_step", "loss", "spread", "stationarity", "converged")
         frame: pd.DataFrame = pd.DataFrame([{name: getattr(self, name) for name in names}])
+        return frame
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchSharpness(Result):
+    """The mean over batches of the largest loss rise that each has in a ball of its own: the m-sharpness.
+
+    Attributes
+    ----------
+    value
+        Mean of the batches' largest rises, each weighing what its batch holds; a lower bound, as each of them is.
+    standard_error
+        Of the mean over batches, as draws from more data of this kind; NaN for a single batch.
+    rises, one_steps
+        Shape ``(batches measured,)``: every batch's largest rise, and the rise after SAM's single step on it.
+    sizes
+        Shape ``(batches measured,)``: samples in each.
+    m
+        Samples per batch; the last batch of the data may hold fewer.
+    rho, norm, adaptive
+        The ball; see :class:`BallSharpness`.
+    batches
+        Batches that there are; ``len(rises)`` of them were measured.
+    converged
+        Every batch's ball did.
+    gradients, hvps
+        Gradients and Hessian-vector products of single batches that were spent.
+    """
+
+    value: float
+    standard_error: float
+    rises: Tensor
+    one_steps: Tensor
+    sizes: Tensor
+    m: int
+    rho: float
+    norm: str
+    adaptive: bool | str
+    batches: int
+    converged: bool
+    gradients: int
+    hvps: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per batch measured: its rise, its one-step rise, its size; the ball and ``m``."""
+        columns = {name: column(getattr(self, name)) for name in ("rises", "one_steps", "sizes")}
+        frame: pd.DataFrame = pd.DataFrame(
+            {
+                "sharpness": columns["rises"],
+                "one_step": columns["one_steps"],
+                "samples": columns["sizes"],
+                "m": self.m,
+                "rho": self.rho,
+                "norm": self.norm,
+                "adaptive": self.adaptive,
+            }
+        )
+        return frame
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DirectionalSharpness(Result):
+    """How much the loss rises at given distances along one direction.
+
+    Attributes
+    ----------
+    sharpness
+        ``L(w + displacement) − L(w)``, at the distance ``rho``; negative where the loss falls.
+    largest, at
+        The largest of ``rises`` and its coordinate. NaN counts as the largest.
+    coordinates, rises
+        Shape ``(points,)``: distances along the direction, in the norm that ``rho`` is in, and the rise at each.
+    resolution
+        ``eps (|L(w)| + |L(w + displacement)|)``: the rounding of the two losses in the data type of the forward pass. A
+        rise that is not well above it is noise.
+    loss
+        ``L(w)``.
+    displacement
+        Shape ``(size,)``: the displacement at ``rho``.
+    direction
+        What it is.
+    rho
+        Distance.
+    evaluations
+        Losses evaluated; the gradient of a one-step sharpness counts as one.
+    """
+
+    sharpness: float
+    largest: float
+    at: float
+    coordinates: Tensor
+    rises: Tensor
+    resolution: float
+    loss: float
+    displacement: Tensor
+    direction: str
+    rho: float
+    evaluations: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per point: ``coordinate`` and ``rise``."""
+        frame: pd.DataFrame = pd.DataFrame(
+            {
+                "coordinate": column(self.coordinates),
+                "rise": column(self.rises),
+                "direction": self.direction,
+                "resolution": self.resolution,
+            }
+        )
+        return frame
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Certificate(Result):
+    """What is known of a displacement as a local maximum of the loss in its ball.
+
+    In coordinates ``e = D z`` in which the ball is plain, with the slope ``q = D∇L`` and ``A = D∇²L D`` at the
+    displacement; see :func:`msam_analysis.sharpness.certify`.
+
+    Attributes
+    ----------
+    verdict
+        ``"local maximum"``: all curvature left is negative, and the residual can bring no more than the tolerance.
+        ``"not a local maximum"``: it may bring more, or some curvature is positive. ``"undecided"``: a curvature of
+        zero to the digits known, or one that did not converge.
+    multiplier
+        ``λ = max(⟨q, z⟩, 0)/ρ²`` on the surface of an l2 ball: how much more ``½ ρ²`` would bring. 0 inside, and for
+        l∞, where every held entry has a multiplier of its own.
+    residual, relative_residual
+        ``‖q − λ z‖``, the slope left within the ball, for l∞ of the entries not held; and the same over ``‖q‖``. Inside
+        the ball, where ``q`` vanishes at a maximum, over the larger of ``sharpness/ρ`` and ``ρ |curvature|``.
+    curvature, curvature_residual
+        Largest eigenvalue of ``A − λ I`` on the directions left, and the residual within which an exact one lies;
+        ``−inf`` if no direction is left.
+    gain
+        Most that the local quadratic model promises beyond the displacement, within the ball: ``residual² / 2
+        |curvature|``, and not more than residual and curvature can bring over the width of the ball. Infinite where the
+        slope leads from the surface into an l2 ball. In the unit of the loss; compare it with the sharpness.
+    on_surface
+        The displacement is on the surface of the ball.
+    dimensions
+        Number of directions left.
+    converged
+        The curvature did.
+    tolerance
+        Gain, relative to the sharpness, that counted as none.
+    hvps
+        Hessian-vector products spent.
+    """
+
+    verdict: str
+    multiplier: float
+    residual: float
+    relative_residual: float
+    curvature: float
+    curvature_residual: float
+    gain: float
+    on_surface: bool
+    dimensions: int
+    converged: bool
+    tolerance: float
+    hvps: int
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row."""
+        names = (
+            *("verdict", "multiplier", "residual", "relative_residual", "curvature", "curvature_residual", "gain"),
+            *("on_surface", "dimensions", "converged"),
+        )
+        row: dict[str, Any] = {name: getattr(self, name) for name in names}
+        frame: pd.DataFrame = pd.DataFrame([row])
         return frame

@@ -361,6 +361,10 @@ def test_seed() -> None:
     first, again = (ma.ball_sharpness(objective, 0.5, seed=3) for _ in range(2))
     assert torch.equal(first.displacement, again.displacement)
     assert first.sharpness == again.sharpness
+    drawn, same, other = (
+        ma.ball_sharpness(objective, 0.5, starts=("random",), seed=seed).starts["random"] for seed in (3, 3, 4)
+    )
+    assert drawn == same != other
 
 
 def test_steep_loss() -> None:
@@ -425,6 +429,11 @@ def test_an_interior_maximum_that_was_not_reached_is_not_called_one() -> None:
     with pytest.warns(ma.ConvergenceWarning, match="no maximum was reached"):
         short = ma.ball_sharpness(quadratic(H, g), 5.0, starts=("gradient",), iterations=5)
     assert not short.converged
+    with pytest.warns(ma.ConvergenceWarning, match="no maximum was reached"):
+        stalled = ma.ball_sharpness(quadratic(H, g), 5.0, starts=("gradient",), iterations=100)
+    assert stalled.gradients < 100, "the ascent stopped because it no longer rose"
+    assert stalled.stationarity > 0.1
+    assert not stalled.converged
     full = ma.ball_sharpness(quadratic(H, g), 5.0)
     exact = float(-0.5 * g @ torch.linalg.solve(H, g))
     assert full.sharpness == pytest.approx(exact, rel=1e-6)
