@@ -103,6 +103,54 @@ def bands(values: npt.ArrayLike, level: float = LEVEL) -> tuple[npt.NDArray[np.f
     return _intervals(array, _checked_level(level))
 
 
+def quantile_bands(
+    values: npt.ArrayLike, level: float = LEVEL
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the median of a curve repeated over seeds, and the range of its middle seeds, point by point.
+
+    Parameters
+    ----------
+    values
+        Shape ``(seeds, ...)``, at least one seed.
+    level
+        Part of the seeds inside the band, default 0.68: from quantile 0.16 to 0.84, interpolated between seeds.
+
+    Returns
+    -------
+    median, low, high : numpy.ndarray
+        Each of shape ``(...)``, float64. A seed at infinity counts as the largest; a point that is NaN for any seed is
+        NaN. One seed has a NaN band.
+
+    Raises
+    ------
+    ValueError
+        No seed was given, or ``level`` does not lie between 0 and 1.
+
+    Notes
+    -----
+    This is the spread of the seeds, which stays as it is with more of them; the interval of :func:`bands` is the
+    uncertainty of their mean, which shrinks.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim < 1 or array.shape[0] == 0:
+        raise ValueError(f"expected at least one seed along the first axis, got an array of shape {array.shape}")
+    outside = (1.0 - _checked_level(level)) / 2.0
+    low, median, high = (_quantile_of_sorted(np.sort(array, axis=0), part) for part in (outside, 0.5, 1.0 - outside))
+    if array.shape[0] < 2:
+        low, high = np.full_like(median, np.nan), np.full_like(median, np.nan)
+    return median, low, high
+
+
+def _quantile_of_sorted(values: npt.NDArray[np.float64], part: float) -> npt.NDArray[np.float64]:
+    """Interpolate along the first axis as numpy.quantile does, but for infinity, of which that makes NaN."""
+    below, share = divmod(part * (len(values) - 1), 1.0)
+    first = values[int(below)]
+    with np.errstate(invalid="ignore"):
+        between = first + share * (values[min(int(below) + 1, len(values) - 1)] - first) if share else first
+    found: npt.NDArray[np.float64] = np.where(np.isnan(values).any(axis=0), np.nan, between)
+    return found
+
+
 def mean_interval(values: npt.ArrayLike, level: float = LEVEL) -> Interval:
     """Return the mean of independent values with its Student-t interval.
 
@@ -216,4 +264,4 @@ def summarise(
     return table
 
 
-__all__ = ["LEVEL", "Interval", "bands", "mean_interval", "paired_interval", "summarise"]
+__all__ = ["LEVEL", "Interval", "bands", "mean_interval", "paired_interval", "quantile_bands", "summarise"]
