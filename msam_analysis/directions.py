@@ -1,11 +1,13 @@
 """Directions in weight space: where a slice goes, what a curvature is measured along.
 
 A :class:`Direction` is a flat vector with a name that says how it was made and normalised. Filter normalisation follows
-Li et al., *Visualizing the Loss Landscape of Neural Nets* (2018), section 4.
+Li et al., *Visualizing the Loss Landscape of Neural Nets* (2018), section 4. Every direction covers the parameters that
+its objective selects, in their order, and nothing else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -15,9 +17,9 @@ from torch import Tensor
 from msam_analysis.eigen import top_eigenvalues
 from msam_analysis.momentum import momentum_buffers
 from msam_analysis.objective import Objective
-from msam_analysis.vectors import Layout, gaussian
+from msam_analysis.vectors import Layout, gaussian, orthonormalize
 
-Normalization = Literal["filter", "layer", "l2", "none"]
+Normalization = Literal["filter", "layer", "weight", "l2", "none"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +47,7 @@ class Direction:
     ) -> Direction:
         """Return the direction rescaled; see :func:`normalized`."""
         vector = normalized(self.vector, objective.layout, objective.point(), normalize, one_d=one_d)
-        return replace(self, vector=vector, name=f"{self.name}, {_label(normalize, one_d)}")
+        return replace(self, vector=vector, name=f"{self.name}, {_label(normalize, one_d, objective.layout)}")
 
 
 def normalized(
@@ -57,13 +59,15 @@ def normalized(
     ``"filter"`` ``d_ij ← d_ij ‖w_ij‖ / ‖d_ij‖`` for every filter ``j`` (first index) of every tensor ``i``
                  with at least two dimensions
     ``"layer"``  the same with whole tensors
+    ``"weight"`` ``d ← d |w|``, entry by entry, for the same tensors: every weight moves by its own size
     ``"l2"``     ``d ← d / ‖d‖``
     ``"none"``   unchanged
     ============ =======================================================================================
 
-    For filter and layer normalisation, tensors with fewer than two dimensions (biases, normalisation layers) are left
-    where they are (``d_i = 0``), as Li et al. do, or, with ``one_d=True``, take the norm of the tensor they perturb. A
-    filter that is zero in the weights or in the direction stays put: its displacement is 0.
+    For filter, layer and weight normalisation, tensors with fewer than two dimensions (biases, normalisation layers)
+    are left where they are (``d_i = 0``), as Li et al. do, or, with ``one_d=True``, take the norm of the tensor they
+    perturb (for weights: the size of each entry). A filter that is zero in the weights or in the direction stays put:
+    its displacement is 0. The name of the direction says which was chosen.
 
     Parameters
     ----------
@@ -102,6 +106,9 @@ def normalized(
         if piece.ndim < 2 and not one_d:
             piece.zero_()
             continue
+        if normalize == "weight":
+            piece.mul_(weight.abs())
+            continue
         rows = piece.shape[0] if normalize == "filter" and piece.ndim >= 2 else 1
         mine, theirs = piece.view(rows, -1), weight.reshape(rows, -1)
         length = torch.linalg.vector_norm(mine, dim=1, keepdim=True, dtype=_wide(mine))
@@ -127,7 +134,7 @@ def random(
     weights = objective.point()
     draw = gaussian(objective.size, 1, seed=seed, like=weights)[:, 0]
     vector = normalized(draw, objective.layout, weights, normalize, one_d=one_d)
-    return Direction(vector, f"random {seed}, {_label(normalize, one_d)}")
+    return Direction(vector, f"random {seed}, {_label(normalize, one_d, objective.layout)}")
 
 
 def gradient(objective: Objective, normalize: Normalization = "none") -> Direction:
@@ -167,7 +174,31 @@ def momentum(
     layout = Layout(tuple(map(str, range(len(pieces)))), tuple(piece.shape for piece in pieces))
     vector = layout.flatten(pieces)
     vector = normalized(vector, layout, vector, normalize)
-    return Direction(vector, "momentum" if normalize == "none" else f"momentum, {_label(normalize, False)}")
+    return Direction(vector, "momentum" if normalize == "none" else f"momentum, {_label(normalize, False, layout)}")
+
+
+def last_update(objective: Objective, before: Tensor, normalize: Normalization = "none") -> Direction:
+    """Return ``w − before``: the last step, of any optimizer, forward in time (exhibit A2 goes along ``−v``).
+
+    Parameters
+    ----------
+    objective
+        At the weights after the step.
+    before
+        Its ``point()`` before the step, shape ``(size,)``.
+    normalize
+        See :func:`normalized`.
+
+    Raises
+    ------
+    ValueError
+        Another shape, or the weights have not moved.
+    """
+    objective.layout.check(before, "point before the step")
+    step = objective.point() - before.to(objective.point())
+    if not bool(step.any()):
+        raise ValueError("the weights are where they were: expected the point before the step; take it before step()")
+    return _finish(objective, step, "last update", normalize)
 
 
 def eigenvector(objective: Objective, index: int = 0, *, seed: int = 0) -> Direction:
@@ -188,9 +219,155 @@ def eigenvector(objective: Objective, index: int = 0, *, seed: int = 0) -> Direc
 
 
 def interpolation(objective: Objective, other: Tensor) -> Direction:
-    """Return ``other − w``: coordinate 0 is the current weights, coordinate 1 the other point (shape ``(size,)``)."""
+    """Return ``other − w``: coordinate 0 is the current weights, coordinate 1 the other point (shape ``(size,)``).
+
+    Buffers do not move along: between checkpoints of a network with BatchNorm, use the policies ``"recalibrate"`` or
+    ``"batch"``.
+    """
     objective.layout.check(other, "point")
     return Direction(other.to(objective.point()) - objective.point(), "interpolation")
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """The plane through the current weights and two other points.
+
+    Attributes
+    ----------
+    directions
+        What spans it; for :func:`~msam_analysis.slice_2d`.
+    points
+        Shape ``(3, 2)``, float64: coordinates of the current weights, ``a`` and ``b`` along the two directions.
+    """
+
+    directions: tuple[Direction, Direction]
+    points: Tensor
+
+    def coordinates(self, points: int = 51, margin: float = 0.25) -> tuple[Tensor, Tensor]:
+        """Return axes that hold the three points, for the argument ``coordinates`` of a slice; 0 is on both.
+
+        Parameters
+        ----------
+        points
+            Along each axis, at least 2. Default 51.
+        margin
+            Added on either side, as a fraction of the extent. Default 0.25.
+
+        Raises
+        ------
+        ValueError
+            Fewer than two points, or a negative margin.
+        """
+        if points < 2 or not margin >= 0:
+            raise ValueError(f"expected at least 2 points and a margin of at least 0, got {points!r} and {margin!r}")
+        low, high = self.points.min(0).values, self.points.max(0).values
+        low, high = low - margin * (high - low), high + margin * (high - low)
+        steps = (high - low) / (points - 1)
+        origins = torch.round(-low / steps)  # 0 is a multiple of the step away from every coordinate
+        x, y = (
+            (torch.arange(points, dtype=torch.float64) - origin) * s for origin, s in zip(origins, steps, strict=True)
+        )
+        return x, y
+
+
+def plane_through(objective: Objective, a: Tensor, b: Tensor, *, orthonormal: bool = True) -> Plane:
+    """Return the plane through the current weights ``w`` and two other points.
+
+    Parameters
+    ----------
+    objective
+        At ``w``.
+    a, b
+        Shape ``(size,)``: two checkpoints, for example.
+    orthonormal
+        Span it by ``u = (a − w)/‖a − w‖`` and the unit vector of what is left of ``b − w`` without its part along
+        ``u``, so that distances on the plane are distances between weights (Garipov et al. 2018, section 4). ``False``:
+        by ``a − w`` and ``b − w`` as they are; then ``a`` lies at (1, 0) and ``b`` at (0, 1).
+
+    Raises
+    ------
+    ValueError
+        The three points lie on one line, or one has another shape.
+
+    Notes
+    -----
+    Buffers do not move along; see :func:`interpolation`.
+    """
+    first, second = (interpolation(objective, other) for other in (a, b))
+    u, v = _double(first.vector), _double(second.vector)
+    along = float(u @ v / (u @ u)) if bool(u.any()) else 0.0
+    rest = v - along * u
+    if not float(rest.norm()) > _parallel(first.vector) * float(v.norm()) or not bool(u.any()):
+        raise ValueError(
+            "the three points lie on one line: expected three that span a plane; use interpolation instead"
+        )
+    if not orthonormal:
+        spanning = (replace(first, name="to the first point"), replace(second, name="to the second point"))
+        return Plane(spanning, torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
+    length, height = float(u.norm()), float(rest.norm())
+    unit = Direction((u / length).to(first.vector), "to the first point, unit length")
+    # Rounding to the objective's precision may leave a part along the first.
+    other = orthogonalized(Direction((rest / height).to(first.vector), ""), unit)
+    other = replace(other, name="to the second point, orthogonal to the first, unit length")
+    points = torch.tensor([[0.0, 0.0], [length, 0.0], [along * length, height]], dtype=torch.float64)
+    return Plane((unit, other), points)
+
+
+def orthogonalized(direction: Direction, against: Direction | Sequence[Direction]) -> Direction:
+    """Return what is left of a direction without its parts along others; it is not rescaled.
+
+    Computed in float64 by two passes of Gram-Schmidt, so that also what remains of nearly parallel directions is
+    orthogonal.
+
+    Parameters
+    ----------
+    direction
+        The one that gives way.
+    against
+        One or several, of any lengths and angles.
+
+    Raises
+    ------
+    ValueError
+        Nothing is left: the direction lies in the span of the others.
+    """
+    others = [against] if isinstance(against, Direction) else list(against)
+    vector = _double(direction.vector)
+    basis = orthonormalize(torch.stack([_double(other.vector) for other in others], dim=1))
+    rest = vector
+    for _ in range(2):
+        rest = rest - basis @ (basis.T @ rest)
+    if not float(rest.norm()) > _parallel(direction.vector) * float(vector.norm()):
+        raise ValueError(
+            f"the direction {direction.name!r} lies in the span of {', '.join(repr(other.name) for other in others)}: "
+            "expected one that leads out of it; choose another seed or another direction"
+        )
+    name = f"{direction.name}, orthogonal to {' and '.join(other.name for other in others)}"
+    return Direction(rest.to(direction.vector), name)
+
+
+def restricted(direction: Direction, objective: Objective, part: Objective) -> Direction:
+    """Return the entries of a direction that belong to the parameters of another objective of the same model.
+
+    Parameters
+    ----------
+    direction
+        Made with ``objective``.
+    part
+        As from :meth:`Objective.with_parameters`.
+
+    Raises
+    ------
+    ValueError
+        ``part`` has a parameter that ``objective`` has not.
+    """
+    views = objective.layout.views(direction.vector)
+    missing = [name for name in part.layout.names if name not in views]
+    if missing:
+        raise ValueError(
+            f"the direction has no entries for {missing[0]!r}: expected a part of its objective's parameters"
+        )
+    return Direction(part.layout.flatten(views[name] for name in part.layout.names), direction.name)
 
 
 def as_direction(direction: Direction | Tensor, objective: Objective) -> Direction:
@@ -224,6 +401,23 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
-def _label(normalize: Normalization, one_d: bool) -> str:
-    label = {"filter": "filter-normalised", "layer": "layer-normalised", "l2": "unit length", "none": "not normalised"}
-    return label[normalize] + (" with biases and norms" if one_d and normalize in ("filter", "layer") else "")
+def _double(vector: Tensor) -> Tensor:
+    return vector.detach().to(_wide(vector))
+
+
+def _parallel(vector: Tensor) -> float:
+    """Return the sine of an angle that rounding alone makes."""
+    return 100 * torch.finfo(vector.dtype).eps
+
+
+def _label(normalize: Normalization, one_d: bool, layout: Layout) -> str:
+    label = {
+        "filter": "filter-normalised",
+        "layer": "layer-normalised",
+        "weight": "weight-normalised",
+        "l2": "unit length",
+        "none": "not normalised",
+    }[normalize]
+    if normalize in ("l2", "none") or all(len(shape) >= 2 for shape in layout.shapes):
+        return label
+    return f"{label}, biases and norms {'moved' if one_d else 'fixed'}"

@@ -3,16 +3,107 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import pandas as pd
 import torch
+from scipy.special import stdtrit
 from torch import Tensor
 
 from msam_analysis.results.base import Result, column
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Slice1D(Result):
+class _Points:
+    """What is known of the points of a slice, on a line or a plane; ``grid`` is the shape of the loss.
+
+    Attributes
+    ----------
+    loss
+        NaN and infinity are kept.
+    center_loss
+        ``L(w)``.
+    metrics
+        Name to other quantities at the same points, shape ``grid`` or ``(*grid, n)``, such as each sample's loss.
+    evaluated
+        Shape ``grid``, boolean: where the loss was computed. Elsewhere it was interpolated (``refine``), or is NaN
+        because it is still to come (``complete`` is false). ``None``: everywhere.
+    error
+        Estimate of the largest error of the loss at the interpolated points, in units of the loss; 0 where every point
+        was computed.
+    metric_errors
+        The same for every metric that was interpolated.
+    tolerance
+        The error that was asked for, as a fraction of the range of the loss; ``None`` where every point was computed.
+    converged
+        Whether ``error`` is within the tolerance.
+    complete
+        Whether the measurement was finished: false for the file of one that still runs or was stopped.
+    standard_error
+        Shape ``grid``: of ``loss`` as an estimate of the loss on all data, where only some samples were drawn.
+    rise_error
+        Shape ``grid``: of ``loss − center_loss``, from the same samples; much smaller, since they are the same.
+    units
+        How many samples (or batches, where the loss of a sample cannot be told) the standard errors come from.
+    identity
+        Content hashes of what was measured: weights, data, directions, settings; empty without a file.
+    """
+
+    loss: Tensor
+    center_loss: float
+    metrics: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    evaluated: Tensor | None = None
+    error: float = 0.0
+    metric_errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    tolerance: float | None = None
+    converged: bool = True
+    complete: bool = True
+    standard_error: Tensor | None = None
+    rise_error: Tensor | None = None
+    units: int = 0
+    identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def evaluations(self) -> int:
+        """Number of grid points at which the loss was computed."""
+        return self.loss.numel() if self.evaluated is None else int(self.evaluated.sum())
+
+    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+        """Return the ends of the interval, point by point, that covers the loss on all data.
+
+        Student's t with ``units − 1`` degrees of freedom; with no standard error both ends are the loss.
+
+        Parameters
+        ----------
+        level
+            Confidence at each point. Default 0.95.
+
+        Returns
+        -------
+        tuple of Tensor
+            Lower and upper end, each of the shape of ``loss``.
+
+        Raises
+        ------
+        ValueError
+            ``level`` is not between 0 and 1.
+        """
+        if not 0.0 < level < 1.0:
+            raise ValueError(f"level must lie between 0 and 1 (0.95 for a 95 % interval), got {level!r}")
+        if self.standard_error is None:
+            return self.loss, self.loss
+        half = float(stdtrit(self.units - 1, (1.0 + level) / 2.0)) * self.standard_error
+        return self.loss - half, self.loss + half
+
+    def _columns(self) -> dict[str, Tensor]:
+        """Return what is known at every point, each of the shape of the loss; absent where there is nothing to say."""
+        known = {"evaluated": self.evaluated, "standard_error": self.standard_error, "rise_error": self.rise_error}
+        scalars = {name: values for name, values in self.metrics.items() if values.shape == self.loss.shape}
+        return {"loss": self.loss, **scalars} | {name: values for name, values in known.items() if values is not None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slice1D(_Points, Result):
     """Loss along a line: ``loss[i] = L(w + coordinates[i] · d)``.
 
     Attributes
@@ -25,29 +116,31 @@ class Slice1D(Result):
         ``L(w)``; equals ``loss`` at coordinate 0 exactly where 0 is on the grid.
     direction, direction_norm
         Its name (with the normalisation) and its L2 norm.
+    metrics, evaluated, error, metric_errors, tolerance, converged, complete, standard_error, rise_error, units
+        As in :class:`Slice2D`.
+    identity
+        Content hashes of what was measured: weights, data, direction, settings; empty without a file.
     """
 
     coordinates: Tensor
-    loss: Tensor
-    center_loss: float
     direction: str
     direction_norm: float
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per point: ``coordinate``, ``distance``, ``loss``."""
+        """Return one row per point: ``coordinate``, ``distance``, ``loss``, and what else was measured there."""
         coordinates = column(self.coordinates)
         frame: pd.DataFrame = pd.DataFrame(
             {
                 "coordinate": coordinates,
                 "distance": coordinates * self.direction_norm,
-                "loss": column(self.loss),
+                **{name: column(values) for name, values in self._columns().items()},
             }
         )
         return frame
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Slice2D(Result):
+class Slice2D(_Points, Result):
     """Loss on a plane: ``loss[i, j] = L(w + x[i] · d1 + y[j] · d2)``.
 
     Attributes
@@ -62,12 +155,31 @@ class Slice2D(Result):
         Names and L2 norms of the two directions, first x, then y.
     cosine
         Cosine between the two directions as applied.
+    metrics
+        Name to other quantities at the same points, shape ``(nx, ny)``, or ``(nx, ny, n)`` such as each sample's loss.
+    evaluated
+        Shape ``(nx, ny)``, boolean: where the loss was computed. Elsewhere it was interpolated (``refine``), or is NaN
+        because it is still to come (``complete`` is false). ``None``: everywhere.
+    error, metric_errors
+        Estimate of the largest error of the loss, and of each metric, at the interpolated points, in their own units;
+        0 where every point was computed.
+    tolerance
+        The error that was asked for, as a fraction of the range of the loss; ``None`` where every point was computed.
+    converged
+        Whether ``error`` is within the tolerance.
+    complete
+        Whether the measurement was finished: false for the file of one that still runs or was stopped.
+    standard_error, rise_error
+        Shape ``(nx, ny)``: of ``loss`` as an estimate of the loss on all data, and of ``loss − center_loss``, where
+        only some samples were drawn; else ``None``.
+    units
+        How many samples (or batches, where the loss of a sample cannot be told) the standard errors come from.
+    identity
+        Content hashes of what was measured: weights, data, directions, settings; empty without a file.
     """
 
     x: Tensor
     y: Tensor
-    loss: Tensor
-    center_loss: float
     directions: tuple[str, str]
     direction_norms: tuple[float, float]
     cosine: float
@@ -78,9 +190,8 @@ class Slice2D(Result):
         object.__setattr__(self, "direction_norms", tuple(self.direction_norms))
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per point: ``x``, ``y``, ``loss``; ``x`` varies slowest."""
+        """Return one row per point: ``x``, ``y``, ``loss``, and what else was measured; ``x`` varies slowest."""
         x, y = torch.meshgrid(self.x, self.y, indexing="ij")
-        frame: pd.DataFrame = pd.DataFrame(
-            {"x": column(x.flatten()), "y": column(y.flatten()), "loss": column(self.loss.flatten())}
-        )
+        columns = {"x": x, "y": y, **self._columns()}
+        frame: pd.DataFrame = pd.DataFrame({name: column(values.flatten()) for name, values in columns.items()})
         return frame

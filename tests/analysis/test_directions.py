@@ -137,7 +137,7 @@ def test_random_directions_are_gaussian(large: ma.Objective) -> None:
     assert abs(scipy.stats.kurtosis(sample)) < 0.3  # −1.2 for a uniform distribution, −2 for signs
 
 
-@pytest.mark.parametrize("normalize", ["none", "filter", "layer", "l2"])
+@pytest.mark.parametrize("normalize", ["none", "filter", "layer", "weight", "l2"])
 def test_random_directions_are_nearly_orthogonal(large: ma.Objective, normalize: Any) -> None:
     vectors = torch.stack([ma.directions.random(large, seed=s, normalize=normalize).vector for s in range(6)])
     vectors = vectors / vectors.norm(dim=1, keepdim=True)
@@ -251,3 +251,192 @@ def test_eigenvector_of_a_quadratic() -> None:
     residual = H @ vector - 5 * vector
     assert float(residual.norm()) < 1e-3
     assert np.isclose(float(vector.norm()), 1.0)
+
+
+# --- weight normalisation, and what the name says
+
+
+@each_case
+def test_weight_normalisation(case: Case) -> None:
+    """Entry by entry, ``d |w|``; vectors stay, or move with ``one_d``."""
+    objective = make(case)
+    raw = ma.directions.random(objective, seed=1, normalize="none").vector
+    scaled = objective.layout.views(raw * objective.point().abs())
+    for one_d in (False, True):
+        direction = ma.directions.random(objective, seed=1, normalize="weight", one_d=one_d)
+        for name, view in objective.layout.views(direction.vector).items():
+            expected = scaled[name] if view.ndim >= 2 or one_d else torch.zeros_like(view)
+            torch.testing.assert_close(view, expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("normalize", ["filter", "layer", "weight"])
+def test_the_name_says_what_biases_and_norms_do(normalize: Any) -> None:
+    objective = make(CONVNET)
+    fixed, moved = (ma.directions.random(objective, normalize=normalize, one_d=one_d) for one_d in (False, True))
+    assert fixed.name == f"random 0, {normalize}-normalised, biases and norms fixed"
+    assert moved.name == f"random 0, {normalize}-normalised, biases and norms moved"
+    views = objective.layout.views(moved.vector)
+    assert views["1.weight"].any()
+    assert not objective.layout.views(fixed.vector)["1.weight"].any()
+    weights = objective.layout.views(objective.point())
+    if normalize != "weight":
+        assert float(views["1.weight"].norm()) == pytest.approx(float(weights["1.weight"].norm()), rel=1e-12)
+    matrices = make(MLP, parameters="*.weight")
+    assert ma.directions.random(matrices, normalize=normalize).name == f"random 0, {normalize}-normalised", "no choice"
+    assert ma.directions.gradient(objective, "l2").name == "gradient, unit length"
+
+
+# --- orthogonal directions
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("angle", [1.0, 1e-2, 1e-4])
+def test_orthogonalised_directions_are_orthogonal(angle: float, dtype: torch.dtype) -> None:
+    """Also where they were nearly parallel: the cosine is below 1e-6, and the part left is the right one."""
+    a, b = normal(500, seed=1), normal(500, seed=2)
+    near = (a + angle * b).to(dtype)
+    rest = ma.directions.orthogonalized(ma.Direction(near, "near"), ma.Direction(a.to(dtype), "first"))
+    first, left = a.to(dtype).double(), rest.vector.double()
+    assert abs(float(first @ left) / float(first.norm() * left.norm())) < 1e-6
+    expected = near.double() - first * (first @ near.double()) / (first @ first)
+    torch.testing.assert_close(left, expected, rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=1e-7 * angle)
+    assert rest.vector.dtype == dtype
+    assert rest.name == "near, orthogonal to first"
+
+
+def test_orthogonal_to_several_that_are_not_orthogonal_themselves() -> None:
+    others = [ma.Direction(normal(40, seed=seed) + 2 * normal(40, seed=9), f"d{seed}") for seed in range(3)]
+    rest = ma.directions.orthogonalized(ma.Direction(normal(40, seed=7), "new"), others)
+    for other in others:
+        assert abs(float(other.vector @ rest.vector)) < 1e-12 * other.norm * rest.norm
+    again = ma.directions.orthogonalized(rest, others)
+    torch.testing.assert_close(again.vector, rest.vector, rtol=1e-12, atol=1e-14)
+
+
+def test_the_cosine_of_an_orthogonalised_plane() -> None:
+    objective = ma.Objective(MLP.model(torch.float32), MLP.loss_fn, MLP.data(torch.float32))
+    d1 = ma.directions.gradient(objective)
+    d2 = ma.directions.orthogonalized(ma.directions.random(objective), d1)
+    assert abs(ma.slice_2d(objective, (d1, d2), points=1).cosine) < 1e-6
+
+
+@pytest.mark.parametrize("other", [3.0, -1.0])
+def test_nothing_is_left_of_a_parallel_direction(other: float) -> None:
+    direction = ma.Direction(normal(40, seed=1).float(), "first")
+    with pytest.raises(ValueError, match=r"'second' lies in the span of 'first': expected one that leads out"):
+        ma.directions.orthogonalized(ma.Direction(other * direction.vector, "second"), direction)
+
+
+# --- between points
+
+
+def test_last_update() -> None:
+    """What the step did, by whatever optimizer, and for a part of the parameters."""
+    model, data = MLP.model().eval(), MLP.data()
+    optimizer = optimizers()["AdamW"](list(model.parameters()))
+    steps(model, optimizer, data, 3)
+    objective = ma.Objective(model, MLP.loss_fn, data)
+    part = objective.with_parameters("3.*")
+    before, some = objective.point(), part.point()
+    steps(model, optimizer, data, 1)
+    direction = ma.directions.last_update(objective, before)
+    torch.testing.assert_close(before + direction.vector, flatten(model), rtol=1e-15, atol=1e-16)
+    assert direction.name == "last update"
+    restricted = ma.directions.restricted(direction, objective, part)
+    assert torch.equal(ma.directions.last_update(part, some).vector, restricted.vector)
+    assert ma.directions.last_update(objective, before, "l2").norm == pytest.approx(1.0, rel=1e-12)
+    with pytest.raises(ValueError, match=r"the weights are where they were: expected the point before the step"):
+        ma.directions.last_update(objective, objective.point())
+    with pytest.raises(ValueError, match=r"expected a flat point before the step of shape \(59,\)"):
+        ma.directions.last_update(objective, some)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("orthonormal", [True, False])
+def test_plane_through_three_points(orthonormal: bool, dtype: torch.dtype) -> None:
+    """The three points lie where the plane says, and the loss there is theirs."""
+    objective = ma.Objective(MLP.model(dtype), MLP.loss_fn, MLP.data(dtype))
+    a, b = (flatten(MLP.model(seed=seed)).to(dtype) for seed in (5, 6))
+    plane = ma.directions.plane_through(objective, a, b, orthonormal=orthonormal)
+    d1, d2 = (direction.vector for direction in plane.directions)
+    for (x, y), point in zip(plane.points, (objective.point(), a, b), strict=True):
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(objective.point() + float(x) * d1 + float(y) * d2, point, rtol=0, atol=tolerance)
+    if orthonormal:
+        assert abs(float(d1.double() @ d2.double())) < 1e-6
+        assert [direction.norm for direction in plane.directions] == pytest.approx([1.0, 1.0], rel=1e-6)
+        distances = torch.cdist(plane.points, plane.points)
+        corners = torch.stack([objective.point(), a, b]).double()
+        torch.testing.assert_close(distances, torch.cdist(corners, corners), rtol=1e-6, atol=1e-6)
+    else:
+        assert plane.points.tolist() == [[0, 0], [1, 0], [0, 1]]
+    x, y = plane.coordinates(21, margin=0.5)
+    for axis, places in ((x, plane.points[:, 0]), (y, plane.points[:, 1])):
+        assert len(axis) == 21
+        assert 0.0 in axis.tolist()
+        assert float(axis[0]) < float(places.min()) < float(places.max()) < float(axis[-1])
+    corner = ma.slice_2d(objective, plane.directions, coordinates=([0.0, float(plane.points[1, 0])], [0.0]))
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-10
+    assert float(corner.loss[1, 0]) == pytest.approx(float(objective.loss(a)), rel=tolerance)
+    assert float(corner.loss[0, 0]) == float(objective.loss())
+
+
+@pytest.mark.parametrize("orthonormal", [True, False])
+def test_three_points_on_one_line(orthonormal: bool) -> None:
+    objective = make(MLP)
+    w, step = objective.point(), normal(59, seed=1)
+    for a, b in ((w + step, w - 2 * step), (w, w + step), (w + step, w)):
+        with pytest.raises(ValueError, match=r"the three points lie on one line: expected three that span a plane"):
+            ma.directions.plane_through(objective, a, b, orthonormal=orthonormal)
+
+
+@pytest.mark.parametrize(("points", "margin"), [(1, 0.1), (5, -0.1)])
+def test_bad_axes_of_a_plane(points: int, margin: float) -> None:
+    objective = make(MLP)
+    plane = ma.directions.plane_through(objective, *(flatten(MLP.model(seed=seed)) for seed in (5, 6)))
+    with pytest.raises(ValueError, match=r"expected at least 2 points and a margin of at least 0"):
+        plane.coordinates(points, margin)
+
+
+# --- a part of the parameters
+
+
+MADE: dict[str, Callable[[ma.Objective, torch.optim.Optimizer, dict[str, Tensor]], ma.Direction]] = {
+    "random": lambda o, optimizer, others: ma.directions.random(o, one_d=True),
+    "gradient": lambda o, optimizer, others: ma.directions.gradient(o),
+    "momentum": lambda o, optimizer, others: ma.directions.momentum(optimizer, o),
+    "last update": lambda o, optimizer, others: ma.directions.last_update(o, o.vector(others)),
+    "interpolation": lambda o, optimizer, others: ma.directions.interpolation(o, o.vector(others)),
+    "eigenvector": lambda o, optimizer, others: ma.directions.eigenvector(o),
+    "plane": lambda o, optimizer, others: ma.directions.plane_through(
+        o, o.vector(others), o.gradient(), orthonormal=False
+    ).directions[0],
+}
+
+
+@pytest.mark.parametrize("pattern", ["3.*", "*.weight"])
+@pytest.mark.parametrize("name", MADE)
+def test_a_part_of_the_parameters_restricts_every_direction_alike(name: str, pattern: str) -> None:
+    """An entry for each of them and none for others; what does not depend on the choice is a piece of the whole."""
+    model, data = MLP.model().eval(), MLP.data()
+    optimizer = optimizers()["SGD"](list(model.parameters()))
+    steps(model, optimizer, data, 3)
+    others = dict(MLP.model(seed=5).state_dict())
+    whole = ma.Objective(model, MLP.loss_fn, data)
+    part = whole.with_parameters(pattern)
+    direction = MADE[name](part, optimizer, others)
+    assert direction.vector.shape == (part.size,)
+    if name not in ("random", "eigenvector"):
+        full = ma.directions.restricted(MADE[name](whole, optimizer, others), whole, part)
+        torch.testing.assert_close(direction.vector, full.vector, rtol=1e-12, atol=1e-14)
+    line = ma.slice_1d(part, direction, points=3)
+    for x, loss in zip(line.coordinates, line.loss, strict=True):
+        moved = dict(model.named_parameters()) | part.layout.views(part.point() + x * direction.vector)
+        flat = torch.cat([moved[n].detach().flatten() for n, _ in model.named_parameters()])
+        assert float(loss) == pytest.approx(float(whole.loss(flat)), rel=1e-12)
+
+
+def test_restricting_to_what_is_not_there() -> None:
+    whole, part = make(MLP), make(MLP, parameters="0.*")
+    with pytest.raises(ValueError, match=r"has no entries for '3.weight': expected a part"):
+        ma.directions.restricted(ma.directions.random(part), part, whole)

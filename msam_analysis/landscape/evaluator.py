@@ -1,0 +1,314 @@
+"""Rows of numbers at points of a line or a plane: the loss first, then whatever else was asked for.
+
+The point is computed in one flat buffer, of which the parameters of a private copy of the network are views: nothing is
+allocated, copied or looked up between two forward passes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msam_analysis.batchnorm import batchnorm_layers, collect_statistics
+from msam_analysis.landscape.metrics import Metric, OutputMetric
+from msam_analysis.landscape.sampling import standard_error
+from msam_analysis.landscape.watch import Watch
+from msam_analysis.nested import Batch, count_samples
+from msam_analysis.objective import Objective
+from msam_analysis.randomness import RandomStream, same_state
+from msam_analysis.skeleton import mean_and_weight
+from msam_analysis.vectors import widest
+
+ERRORS = ("standard_error", "rise_error")
+
+
+class Evaluator:
+    """The loss and metrics of an objective at ``w + Σ c_k d_k``, with the same bits as :meth:`Objective.loss`.
+
+    Parameters
+    ----------
+    objective
+        The loss.
+    directions
+        ``d_k``, each of shape ``(size,)``, on the objective's device and of its data type.
+    metrics
+        Name to what is measured beside the loss.
+    fraction
+        Of the data that the objective's samples were drawn from; ``None`` if they are all, and need no standard error.
+
+    Attributes
+    ----------
+    widths
+        Name to how many numbers of a row belong to it, in order; 0 for a single number that is no array.
+    center
+        The row at the centre.
+    seconds
+        What it took.
+    units
+        Samples or batches that the standard errors come from.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        directions: Sequence[Tensor],
+        metrics: Mapping[str, Metric] | None = None,
+        fraction: float | None = None,
+    ) -> None:
+        self.objective = objective
+        self.directions = directions
+        self.metrics = dict(metrics or {})
+        self.fraction = fraction
+        self.weights = objective.point()
+        self.at = self.weights.clone()
+        self._row, self._head = self.weights, [0.0] * (len(directions) - 1)
+        self.module = objective.scratch()
+        self._copies = self._bind()
+        self._buffers = _Buffers(self.module)
+        self._watch = Watch(self.module, self.metrics, losses=fraction is not None)
+        self._held = self._hold()
+        self._tensors = [tensor for batch, _ in self._held or () for tensor in batch]
+        self._versions = [tensor._version for tensor in self._tensors]
+        self._number = float if objective.device.type == "cpu" else self._wide
+        self._reference: Tensor | None = None  # the units' losses at the centre
+        self.widths: dict[str, int] = {}
+        self.center = self._first()
+
+    @property
+    def units(self) -> int:
+        """Number of samples or batches behind the standard errors; 0 without them."""
+        return 0 if self._reference is None else len(self._reference)
+
+    def rows(self, coordinates: Sequence[Sequence[float]]) -> Tensor:
+        """Return one row for each point, shape ``(points, width)``, float64 on the CPU.
+
+        Parameters
+        ----------
+        coordinates
+            ``c_k`` of every point.
+        """
+        with self.objective.evaluating() as stream:
+            rows = self._quickly(coordinates, stream)
+            if rows is None:
+                rows = [self._forward(point, stream) for point in coordinates]
+        return self._stacked(rows, coordinates)
+
+    def move(self, point: Sequence[float]) -> Tensor:
+        """Put the private copy to a point, and return the buffer that holds it."""
+        *head, last = point
+        if head != self._head:
+            # The points of a row share all but their last step.
+            self._row, self._head = self._begun(head), head
+        if last:
+            torch.add(self._row, self.directions[-1], alpha=last, out=self.at)
+        else:
+            self.at.copy_(self._row)
+        for parameter, view in self._copies:
+            parameter.copy_(view)
+        return self.at
+
+    def _begun(self, head: Sequence[float]) -> Tensor:
+        start = self.weights
+        for coordinate, direction in zip(head, self.directions[:-1], strict=True):
+            start = torch.add(start, direction, alpha=coordinate) if coordinate else start
+        return start
+
+    def warn_of_rounding(self, point: Sequence[float]) -> None:
+        """Let the objective warn if weights in half precision are too coarse for a point."""
+        if self._copies:
+            self.objective.leaves(self.move(point))
+
+    def batches(self) -> Iterable[tuple[Batch, int]]:
+        """Iterate over the batches and their numbers of samples, counted before a loss takes them apart."""
+        if self._unread():
+            return self._held or []
+        self._held = None  # written to by a forward pass: only a new reading helps
+        return ((batch, count_samples(batch)) for batch in self.objective.batches)
+
+    # ----------------------------------------------------------------------------------------------------------- inside
+
+    def _bind(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Make parameters views of the point; return those of another precision, which need a copy each."""
+        copies = []
+        parameters = dict(self.module.named_parameters())
+        for name, view in self.objective.layout.views(self.at).items():
+            parameter = parameters[f"model.{name}"]
+            if parameter.dtype == view.dtype:
+                parameter.data = view
+            else:
+                copies.append((parameter, view))
+        return copies
+
+    def _hold(self) -> list[tuple[tuple[Tensor, Tensor], int]] | None:
+        """Return the batches where they fit the cache and are pairs of tensors, which nobody can take apart."""
+        batches = self.objective.batches
+        if batches.nbytes > batches.cache_bytes:
+            return None
+        pairs = [(batch, size) for batch, size in zip(batches, batches.sizes, strict=True) if _is_pair(batch)]
+        return pairs if len(pairs) == len(batches) else None
+
+    def _wide(self, value: Tensor) -> Tensor:
+        return value.to(widest(value.device))
+
+    def _first(self) -> Tensor:
+        origin = [0.0] * len(self.directions)
+        start = time.monotonic()
+        with self.objective.evaluating() as stream:
+            row = self._forward(origin, stream)
+        self.seconds = time.monotonic() - start
+        # Only the loss is wanted, as one number from a pair of tensors, and nothing happens on the way.
+        self._quick = self._unread() and len(row) == 1 and self._direct and self.objective.batchnorm != "recalibrate"
+        return self._stacked([row], [origin])[0]
+
+    def _unread(self) -> bool:
+        """Tell whether the batches at hand are as they were read."""
+        return self._held is not None and [tensor._version for tensor in self._tensors] == self._versions
+
+    def _quickly(self, coordinates: Sequence[Sequence[float]], stream: RandomStream) -> list[list[Any]] | None:
+        """Return the rows of points as if no forward pass drew or wrote anything; ``None`` if one did.
+
+        What is done in :meth:`_forward` for every batch takes as long as a small network.
+        """
+        if not self._quick:
+            return None
+        model, number, held = self.module.model, self._number, self._held or []
+        loss_fn: Any = self.module.loss_fn
+        weight_sum = float(sum(samples for _, samples in held))
+        rows: list[list[Any]] = []
+        before = stream.state
+        for point in coordinates:
+            self.move(point)
+            total: Any = 0.0
+            for (inputs, targets), samples in held:
+                total = total + number(loss_fn(model(inputs), targets)) * samples
+            rows.append([total / weight_sum])
+        self._quick = self._unread() and not self._buffers.written and same_state(before, stream.state)
+        return rows if self._quick else None
+
+    def _forward(self, point: Sequence[float], stream: RandomStream) -> list[Any]:
+        """Return the loss, its errors and the metrics of the output at a point."""
+        self.move(point)
+        if self.objective.batchnorm == "recalibrate":
+            self._recalibrate(stream)
+        total: Any = 0.0
+        weight_sum = 0.0
+        values, weights = [], []
+        for index, (batch, samples) in enumerate(self.batches()):
+            # Every batch has its own seed and fresh buffers: none sees what another drew or wrote.
+            stream.restart(self.objective.seed + index)
+            self._buffers.restore()
+            returned = self.module(batch)
+            self._direct = isinstance(returned, Tensor) and returned.ndim == 0
+            mean, weight = mean_and_weight(returned, samples)
+            value = self._number(mean)
+            total = total + value * weight
+            weight_sum += weight
+            values.append(value)
+            weights.append(weight)
+        row = [total / weight_sum]
+        if self.fraction is not None:
+            row += self._errors(values, weights)
+        return row + self._watch.collect() if self._watch.names else row
+
+    def _errors(self, values: list[Any], weights: list[float]) -> list[float]:
+        losses = self._watch.losses(values)
+        units = torch.tensor([float(value) for value in values], dtype=torch.float64) if losses is None else losses
+        weighing = torch.ones_like(units) if losses is not None else torch.tensor(weights, dtype=torch.float64)
+        if self._reference is None:
+            self._reference = units
+        fraction = self.fraction or 0.0
+        return [standard_error(x, weighing, fraction) for x in (units, units - self._reference)]
+
+    def _recalibrate(self, stream: RandomStream) -> None:
+        """Re-estimate BatchNorm's statistics here, as :class:`Objective` does."""
+        for layer in batchnorm_layers(self.module).values():
+            layer.reset_running_stats()
+        seen = 0
+        try:
+            for index, (batch, samples) in enumerate(self.batches()):
+                stream.restart(self.objective.seed + index)
+                seen += samples
+                collect_statistics(self.module, share=samples / seen if seen else 0.0)
+                self.module(batch)
+        finally:
+            collect_statistics(self.module, share=None)
+        self._watch.forget()
+        self._buffers.keep()
+
+    def _stacked(self, rows: list[list[Any]], coordinates: Sequence[Sequence[float]]) -> Tensor:
+        if self.objective.device.type != "cpu":
+            for row, loss in zip(rows, torch.stack([row[0] for row in rows]).tolist(), strict=True):  # one transfer
+                row[0] = loss
+        if not self.metrics and self.fraction is None:
+            self.widths["loss"] = 0
+            return torch.tensor(rows, dtype=torch.float64)
+        others = {name: metric for name, metric in self.metrics.items() if not isinstance(metric, OutputMetric)}
+        for row, point in zip(rows, coordinates, strict=True):
+            for name, metric in others.items():
+                # A tensor of its own: what the metric keeps of it, the next point does not change.
+                row.append(_plain(name, metric(self.objective, self.move(point).clone())))
+        names = ["loss", *(ERRORS if self.fraction is not None else ()), *self._watch.names, *others]
+        for row in rows:
+            for name, value in zip(names, row, strict=True):
+                width = len(value) if isinstance(value, Tensor) else 0
+                if self.widths.setdefault(name, width) != width:
+                    raise ValueError(
+                        f"the metric {name!r} returned {width or 1} numbers where there were {self.widths[name] or 1} "
+                        "before: expected a tensor that is as long at every point"
+                    )
+        if not any(self.widths.values()):
+            return torch.tensor(rows, dtype=torch.float64)
+        return torch.stack(
+            [torch.cat([torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in row]) for row in rows]
+        )
+
+
+def _is_pair(batch: Batch) -> bool:
+    return isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(item, Tensor) for item in batch)
+
+
+def _plain(name: str, value: object) -> float | Tensor:
+    """Return what a metric returned as a float, or as a flat float64 tensor on the CPU."""
+    if isinstance(value, int | float):
+        return float(value)
+    if not isinstance(value, Tensor) or value.ndim > 1:
+        came = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"the metric {name!r} returned {came}: expected a number or a flat tensor")
+    return value.detach().cpu().double() if value.ndim else float(value)
+
+
+class _Buffers:
+    """The buffers of a private copy, put back when a forward pass wrote to them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._places = [
+            (owner._buffers, name, tensor)
+            for owner in module.modules()
+            for name, tensor in owner._buffers.items()
+            if tensor is not None
+        ]
+        self.keep()
+
+    def keep(self) -> None:
+        """Take the present values for those to be put back."""
+        self._kept = [(*place, place[2].clone()) for place in self._places]
+        self._versions = [tensor._version for _, _, tensor in self._places]
+
+    @property
+    def written(self) -> bool:
+        """Whether any differs from what was kept."""
+        return any(
+            owner.get(name) is not tensor or tensor._version != version
+            for (owner, name, tensor, _), version in zip(self._kept, self._versions, strict=True)
+        )
+
+    def restore(self) -> None:
+        """Put back what differs."""
+        for number, (owner, name, tensor, kept) in enumerate(self._kept):
+            if owner.get(name) is not tensor or tensor._version != self._versions[number]:
+                owner[name] = tensor.copy_(kept)
+                self._versions[number] = tensor._version

@@ -1,0 +1,82 @@
+"""The file of a slice that is being measured: whole at every moment, and at most a second or a point behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from msam_analysis.results import Slice1D, Slice2D, load
+
+Slice = TypeVar("Slice", Slice1D, Slice2D)
+
+INTERVAL = 1.0
+"""Seconds between two writings, if points come faster than that."""
+
+_SHARE = 20  # writing takes at most one part in so many of the time
+_HASH = re.compile(r"[0-9a-f]{16}")
+_SHOWN = 40  # characters of a value that a person is told
+
+
+class Journal:
+    """Writes a partial result whenever it is due.
+
+    Parameters
+    ----------
+    path
+        A ``.safetensors`` file, or ``None`` for no file at all.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self.path = None if path is None else Path(path)
+        self._last = -float("inf")
+        self._duration = 0.0
+
+    def resumed(self, kind: type[Slice], identity: Mapping[str, str]) -> Slice | None:
+        """Return what the file holds of this measurement; ``None`` if there is no file.
+
+        Raises
+        ------
+        ValueError
+            The file is of another measurement.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        loaded: Any = load(self.path)
+        if not isinstance(loaded, kind) or not loaded.identity:
+            raise ValueError(
+                f"{self.path} holds a {type(loaded).__name__} that cannot be continued: expected a {kind.__name__} "
+                "measured with path=...; give another path, or move the file away"
+            )
+        found: Slice = loaded
+        names = dict.fromkeys([*identity, *found.identity])
+        told = [text for name in names if (text := _difference(name, found.identity.get(name), identity.get(name)))]
+        if told:
+            raise ValueError(
+                f"{self.path} belongs to another measurement, which differs in its {', its '.join(told)}: expected the "
+                "file of the same one; give another path, or move the file away"
+            )
+        return found
+
+    def write(self, snapshot: Callable[[], Slice1D | Slice2D], *, now: bool = False) -> None:
+        """Write what there is, if it is due or has to be ``now``."""
+        if self.path is None or not (now or time.monotonic() - self._last >= max(INTERVAL, _SHARE * self._duration)):
+            return
+        start = time.monotonic()
+        snapshot().save(self.path)
+        self._last = time.monotonic()
+        self._duration = self._last - start
+
+
+def _difference(name: str, then: str | None, now: str | None) -> str:
+    """Return in words how a file differs in one respect, or nothing."""
+    if then == now:
+        return ""
+    shown = [value for value in (then, now) if value is not None]
+    if all(_HASH.fullmatch(value) for value in shown):
+        return name
+    there, here = ((value or "none")[:_SHOWN] for value in (then, now))
+    return f"{name} ({there} there, {here} here)"

@@ -1,0 +1,70 @@
+"""The loss on a random part of the data, the same part at every point, and how far it is from the loss on all."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from msam_analysis.objective import Objective
+from msam_analysis.skeleton import LossFunction
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+def drawn(objective: Objective, samples: int, seed: int) -> Objective:
+    """Return the objective on ``samples`` samples, drawn without replacement, in the order of the data.
+
+    Raises
+    ------
+    ValueError
+        ``samples`` is not between 2 and the number of samples.
+    """
+    if isinstance(samples, bool) or not isinstance(samples, int) or not 2 <= samples <= objective.samples:
+        raise ValueError(
+            f"samples must be an integer from 2 to the {objective.samples} that there are, got {samples!r}: "
+            "leave it out to use all"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return objective.with_samples(torch.randperm(objective.samples, generator=generator)[:samples].sort().values)
+
+
+def per_sample(loss_fn: LossFunction) -> Criterion | None:
+    """Return a criterion that gives every sample's loss, or ``None`` if ``loss_fn`` offers no ``reduction``."""
+    if isinstance(loss_fn, nn.Module):
+        if not isinstance(getattr(loss_fn, "reduction", None), str):
+            return None
+        unreduced: Any = copy.copy(loss_fn)
+        unreduced.reduction = "none"
+        return cast(Criterion, unreduced)
+    try:
+        offered = "reduction" in inspect.signature(loss_fn).parameters
+    except ValueError:  # a builtin
+        return None
+    return cast(Criterion, functools.partial(loss_fn, reduction="none")) if offered else None
+
+
+def standard_error(values: Tensor, weights: Tensor, fraction: float) -> float:
+    r"""Return the standard error of ``Σ w x / Σ w`` over units drawn without replacement.
+
+    ``SE² = (1 − f) · n/(n − 1) · Σ w² (x − x̄)² / (Σ w)²``, the ratio estimator's (Cochran, *Sampling Techniques*, 1977,
+    section 6.3), with ``f`` the fraction drawn; ``s²/n · (1 − f)`` for equal weights. NaN for a single unit.
+
+    Parameters
+    ----------
+    values, weights
+        Shape ``(n,)``, float64.
+    fraction
+        ``f``.
+    """
+    if len(values) < 2:
+        return math.nan
+    mean = (weights * values).sum() / weights.sum()
+    spread = (weights * (values - mean)).square().sum() / weights.sum().square()
+    return math.sqrt((1 - fraction) * len(values) / (len(values) - 1) * float(spread))

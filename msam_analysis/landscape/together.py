@@ -1,0 +1,131 @@
+"""Several points in one forward pass, where the network is so small that their number is what costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from msam_analysis.landscape.evaluator import Evaluator
+from msam_analysis.nested import Batch
+from msam_analysis.skeleton import mean_and_weight
+
+_SIZES = (8, 32, 128)
+# What a batch of points must gain before it is taken: less is within what a busy machine's clock is off by.
+_GAIN = 1.2
+
+
+class Together:
+    """Losses at ``size`` points at once, by :func:`torch.vmap`.
+
+    They differ from those of :class:`Evaluator` by rounding, but not from one call to another: every call computes
+    ``size`` points, the last of them repeated where there are fewer.
+
+    Parameters
+    ----------
+    evaluator
+        Of the loss alone.
+    size
+        How many.
+
+    Raises
+    ------
+    ValueError
+        The network, the loss or the BatchNorm policy does not allow it, or there are other metrics.
+    """
+
+    def __init__(self, evaluator: Evaluator, size: int) -> None:
+        self.evaluator = evaluator
+        self.size = size
+        objective = evaluator.objective
+        if set(evaluator.widths) != {"loss"}:
+            names = ", ".join(name for name in evaluator.widths if name != "loss")
+            raise ValueError(f"chunk={size} measures the loss alone, and not {names}: leave chunk out")
+        if objective.batchnorm == "recalibrate":
+            raise ValueError(f"chunk={size} has no batchnorm='recalibrate', which every point needs for itself")
+        try:
+            found = float(self.rows([[0.0] * len(evaluator.directions)])[0, 0])
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"chunk={size} cannot batch the points of this loss ({str(error).splitlines()[0]}): leave chunk out"
+            ) from error
+        expected = float(evaluator.center[0])
+        rounding = 1e3 * torch.finfo(objective.precision).eps
+        if not abs(found - expected) <= rounding * max(abs(expected), 1.0):
+            raise ValueError(
+                f"chunk={size} gives {found:g} at the centre where one point alone gives {expected:g}: leave chunk out"
+            )
+
+    def rows(self, coordinates: Sequence[Sequence[float]]) -> Tensor:
+        """Return the losses, shape ``(points, 1)``, ``size`` points at a time."""
+        groups = [coordinates[start : start + self.size] for start in range(0, len(coordinates), self.size)]
+        # Fused attention has no rule for a batch of points.
+        with self.evaluator.objective.evaluating(), sdpa_kernel(SDPBackend.MATH):
+            return torch.cat([self._group(group) for group in groups])
+
+    def _group(self, coordinates: Sequence[Sequence[float]]) -> Tensor:
+        evaluator, layout = self.evaluator, self.evaluator.objective.layout
+        padded = [*coordinates, *[coordinates[-1]] * (self.size - len(coordinates))]
+        steps = torch.tensor(padded, dtype=torch.float64).to(evaluator.weights)
+        points = evaluator.weights.repeat(self.size, 1)
+        for column, direction in zip(steps.T, evaluator.directions, strict=True):
+            points.addcmul_(column[:, None], direction)
+        dtypes = {name: parameter.dtype for name, parameter in evaluator.module.named_parameters()}
+
+        def loss(point: Tensor, batch: Batch, samples: int) -> tuple[Tensor, Tensor]:
+            views = {f"model.{name}": view for name, view in layout.views(point).items()}
+            tensors = {name: view.to(dtypes[name]) for name, view in views.items()}
+            mean, weight = mean_and_weight(functional_call(evaluator.module, tensors, (batch,)), samples)
+            return mean, torch.as_tensor(weight, dtype=torch.float64)
+
+        total = weight_sum = torch.zeros(self.size, dtype=torch.float64)
+        for batch, samples in evaluator.batches():
+            means, weights = vmap(partial(loss, batch=batch, samples=samples))(points)
+            total = total + means.cpu().double() * weights
+            weight_sum = weight_sum + weights
+        return (total / weight_sum)[: len(coordinates), None]
+
+
+def fastest(evaluator: Evaluator, points: int) -> int:
+    """Return how many points at once are fastest here, by measurement; 1 if one at a time is.
+
+    On a CPU that is always 1, unmeasured: there batching gained little or lost (see ``benchmarks/landscape.py``).
+
+    Parameters
+    ----------
+    evaluator
+        Of the loss.
+    points
+        How many will be needed.
+    """
+    if evaluator.objective.device.type == "cpu":
+        return 1
+    origin = [[0.0] * len(evaluator.directions)]
+    best, shortest = 1, _seconds(partial(evaluator.rows, origin * 8)) / 8
+    for size in _SIZES:
+        if size > points:
+            break
+        try:
+            batched = Together(evaluator, size)
+            seconds = _GAIN * _seconds(partial(batched.rows, origin * size)) / size
+        except (ValueError, torch.cuda.OutOfMemoryError):
+            break
+        if seconds >= shortest:
+            break
+        best, shortest = size, seconds
+    return best
+
+
+def _seconds(action: Callable[[], Tensor]) -> float:
+    """Return the shorter of two durations; the rows come back to the CPU, so that the device has finished."""
+    durations = []
+    for _ in range(2):
+        start = time.perf_counter()
+        action()
+        durations.append(time.perf_counter() - start)
+    return min(durations)

@@ -1,0 +1,114 @@
+"""What passes between a network and its criterion, read on the way: metrics that cost no forward pass of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msam_analysis.landscape.metrics import Metric, OutputMetric
+from msam_analysis.landscape.sampling import per_sample
+from msam_analysis.nested import count_samples
+
+
+class Watch:
+    """Reads metrics, and the losses of single samples, off the forward passes that the loss is computed from.
+
+    Parameters
+    ----------
+    module
+        A private copy of network and criterion; its criterion is replaced by one that shows what it is given.
+    metrics
+        Name to metric; those that are no :class:`OutputMetric` are somebody else's.
+    losses
+        Whether the losses of single samples are wanted.
+
+    Attributes
+    ----------
+    names
+        Of the metrics read here.
+    """
+
+    def __init__(self, module: Any, metrics: Mapping[str, Metric], *, losses: bool) -> None:
+        self._metrics = {name: metric for name, metric in metrics.items() if isinstance(metric, OutputMetric)}
+        self.names = tuple(self._metrics)
+        self._criterion = per_sample(module.loss_fn)
+        self._seen: dict[str, list[Tensor]] = {name: [] for name in self._metrics}
+        self._losses: list[Tensor | None] = []
+        self._wanted = losses and self._criterion is not None
+        self._checked = False
+        if self._metrics or self._wanted:
+            criterion = module.loss_fn
+            del module.loss_fn
+            module.loss_fn = _Watched(criterion, self)
+
+    def __call__(self, output: Any, target: Any) -> None:
+        """Note what one batch shows."""
+        if isinstance(output, nn.Module):
+            self._wanted = False
+            if self._metrics:
+                raise ValueError(
+                    f"the metric {self.names[0]!r} is read off the output for (input, target) batches, and the data "
+                    "has batches of another kind: write a metric f(objective, w) for them"
+                )
+            return
+        samples = count_samples((target, output))
+        if self._wanted:
+            self._losses.append(self._own_losses(output, target, samples))
+        for name, metric in self._metrics.items():
+            if metric.per_sample is None:
+                measured = self._own_losses(output, target, samples)
+            else:
+                measured = metric.per_sample(output, target)
+            if not isinstance(measured, Tensor) or measured.shape != (samples,):
+                came = f"shape {tuple(measured.shape)}" if isinstance(measured, Tensor) else type(measured).__name__
+                raise ValueError(
+                    f"the metric {name!r} returned {came} for a batch of {samples} samples: expected one number each; "
+                    "a loss without an argument 'reduction' has none: write an OutputMetric with a function"
+                )
+            self._seen[name].append(measured)
+
+    def _own_losses(self, output: Any, target: Any, samples: int) -> Tensor | None:
+        losses = self._criterion(output, target) if self._criterion is not None else None
+        if not isinstance(losses, Tensor) or losses.ndim == 0 or len(losses) != samples:
+            return None
+        return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+
+    def losses(self, means: list[Any]) -> Tensor | None:
+        """Return every sample's loss since the last call; ``None`` if the loss of a batch is not their mean."""
+        seen = [losses for losses in self._losses if losses is not None]
+        self._losses = []
+        if self._wanted and not self._checked:
+            self._checked = True
+            own = torch.tensor([float(losses.mean()) for losses in seen], dtype=torch.float64)
+            told = torch.tensor([float(mean) for mean in means], dtype=torch.float64)
+            # They differ for class weights and for targets that are ignored.
+            self._wanted = len(own) == len(told) and torch.allclose(own, told, rtol=1e-4, equal_nan=True)
+        return torch.cat(seen).cpu().double() if self._wanted else None
+
+    def collect(self) -> list[float | Tensor]:
+        """Return the metrics over all batches since the last call."""
+        values = {name: torch.cat(seen).cpu().double() for name, seen in self._seen.items()}
+        self.forget()
+        return [values[name] if metric.each else float(values[name].mean()) for name, metric in self._metrics.items()]
+
+    def forget(self) -> None:
+        """Drop what was noted of a pass that does not count."""
+        self._seen = {name: [] for name in self._metrics}
+        self._losses = []
+
+
+class _Watched(nn.Module):
+    """A criterion that shows what it is given."""
+
+    def __init__(self, loss_fn: Any, watch: Watch) -> None:
+        super().__init__()
+        self.loss_fn = loss_fn
+        self._watch = watch
+
+    def forward(self, *arguments: Any) -> Any:
+        """Return what the criterion returns."""
+        self._watch(*arguments)
+        return self.loss_fn(*arguments)
