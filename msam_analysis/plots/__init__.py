@@ -6,23 +6,29 @@ neither the user's ``rcParams`` nor the user's axes are restyled, and nothing is
 
 >>> axes = plots.slice_2d({"SGD": sgd, "MSAM": msam})  # doctest: +SKIP
 >>> plots.save(axes, "figures/surface")  # doctest: +SKIP
+>>> plots.interactive_surface(msam, "figures/surface.html")  # doctest: +SKIP
 
 An optimizer has one colour, line style and marker in every picture (:func:`look`). Bands and bars are 68 % Student-t
 intervals of the mean over seeds, as in the paper. NaN and infinity are drawn as holes.
 """
 
+from msam_analysis.plots.animation import animate_trajectory
 from msam_analysis.plots.comparison import accuracy, ball_sharpness, eigenvalues
+from msam_analysis.plots.interactive import interactive_surface
 from msam_analysis.plots.look import COLUMN_WIDTH, PAGE_WIDTH, Look, look, panels, save, style
 from msam_analysis.plots.slices import slice_1d, slice_1d_panels, slice_2d, surface_3d
 from msam_analysis.plots.training import over_training, perturbation_rise
+from msam_analysis.plots.trajectories import trajectory, trajectory_losses, trajectory_panels
 
 __all__ = [
     "COLUMN_WIDTH",
     "PAGE_WIDTH",
     "Look",
     "accuracy",
+    "animate_trajectory",
     "ball_sharpness",
     "eigenvalues",
+    "interactive_surface",
     "look",
     "over_training",
     "panels",
@@ -33,4 +39,7 @@ __all__ = [
     "slice_2d",
     "style",
     "surface_3d",
+    "trajectory",
+    "trajectory_losses",
+    "trajectory_panels",
 ]

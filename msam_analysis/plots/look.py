@@ -164,16 +164,20 @@ def panels(
             layout=layout,
         )
         axes = grid.ravel()
-        for ax in axes:  # ticks are made when first read, with the rcParams of that moment
-            ax.xaxis.get_major_ticks(1)
-            ax.yaxis.get_major_ticks(1)
-            ax.xaxis.get_minor_ticks(1)
-            ax.yaxis.get_minor_ticks(1)
+        make_ticks(axes)
         for ax in axes[count:]:
             ax.remove()
         for ax in bottom_panels(axes[:count]) if share_x else ():
             ax.tick_params(labelbottom=True)
     return figure, axes[:count]
+
+
+def make_ticks(axes: Iterable[Axes]) -> None:
+    """Make the ticks now: left alone they are made when first read, with the rcParams of that moment."""
+    for ax in axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.get_major_ticks(1)
+            axis.get_minor_ticks(1)
 
 
 def bottom_panels(axes: AxesArray) -> AxesArray:
@@ -218,8 +222,7 @@ def name_curves(axes: AxesArray, *, made: bool, handles: Mapping[str, Any] | Non
         handles = {label: handles[label] for _, label in found}
     if handles:
         figure = axes[0].figure
-        most = 4 if figure.get_figwidth() < 5 else 8
-        columns = len(handles) if len(handles) <= most else -(-len(handles) // -(-len(handles) // most))
+        columns = _legend_columns(list(handles), 72.0 * figure.get_figwidth(), 4 if figure.get_figwidth() < 5 else 8)
         figure.legend(
             list(handles.values()),
             list(handles),
@@ -229,6 +232,19 @@ def name_curves(axes: AxesArray, *, made: bool, handles: Mapping[str, Any] | Non
         )
 
 
+def _legend_columns(labels: Sequence[str], width: float, most: int) -> int:
+    """Return how many columns of labels fit into ``width`` points, in as few rows as that takes."""
+    size = float(_style_settings()["legend.fontsize"])
+    # line, gaps and letters in units of the font size; matplotlib fills column by column
+    widths = [size * (5.2 + 0.56 * len(label)) for label in labels]
+    for rows in range(1, len(labels)):
+        columns = -(-len(labels) // rows)
+        total = sum(max(widths[start : start + rows]) for start in range(0, len(labels), rows))
+        if columns <= most and total <= width:
+            return columns
+    return 1
+
+
 _SIDE_BY_SIDE = {tuple: HandlerTuple(ndivide=None, pad=0)}
 
 
@@ -236,19 +252,32 @@ def draw_curve(
     ax: Axes, x: Array, mean: Array, half_width: Array, appearance: Look, label: str | None, *, zorder: float = 2.5
 ) -> None:
     """Draw a mean with its band; what is not finite becomes a hole, and a point between two holes a dot."""
-    mean = np.where(np.isfinite(mean), mean, np.nan)
-    known = np.isfinite(mean)
+    draw_banded(ax, x, mean, (mean - half_width, mean + half_width), appearance, label, zorder=zorder)
+
+
+def draw_banded(
+    ax: Axes,
+    x: Array,
+    middle: Array,
+    band: tuple[Array, Array],
+    appearance: Look,
+    label: str | None,
+    *,
+    zorder: float = 2.5,
+) -> None:
+    """Draw a curve between the two ends of a band; holes and dots as :func:`draw_curve` makes them."""
+    middle = np.where(np.isfinite(middle), middle, np.nan)
+    known = np.isfinite(middle)
     padded = np.concatenate([[False], known, [False]])
     alone = np.flatnonzero(known & ~padded[:-2] & ~padded[2:])
     width = None if len(x) <= 80 else 0.9
     color = appearance.color
-    ax.plot(x, mean, color=color, linestyle=appearance.linestyle, linewidth=width, label=label, zorder=zorder)
+    ax.plot(x, middle, color=color, linestyle=appearance.linestyle, linewidth=width, label=label, zorder=zorder)
     if alone.size:
-        ax.plot(x[alone], mean[alone], linestyle="none", marker=".", color=color, zorder=zorder)
-    if np.isfinite(half_width).any():
-        ax.fill_between(
-            x, mean - half_width, mean + half_width, color=color, alpha=0.17, linewidth=0, zorder=zorder - 0.5
-        )
+        ax.plot(x[alone], middle[alone], linestyle="none", marker=".", color=color, zorder=zorder)
+    low, high = (np.where(np.isfinite(end) & known, end, np.nan) for end in band)
+    if np.isfinite(high - low).any():
+        ax.fill_between(x, low, high, color=color, alpha=0.17, linewidth=0, zorder=zorder - 0.5)
 
 
 def log_scale(ax: Axes, drawn: Sequence[Array]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, overload
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, overload
 
 import numpy as np
 from matplotlib import colormaps, patheffects
@@ -24,7 +25,7 @@ from msam_analysis.plots.look import (
     PAGE_WIDTH,
     Array,
     AxesArray,
-    draw_curve,
+    draw_banded,
     given_axes,
     log_scale,
     look,
@@ -34,16 +35,18 @@ from msam_analysis.plots.look import (
     style,
 )
 from msam_analysis.results import Slice1D, Slice2D
-from msam_analysis.statistics import LEVEL, bands
+from msam_analysis.statistics import LEVEL, bands, quantile_bands
 
 Curves = Slice1D | Sequence[Slice1D] | Mapping[str, Slice1D | Sequence[Slice1D]]
 
 _COLORMAP = "viridis"
 _LARGE_RANGE = 10.0  # from this ratio of largest to smallest loss on, the colour scale is logarithmic
+_CHARACTERS_PER_INCH = 18  # of a label of 8 points
 _DECADES = 6.0  # where the losses span more, a logarithmic scale may end before the largest tenth of them
 
 
-def _array(values: Tensor) -> Array:
+def as_array(values: Tensor) -> Array:
+    """Return a tensor in float64 for drawing."""
     return values.detach().cpu().double().numpy()
 
 
@@ -57,11 +60,12 @@ def slice_1d(
     relative: bool = False,
     log: bool = False,
     x: str = "coordinate",
+    summary: Literal["mean", "median"] = "mean",
     level: float = LEVEL,
     label: str | None = None,
     legend: bool = True,
 ) -> Axes:
-    """Draw the loss along a line, one curve per optimizer, with its interval over seeds.
+    """Draw the loss along a line, one curve per optimizer, with a band over seeds.
 
     Parameters
     ----------
@@ -76,8 +80,12 @@ def slice_1d(
         Logarithmic loss axis; values that are not positive are then holes.
     x
         ``"coordinate"`` for multiples of the direction (default) or ``"distance"`` for L2 distances in weight space.
+    summary
+        What stands for several seeds: ``"mean"`` with its Student-t interval (default, as in the paper), or
+        ``"median"`` with the range of the middle seeds, which one diverged seed does not move.
     level
-        Confidence of the band, default 0.68; there is no band for one seed.
+        Confidence of the interval, or part of the seeds in the range; default 0.68. One seed has a band only if its
+        slice has a standard error: the interval for the loss on all data.
     label
         Label of the loss axis, instead of the one made from ``relative``.
     legend
@@ -86,12 +94,12 @@ def slice_1d(
     Returns
     -------
     matplotlib.axes.Axes
-        With one line per name, in the order given. A point that is NaN or infinite for any seed is a hole.
+        With one line per name, in the order given. A point that is NaN or infinite for any seed is a hole in the mean.
 
     Raises
     ------
     ValueError
-        Nothing to draw, an unknown ``x``, or seeds under one name whose coordinates differ.
+        Nothing to draw, an unknown ``x`` or ``summary``, or seeds under one name whose coordinates differ.
     TypeError
         Something that is not a :class:`~msam_analysis.results.Slice1D`.
 
@@ -101,6 +109,8 @@ def slice_1d(
     """
     if x not in ("coordinate", "distance"):
         raise ValueError(f"x must be 'coordinate' or 'distance', got {x!r}")
+    if summary not in ("mean", "median"):
+        raise ValueError(f"summary must be 'mean' or 'median', got {summary!r}")
     curves = _curves(result)
     with style():
         made = ax is None
@@ -108,11 +118,11 @@ def slice_1d(
         means = []
         for name, appearance in look(curves).items():
             line, losses = _seeds(name, curves[name], relative=relative, distance=x == "distance")
-            mean, half_width = bands(losses, level)
+            middle, low, high = _band(curves[name], losses, summary, level, relative=relative)
             if log:
-                mean = np.where(mean > 0, mean, np.nan)
-            means.append(mean)
-            draw_curve(ax, line, mean, half_width, appearance, name or None)
+                middle = np.where(middle > 0, middle, np.nan)
+            means.append(middle)
+            draw_banded(ax, line, middle, (low, high), appearance, name or None)
         if log:
             log_scale(ax, means)
         directions = {slice_.direction for slices in curves.values() for slice_ in slices}
@@ -132,6 +142,7 @@ def slice_1d_panels(
     relative: bool = True,
     log: bool = False,
     x: str = "coordinate",
+    summary: Literal["mean", "median"] = "mean",
     level: float = LEVEL,
     share_y: bool = True,
 ) -> AxesArray:
@@ -145,7 +156,7 @@ def slice_1d_panels(
         One axes per panel; by default a new figure, 6.8 in wide.
     share_y
         One loss axis for all panels of a new figure (default), or one each where the rises differ too much.
-    relative, log, x, level
+    relative, log, x, summary, level
         As in :func:`slice_1d`, except that ``relative`` is on by default.
 
     Returns
@@ -168,7 +179,7 @@ def slice_1d_panels(
     drawn = panels(len(results), share_y=share_y)[1] if axes is None else given_axes(axes, len(results))
     with style():
         for ax, (title, result) in zip(drawn, results.items(), strict=True):
-            slice_1d(result, ax, relative=relative, log=log, x=x, level=level, legend=not made)
+            slice_1d(result, ax, relative=relative, log=log, x=x, summary=summary, level=level, legend=not made)
             ax.set_title(title)
             ax.set_xlabel("displacement" if x == "coordinate" else "distance")
             if made and ax is not drawn[0]:
@@ -176,6 +187,22 @@ def slice_1d_panels(
         if made:
             name_curves(drawn, made=True)
     return drawn
+
+
+def _band(
+    slices: Sequence[Slice1D], losses: Array, summary: str, level: float, *, relative: bool
+) -> tuple[Array, Array, Array]:
+    """Return the curve and the ends of its band."""
+    (first, *others) = slices
+    if not others and first.standard_error is not None:
+        if relative:  # the rise has an error of its own, from the same samples
+            first = dataclasses.replace(first, loss=first.loss - first.center_loss, standard_error=first.rise_error)
+        low, high = first.interval(level)
+        return losses[0], as_array(low), as_array(high)
+    if summary == "median":
+        return quantile_bands(losses, level)
+    mean, half_width = bands(losses, level)
+    return mean, mean - half_width, mean + half_width
 
 
 def _curves(result: Curves) -> dict[str, list[Slice1D]]:
@@ -192,14 +219,14 @@ def _curves(result: Curves) -> dict[str, list[Slice1D]]:
 
 def _seeds(name: str, slices: list[Slice1D], *, relative: bool, distance: bool) -> tuple[Array, Array]:
     """Return the common grid, shape ``(points,)``, and the losses, shape ``(seeds, points)``."""
-    grids = [_array(item.coordinates) * (item.direction_norm if distance else 1.0) for item in slices]
+    grids = [as_array(item.coordinates) * (item.direction_norm if distance else 1.0) for item in slices]
     for grid in grids[1:]:
         if grid.shape != grids[0].shape or not np.allclose(grid, grids[0], rtol=1e-6, atol=0):
             raise ValueError(
                 f"the slices under {name!r} have different {'distances' if distance else 'coordinates'}; "
                 "measure them on one grid, or draw every seed under its own name"
             )
-    losses = np.stack([_array(item.loss) - (item.center_loss if relative else 0.0) for item in slices])
+    losses = np.stack([as_array(item.loss) - (item.center_loss if relative else 0.0) for item in slices])
     return grids[0], losses
 
 
@@ -207,7 +234,7 @@ def _seeds(name: str, slices: list[Slice1D], *, relative: bool, distance: bool) 
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scale:
+class Scale:
     """One colour scale for all slices of a picture."""
 
     filled: Array  # boundaries of the filled levels
@@ -225,7 +252,7 @@ class _Scale:
         return float(self.filled[-1])
 
 
-def _scale(losses: Sequence[Array], limits: tuple[float, float] | None, log: bool | None) -> _Scale:
+def scale_of(losses: Sequence[Array], limits: tuple[float, float] | None, log: bool | None) -> Scale:
     values = np.concatenate([loss[np.isfinite(loss)] for loss in losses])
     if values.size == 0:
         raise ValueError("every loss is NaN or infinite, so there is nothing to draw")
@@ -247,7 +274,7 @@ def _scale(losses: Sequence[Array], limits: tuple[float, float] | None, log: boo
     below, above = smallest < filled[0] * (1 - 1e-12), largest > filled[-1] * (1 + 1e-12)
     extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[below, above]
     norm: Normalize = (LogNorm if log else Normalize)(filled[0], filled[-1])
-    return _Scale(filled, lines, norm, extend, log)
+    return Scale(filled, lines, norm, extend, log)
 
 
 def _log_levels(low: float, high: float, exact: bool) -> tuple[Array, Array]:
@@ -284,7 +311,7 @@ def _enclosing(grid: Array, low: float, high: float, exact: bool) -> Array:
     return grid[max(first, 0) : last + 1]
 
 
-def _number(value: float, _position: int | None = None) -> str:
+def number(value: float, _position: int | None = None) -> str:
     """Return a short number for a level: 0.02, 5, 300, or powers of ten beyond."""
     if value == 0 or 1e-3 <= abs(value) < 2e4:
         return f"{value:.4g}"
@@ -301,6 +328,7 @@ def slice_2d(
     *,
     limits: tuple[float, float] | None = None,
     log: bool | None = None,
+    filled: bool = True,
     aspect: str = "equal",
     label: str = "loss",
 ) -> Axes: ...
@@ -311,6 +339,7 @@ def slice_2d(
     *,
     limits: tuple[float, float] | None = None,
     log: bool | None = None,
+    filled: bool = True,
     aspect: str = "equal",
     label: str = "loss",
 ) -> AxesArray: ...
@@ -320,10 +349,11 @@ def slice_2d(
     *,
     limits: tuple[float, float] | None = None,
     log: bool | None = None,
+    filled: bool = True,
     aspect: str = "equal",
     label: str = "loss",
 ) -> Axes | AxesArray:
-    """Draw the loss on a plane as filled contours, several models side by side on one colour scale.
+    """Draw the loss on a plane as contours, several models side by side on one colour scale.
 
     Parameters
     ----------
@@ -337,6 +367,8 @@ def slice_2d(
         colour, and the colour bar has an arrow there.
     log
         Logarithmic colour scale; by default where the largest loss is at least 10 times the smallest positive one.
+    filled
+        Fill between the levels (default), or draw coloured lines only.
     aspect
         ``"equal"`` (one multiple of either direction has the same length, default) or ``"auto"``.
     label
@@ -345,8 +377,8 @@ def slice_2d(
     Returns
     -------
     matplotlib.axes.Axes or numpy.ndarray
-        The axes of the one slice, or those of all, shape ``(slices,)``. A cross marks the centre; NaN and infinity
-        are hatched.
+        The axes of the one slice, or those of all, shape ``(slices,)``. A cross marks the centre; NaN and infinity,
+        and what was not measured yet, are hatched.
 
     Raises
     ------
@@ -361,45 +393,58 @@ def slice_2d(
     Becker et al., arXiv 2401.12033, figure A13; Li et al., arXiv 1712.09913.
     """
     slices = {"": result} if isinstance(result, Slice2D) else dict(result)
-    losses = _losses(slices)
-    scale = _scale(losses, limits, log)
+    losses = checked_losses(slices)
+    scale = scale_of(losses, limits, log)
     with style():
         if axes is None:
-            shapes = [np.ptp(_array(item.y)) / np.ptp(_array(item.x)) for item in slices.values()]
+            shapes = [np.ptp(as_array(item.y)) / np.ptp(as_array(item.x)) for item in slices.values()]
             drawn = _map_panels(len(slices), max(shapes) if aspect == "equal" else 0.8)
         else:
             drawn = given_axes(axes, len(slices))
         figure = drawn[0].figure
-        holes, filled = False, None
+        mapped: Any = ScalarMappable(scale.norm, _COLORMAP)
         for ax, (title, item), loss in zip(drawn, slices.items(), losses, strict=True):
             ax.set_aspect(aspect)
-            filled = _contours(ax, item, loss, scale, small=len(slices) > 2) or filled
-            holes |= not np.isfinite(loss).all()
+            contours = _contours(ax, item, loss, scale, small=len(slices) > 2, filled=filled)
+            mapped = contours if filled and contours is not None else mapped
             if title:
                 ax.set_title(title)
         _name_directions(figure, drawn, list(slices.values()), made=axes is None)
         bar = figure.colorbar(
-            filled,
+            mapped,
             ax=list(drawn),
+            **({} if filled else {"extend": scale.extend}),
             extendfrac=0.04,
             aspect=22,
             pad=0.015 if len(slices) > 1 else 0.03,
         )
         _finish_bar(bar, scale, label)
-        if holes:
+        reasons = _why_holes(slices.values())
+        if reasons:
             figure_or_axes: Any = figure if axes is None else drawn[-1]
             figure_or_axes.legend(
-                handles=[Patch(label="not finite", **_HOLE)],
+                handles=[Patch(label=reasons, **_HOLE)],
                 loc="outside lower right" if axes is None else "lower right",
             )
     first: Axes = drawn[0]
     return first if isinstance(result, Slice2D) else drawn
 
 
+def _why_holes(slices: Iterable[Slice2D]) -> str:
+    """Return what the holes of some slices are, in words; empty if there are none."""
+    broken = unfinished = False
+    for item in slices:
+        measured = np.ones(item.loss.shape, bool) if item.evaluated is None else item.evaluated.cpu().numpy()
+        missing = ~np.isfinite(as_array(item.loss))
+        broken |= bool((missing & measured).any())
+        unfinished |= bool((missing & ~measured).any())
+    return " or ".join([*(["not finite"] if broken else []), *(["not measured yet"] if unfinished else [])])
+
+
 _HOLE: dict[str, Any] = {"facecolor": "#ececec", "edgecolor": "#a8a8a8", "hatch": "////////", "linewidth": 0}
 
 
-def _losses(slices: Mapping[str, Slice2D]) -> list[Array]:
+def checked_losses(slices: Mapping[str, Slice2D]) -> list[Array]:
     if not slices:
         raise ValueError("expected at least one slice, got none")
     for name, item in slices.items():
@@ -407,7 +452,7 @@ def _losses(slices: Mapping[str, Slice2D]) -> list[Array]:
             raise TypeError(f"expected Slice2D results, got {type(item).__name__} under {name!r}")
         if min(item.loss.shape) < 2:
             raise ValueError(f"a plane needs two points along each direction, got {tuple(item.loss.shape)}")
-    losses = [_array(item.loss) for item in slices.values()]
+    losses = [as_array(item.loss) for item in slices.values()]
     return [np.where(np.isfinite(loss), loss, np.nan) for loss in losses]
 
 
@@ -429,28 +474,37 @@ def _map_panels(count: int, ratio: float) -> AxesArray:
     )[1]
 
 
-def _contours(ax: Axes, item: Slice2D, loss: Array, scale: _Scale, *, small: bool) -> QuadContourSet | None:
-    """Draw one slice and return its filled contours, None where nothing is finite."""
+def _contours(
+    ax: Axes, item: Slice2D, loss: Array, scale: Scale, *, small: bool, filled: bool
+) -> QuadContourSet | None:
+    """Draw one slice and return its contours, None where nothing is finite."""
     # loss[i, j] belongs to x[i], y[j]; contour wants rows of constant y.
-    x, y, height = _array(item.x), _array(item.y), np.ma.masked_invalid(loss.T)
+    x, y, height = as_array(item.x), as_array(item.y), np.ma.masked_invalid(loss.T)
     ax.grid(False)
     ax.patch.set(**_HOLE)
-    finite = loss[np.isfinite(loss)]
-    filled = None
     ax.set_xlim(x[0], x[-1])
     ax.set_ylim(y[0], y[-1])
+    finite = loss[np.isfinite(loss)]
+    contours = None
     if finite.size:
-        # the outermost colours stand for all that lies beyond; the colour bar's arrows say where that is so
-        filled = ax.contourf(x, y, height, levels=scale.filled, norm=scale.norm, cmap=_COLORMAP, extend=scale.extend)
         within = scale.lines[(scale.lines > finite.min()) & (scale.lines < finite.max())]
-        if within.size:
+        lines: dict[str, Any] = {"levels": within, "linewidths": 0.6}
+        if filled:
+            # the outermost colours stand for all that lies beyond; the colour bar's arrows say where that is so
+            contours = ax.contourf(
+                x, y, height, levels=scale.filled, norm=scale.norm, cmap=_COLORMAP, extend=scale.extend
+            )
             # light lines on dark colours, dark lines on light ones
-            colors = ["#ffffffb0" if scale.norm(level) < 0.62 else "#000000a0" for level in within]
-            lines = ax.contour(x, y, height, levels=within, colors=colors, linewidths=0.6)
-            places = _label_places(lines, x, y, crowded=small)
-            if places:
-                for text in ax.clabel(lines, fmt=_number, fontsize=7, inline_spacing=2, manual=places):
-                    text.set_alpha(1.0)
+            lines["colors"] = ["#ffffffb0" if scale.norm(level) < 0.62 else "#000000a0" for level in within]
+        else:
+            everything = [finite.min() - 1.0, finite.max() + 1.0]
+            ax.contourf(x, y, height, levels=everything, colors=["white"])  # over the hatching of what is not there
+            between = [level for level in scale.filled if finite.min() < level < finite.max()]
+            if between:
+                contours = ax.contour(x, y, height, between, norm=scale.norm, cmap=_COLORMAP, linewidths=0.5, alpha=0.8)
+            lines |= {"norm": scale.norm, "cmap": _COLORMAP, "linewidths": 1.1}
+        if within.size:
+            _labelled_lines(ax, x, y, height, lines, small=small)
     if x[0] <= 0 <= x[-1] and y[0] <= 0 <= y[-1]:
         outline = [patheffects.withStroke(linewidth=2.2, foreground="black")]
         ax.plot(0, 0, marker="+", markersize=6, markeredgewidth=1.2, color="white", path_effects=outline, zorder=4)
@@ -458,7 +512,15 @@ def _contours(ax: Axes, item: Slice2D, loss: Array, scale: _Scale, *, small: boo
     ax.yaxis.set_major_locator(MaxNLocator(3 if small else 5, steps=[1, 2, 2.5, 5, 10]))
     for spine in ax.spines.values():
         spine.set_visible(True)
-    return filled
+    return contours
+
+
+def _labelled_lines(ax: Axes, x: Array, y: Array, height: Any, options: Mapping[str, Any], *, small: bool) -> None:
+    lines = ax.contour(x, y, height, **options)
+    places = _label_places(lines, x, y, crowded=small)
+    if places:
+        for text in ax.clabel(lines, fmt=number, fontsize=7, inline_spacing=2, manual=places):
+            text.set_alpha(1.0)
 
 
 def _label_places(lines: QuadContourSet, x: Array, y: Array, *, crowded: bool) -> list[tuple[float, float]]:
@@ -491,17 +553,34 @@ def _name_directions(figure: Figure, drawn: AxesArray, slices: Sequence[Slice2D]
         figure.supxlabel(slices[0].directions[0], fontsize=8)
         for ax in drawn:
             if ax.get_subplotspec().is_first_col():
-                ax.set_ylabel(slices[0].directions[1])
+                ax.set_ylabel(_broken(slices[0].directions[1], _size(ax)[1]))
         return
     for ax, item in zip(drawn, slices, strict=True):
-        ax.set_xlabel(item.directions[0])
-        ax.set_ylabel(item.directions[1])
+        width, height = _size(ax)
+        ax.set_xlabel(_broken(item.directions[0], width))
+        ax.set_ylabel(_broken(item.directions[1], height))
 
 
-def _finish_bar(bar: Any, scale: _Scale, label: str) -> None:
+def _size(ax: Axes) -> tuple[float, float]:
+    """Return about how wide and how high axes will be, in inches."""
+    figure: Any = ax.figure
+    place = ax.get_position(original=True)
+    width, height = place.width * figure.get_figwidth(), place.height * figure.get_figheight()
+    if ax.get_aspect() == "auto":
+        return width, height
+    ratio = ax.get_data_ratio()
+    return min(width, height / ratio), min(height, width * ratio)
+
+
+def _broken(name: str, inches: float) -> str:
+    """Return the name of a direction in lines that are not much longer than its axis."""
+    return textwrap.fill(name, max(int(_CHARACTERS_PER_INCH * inches), 12), break_on_hyphens=False)
+
+
+def _finish_bar(bar: Any, scale: Scale, label: str) -> None:
     bar.set_label(label)
     bar.locator = FixedLocator(scale.lines.tolist())
-    bar.formatter = FuncFormatter(_number)
+    bar.formatter = FuncFormatter(number)
     bar.minorlocator = NullLocator()
     bar.update_ticks()
     bar.outline.set_linewidth(0.6)
@@ -566,8 +645,8 @@ def surface_3d(
         As :func:`slice_2d`.
     """
     slices = {"": result} if isinstance(result, Slice2D) else dict(result)
-    losses = _losses(slices)
-    scale = _scale(losses, limits, log)
+    losses = checked_losses(slices)
+    scale = scale_of(losses, limits, log)
     with style():
         drawn = _surface_panels(len(slices)) if axes is None else given_axes(axes, len(slices))
         if any(ax.name != "3d" for ax in drawn):
@@ -576,6 +655,7 @@ def surface_3d(
             _surface(ax, item, loss, scale, view)
             if title:
                 ax.set_title(title, y=0.97)
+        _name_axes_3d(drawn[0].figure, drawn, list(slices.values()), made=axes is None)
         bar = drawn[0].figure.colorbar(
             ScalarMappable(scale.norm, _COLORMAP),
             ax=list(drawn),
@@ -609,8 +689,8 @@ def _daylight(cells: Array) -> Array:
     return brightness
 
 
-def _surface(ax: Any, item: Slice2D, loss: Array, scale: _Scale, view: tuple[float, float]) -> None:
-    x, y = np.meshgrid(_array(item.x), _array(item.y), indexing="ij")
+def _surface(ax: Any, item: Slice2D, loss: Array, scale: Scale, view: tuple[float, float]) -> None:
+    x, y = np.meshgrid(as_array(item.x), as_array(item.y), indexing="ij")
     height = np.clip(loss, scale.low, scale.high)
     low, high = scale.low, scale.high
     if scale.log:
@@ -633,13 +713,26 @@ def _surface(ax: Any, item: Slice2D, loss: Array, scale: _Scale, view: tuple[flo
     ax.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
     ax.yaxis.set_major_locator(MaxNLocator(4, prune="both"))
     ticks = scale.lines[(scale.lines >= scale.low) & (scale.lines <= scale.high)]
-    ax.set_zticks(np.log10(ticks) if scale.log else ticks, [_number(tick) for tick in ticks])
+    ax.set_zticks(np.log10(ticks) if scale.log else ticks, [number(tick) for tick in ticks])
     for axis in (ax.xaxis, ax.yaxis, ax.zaxis):
         axis.set_tick_params(labelsize=7, pad=-2)
         axis.set_pane_color((1.0, 1.0, 1.0, 0.0))
         axis.line.set_linewidth(0.6)
-    ax.set_xlabel(item.directions[0], labelpad=-4)
-    ax.set_ylabel(item.directions[1], labelpad=-4)
+
+
+def _name_axes_3d(figure: Any, drawn: AxesArray, slices: Sequence[Slice2D], *, made: bool) -> None:
+    """Label the axes with the directions; with short letters, explained once, where the names are too long."""
+    longest = max(len(name) for item in slices for name in item.directions)
+    explained = made and longest > (22 if len(slices) == 1 else 10) and len({item.directions for item in slices}) == 1
+    for ax, item in zip(drawn, slices, strict=True):
+        names = ("$x$", "$y$") if explained else item.directions
+        ax.set_xlabel(names[0], labelpad=-5)
+        ax.set_ylabel(names[1], labelpad=-5)
+        if explained:
+            ax.set_box_aspect((1, 1, 0.75), zoom=0.98)  # short labels leave room
+    if explained:
+        between = "    " if figure.get_figwidth() > COLUMN_WIDTH else "\n"
+        figure.supxlabel(f"$x$: {slices[0].directions[0]}{between}$y$: {slices[0].directions[1]}", fontsize=8)
 
 
 __all__ = ["slice_1d", "slice_1d_panels", "slice_2d", "surface_3d"]

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from msam_analysis.results import Slice1D, Slice2D
+from msam_analysis.results import Projection, Slice1D, Slice2D
 
 OPTIMIZERS = ("SGD", "NAG", "SAM", "MSAM")
 SHARPNESS = {"SGD": 12.0, "NAG": 9.0, "SAM": 3.0, "MSAM": 1.6}
@@ -59,6 +59,27 @@ def with_surface(
         directions=directions,
         direction_norms=(1.0, 1.0),
         cosine=0.0,
+    )
+
+
+def projection(label: str = "MSAM", *, turn: float = 1.0, points: int = 9, losses: bool = True) -> Projection:
+    """A way in from (0.8, 0.3) on :func:`plane`, ever further from the plane, the true loss above the projected one."""
+    time = torch.linspace(0, 1, points, dtype=torch.float64)
+    coordinates = torch.stack([0.8 * (1 - time), 0.3 * (1 - turn * time)], dim=1)
+    x, y = coordinates.T
+    seen = 0.01 + 10.0 * x**2 + y**2 + 0.5 * x * y
+    return Projection(
+        label=label,
+        steps=10 * torch.arange(points),
+        coordinates=coordinates,
+        distance=(coordinates.square().sum(1) + time**2).sqrt(),
+        off_plane=time,
+        rounding=torch.zeros(points, dtype=torch.float64),
+        directions=("u", "v"),
+        direction_norms=(1.0, 1.0),
+        loss=seen + time if losses else None,
+        projected_loss=seen if losses else None,
+        center_loss=0.01 if losses else None,
     )
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -17,7 +19,7 @@ from matplotlib.figure import Figure
 from msam_analysis import plots
 from msam_analysis.results import Slice1D, Slice2D
 from msam_analysis.statistics import mean_interval, summarise
-from tests.plots.cases import OPTIMIZERS, SHARPNESS, line, plane, table, with_loss, with_surface
+from tests.plots.cases import OPTIMIZERS, SHARPNESS, line, plane, projection, table, with_loss, with_surface
 
 EPOCHS = [1.0, 2.0, 3.0]
 CURVES = {name: [line(SHARPNESS[name] * seed) for seed in (0.8, 1.0, 1.3)] for name in OPTIMIZERS}
@@ -28,19 +30,32 @@ RUNS = table(["x"]).assign(train_accuracy=lambda f: 1 / (1 + f.x / 9), test_accu
 STEPS = table(["curvature", "loss_before", "loss_after"], epoch=EPOCHS)
 COSINES = STEPS.assign(cosine=lambda f: f.curvature - 5)
 
+SEEN = {name: projection(name, turn=turn) for name, turn in zip(OPTIMIZERS, (-0.5, 0.0, 1.0, 2.0), strict=True)}
+LONG = ("random 0, filter-normalised", "random 1, filter-normalised")
+
 EVERY_KIND: dict[str, Callable[[], Any]] = {
     "slice_1d": lambda: plots.slice_1d(CURVES),
     "slice_1d log": lambda: plots.slice_1d(CURVES, log=True),
+    "slice_1d median": lambda: plots.slice_1d(CURVES, summary="median"),
     "slice_1d one": lambda: plots.slice_1d(line()),
     "slice_1d_panels": lambda: plots.slice_1d_panels({"gradient": CURVES, "momentum": CURVES, "random": CURVES}),
     "slice_2d": lambda: plots.slice_2d(PLANES),
     "slice_2d one": lambda: plots.slice_2d(plane()),
     "slice_2d linear": lambda: plots.slice_2d(PLANES, log=False),
     "slice_2d holes": lambda: plots.slice_2d({"a": holes(), "b": plane()}),
+    "slice_2d lines": lambda: plots.slice_2d(PLANES, filled=False),
+    "slice_2d lines holes": lambda: plots.slice_2d({"a": holes(), "b": plane()}, filled=False),
     "slice_2d constant": lambda: plots.slice_2d(flat()),
     "surface_3d": lambda: plots.surface_3d(PLANES),
     "surface_3d one": lambda: plots.surface_3d(plane()),
     "surface_3d holes": lambda: plots.surface_3d({"a": holes(), "b": plane()}),
+    "surface_3d long names": lambda: plots.surface_3d({name: plane(directions=LONG) for name in OPTIMIZERS}),
+    "surface_3d long name": lambda: plots.surface_3d(plane(directions=LONG)),
+    "trajectory": lambda: plots.trajectory(SEEN),
+    "trajectory on a slice": lambda: plots.trajectory(SEEN, plots.slice_2d(plane())),
+    "trajectory_losses": lambda: plots.trajectory_losses(SEEN),
+    "trajectory_panels": lambda: plots.trajectory_panels(plane(), SEEN),
+    "trajectory_panels one": lambda: plots.trajectory_panels(holes(), projection(), filled=False, log=True),
     "eigenvalues": lambda: plots.eigenvalues(EIGENVALUES),
     "ball_sharpness": lambda: plots.ball_sharpness(BALLS),
     "accuracy": lambda: plots.accuracy(RUNS),
@@ -127,6 +142,8 @@ DRAWN_ON_ONE: dict[str, Callable[[Axes], Any]] = {
     "slice_1d log": lambda ax: plots.slice_1d(CURVES, ax=ax, log=True),
     "slice_2d": lambda ax: plots.slice_2d(plane(), ax),
     "slice_2d holes": lambda ax: plots.slice_2d(holes(), ax),
+    "slice_2d lines": lambda ax: plots.slice_2d(plane(), ax, filled=False),
+    "trajectory": lambda ax: plots.trajectory(SEEN, ax),
     "eigenvalues": lambda ax: plots.eigenvalues(EIGENVALUES, ax),
     "ball_sharpness": lambda ax: plots.ball_sharpness(BALLS, ax),
     "accuracy": lambda ax: plots.accuracy(RUNS, ax),
@@ -151,6 +168,9 @@ def test_panels_are_drawn_on_the_axes_given() -> None:
     assert plots.perturbation_rise(STEPS, axes).tolist() == axes.tolist()
     assert plots.slice_1d_panels({"a": CURVES, "b": CURVES}, axes).tolist() == axes[:2].tolist()
     assert plots.over_training(STEPS, ["curvature"], axes).tolist() == axes[:1].tolist()
+    axes = figure.subplots(1, 5)
+    assert plots.trajectory_losses(SEEN, axes[3:]).tolist() == axes[3:].tolist()
+    assert plots.trajectory_panels(plane(), SEEN, axes).tolist() == axes[:3].tolist()
     assert not plt.get_fignums()
 
 
@@ -197,6 +217,35 @@ def test_slice_1d_draws_the_mean_and_its_interval(relative: bool) -> None:
             ends = np.sort(np.unique(outline[np.isclose(outline[:, 0], vertices[point, 0]), 1]))[[0, -1]]
             np.testing.assert_allclose(ends, (interval.low, interval.high))
         assert to_hex(band.get_facecolor()[0]) == plots.look([name])[name].color.lower()
+
+
+@pytest.mark.parametrize("level", [0.5, 0.68])
+def test_the_median_lies_in_the_range_of_the_middle_seeds(level: float) -> None:
+    seeds = [line(scale) for scale in (1.0, 2.0, 4.0, 8.0, 100.0)]
+    ax = plots.slice_1d({"SGD": seeds}, summary="median", level=level)
+    losses = np.stack([item.loss.numpy() for item in seeds])
+    np.testing.assert_allclose(curves(ax)["SGD"][:, 1], np.median(losses, axis=0))
+    outline: Any = ax.collections[0].get_paths()[0].vertices
+    ends = np.quantile(losses[:, -1], [0.5 - level / 2, 0.5 + level / 2])
+    at_the_end = np.unique(outline[np.isclose(outline[:, 0], 1.0), 1])
+    np.testing.assert_allclose(at_the_end[[0, -1]], ends)
+
+
+def test_a_diverged_seed_does_not_move_the_median() -> None:
+    seeds = [with_loss([1.0, 2.0]), with_loss([1.0, 3.0]), with_loss([1.0, np.inf])]
+    np.testing.assert_array_equal(curves(plots.slice_1d({"SGD": seeds}, summary="median"))["SGD"][:, 1], [1.0, 3.0])
+    np.testing.assert_array_equal(curves(plots.slice_1d({"SGD": seeds}))["SGD"][:, 1], [1.0, np.nan])
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_slice_with_a_standard_error_has_the_interval_for_all_data(relative: bool) -> None:
+    error = torch.full((11,), 0.1).double()
+    measured = dataclasses.replace(line(), standard_error=error, rise_error=error / 10, units=20)
+    ax = plots.slice_1d(measured, relative=relative, level=0.95)
+    outline: Any = ax.collections[0].get_paths()[0].vertices
+    at_the_end = np.unique(outline[np.isclose(outline[:, 0], 1.0), 1])
+    half = scipy.stats.t.ppf(0.975, 19) * (0.01 if relative else 0.1)
+    np.testing.assert_allclose(at_the_end[[0, -1]], 1.1 + (0.0 if relative else 0.5) + np.array([-half, half]))
 
 
 def test_one_seed_has_no_band() -> None:
@@ -346,6 +395,31 @@ def test_holes_are_hatched_and_named() -> None:
     assert not plots.slice_2d({"b": plane()})[0].figure.legends
 
 
+def test_what_is_still_to_come_is_not_called_infinite() -> None:
+    half = dataclasses.replace(holes(), evaluated=torch.arange(7)[:, None].expand(7, 13) > 0)
+    legend = [text.get_text() for text in plots.slice_2d({"a": half}).item().figure.legends[0].get_texts()]
+    assert legend == ["not finite or not measured yet"]
+    loss = plane().loss.clone()
+    loss[0] = torch.nan
+    half = dataclasses.replace(half, loss=loss)
+    legend = [text.get_text() for text in plots.slice_2d({"a": half}).item().figure.legends[0].get_texts()]
+    assert legend == ["not measured yet"]
+
+
+def test_lines_without_filling_have_the_colours_of_their_levels() -> None:
+    ax = plots.slice_2d(holes(), filled=False)
+    found: list[Any] = [item for item in ax.collections if isinstance(item, QuadContourSet)]
+    white, *lines = found
+    assert [item.filled for item in lines] == [False, False]
+    assert to_hex(white.get_facecolor()[0]) == "#ffffff"
+    for item in lines:
+        np.testing.assert_allclose(item.get_edgecolor()[:, :3], item.cmap(item.norm(item.levels))[:, :3])
+    # the hatching shows where nothing is known, and only there
+    covered = [path for path in white.get_paths() if len(path)]
+    assert not any(path.contains_point((-0.99, -0.45)) for path in covered)
+    assert any(path.contains_point((0.5, 0.1)) for path in covered)
+
+
 def test_a_slice_without_any_finite_loss_beside_another() -> None:
     empty = with_surface(np.arange(3.0), np.arange(3.0), np.full((3, 3), np.nan), ("u", "v"))
     axes = plots.slice_2d({"a": empty, "b": plane()})
@@ -368,6 +442,22 @@ def test_directions_are_named_on_every_panel_where_they_differ() -> None:
     assert [ax.get_ylabel() for ax in axes] == ["v", "", "", ""]
 
 
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_long_names_of_directions_are_broken_to_fit_their_axes(count: int) -> None:
+    names = (
+        "random 0, filter-normalised, biases and norms fixed",
+        "random 1, filter-normalised, biases and norms fixed",
+    )
+    square = with_surface(np.linspace(-1, 1, 5), np.linspace(-1, 1, 5), np.arange(1.0, 26.0).reshape(5, 5), names)
+    axes = plots.slice_2d(square if count == 1 else {str(index): square for index in range(count)})
+    ax = axes if isinstance(axes, Axes) else axes[0]
+    figure: Any = ax.figure
+    figure.canvas.draw()
+    assert ax.get_ylabel().replace("\n", " ") == names[1]
+    label = ax.yaxis.label.get_window_extent()
+    assert figure.bbox.y0 <= label.y0 < label.y1 <= figure.bbox.y1
+
+
 def test_surface_has_every_point_at_its_place() -> None:
     result = plane(shape=(3, 5))
     ax: Any = plots.surface_3d(result, log=True)
@@ -384,6 +474,13 @@ def test_surface_leaves_out_cells_with_a_hole_and_is_cut_at_the_limits() -> None
     assert len(vertices) == 4 * (6 * 12 - 4 - 1)
     assert (vertices[:, 2].min(), vertices[:, 2].max()) == (0.1, 5.0)
     assert ax.get_zlim() == pytest.approx((0.1, 5.0))
+
+
+def test_long_names_of_directions_are_explained_once_below_surfaces() -> None:
+    axes = plots.surface_3d({name: plane(directions=LONG) for name in ("SGD", "MSAM")})
+    assert {(ax.get_xlabel(), ax.get_ylabel()) for ax in axes} == {("$x$", "$y$")}
+    assert axes[0].figure.get_supxlabel() == f"$x$: {LONG[0]}    $y$: {LONG[1]}"
+    assert plots.surface_3d(plane()).get_xlabel() == "u"
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -545,6 +642,7 @@ THIN = with_surface(np.arange(1.0), np.arange(3.0), np.ones((1, 3)), ("u", "v"))
         (lambda: plots.slice_1d({}), "at least one slice"),
         (lambda: plots.slice_1d({"SGD": []}), "at least one slice"),
         (lambda: plots.slice_1d(line(), x="norm"), "must be 'coordinate' or 'distance'"),
+        (lambda: plots.slice_1d(line(), summary="mode"), "must be 'mean' or 'median'"),  # type: ignore[arg-type]
         (lambda: plots.slice_1d({"SGD": DIFFERENT_GRIDS}), "'SGD' have different coordinates"),
         (lambda: plots.slice_1d_panels({}), "at least one panel"),
         (

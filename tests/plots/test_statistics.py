@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from msam_analysis.statistics import bands, mean_interval, paired_interval, summarise
+from msam_analysis.statistics import bands, mean_interval, paired_interval, quantile_bands, summarise
 
 GENERATOR = np.random.default_rng(1)
 
@@ -55,6 +55,25 @@ def test_bands_are_the_intervals_point_by_point() -> None:
         np.testing.assert_allclose((mean[index], half_width[index]), expected[:2])
 
 
+@pytest.mark.parametrize("level", [0.1, 0.68, 0.95])
+@pytest.mark.parametrize("count", [2, 3, 5, 8])
+def test_quantile_bands_are_numpys(count: int, level: float) -> None:
+    values = GENERATOR.standard_normal((count, 4))
+    median, low, high = quantile_bands(values, level)
+    expected = np.quantile(values, [0.5, 0.5 - level / 2, 0.5 + level / 2], axis=0)
+    np.testing.assert_allclose([median, low, high], expected, rtol=1e-12, atol=1e-14)
+
+
+def test_quantile_bands_know_infinity_and_keep_nan() -> None:
+    values = np.array([[1.0, 1.0], [np.inf, np.nan], [2.0, 2.0]])
+    median, low, high = quantile_bands(values)
+    np.testing.assert_array_equal(median, [2.0, np.nan])
+    np.testing.assert_array_equal(high, [np.inf, np.nan])
+    assert low[0] == pytest.approx(1.32)
+    median, low, high = quantile_bands([[3.0]])
+    np.testing.assert_array_equal([median, low, high], [[3.0], [np.nan], [np.nan]])
+
+
 def test_summarise_gives_each_group_its_interval_in_order_of_appearance() -> None:
     frame = pd.DataFrame(
         {
@@ -95,6 +114,8 @@ REPEATED = pd.DataFrame({"optimizer": ["A", "A"], "seed": [0, 0], "q": [1.0, 2.0
         (lambda: mean_interval([1.0, 2.0], math.nan), "between 0 and 1"),
         (lambda: bands(np.empty((0, 3))), "at least one seed"),
         (lambda: bands([[1.0]], 1.0), "between 0 and 1"),
+        (lambda: quantile_bands(np.empty((0, 3))), "at least one seed"),
+        (lambda: quantile_bands([[1.0]], 0.0), "between 0 and 1"),
         (lambda: paired_interval([1.0, 2.0], [1.0]), "seed by seed"),
         (lambda: summarise(REPEATED, "optimizer", "loss"), r"no column \['loss'\]"),
         (lambda: summarise(REPEATED, "optimizer", "q"), "one seed several times"),

@@ -1,0 +1,229 @@
+"""Weight vectors on disk: a folder with one ``.safetensors`` file for each point, which is complete or absent.
+
+``trajectory.safetensors`` says what the vectors are made of, and holds the first one where the others are stored as
+differences to it. ``step-000000000120.safetensors`` holds the point of step 120, the buffers of that moment, and in its
+header the numbers recorded with it. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from msam_analysis.results.files import atomic_path
+from msam_analysis.results.trajectories import Trajectory
+
+_HEADER = "trajectory.safetensors"
+_FORMAT = "msam-analysis trajectory, format 1"
+_BUFFER = "buffer/"
+
+
+def point_path(folder: Path, step: int) -> Path:
+    """Return where the point of a step is, or would be."""
+    return folder / f"step-{step:012d}.safetensors"
+
+
+def stored_steps(folder: Path) -> list[int]:
+    """Return the steps that have a complete point, in order."""
+    return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.safetensors"))
+
+
+# ------------------------------------------------------------------------------------------------------------- a vector
+
+
+def encode(vector: Tensor, origin: Tensor | None) -> tuple[Tensor, int, float]:
+    """Return a point as it is stored: the tensor, its exponent, and the L2 distance that is lost.
+
+    Without ``origin`` the point itself. With it ``(w − origin) · 2^exponent`` in float16, the exponent such that the
+    largest entry is between 2^14 and 2^15: nothing overflows, and what is 2^29 times smaller keeps its eleven bits.
+    """
+    if origin is None:
+        return vector, 0, 0.0
+    difference = vector.double() - origin.double()
+    largest = float(difference.abs().where(difference.isfinite(), 0.0).max())
+    exponent = min(15 - math.frexp(largest)[1], 1000) if largest > 0 else 0
+    stored = (difference * 2.0**exponent).to(torch.float16)
+    lost = decode(stored, origin, exponent, vector.dtype).double() - vector.double()
+    return stored, exponent, float(torch.linalg.vector_norm(lost))
+
+
+def decode(stored: Tensor, origin: Tensor | None, exponent: int, dtype: torch.dtype) -> Tensor:
+    """Return the point, or a piece of it, from what is stored and the same piece of the origin."""
+    if origin is None:
+        return stored
+    return (stored.double() * 2.0**-exponent).add_(origin).to(dtype)
+
+
+class StoredPoints:
+    """The points of a folder, read when asked for.
+
+    Parameters
+    ----------
+    files
+        One for each point.
+    exponents
+        How they are scaled.
+    origin
+        What they are differences to, or ``None``.
+    dtype
+        Of the points returned.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], exponents: Sequence[int], origin: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        self.files, self.exponents = tuple(files), tuple(exponents)
+        self.origin, self.dtype = origin, dtype
+
+    def __len__(self) -> int:
+        """Return the number of points."""
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return one point, shape ``(size,)``."""
+        with _opened(self.files[index]) as file:
+            return decode(file.get_tensor("weights"), self.origin, self.exponents[index], self.dtype)
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Return some entries of every point, shape ``(n, stop − start)``; the rest of the files is not read."""
+        origin = None if self.origin is None else self.origin[start:stop]
+        rows = []
+        for path, exponent in zip(self.files, self.exponents, strict=True):
+            with _opened(path) as file:
+                rows.append(decode(file.get_slice("weights")[start:stop], origin, exponent, self.dtype))
+        return torch.stack(rows)
+
+    def select(self, indices: Sequence[int]) -> StoredPoints:
+        """Return some of the points."""
+        files = [self.files[index] for index in indices]
+        return StoredPoints(files, [self.exponents[index] for index in indices], self.origin, self.dtype)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}): expected a point that a TrajectoryRecorder wrote; "
+            "if the disk lost it, delete the file and the other points can be read"
+        ) from None
+
+
+# -------------------------------------------------------------------------------------------------------------- writing
+
+
+def write_header(folder: Path, origin: Tensor | None, fields: Mapping[str, Any]) -> None:
+    """Begin a folder: ``fields`` are ``label``, ``names``, ``shapes``, ``dtype`` and ``settings``."""
+    with atomic_path(folder / _HEADER) as partial:
+        save_file(
+            {} if origin is None else {"origin": origin},
+            partial,
+            metadata={"format": _FORMAT, "fields": json.dumps(fields)},
+        )
+
+
+def write_point(
+    folder: Path,
+    step: int,
+    vector: Tensor,
+    origin: Tensor | None,
+    buffers: Mapping[str, Tensor],
+    notes: Mapping[str, Any],
+) -> None:
+    """Add a point with the numbers in ``notes``; its file appears under its name only when it is complete."""
+    stored, exponent, rounding = encode(vector, origin)
+    tensors = {"weights": stored} | {f"{_BUFFER}{name}": values for name, values in buffers.items()}
+    header = {**notes, "step": step, "exponent": exponent, "rounding": rounding}
+    with atomic_path(point_path(folder, step)) as partial:
+        save_file(tensors, partial, metadata={"fields": json.dumps(header)})
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_header(folder: Path) -> tuple[dict[str, Any], Tensor | None]:
+    """Return the fields of a folder and its origin.
+
+    Raises
+    ------
+    FileNotFoundError
+        No trajectory was begun in this folder.
+    ValueError
+        It is of another format.
+    """
+    path = folder / _HEADER
+    if not path.is_file():
+        raise FileNotFoundError(f"no trajectory in {folder}: expected a folder that a TrajectoryRecorder wrote to")
+    with _opened(path) as file:
+        header = file.metadata() or {}
+        if header.get("format") != _FORMAT:
+            raise ValueError(
+                f"{path} is of the format {header.get('format')!r}, expected {_FORMAT!r}: "
+                "read it with the version of the package that wrote it"
+            )
+        origin = file.get_tensor("origin") if "origin" in file.keys() else None  # noqa: SIM118 - not a mapping
+    fields: dict[str, Any] = json.loads(header["fields"])
+    return fields, origin
+
+
+def read_notes(folder: Path, step: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the numbers and the buffers that were recorded with a point."""
+    with _opened(point_path(folder, step)) as file:
+        names = [name for name in file.keys() if name.startswith(_BUFFER)]  # noqa: SIM118 - not a mapping
+        notes: dict[str, Any] = json.loads(file.metadata()["fields"])
+        return notes, {name.removeprefix(_BUFFER): file.get_tensor(name) for name in names}
+
+
+def load_trajectory(folder: str | os.PathLike[str]) -> Trajectory:
+    """Open a trajectory that a :class:`~msam_analysis.trajectory.TrajectoryRecorder` wrote, also while it still does.
+
+    Parameters
+    ----------
+    folder
+        The recorder's ``path``.
+
+    Returns
+    -------
+    Trajectory
+        With the points recorded so far; each is read from disk when it is asked for.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no trajectory in this folder.
+    ValueError
+        A file in it is damaged or of another format.
+    """
+    folder = Path(folder)
+    fields, origin = read_header(folder)
+    steps = stored_steps(folder)
+    read = [read_notes(folder, step) for step in steps]
+    notes, buffers = [item[0] for item in read], [item[1] for item in read]
+    metrics = dict.fromkeys(name for item in notes for name in item["metrics"])
+    dtype: torch.dtype = getattr(torch, fields["dtype"])
+    return Trajectory(
+        label=fields["label"],
+        steps=torch.tensor(steps, dtype=torch.int64),
+        points=StoredPoints(
+            [point_path(folder, step) for step in steps], [item["exponent"] for item in notes], origin, dtype
+        ),
+        rounding=_numbers(item["rounding"] for item in notes),
+        names=fields["names"],
+        shapes=fields["shapes"],
+        metrics={name: _numbers(item["metrics"].get(name, math.nan) for item in notes) for name in metrics},
+        buffers={name: torch.stack([item[name] for item in buffers]) for name in (buffers[0] if buffers else ())},
+        settings=fields["settings"],
+    )
+
+
+def _numbers(values: Any) -> Tensor:
+    return torch.tensor(list(values), dtype=torch.float64)
