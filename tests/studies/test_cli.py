@@ -25,6 +25,9 @@ from torch import nn
 import msam_analysis as ma
 from msam_analysis import cli, results
 from msam_analysis.checkpoints import load_model
+from msam_analysis.cli import measure as cli_measure
+from msam_analysis.cli import study as cli_study
+from msam_analysis.cli.names import distinct_names
 from msam_analysis.measure import RADII, measure
 from msam_analysis.results import Result
 from msam_analysis.studies import study
@@ -330,7 +333,7 @@ def test_several_checkpoints_are_all_saved(bench: Path, command: Command) -> Non
     ],
 )
 def test_names_of_result_folders(paths: list[str], names: list[str]) -> None:
-    assert cli.distinct_names([Path(path) for path in paths]) == names
+    assert distinct_names([Path(path) for path in paths]) == names
 
 
 def test_nothing_stale_beside_new_numbers(bench: Path, command: Command) -> None:
@@ -472,7 +475,7 @@ def test_an_interrupted_study(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "run_study", fail)
+    monkeypatch.setattr(cli_study, "run_study", fail)
     outcome = command("study")
     assert outcome.code == (130 if isinstance(error, KeyboardInterrupt) else 2)
     assert len(outcome.err.splitlines()) == 1
@@ -486,7 +489,7 @@ def test_an_interrupted_measurement_leaves_nothing(
         raise KeyboardInterrupt
 
     before = contents(bench)
-    monkeypatch.setattr(cli, "measure", fail)
+    monkeypatch.setattr(cli_measure, "measure", fail)
     outcome = command(*GOOD)
     assert outcome.code == 130
     assert len(outcome.err.splitlines()) == 1
@@ -504,7 +507,7 @@ def test_study_arguments(bench: Path, command: Command, monkeypatch: pytest.Monk
         asked.append((arguments, options))
         return Path("elsewhere") / "report.html"
 
-    monkeypatch.setattr(cli, "run_study", run_study)
+    monkeypatch.setattr(cli_study, "run_study", run_study)
     outcome = command(
         *("study", "--workload", "digits", "--seeds", 4, "--out", "there", "--figures", "pictures"),
         *("--exhibits", "F2C, TA1", "--jobs", 2, "--quiet"),
@@ -528,7 +531,7 @@ def test_study_arguments(bench: Path, command: Command, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["study", "measure"]),
+        (["--help"], ["study", "measure", "landscape"]),
         (["study", "--help"], ["--workload", "--seeds", "--out", "--exhibits", "--figures", "--jobs"]),
         (["measure", "--help"], ["checkpoint", "--model", "--data", "--out", "--rho", "package.module:factory"]),
     ],

@@ -1,0 +1,65 @@
+"""The command line's way in and its ways out."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from msam_analysis.cli.factories import brief
+from msam_analysis.cli.landscape import landscape_command
+from msam_analysis.cli.measure import measure_command
+from msam_analysis.cli.processes import rank
+from msam_analysis.cli.study import study_command
+
+if TYPE_CHECKING:
+    from typing_extensions import Never
+
+_INTERRUPTED = 130
+# click's, or that of the copy of click in newer typer, which has no name of its own.
+_UsageError: Any = typer.BadParameter.__base__
+
+app = typer.Typer(
+    help="How flat is this minimum, and why did the optimizer go there?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("study")(study_command)
+app.command("measure")(measure_command)
+app.command("landscape")(landscape_command)
+
+
+def main() -> None:
+    """Run the command; a user's mistake becomes one sentence and exit code 2, an interrupt exit code 130."""
+    if len(sys.argv) < 2:
+        sys.argv.append("--help")
+    interrupted = False
+    try:
+        # typer turns the interrupt key into this code, or into Abort.
+        interrupted = app(standalone_mode=False) == _INTERRUPTED
+    except _UsageError as error:
+        _refuse(error.format_message())
+    except RuntimeError as error:  # of one process alone, it may be
+        _refuse(str(error) or brief(error), told=True)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        _refuse(str(error) or brief(error))
+    except (KeyboardInterrupt, typer.Abort):
+        interrupted = True
+    if interrupted:
+        if rank() == 0:
+            typer.echo(
+                "msam-analysis: interrupted; what is finished is kept, and the same command goes on from there",
+                err=True,
+            )
+        raise SystemExit(_INTERRUPTED)
+
+
+def _refuse(sentence: str, *, told: bool = False) -> Never:
+    """End with a sentence: the first process's, which holds for all, or one that has to be ``told`` by any of them."""
+    line = " ".join(sentence.split())
+    who = f"process {rank()}: " if rank() else ""
+    if told or not who:
+        typer.echo(f"msam-analysis: {who}{line[:900]}{' ...' if len(line) > 900 else ''}", err=True)
+    raise SystemExit(2) from None

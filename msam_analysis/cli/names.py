@@ -1,0 +1,19 @@
+"""Names for what belongs to a checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def distinct_names(checkpoints: Sequence[Path]) -> list[str]:
+    """Return a name per checkpoint: folder and file, with more folders or a number where two would be the same."""
+    parts = [[part for part in (*path.parts[:-1], path.stem) if part.strip("./\\")] for path in checkpoints]
+    names: list[str] = []
+    for own in parts:
+        depths = (depth for depth in range(2, len(own)) if [p[-depth:] for p in parts].count(own[-depth:]) == 1)
+        name = "-".join(own[-next(depths, len(own)) :])
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        names.append(next(free for free in itertools.chain([name], numbered) if free not in names))
+    return names

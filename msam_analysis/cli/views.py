@@ -1,0 +1,172 @@
+"""Where a landscape is looked at: which line or plane through which weights, and how far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from msam_analysis import directions, trajectory
+from msam_analysis.cli.names import distinct_names
+from msam_analysis.directions import Direction
+from msam_analysis.landscape import between
+from msam_analysis.objective import Objective
+from msam_analysis.results import Trajectory, load_trajectory
+
+AROUND = ("random", "gradient", "eigenvectors")
+"""Directions that every checkpoint has for itself."""
+THROUGH = {"interpolation": 2, "plane": 3, "pca": 1}
+"""Lines and planes through so many checkpoints."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """What was asked for, as far as it decides where to look.
+
+    Attributes
+    ----------
+    kind
+        One of :data:`AROUND` or :data:`THROUGH`.
+    dimensions
+        1 or 2; ``None``: 1 for an interpolation, else 2.
+    radius, normalize, one_d
+        Of :data:`AROUND`; ``None`` and ``False``: the default.
+    points
+        Along each axis.
+    seed
+        Of random directions, the same for every checkpoint.
+    trajectories
+        Folders of recorded trajectories to be drawn.
+    """
+
+    kind: str
+    dimensions: int | None
+    radius: float | None
+    points: int
+    normalize: str | None
+    one_d: bool
+    seed: int
+    trajectories: Sequence[Path] = ()
+
+    @property
+    def axes(self) -> int:
+        """1 or 2."""
+        return self.dimensions or (1 if self.kind == "interpolation" else 2)
+
+    def check(self, checkpoints: int) -> None:
+        """Refuse what does not go together.
+
+        Raises
+        ------
+        ValueError
+            It does not.
+        """
+        if self.kind not in (*AROUND, *THROUGH):
+            raise ValueError(f"--directions must be one of {', '.join((*AROUND, *THROUGH))}, got {self.kind!r}")
+        if self.axes not in (1, 2):
+            raise ValueError(f"--dim must be 1 (a line) or 2 (a plane), got {self.axes}")
+        if self.kind in THROUGH:
+            self._check_through(checkpoints)
+        if self.trajectories and (self.axes == 1 or (self.kind in AROUND and checkpoints > 1)):
+            raise ValueError(
+                "--trajectory is drawn on a plane through one checkpoint: expected --dim 2 and one of them"
+            )
+
+    def _check_through(self, checkpoints: int) -> None:
+        if checkpoints != THROUGH[self.kind]:
+            raise ValueError(
+                f"--directions {self.kind} takes {THROUGH[self.kind]} checkpoint(s), got {checkpoints}: "
+                "2 for interpolation, 3 for plane, 1 (the centre) for pca"
+            )
+        if (self.axes == 1) != (self.kind == "interpolation"):
+            raise ValueError(f"--directions {self.kind} has no --dim {self.axes}: leave --dim out")
+        if self.radius is not None or self.normalize is not None or self.one_d:
+            raise ValueError(
+                f"--directions {self.kind} reaches as far as what it shows: leave out --radius, --normalize and --one-d"
+            )
+        if self.kind == "pca" and not self.trajectories:
+            raise ValueError("--directions pca is the plane of a recorded trajectory: expected --trajectory FOLDER")
+
+
+@dataclass(frozen=True)
+class View:
+    """A line or plane to be measured.
+
+    Attributes
+    ----------
+    name, title
+        Of its file; in pictures.
+    objective
+        Its centre.
+    lines
+        One or two directions.
+    grid
+        Arguments of a slice that say where its points are.
+    marks
+        What to point out on a plane: title to coordinates.
+    """
+
+    name: str
+    title: str
+    objective: Objective
+    lines: tuple[Direction, ...]
+    grid: Mapping[str, Any]
+    marks: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+def views(
+    course: Course,
+    objectives: Sequence[Objective],
+    names: Sequence[str],
+    titles: Sequence[str],
+    trajectories: Mapping[str, Trajectory],
+) -> list[View]:
+    """Return what is to be measured: one view of each checkpoint, or one through all."""
+    first = objectives[0]
+    others = [objective.point() for objective in objectives[1:]]
+    if course.kind == "interpolation":
+        line = replace(
+            directions.interpolation(first, others[0]), name=f"the line from {titles[0]} (0) to {titles[1]} (1)"
+        )
+        return [View("interpolation", "", first, (line,), {"coordinates": between(course.points)})]
+    if course.kind == "plane":
+        plane = directions.plane_through(first, others[0], others[1])
+        x, y = plane.directions
+        lines = (replace(x, name=f"to {titles[1]}"), replace(y, name=f"to {titles[2]}, orthogonal to x"))
+        marks = {title: tuple(place) for title, place in zip(titles, plane.points.tolist(), strict=True)}
+        return [View("plane", "", first, lines, {"coordinates": plane.coordinates(course.points)}, marks)]
+    if course.kind == "pca":
+        found = trajectory.pca_plane(trajectories, center=first.point())
+        projections = [trajectory.project(item, found) for item in trajectories.values()]
+        grid = {"coordinates": trajectory.grid(projections, course.points)}
+        return [View(names[0], titles[0], first, found.directions, grid)]
+    around: dict[str, Any] = {"radius": 1.0 if course.radius is None else course.radius, "points": course.points}
+    return [
+        View(name, title, objective, _around(course, objective), around)
+        for name, title, objective in zip(names, titles, objectives, strict=True)
+    ]
+
+
+def _around(course: Course, objective: Objective) -> tuple[Direction, ...]:
+    # Eigenvectors have length 1 already.
+    normalize: Any = course.normalize or ("none" if course.kind == "eigenvectors" else "filter")
+    found = []
+    for axis in range(course.axes):
+        if course.kind == "random" or (course.kind == "gradient" and axis == 1):
+            line = directions.random(objective, course.seed + axis, normalize, one_d=course.one_d)
+        else:
+            own = course.kind == "gradient"
+            line = directions.gradient(objective) if own else directions.eigenvector(objective, axis, seed=course.seed)
+            if normalize != "none":
+                line = line.normalized(objective, normalize, one_d=course.one_d)
+        found.append(line)
+    return tuple(found)
+
+
+def open_trajectories(folders: Sequence[Path]) -> dict[str, Trajectory]:
+    """Return recorded trajectories by their labels, or by their folders where labels are the same."""
+    found = [load_trajectory(folder) for folder in folders]
+    labels = [item.label for item in found]
+    names = labels if len(set(labels)) == len(labels) else distinct_names(folders)
+    return {name: replace(item, label=name) for name, item in zip(names, found, strict=True)}
