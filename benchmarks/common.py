@@ -34,29 +34,36 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
-def interleaved(actions: Mapping[str, Action], repetitions: int, clock: str, device: str) -> dict[str, list[float]]:
+def interleaved(
+    actions: Mapping[str, Action], repetitions: int | Mapping[str, int], clock: str, device: str, *, warmup: int = 3
+) -> dict[str, list[float]]:
     """Seconds of each action, one after the other in every repetition, so that all share the machine's moods.
 
     Parameters
     ----------
     actions : mapping
-        What to time. Each runs three times beforehand, untimed.
-    repetitions : int
-        How often.
+        What to time.
+    repetitions : int or mapping
+        How often; or how often each of them.
     clock : {"wall", "cpu"}
         Elapsed time, or the process's own time over all its threads: the latter does not count waiting for other
         processes on a busy machine.
     device : str
         A CUDA device is synchronised before the clock is read.
+    warmup : int
+        How often each runs beforehand, untimed.
     """
     read = time.perf_counter if clock == "wall" else time.process_time
     wait: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
     times: dict[str, list[float]] = {name: [] for name in actions}
     for action in actions.values():
-        for _ in range(3):
+        for _ in range(warmup):
             action()
-    for _ in range(repetitions):
+    counts = repetitions if isinstance(repetitions, Mapping) else dict.fromkeys(actions, repetitions)
+    for round_ in range(max(counts.values(), default=0)):
         for name, action in actions.items():
+            if round_ >= counts[name]:
+                continue
             wait()
             start = read()
             action()

@@ -10,6 +10,7 @@ from msam_analysis.alignment import momentum_gradient_cosine
 from msam_analysis.directions import Direction
 from msam_analysis.eigen import top_eigenvalues
 from msam_analysis.landscape import slice_1d, slice_2d
+from msam_analysis.layers import by_layer, layer_frame
 from msam_analysis.monitor import Monitor
 from msam_analysis.objective import Objective
 from msam_analysis.operators import MatrixOperator, SymmetricOperator
@@ -25,7 +26,7 @@ from msam_analysis.sharpness import (
     one_step_sharpness,
     relative_flatness,
 )
-from msam_analysis.spectrum import curvature_along, trace
+from msam_analysis.spectrum import curvature_along, spectral_density, trace
 from msam_analysis.trajectory import TrajectoryRecorder, pca_plane, project
 from msam_analysis.vectors import normalization_layers
 
@@ -40,6 +41,7 @@ __all__ = [
     "TrajectoryRecorder",
     "average_sharpness",
     "ball_sharpness",
+    "by_layer",
     "certify",
     "checkpoints",
     "curvature_along",
@@ -48,6 +50,7 @@ __all__ = [
     "directions",
     "export",
     "fisher_rao_norm",
+    "layer_frame",
     "m_sharpness",
     "momentum_gradient_cosine",
     "normalization_layers",
@@ -60,6 +63,7 @@ __all__ = [
     "results",
     "slice_1d",
     "slice_2d",
+    "spectral_density",
     "top_eigenvalues",
     "trace",
     "trajectory",

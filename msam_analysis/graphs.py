@@ -260,7 +260,7 @@ class GraphOperator(SymmetricOperator):
                 if loss is None:
                     break
                 if not self._checked:
-                    _check_twice_differentiable(loss)
+                    check_twice_differentiable(loss)
                     self._checked = True
                 product = self._product(loss)
             graph = (product, loss.weight, meter.bytes)
@@ -423,7 +423,7 @@ def missing_derivatives() -> Iterator[None]:
         raise MissingDerivativeError(str(error).split("\n", maxsplit=1)[0]) from error
 
 
-def _check_twice_differentiable(loss: BatchLoss) -> None:
+def check_twice_differentiable(loss: BatchLoss) -> None:
     """Raise if a function marked ``once_differentiable`` took part; autograd would leave it out."""
     seen: set[Any] = set()
     waiting = [tensor.grad_fn for tensor in (loss.value, *loss.outputs)]

@@ -28,8 +28,12 @@ mean of 200 exponential losses                  0.66      0.68      0.66        
 λ₁, 200 dimensions, 100 samples                 0.65      0.65      0.64        0.29       0.47 0.00
 largest rise of a quadratic loss, 50 samples    0.63      0.67      0.64        0.39       0.51 0.03
 gradient norm, close to 0                       0.62      0.61      0.52        0.14       0.40 0.00
-λ₁, tenfold: no interval holds, and most warn   0.18      0.15      0.04        0.00       0.00 0.00
+λ₁, tenfold: no interval holds it               0.18      0.15      0.04        0.00       0.00 0.00
 =============================================== ========= ========= =========== ========== ==== =================
+
+In the last row the bias is of the order of ``1/√m``, and half of it is seen: eigenvalues that differ by less than their
+standard errors are such a case. For the five largest of a trained perceptron (digits, 25 subsets of 200 samples, truth
+from 1000) the jackknife held 0.60 to 0.80 of the values, batch means 0.52 to 0.76.
 """
 
 from __future__ import annotations
@@ -60,6 +64,8 @@ Metric = Callable[..., object]
 
 _HEADLINES: dict[type[Result], str] = {BallSharpness: "sharpness", Eigenpairs: "values", Estimate: "value"}
 _REPLICATES: dict[str, int] = {"jackknife": 20, "bootstrap": 50, "batch_means": 5}
+# A bias of more standard errors is not corrected to first order without a word.
+_LARGE_BIAS = 2.0
 # A bias below this fraction of the value is that of no data: rounding, or a solver's tolerance.
 _NEGLIGIBLE = 1e-6
 
@@ -144,8 +150,8 @@ def data_interval(
     Warns
     -----
     ConvergenceWarning
-        The metric was not finite or did not converge on some replicates, or a bias exceeds its standard error: then
-        a correction of first order cannot be relied on, as with eigenvalues that occur several times.
+        The metric was not finite or did not converge on some replicates, or a bias exceeds two standard errors, which
+        is more than a correction of first order can be relied on for.
 
     Examples
     --------
@@ -183,7 +189,7 @@ def data_interval(
     bias, error = bias_factor * (mean - value), error_factor * drawn.std(0)
     half_width = error_factor * math.sqrt(count) * t_error
     failed = int((~drawn.reshape(count, -1).isfinite()).any(1).sum())
-    small = bool((bias.abs() <= torch.maximum(error, _NEGLIGIBLE * value.abs())).all())
+    small = bool((bias.abs() <= torch.maximum(_LARGE_BIAS * error, _NEGLIGIBLE * value.abs())).all())
     _warn(complaints, failed, count, small or failed > 0, len(numbers))
     return DataInterval(
         value=value,
@@ -298,8 +304,8 @@ def _warn(complaints: list[str], failed: int, count: int, small: bool, samples: 
         reasons.append(f"{len(complaints)} of {count + 1} measurements did not converge, the first: {complaints[0]}")
     if not small:
         reasons.append(
-            f"the bias that comes from having {samples} samples exceeds its standard error, so that the correction of "
-            "first order cannot be relied on: use more samples"
+            f"the bias that comes from having {samples} samples exceeds two standard errors, too much to rely on its "
+            "correction, which is of first order: use more samples"
         )
     if reasons:
         warnings.warn("data_interval: " + "; ".join(reasons), ConvergenceWarning, stacklevel=3)

@@ -92,9 +92,10 @@ class Evaluator:
             ``c_k`` of every point.
         """
         with self.objective.evaluating() as stream:
-            rows = self._quickly(coordinates, stream)
-            if rows is None:
-                rows = [self._forward(point, stream) for point in coordinates]
+            quick = self._quickly(coordinates, stream)
+            if quick is not None:
+                return quick
+            rows = [self._forward(point, stream) for point in coordinates]
         return self._stacked(rows, coordinates)
 
     def move(self, point: Sequence[float]) -> Tensor:
@@ -161,14 +162,15 @@ class Evaluator:
             row = self._forward(origin, stream)
         self.seconds = time.monotonic() - start
         # Only the loss is wanted, as one number from a pair of tensors, and nothing happens on the way.
-        self._quick = self._unread() and len(row) == 1 and self._direct and self.objective.batchnorm != "recalibrate"
+        alone = not self.metrics and self.fraction is None
+        self._quick = alone and self._unread() and self._direct and self.objective.batchnorm != "recalibrate"
         return self._stacked([row], [origin])[0]
 
     def _unread(self) -> bool:
         """Tell whether the batches at hand are as they were read."""
         return self._held is not None and [tensor._version for tensor in self._tensors] == self._versions
 
-    def _quickly(self, coordinates: Sequence[Sequence[float]], stream: RandomStream) -> list[list[Any]] | None:
+    def _quickly(self, coordinates: Sequence[Sequence[float]], stream: RandomStream) -> Tensor | None:
         """Return the rows of points as if no forward pass drew or wrote anything; ``None`` if one did.
 
         What is done in :meth:`_forward` for every batch takes as long as a small network.
@@ -178,16 +180,20 @@ class Evaluator:
         model, number, held = self.module.model, self._number, self._held or []
         loss_fn: Any = self.module.loss_fn
         weight_sum = float(sum(samples for _, samples in held))
-        rows: list[list[Any]] = []
+        losses: list[Any] = []
         before = stream.state
         for point in coordinates:
             self.move(point)
             total: Any = 0.0
             for (inputs, targets), samples in held:
                 total = total + number(loss_fn(model(inputs), targets)) * samples
-            rows.append([total / weight_sum])
+            losses.append(total / weight_sum)
         self._quick = self._unread() and not self._buffers.written and same_state(before, stream.state)
-        return rows if self._quick else None
+        if not self._quick:
+            return None
+        on_device = bool(losses) and isinstance(losses[0], Tensor)
+        row = torch.stack(losses).cpu().double() if on_device else torch.tensor(losses, dtype=torch.float64)
+        return row[:, None]
 
     def _forward(self, point: Sequence[float], stream: RandomStream) -> list[Any]:
         """Return the loss, its errors and the metrics of the output at a point."""

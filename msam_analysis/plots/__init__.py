@@ -17,6 +17,7 @@ from msam_analysis.plots.comparison import accuracy, ball_sharpness, eigenvalues
 from msam_analysis.plots.interactive import interactive_surface
 from msam_analysis.plots.look import COLUMN_WIDTH, PAGE_WIDTH, Look, look, panels, save, style
 from msam_analysis.plots.slices import slice_1d, slice_1d_panels, slice_2d, surface_3d
+from msam_analysis.plots.spectra import spectral_density
 from msam_analysis.plots.training import over_training, perturbation_rise
 from msam_analysis.plots.trajectories import trajectory, trajectory_losses, trajectory_panels
 
@@ -37,6 +38,7 @@ __all__ = [
     "slice_1d",
     "slice_1d_panels",
     "slice_2d",
+    "spectral_density",
     "style",
     "surface_3d",
     "trajectory",

@@ -7,7 +7,7 @@ as JSON in the header. No pickle is involved, so a file from a stranger is safe 
 
 from msam_analysis.results.balls import BallSharpness, BatchSharpness, Certificate, DirectionalSharpness
 from msam_analysis.results.base import ApproximationWarning, ConvergenceWarning, Result, Settings, load
-from msam_analysis.results.curvature import Eigenpairs, Estimate
+from msam_analysis.results.curvature import Eigenpairs, Estimate, SpectralDensity
 from msam_analysis.results.files import atomic_folder, atomic_path
 from msam_analysis.results.intervals import DataInterval
 from msam_analysis.results.points import load_trajectory
@@ -29,6 +29,7 @@ __all__ = [
     "Settings",
     "Slice1D",
     "Slice2D",
+    "SpectralDensity",
     "Trajectory",
     "atomic_folder",
     "atomic_path",

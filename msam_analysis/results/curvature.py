@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 from torch import Tensor
 
 from msam_analysis.results.base import Result, column
@@ -24,11 +27,16 @@ class Eigenpairs(Result):
         Shape ``(k,)``: ``‖A v − λ v‖₂`` against the original operator. For a symmetric operator an exact eigenvalue
         lies within this distance of the value.
     converged
-        Every residual is at most ``tolerance · |λ|``, or at the level of rounding, ``30 eps ‖A‖``.
+        Every residual is at most ``tolerance · |λ|``, or at the level of rounding, ``30 eps ‖A‖``; and, unless it was
+        not asked for, ``margin`` is finite.
     hvps
         Products with the operator that were spent, certificates included.
     method, which, tolerance
-        What was asked for.
+        What was asked for; ``"pyhessian"`` is a method too.
+    margin
+        How far beyond the last of the values an eigenvalue may lie that is not among them, in the unit of the operator,
+        but for a probability of 0.001: 0 as a rule, about 1 % of what is left of the spectrum where that goes on right
+        behind. Infinite where it was not looked for.
     """
 
     values: Tensor
@@ -39,6 +47,7 @@ class Eigenpairs(Result):
     method: str
     which: str
     tolerance: float
+    margin: float = math.inf
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per eigenvalue: ``index`` (from 1), ``value``, ``residual``, ``method``, ``converged``."""
@@ -68,6 +77,8 @@ class Estimate(Result):
         Independent draws used.
     evaluations
         Loss evaluations or Hessian-vector products spent.
+    converged
+        Whether the precision that was asked for was reached; true where none was.
     """
 
     quantity: str
@@ -75,6 +86,7 @@ class Estimate(Result):
     standard_error: float
     draws: int
     evaluations: int
+    converged: bool = True
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row."""
@@ -82,3 +94,211 @@ class Estimate(Result):
             [{key: getattr(self, key) for key in ("quantity", "value", "standard_error", "draws")}]
         )
         return frame
+
+
+class Share(NamedTuple):
+    """A share of the eigenvalues, between 0 and 1, and how well it is known.
+
+    Attributes
+    ----------
+    value
+        Mean over the probes.
+    standard_error
+        Over the probes; 0 where all eigenvalues are known.
+    low, high
+        Between these the probes' own shares lie (their mean), whatever the spectrum does between the nodes: the
+        inequalities of Chebyshev, Markov and Stieltjes (Szegő, Orthogonal Polynomials, section 3.41).
+    """
+
+    value: Tensor
+    standard_error: Tensor
+    low: Tensor
+    high: Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpectralDensity(Result):
+    """The density of the eigenvalues: of one drawn at random, the probability per unit of ``x``.
+
+    A sum of point masses: eigenvalues that are known exactly have ``1/size`` each; the others are seen by random
+    probes, each as nodes with weights. It is smoothed by a Gaussian kernel; the cumulative share and the moments are
+    not.
+
+    Attributes
+    ----------
+    values
+        Shape ``(points,)``, increasing: where the density is given, in the unit of the operator.
+    density, standard_error
+        Shape ``(points,)``: mean over the probes and its standard error, per unit of the operator.
+    sigma
+        Standard deviation of the kernel, in the unit of the operator.
+    nodes, weights
+        Shape ``(nodes,)``, float64: the point masses. The weights of one probe and of the known eigenvalues sum to 1.
+    probe
+        Shape ``(nodes,)``: which probe saw the node; -1 for an eigenvalue that is known.
+    exhausted
+        Shape ``(probes,)``: whether a probe's nodes are all eigenvalues that it has a part in, and its weights exact.
+    top, bottom
+        Eigenvalues at the two ends: the largest, descending, and the smallest, ascending.
+    top_residuals, bottom_residuals
+        ``‖A v − λ v‖₂`` of each: an exact eigenvalue lies within this distance.
+    converged
+        Whether the eigenpairs at the ends did; see ``margin``.
+    margin
+        How far beyond the last of ``top`` or of ``bottom`` an eigenvalue may lie that is not among them, but for a
+        probability of 0.001; infinite where that was not excluded, or none was asked for.
+    size
+        Number of eigenvalues.
+    steps
+        Products for each probe.
+    hvps
+        Products in all.
+    """
+
+    values: Tensor
+    density: Tensor
+    standard_error: Tensor
+    sigma: float
+    nodes: Tensor
+    weights: Tensor
+    probe: Tensor
+    exhausted: Tensor
+    top: Tensor
+    top_residuals: Tensor
+    bottom: Tensor
+    bottom_residuals: Tensor
+    converged: bool
+    margin: float
+    size: int
+    steps: int
+    hvps: int
+
+    @classmethod
+    def smoothed(cls, *, sigma: float | None, points: int | None, **fields: Any) -> SpectralDensity:
+        """Return the density of point masses on a grid that reaches 4 ``sigma`` beyond both ends.
+
+        Parameters
+        ----------
+        sigma
+            Standard deviation of the kernel; ``None``: 1/200 of the spread of the nodes (where they are all the same,
+            of the value, or of 1 if that is 0).
+        points
+            Of the grid; ``None``: four a ``sigma``, at most 10,001.
+        **fields
+            All other attributes.
+        """
+        low, high = float(fields["nodes"].min()), float(fields["nodes"].max())
+        sigma = sigma if sigma is not None else (high - low or abs(high) or 1.0) / 200
+        low, high = low - 4 * sigma, high + 4 * sigma
+        points = points if points is not None else min(math.ceil(4 * (high - low) / sigma) + 1, 10_001)
+        grid = torch.linspace(low, high, points, dtype=torch.float64)
+        draft = cls(values=grid, density=grid, standard_error=grid, sigma=sigma, **fields)
+        density, error = draft.at(grid)
+        return dataclasses.replace(draft, density=density, standard_error=error)
+
+    @property
+    def probes(self) -> int:
+        """Number of probes; 0 where every eigenvalue is known."""
+        return len(self.exhausted)
+
+    def curves(self, x: Tensor, sigma: float | None = None) -> Tensor:
+        """Return the density as each probe sees it, shape ``(probes, len(x))``; one row where every value is known.
+
+        Parameters
+        ----------
+        x
+            Shape ``(points,)``.
+        sigma
+            Standard deviation of the kernel; default that of the result.
+
+        Raises
+        ------
+        ValueError
+            ``sigma`` is not positive.
+        """
+        width = self.sigma if sigma is None else sigma
+        if not width > 0:
+            raise ValueError(f"sigma must be a positive number, in units of the eigenvalues, got {sigma!r}")
+        x = torch.as_tensor(x, dtype=torch.float64)
+        peaks = torch.exp(-0.5 * ((x - self.nodes[:, None]) / width) ** 2) / (width * math.sqrt(2 * math.pi))
+        return self._by_probe(peaks * self.weights[:, None])
+
+    def at(self, x: Tensor, sigma: float | None = None) -> tuple[Tensor, Tensor]:
+        """Return the density and its standard error at other places, or with another kernel; as in :meth:`curves`.
+
+        Returns
+        -------
+        density, standard_error
+            Shapes ``(points,)``.
+        """
+        return _mean(self.curves(x, sigma), known=self.probes == 0)
+
+    def cumulative(self, x: Tensor | float) -> Share:
+        """Return the share of the eigenvalues that are at most ``x``, with no kernel.
+
+        Parameters
+        ----------
+        x
+            A number, or shape ``(points,)``.
+
+        Returns
+        -------
+        Share
+            Of the shape of ``x``.
+        """
+        places = torch.atleast_1d(torch.as_tensor(x, dtype=torch.float64)).contiguous()
+        known = self.probe < 0
+        base = self.weights[known] @ (self.nodes[known][:, None] <= places).double()
+        shares = [base.expand(3, -1)] if self.probes == 0 else []
+        for probe, exhausted in enumerate(self.exhausted.tolist()):
+            mine = self.probe == probe
+            steps = torch.cat([torch.zeros(1, dtype=torch.float64), self.weights[mine].cumsum(0)])
+            count = torch.searchsorted(self.nodes[mine], places, right=True)
+            reach = 0 if exhausted else 1
+            between = [(count - reach).clamp_min(0), (count + reach).clamp_max(len(steps) - 1)]
+            shares.append(base + torch.stack([steps[index] for index in (count, *between)]))
+        value, error = _mean(torch.stack([share[0] for share in shares]), known=self.probes == 0)
+        low, high = torch.stack([share[1:] for share in shares]).mean(dim=0)
+        shape = torch.as_tensor(x).shape
+        return Share(*(part.reshape(shape) for part in (value, error, low, high)))
+
+    def share_above(self, x: Tensor | float) -> Share:
+        """Return the share of the eigenvalues that are larger than ``x``; otherwise as :meth:`cumulative`."""
+        below = self.cumulative(x)
+        return Share(1 - below.value, below.standard_error, 1 - below.high, 1 - below.low)
+
+    def moment(self, order: int) -> Estimate:
+        """Return the mean of ``λ^order`` over the eigenvalues: for 1, ``tr(A)/n``; for 2, ``‖A‖²/n`` (Frobenius)."""
+        value, error = _mean(self._by_probe((self.weights * self.nodes**order)[:, None]), known=self.probes == 0)
+        return Estimate(
+            quantity=f"moment {order}",
+            value=float(value),
+            standard_error=float(error),
+            draws=self.probes,
+            evaluations=self.hvps,
+            settings=self.settings,
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per point of the grid: ``value``, ``density``, ``standard_error``."""
+        frame: pd.DataFrame = pd.DataFrame(
+            {
+                "value": column(self.values),
+                "density": column(self.density),
+                "standard_error": column(self.standard_error),
+            }
+        )
+        return frame
+
+    def _by_probe(self, contributions: Tensor) -> Tensor:
+        """Sum what nodes contribute, shape ``(nodes, ...)``, over each probe's own and the known ones."""
+        known = self.probe < 0
+        rows = contributions.new_zeros(max(self.probes, 1), contributions.shape[1])
+        rows.index_add_(0, self.probe[~known], contributions[~known])
+        return rows + contributions[known].sum(dim=0)
+
+
+def _mean(rows: Tensor, *, known: bool) -> tuple[Tensor, Tensor]:
+    """Return mean and standard error over the rows, which is 0 for what is ``known``."""
+    error = torch.zeros_like(rows[0]) if known else rows.std(dim=0) / math.sqrt(len(rows))
+    return rows.mean(dim=0), error

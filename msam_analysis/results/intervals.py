@@ -39,7 +39,7 @@ class DataInterval(Result):
     failed
         Replicates on which the metric was NaN or infinite. None is dropped: the interval is then NaN.
     converged
-        The metric converged on every replicate, none failed, and the bias is at most a standard error, so that its
+        The metric converged on every replicate, none failed, and the bias is at most two standard errors, so that its
         estimate to first order in ``1 / samples`` can be believed.
     """
 

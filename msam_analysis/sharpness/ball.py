@@ -19,7 +19,7 @@ from msam_analysis.sharpness.starts import Start, starting_points
 
 # Steps from every start, and once more from so many of them; chosen on trained networks, see benchmarks/sharpness.py.
 _STEPS = 2
-_FINALISTS = 2
+_FINALISTS = 3
 
 
 def ball_sharpness(
@@ -41,8 +41,8 @@ def ball_sharpness(
 
     The ascent is the fixed point of the linearised problem, ``z ← argmax_{z in ball} ⟨D∇L(w + D z), z⟩`` with
     ``e = D z``, for ``l2`` ``z ← ρ D∇L / ‖D∇L‖``, extrapolated where it is slow and damped where it does not rise. It
-    makes two steps from every start and two more from the two that promise most. From the better one it goes on to the
-    end, then from the other as long as it may overtake. The starts:
+    makes two steps from every start and two more from the three that promise most. From the best of these it goes on
+    to the end, then from the others as long as they may overtake. The starts:
 
     - ``"gradient"``: ``0``, whose first step is SAM's;
     - ``"krylov"``: the maximum of the quadratic model at ``w`` over a subspace that grows by the residuals of its own
@@ -131,7 +131,7 @@ def ball_sharpness(
 
 
 def _climb(ascents: list[Ascent], tolerance: float) -> tuple[Ascent, dict[str, float]]:
-    """Run all ascents a little, the two best further, and one to its end.
+    """Run all ascents a little, the best further, and one to its end.
 
     Returns the best of all, and what each had reached after the same few steps.
     """

@@ -69,6 +69,9 @@ class Noisy(nn.Module):
 class Counting(nn.Module):
     """Writes to a buffer, replaces another, and puts out what depends on both."""
 
+    calls: Tensor
+    last: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(4, 3)
@@ -173,7 +176,7 @@ def test_metrics_at_the_same_points(policy: Any) -> None:
 
     fraction = ma.Objective(model, hits, data, batchnorm=policy)
     d1, d2 = (ma.directions.random(objective, seed).vector for seed in (1, 2))
-    measured = {
+    measured: dict[str, Any] = {
         "accuracy": metrics.accuracy,
         "each": metrics.sample_losses,
         "slope": metrics.gradient_norm,

@@ -39,6 +39,11 @@ def objective(loss_fn: Any = F.cross_entropy, sizes: Any = (64, 64, 64, 8)) -> m
     return ma.Objective(Tilted(), loss_fn, split(sizes, X, Y))
 
 
+def of_batches_only(output: Tensor, target: Tensor) -> Tensor:
+    """A loss that offers no reduction."""
+    return F.cross_entropy(output, target)
+
+
 def line(o: ma.Objective, **options: Any) -> Any:
     return ma.slice_1d(o, torch.linspace(-1, 1, o.size).double(), points=5, **options)
 
@@ -114,7 +119,7 @@ def test_intervals_cover_as_often_as_they_say() -> None:
 def test_batches_are_the_units_where_samples_cannot_be_told() -> None:
     """Class weights, and a loss without a reduction: the mean over a batch is no mean of the samples' losses."""
     weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 2.0]).double())
-    for loss_fn in (weighted, lambda output, target: F.cross_entropy(output, target)):
+    for loss_fn in (weighted, of_batches_only):
         o = objective(loss_fn, sizes=(8,) * 25)
         result = line(o, samples=100, seed=1)
         assert result.units == 13  # twelve batches of 8, one of 4
@@ -127,7 +132,7 @@ def test_batches_are_the_units_where_samples_cannot_be_told() -> None:
 
 
 def test_one_unit_tells_nothing_of_its_error() -> None:
-    result = line(objective(lambda output, target: F.cross_entropy(output, target)), samples=40)
+    result = line(objective(of_batches_only), samples=40)
     assert result.units == 1
     assert torch.isnan(result.standard_error).all()
     assert torch.isnan(result.interval()[0]).all()

@@ -200,6 +200,10 @@ def trajectory(**changes: Any) -> results.Trajectory:
     return results.Trajectory(**fields | changes)
 
 
+def density() -> results.Result:
+    return ma.spectral_density(ma.MatrixOperator(torch.diag(torch.arange(6.0).double())), extremes=1)
+
+
 KINDS: dict[str, Callable[..., results.Result]] = {
     "Eigenpairs": eigenpairs,
     "BallSharpness": ball,
@@ -209,6 +213,7 @@ KINDS: dict[str, Callable[..., results.Result]] = {
     "DataInterval": interval,
     "Slice1D": line,
     "Slice2D": surface,
+    "SpectralDensity": density,
     "Estimate": estimate,
     "Projection": projection,
     "Trajectory": trajectory,
@@ -238,7 +243,7 @@ def files(folder: Path) -> list[str]:
 
 
 def test_every_kind_is_in_the_table() -> None:
-    public = {name for name in results.__all__ if name not in ("Result", "ConvergenceWarning", "Settings")}
+    public = {name for name in results.__all__ if not name.endswith(("Result", "Warning", "Settings"))}
     kinds = {name for name in public if name[0].isupper()}
     assert kinds == set(KINDS)
 

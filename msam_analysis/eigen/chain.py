@@ -1,0 +1,107 @@
+"""Lanczos's three-term recurrence: a symmetric operator seen from one start, as a tridiagonal matrix."""
+
+from __future__ import annotations
+
+import torch
+from scipy.linalg import eigh_tridiagonal
+from torch import Tensor
+
+
+class Chain:
+    r"""The Krylov space of ``P A P`` from one start, ``P = I − W Wᵀ``; whoever holds it makes the products.
+
+    ``A q_j = β_{j−1} q_{j−1} + α_j q_j + β_j q_{j+1}`` within the complement of ``W``; the ``α`` and ``β`` are the
+    diagonals of a symmetric tridiagonal ``T`` with ``T = Qᵀ A Q``.
+
+    Without ``remember`` only the last two vectors are held, and orthogonality to the older ones is lost once a Ritz
+    value has converged, in the direction of its vector (Paige 1980). Extreme Ritz values stay right: ``T`` is then what
+    exact arithmetic makes of a matrix whose eigenvalues lie in tiny clusters about those of ``P A P``, with the start's
+    weights (Greenbaum 1989), so that bounds which rest on Chebyshev polynomials over the whole interval hold
+    (Druskin & Knizhnerman 1991); and so do the sums that ``T`` is a quadrature for (Knizhnerman 1996).
+
+    Parameters
+    ----------
+    start
+        Shape ``(size,)``.
+    against
+        ``W``, shape ``(size, w)`` with orthonormal columns.
+    norm
+        Estimate of ``‖A‖``: what is below its rounding is no new direction.
+    remember
+        Vectors to hold, each new one being orthogonalised against all of them; 0: none but the last two.
+
+    Attributes
+    ----------
+    current
+        ``q_j`` of the next step, shape ``(size,)``.
+    exhausted
+        The Krylov space is invariant: every distinct eigenvalue that the start has a part in is one of ``T``'s.
+    """
+
+    def __init__(self, start: Tensor, against: Tensor, *, norm: float = 0.0, remember: int = 0) -> None:
+        self._against = against
+        self._norm = norm
+        self._diagonal: list[float] = []
+        self._off: list[float] = []
+        self._kept = start.new_empty(len(start), remember)
+        length = float(start.norm())
+        cleared = self._cleared(start)
+        left = float(cleared.norm())
+        # A start inside span(W) is nothing but rounding once it is cleared.
+        self.exhausted = not left > 100 * torch.finfo(start.dtype).eps * length
+        self.current = self._cleared(cleared / left) if not self.exhausted else torch.zeros_like(start)
+        self._previous = torch.zeros_like(self.current)
+
+    @property
+    def steps(self) -> int:
+        """Products taken in so far."""
+        return len(self._diagonal)
+
+    @property
+    def last(self) -> float:
+        """``α_j + β_j`` of the last step; NaN or infinite where a product was."""
+        return self._diagonal[-1] + self._off[-1]
+
+    def forget(self) -> None:
+        """Let go of all vectors; what is left is ``T``."""
+        # New tensors: a view would keep all of it.
+        self.current = self._previous = self.current.new_empty(0)
+        self._kept = self._against = self.current.new_empty(0, 0)
+
+    def advance(self, product: Tensor) -> None:
+        """Take in ``A @ current`` and move on to the next vector."""
+        rest = self._cleared(product.to(self.current))
+        level = float(self.current.dot(rest))
+        rest = rest - level * self.current
+        if self._off:
+            rest = rest - self._off[-1] * self._previous
+        if self._kept.shape[1]:
+            self._kept[:, self.steps] = self.current
+        self._diagonal.append(level)
+        rest = self._cleared(rest)
+        length = float(rest.norm())
+        self._norm = max(self._norm, abs(level) + length)
+        # Also where it is NaN: whoever reads T sees it there.
+        self.exhausted = not length > 10 * torch.finfo(rest.dtype).eps * self._norm
+        self._off.append(length)
+        self._previous, self.current = self.current, rest / length if not self.exhausted else torch.zeros_like(rest)
+
+    def ritz(self) -> tuple[Tensor, Tensor]:
+        """Return the eigenvalues of ``T``, increasing, and its eigenvectors as columns; float64 on the CPU."""
+        if not all(map(_finite, (*self._diagonal, *self._off))):
+            size = self.steps
+            return torch.full((size,), torch.nan).double(), torch.full((size, size), torch.nan).double()
+        values, vectors = eigh_tridiagonal(self._diagonal, self._off[:-1])
+        return torch.from_numpy(values), torch.from_numpy(vectors)
+
+    def _cleared(self, vector: Tensor) -> Tensor:
+        """Return the part outside of ``W`` and of what is remembered; what rounding leaves, a second pass takes."""
+        for _ in range(2):
+            for basis in (self._against, self._kept[:, : self.steps]):
+                if basis.shape[1]:
+                    vector = vector - basis @ (basis.T @ vector)
+        return vector
+
+
+def _finite(number: float) -> bool:
+    return number - number == 0.0

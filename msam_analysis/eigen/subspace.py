@@ -1,0 +1,117 @@
+"""An orthonormal basis with its products, in which a symmetric operator becomes a small matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from msam_analysis.eigen.goal import Which, ordering
+from msam_analysis.operators import SymmetricOperator
+from msam_analysis.vectors import orthonormalize
+
+_BLOCK_ROWS = 2**20  # tall matrices are combined in pieces of so many rows, so that results need no second copy
+
+
+@dataclass
+class Subspace:
+    """An orthonormal basis ``Q`` with its products ``A Q`` and the projection ``T = Qᵀ A Q``.
+
+    Parameters
+    ----------
+    operator
+        ``A``.
+    capacity
+        Most columns that will be held.
+    """
+
+    operator: SymmetricOperator
+    capacity: int
+
+    def __post_init__(self) -> None:
+        """Reserve the memory once."""
+        shape = (self.operator.size, self.capacity)
+        self._q = torch.empty(shape, dtype=wide(self.operator), device=self.operator.device)
+        self._aq = torch.empty_like(self._q)
+        self.projection: Tensor = torch.zeros(0, 0, dtype=torch.float64)
+
+    @property
+    def columns(self) -> int:
+        """Columns held."""
+        return self.projection.shape[0]
+
+    @property
+    def q(self) -> Tensor:
+        """``Q``, shape ``(size, columns)``."""
+        columns: Tensor = self._q[:, : self.columns]
+        return columns
+
+    @property
+    def aq(self) -> Tensor:
+        """``A Q``, shape ``(size, columns)``."""
+        columns: Tensor = self._aq[:, : self.columns]
+        return columns
+
+    def expand(self, vectors: Tensor) -> int:
+        """Add the parts of ``vectors`` that are new, at one product each; return how many there were."""
+        room = self.capacity - self.columns
+        fresh = orthonormalize(vectors, self.q)[:, :room]
+        count, old = fresh.shape[1], self.columns
+        if count == 0:
+            return 0
+        self._q[:, old : old + count] = fresh
+        self._aq[:, old : old + count] = self.operator.matmat(fresh).to(self._aq)
+        grown = torch.zeros(old + count, old + count, dtype=torch.float64)
+        grown[:old, :old] = self.projection
+        block = (self._q[:, : old + count].T @ self._aq[:, old : old + count]).cpu().double()
+        grown[:, old:] = block
+        grown[old:, :old] = block[:old].T
+        self.projection = (grown + grown.T) / 2
+        return count
+
+    def compress(self, coefficients: Tensor) -> None:
+        """Keep only the span of ``Q S`` for orthonormal coefficients ``S`` of shape ``(columns, p)``."""
+        small = coefficients.to(self._q)
+        for rows in self._blocks():
+            self._q[rows, : small.shape[1]] = self.q[rows] @ small
+            self._aq[rows, : small.shape[1]] = self.aq[rows] @ small
+        self.projection = coefficients.T @ self.projection @ coefficients
+
+    def pairs(self, which: Which) -> tuple[Tensor, Tensor]:
+        """Return the Ritz values, shape ``(columns,)``, the wanted end first, and their coefficients as columns."""
+        values, coefficients = torch.linalg.eigh(self.projection)
+        order = ordering(values, which)
+        return values[order], coefficients[:, order]
+
+    def residuals(self, values: Tensor, coefficients: Tensor) -> Tensor:
+        """Return ``A v − θ v`` for Ritz pairs ``θ``, ``v = Q s``; shape ``(size, p)`` for ``p`` columns ``s``."""
+        small = coefficients.to(self._q)
+        return self.aq @ small - (self.q @ small) * values.to(self._q)
+
+    def residual_norms(self, values: Tensor, coefficients: Tensor) -> Tensor:
+        """Return the norms of :meth:`residuals`, float64 on the CPU, without room for the vectors."""
+        small, levels = coefficients.to(self._q), values.to(self._q)
+        pieces = [(self.aq[rows] @ small - (self.q[rows] @ small) * levels).norm(dim=0) for rows in self._blocks()]
+        norms: Tensor = torch.stack(pieces).norm(dim=0)
+        return norms.cpu().double()
+
+    def ritz(self, which: Which, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Ritz values (all, ordered), their coefficients, and the residual vectors of the first ``k``.
+
+        Returns
+        -------
+        values, coefficients, residuals
+            Shapes ``(columns,)``, ``(columns, columns)``, ``(size, min(k, columns))``.
+        """
+        values, coefficients = self.pairs(which)
+        return values, coefficients, self.residuals(values[:k], coefficients[:, :k])
+
+    def _blocks(self) -> Iterator[slice]:
+        return (slice(first, first + _BLOCK_ROWS) for first in range(0, self.operator.size, _BLOCK_ROWS))
+
+
+def wide(operator: SymmetricOperator) -> torch.dtype:
+    """Return the precision of a basis: in half precision it would lose its orthogonality, and has no QR."""
+    return torch.promote_types(operator.dtype, torch.float32)
