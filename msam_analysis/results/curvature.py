@@ -188,7 +188,10 @@ class SpectralDensity(Result):
             All other attributes.
         """
         low, high = float(fields["nodes"].min()), float(fields["nodes"].max())
-        sigma = sigma if sigma is not None else (high - low or abs(high) or 1.0) / 200
+        if sigma is None:
+            largest = max(abs(low), abs(high))
+            # What differs by rounding only is the same value.
+            sigma = (high - low if high - low > 1e-5 * largest else largest or 1.0) / 200
         low, high = low - 4 * sigma, high + 4 * sigma
         points = points if points is not None else min(math.ceil(4 * (high - low) / sigma) + 1, 10_001)
         grid = torch.linspace(low, high, points, dtype=torch.float64)

@@ -42,7 +42,7 @@ class _Points:
     standard_error
         Shape ``grid``: of ``loss`` as an estimate of the loss on all data, where only some samples were drawn.
     rise_error
-        Shape ``grid``: of ``loss − center_loss``, from the same samples; near the centre much smaller, since they are the same.
+        Shape ``grid``: of ``loss − center_loss``; near the centre much smaller, since the samples are the same.
     units
         How many samples (or batches, where the loss of a sample cannot be told) the standard errors come from.
     identity

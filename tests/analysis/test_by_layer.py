@@ -72,19 +72,12 @@ class Residual(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = nn.ModuleDict(
-            {
-                "stem": nn.Linear(3, 3),
-                "layers": nn.ModuleList([nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2)]),
-                "head": nn.Linear(3, 1),
-            }
-        )
+        layers = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2)))
+        self.model = nn.Sequential()
+        self.model.stem, self.model.layers, self.model.head = nn.Linear(3, 3), layers, nn.Linear(3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.model["stem"](x))
-        for layer in self.model["layers"]:  # type: ignore[union-attr]
-            x = x + torch.tanh(layer(x))
-        out: Tensor = self.model["head"](x)
+        out: Tensor = self.model(x)
         return out
 
 

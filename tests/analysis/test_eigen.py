@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import sys
 import warnings
 from typing import Any
 
@@ -15,6 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import msam_analysis as ma
+from msam_analysis.eigen import Subspace
+from msam_analysis.peers import pyhessian_trace
 from msam_analysis.results import ConvergenceWarning, Eigenpairs
 
 from . import cases
@@ -417,7 +421,395 @@ def test_half_precision_operators(method: Any) -> None:
     torch.testing.assert_close(result.values, expected, rtol=0.1, atol=0)
 
 
+# --- memory
+
+
+REPEATED = {
+    "five times": [2.0] * 5 + list(np.linspace(1, -1, 115)),
+    "twice the largest": [5.0, 5.0, *np.linspace(3, -1, 118)],
+    "twice the last": [7.0, 6.5, 6.0, 5.5, 5.0, 5.0, *np.linspace(2, -0.5, 114)],
+    "pairs": [7.0, 7.0, 6.0, 6.0, 5.0, 5.0, *np.linspace(1, 0, 114)],
+    "all apart": [5.376, 4.218, 4.068, 3.521, 3.194, *np.linspace(2.2, -0.3, 115)],
+    "two values": [1.0] * 3 + [0.0] * 117,
+}
+
+
+def least_bytes(k: int, size: int = 120, *, method: str = "lanczos") -> int:
+    """float64 vectors for k + 2 columns with their products, the result, and six more."""
+    return (3 * k + 10 if method == "lanczos" else 9 * k + 6) * size * 8
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize("name", REPEATED)
+def test_the_least_memory_is_enough_for_the_answer_and_the_look_beyond(name: str, k: int, which: Any) -> None:
+    sign = -1 if which == "smallest" else 1
+    matrix = symmetric(sorted((sign * value for value in REPEATED[name]), reverse=True), seed=3)
+    pairs = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=k, which=which, memory_bytes=least_bytes(k))
+    assert pairs.converged
+    assert pairs.margin < 0.012 * np.ptp(REPEATED[name])
+    np.testing.assert_allclose(np.abs(pairs.values.numpy()), np.abs(exact(matrix, k, which)), rtol=1e-6, atol=1e-12)
+    check_certificates(pairs, matrix)
+
+
+@methods
+@pytest.mark.parametrize("k", [1, 5])
+def test_memory_is_what_the_budget_says(k: int, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+    real = Subspace.__post_init__
+
+    def spy(basis: Subspace) -> None:
+        held.append(2 * basis.capacity)
+        real(basis)
+
+    monkeypatch.setattr(Subspace, "__post_init__", spy)
+    operator = ma.MatrixOperator(symmetric(REPEATED["all apart"], seed=3))
+    for vectors in (least_bytes(k, method=method) // 960, 60, 100):
+        held.clear()
+        ma.top_eigenvalues(operator, k=k, method=method, memory_bytes=vectors * 960)
+        assert max(held) <= vectors - k - 6
+
+
+def test_a_large_budget_spends_no_more_products_than_a_small_one() -> None:
+    operator = ma.MatrixOperator(symmetric([3.0, *np.linspace(2, -1, 299)], seed=4))
+    small = ma.top_eigenvalues(operator, k=1, memory_bytes=13 * 300 * 8)
+    large = ma.top_eigenvalues(operator, k=1)
+    assert large.hvps <= small.hvps < 1.5 * large.hvps
+
+
+@pytest.mark.parametrize(
+    ("method", "k", "said"),
+    [("lanczos", 1, r"at least 12480 \(1.25e-05 GB\).*13 vectors"), ("power", 2, r"at least 23040.*24 vectors")],
+)
+def test_too_little_memory_is_an_error_that_says_what_is_needed(method: Any, k: int, said: str) -> None:
+    operator = ma.MatrixOperator(symmetric(REPEATED["all apart"], seed=3))
+    needed = least_bytes(k, method=method)
+    with pytest.raises(ValueError, match=rf"memory_bytes must be {said} of 120 entries; got {needed - 1}: raise it"):
+        ma.top_eigenvalues(operator, k=k, method=method, memory_bytes=needed - 1)
+    assert ma.top_eigenvalues(operator, k=k, method=method, memory_bytes=needed).converged
+
+
+def test_without_a_budget_of_its_own_a_huge_model_gets_the_smallest_basis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("msam_analysis.eigen.top.MEMORY_BYTES", 1)
+    matrix = symmetric(REPEATED["twice the last"], seed=3)
+    for method in METHODS:
+        pairs = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=5, method=method)  # type: ignore[arg-type]
+        np.testing.assert_allclose(pairs.values.numpy(), exact(matrix, 5), rtol=1e-6)
+
+
+# --- the look beyond
+
+
+def test_lost_orthogonality_excludes_nothing_that_is_there() -> None:
+    """A chain of 61 steps in single precision, far past the convergence of its own ends, still meets the value."""
+    values = [*np.linspace(10, 9, 3), *np.linspace(1, 0, 300), -30.0]
+    for seed in range(5):
+        operator = ma.MatrixOperator(symmetric(values, seed=seed).float())
+        pairs = ma.top_eigenvalues(operator, k=3, memory_bytes=19 * 304 * 4, seed=seed)
+        np.testing.assert_allclose(pairs.values.numpy(), values[:3], rtol=1e-5)
+
+
+def test_the_margin_says_what_is_not_excluded() -> None:
+    apart = ma.top_eigenvalues(ma.MatrixOperator(symmetric([3.0, *np.linspace(1, -1, 199)], seed=1)), k=1)
+    assert apart.margin == 0.0
+    close = ma.top_eigenvalues(ma.MatrixOperator(symmetric(np.linspace(1, -1, 400), seed=1)), k=1)
+    assert 0.0 < close.margin < 0.04  # 1 % of the spread for what is near, and as much for what was set aside
+    whole = ma.top_eigenvalues(ma.MatrixOperator(symmetric([3.0, 2.0, 1.0], seed=1)), k=3)
+    assert whole.margin == 0.0
+    unchecked = ma.top_eigenvalues(ma.MatrixOperator(symmetric([3.0, *np.linspace(1, -1, 199)], seed=1)), confirm=False)
+    assert unchecked.margin == math.inf
+    assert unchecked.converged
+
+
+@methods
+def test_without_the_look_beyond_a_start_is_believed(method: Any) -> None:
+    """What `confirm` is for, and what it costs to leave it out."""
+    matrix = symmetric([1.0, 0.9, *np.linspace(0.5, -0.2, 60)], seed=21)
+    second = torch.linalg.eigh(matrix)[1][:, -2]
+    believed = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=1, method="lanczos", start=second, confirm=False)
+    assert float(believed.values[0]) == pytest.approx(0.9)
+    assert (believed.converged, believed.margin, believed.hvps) == (True, math.inf, 1)
+    looked = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=1, method=method, start=second)
+    assert float(looked.values[0]) == pytest.approx(1.0)
+    assert looked.margin < math.inf
+
+
+# --- following an eigenvalue through training
+
+
+def test_following_the_largest_eigenvalue_is_cheap() -> None:
+    """A convolutional network, forty steps of training: the last vector is a start for the next."""
+    model, data = CONVNET.model(), CONVNET.data()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    previous: Tensor | None = None
+    cold, warm = 0, 0
+    for step in range(40):
+        for x, y in data:
+            optimizer.zero_grad()
+            CONVNET.loss_fn(model(x), y).backward()
+            optimizer.step()
+        if step % 4 == 0:
+            hessian = ma.Objective(model, CONVNET.loss_fn, data).hessian()
+            scratch = ma.top_eigenvalues(hessian, 1)
+            followed = ma.top_eigenvalues(hessian, 1, start=previous, tolerance=1e-3, confirm=previous is None)
+            assert float(followed.values[0]) == pytest.approx(float(scratch.values[0]), rel=1e-4)
+            assert (followed.margin == math.inf) == (previous is not None)
+            if previous is not None:
+                cold, warm = cold + scratch.hvps, warm + followed.hvps
+            previous = followed.vectors
+    assert warm < cold / 2
+
+
+def test_nothing_changed_costs_one_product_a_pair() -> None:
+    operator = ma.MatrixOperator(symmetric([3.0, 2.5, *np.linspace(1, -0.2, 200)], seed=22))
+    first = ma.top_eigenvalues(operator, k=2)
+    again = ma.top_eigenvalues(operator, k=2, start=first.vectors, confirm=False)
+    assert again.hvps == 2
+    torch.testing.assert_close(again.values, first.values)
+
+
+@methods
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_start_that_is_not_finite(value: float, method: Any) -> None:
+    start = torch.ones(5).double()
+    start[2] = value
+    with pytest.raises(ValueError, match="start must be finite, got NaN or infinity in it: leave it out"):
+        ma.top_eigenvalues(ma.MatrixOperator(torch.eye(5).double()), k=1, method=method, start=start)
+
+
+@methods
+def test_a_start_of_zeros_is_no_start(method: Any) -> None:
+    operator = ma.MatrixOperator(symmetric([3.0, 2.0, 1.0, 0.0], seed=2))
+    pairs = ma.top_eigenvalues(operator, k=2, method=method, start=torch.zeros(4, 3).double())
+    np.testing.assert_allclose(pairs.values.numpy(), [3.0, 2.0])
+
+
+# --- both ends
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 8])
+def test_both_ends_come_from_one_search(k: int) -> None:
+    values = [9.0, 7.0, 5.0, 3.0, 1.0, *np.linspace(0.5, -0.5, 50), -2.0, -4.0, -4.0, -6.0]
+    matrix = symmetric(values, seed=6)
+    pairs = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=k, which="ends")
+    expected = [*exact(matrix, (k + 1) // 2), *exact(matrix, k // 2, "smallest")]
+    np.testing.assert_allclose(pairs.values.numpy(), expected, rtol=1e-6)
+    check_certificates(pairs, matrix)
+
+
+def test_power_iteration_follows_one_end() -> None:
+    with pytest.raises(ValueError, match="one end at a time: for both expected method='lanczos', got 'power'"):
+        ma.top_eigenvalues(ma.MatrixOperator(torch.eye(5)), k=2, which="ends", method="power")
+
+
+# --- precision of the caller
+
+
+@methods
+def test_autocast_of_the_caller_reaches_no_eigenvalue(method: Any) -> None:
+    operator = ma.MatrixOperator(symmetric([4.0, 2.0, *np.linspace(0.5, 0.1, 20)], seed=24).float())
+    plain = ma.top_eigenvalues(operator, k=2, method=method)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = ma.top_eigenvalues(operator, k=2, method=method)
+    assert torch.equal(cast.values, plain.values)
+    assert torch.equal(cast.vectors, plain.vectors)
+
+
 # --- other people's tools on the same objective
+
+
+def theirs(objective: ma.Objective, k: int, **options: Any) -> Eigenpairs:
+    """PyHessian's answer, which as a rule does not reach the residuals that are asked for, and says so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return ma.top_eigenvalues(objective, k, backend="pyhessian", **options)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_backend_is_pyhessian_on_any_objective(case: Case, dtype: torch.dtype) -> None:
+    """Dicts, token counts, tied, frozen and unused parameters, fused attention: all of which it does not know."""
+    pytest.importorskip("pyhessian")
+    objective = ma.Objective(case.model(dtype), case.loss_fn, case.data(dtype))
+    hessian = network_hessian(case)
+    pairs = theirs(objective, 3, which="magnitude", tolerance=1e-6, max_hvps=900)
+    np.testing.assert_allclose(pairs.values.numpy(), exact(hessian, 3, "magnitude"), rtol=1e-3)
+    assert (np.diff(np.abs(pairs.values.numpy())) <= 0).all()
+    vectors = pairs.vectors.double()
+    torch.testing.assert_close(vectors.norm(dim=0), torch.ones(3).double(), rtol=1e-5, atol=0)
+    residuals = (hessian @ vectors - vectors * pairs.values).norm(dim=0)
+    torch.testing.assert_close(pairs.residuals, residuals, rtol=1e-2, atol=1e-5)
+    assert (pairs.method, pairs.which, pairs.margin) == ("pyhessian", "magnitude", math.inf)
+    assert dict(objective.settings).items() <= dict(pairs.settings).items()
+
+
+@policies
+def test_the_backend_keeps_the_batchnorm_policy(case: Case, policy: Any) -> None:
+    pytest.importorskip("pyhessian")
+    objective = ma.Objective(case.model(), case.loss_fn, case.data(), batchnorm=policy)
+    pairs = theirs(objective, 1, which="magnitude", tolerance=1e-8, max_hvps=2000)
+    expected = exact(network_hessian(case, policy), 1, "magnitude")
+    np.testing.assert_allclose(pairs.values.numpy(), expected, rtol=1e-3)
+
+
+def test_the_backend_is_the_peer_itself() -> None:
+    """The same numbers as PyHessian on the model by hand, from the same draws."""
+    hessian_class = pytest.importorskip("pyhessian").hessian
+    model, data = MLP.model(torch.float32), MLP.data(torch.float32)
+    pairs = theirs(ma.Objective(model, MLP.loss_fn, data), 2, seed=5)
+    peer_model = MLP.model(torch.float32)
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True", category=UserWarning)
+        torch.manual_seed(5)
+        peer = hessian_class(peer_model, MLP.loss_fn, dataloader=data, cuda=False)
+        values, _ = peer.eigenvalues(tol=1e-4, top_n=2)
+        for parameter in peer_model.parameters():
+            parameter.grad = None
+    np.testing.assert_allclose(pairs.values.numpy(), sorted(values, reverse=True), rtol=1e-4)
+
+
+def test_the_backend_counts_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    pyhessian = pytest.importorskip("pyhessian")
+    made: list[int] = []
+    real = pyhessian.hessian.dataloader_hv_product
+
+    def counted(self: Any, v: Any) -> Any:
+        made.append(1)
+        return real(self, v)
+
+    monkeypatch.setattr(pyhessian.hessian, "dataloader_hv_product", counted)
+    pairs = theirs(ma.Objective(MLP.model(), MLP.loss_fn, MLP.data()), 3)
+    assert pairs.hvps == len(made) + 3
+
+
+def test_the_backends_answer_is_judged_by_its_residuals() -> None:
+    pytest.importorskip("pyhessian")
+    objective = ma.Objective(MLP.model(), MLP.loss_fn, MLP.data())
+    with pytest.warns(ConvergenceWarning, match=r"expected residual/\|value\| <= 0.0001: raise") as caught:
+        pairs = ma.top_eigenvalues(objective, 5, backend="pyhessian", max_hvps=25)
+    assert caught[0].filename == __file__
+    assert not pairs.converged
+    assert pairs.hvps <= 30
+    apart = ma.Objective(quadratic([10.0, 0.1, 0.05]), cases.mean_output, cases.ONE_SAMPLE)
+    good = ma.top_eigenvalues(apart, 1, backend="pyhessian", tolerance=1e-2)
+    assert good.converged
+    assert good.residuals[0] <= 1e-2 * good.values[0]
+
+
+def test_the_largest_in_magnitude_are_not_always_the_largest() -> None:
+    pytest.importorskip("pyhessian")
+    objective = ma.Objective(quadratic([-5.0, 3.0, 1.0]), cases.mean_output, cases.ONE_SAMPLE)
+    with pytest.warns(ConvergenceWarning):
+        pairs = ma.top_eigenvalues(objective, 2, backend="pyhessian", tolerance=1e-2)
+    assert not pairs.converged
+    np.testing.assert_allclose(pairs.values.numpy(), [3.0, -5.0], rtol=1e-2)
+    alone = ma.Objective(quadratic([-50.0, 0.3, 0.1]), cases.mean_output, cases.ONE_SAMPLE)
+    assert ma.top_eigenvalues(alone, 1, backend="pyhessian", which="magnitude", tolerance=1e-2).converged
+
+
+def test_the_backend_on_a_linear_model() -> None:
+    pytest.importorskip("pyhessian")
+    objective = ma.Objective(quadratic([0.0, 0.0, 0.0]), cases.mean_output, cases.ONE_SAMPLE)
+    pairs = theirs(objective, 1)
+    assert float(pairs.values[0]) == 0.0
+
+
+def quadratic(values: list[float]) -> cases.Quadratic:
+    return cases.Quadratic(symmetric(values, seed=2), torch.ones(len(values)).double())
+
+
+REFUSED: dict[str, tuple[Any, Any]] = {
+    "backend": (lambda o: {"backend": "scipy"}, r"backend must be one of .*native.*pyhessian.*got 'scipy'"),
+    "smallest": (lambda o: {"which": "smallest"}, r"expected which='magnitude' or 'largest' .*got which='smallest'"),
+    "ends": (lambda o: {"which": "ends"}, r"expected which='magnitude' or 'largest' .*got which='ends'"),
+    "start": (lambda o: {"start": torch.ones(o.size)}, r"without start, got which='largest' and a start"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_backend_cannot_do(name: str) -> None:
+    pytest.importorskip("pyhessian")
+    options, said = REFUSED[name]
+    objective = ma.Objective(MLP.model(), MLP.loss_fn, MLP.data())
+    with pytest.raises(ValueError, match=said):
+        ma.top_eigenvalues(objective, 2, **({"backend": "pyhessian"} | options(objective)))
+
+
+def test_the_backend_takes_no_bare_operator() -> None:
+    with pytest.raises(TypeError, match=r"expected an Objective, got MatrixOperator: .*backend='native'"):
+        ma.top_eigenvalues(ma.MatrixOperator(torch.eye(3)), 1, backend="pyhessian")
+
+
+def test_the_backend_on_another_device() -> None:
+    objective = ma.Objective(MLP.model(), MLP.loss_fn, MLP.data())
+    objective.device = torch.device("meta")
+    with pytest.raises(ValueError, match=r"CPU or on CUDA, got an objective on meta: make it with device='cpu'"):
+        pyhessian_trace(objective, 3, seed=0)
+
+
+def test_without_the_package_the_backend_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyhessian", None)
+    with pytest.raises(ModuleNotFoundError, match=r"needs PyHessian: install it with pip install PyHessian"):
+        ma.top_eigenvalues(ma.Objective(MLP.model(), MLP.loss_fn, MLP.data()), 1, backend="pyhessian")
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return g
+
+
+def cubed(output: Tensor, target: Tensor) -> Tensor:
+    value: Tensor = Once.apply(output).mean()  # type: ignore[no-untyped-call]
+    return value
+
+
+def test_the_backend_needs_second_derivatives() -> None:
+    pytest.importorskip("pyhessian")
+    objective = ma.Objective(MLP.model(), cubed, MLP.data())
+    with pytest.raises(ValueError, match=r"PyHessian needs second derivatives, and .*Once.*use backend='native'"):
+        ma.top_eigenvalues(objective, 1, backend="pyhessian")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_backend_touches_nothing(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyhessian = pytest.importorskip("pyhessian")
+    model, outside = MLP.model(torch.float32), torch.ones((), requires_grad=True)
+    objective = ma.Objective(model, lambda o, t: outside * MLP.loss_fn(o, t), MLP.data(torch.float32))
+    model[0].weight.grad = torch.full_like(model[0].weight, 7.0)
+    if fails:
+        monkeypatch.setattr(pyhessian.hessian, "dataloader_hv_product", raising)
+    state = torch.get_rng_state()
+    before = [(p.detach().clone(), p._version) for p in model.parameters()]
+    if fails:
+        with pytest.raises(ArithmeticError):
+            theirs(objective, 1)
+    else:
+        theirs(objective, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert outside.grad is None
+    assert bool((model[0].weight.grad == 7.0).all())
+    assert all(p.grad is None for p in list(model.parameters())[1:])
+    assert all(torch.equal(p, old) and p._version == n for p, (old, n) in zip(model.parameters(), before, strict=True))
+
+
+def raising(*_: object) -> None:
+    torch.randn(3)
+    raise ArithmeticError("the peer fails")
+
+
+def test_the_backends_seed() -> None:
+    pytest.importorskip("pyhessian")
+    objective = ma.Objective(MLP.model(), MLP.loss_fn, MLP.data())
+    first, again, other = (theirs(objective, 1, seed=seed, max_hvps=3) for seed in (0, 0, 1))
+    assert torch.equal(first.vectors, again.vectors)
+    assert not torch.equal(first.vectors, other.vectors)
 
 
 def test_pyhessian_agrees() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -51,20 +52,21 @@ def ticks(ax: Axes) -> list[Line2D]:
 
 
 def words(ax: Axes) -> list[str]:
-    figure = ax.figure
-    legends = [*figure.legends, *([ax.get_legend()] if ax.get_legend() else [])]
+    figure: Any = ax.figure
+    inside = ax.get_legend()
+    legends = [*figure.legends, *([] if inside is None else [inside])]
     return [text.get_text() for legend in legends for text in legend.get_texts()]
 
 
 def test_the_curve_is_the_density_and_the_band_its_interval() -> None:
     result = density()
     ax = plots.spectral_density(result)
-    drawn = ax.lines[0].get_xydata()
-    np.testing.assert_allclose(drawn, np.stack([result.values, result.density], axis=1))
+    drawn: Any = ax.lines[0].get_xydata()
+    np.testing.assert_allclose(drawn, torch.stack([result.values, result.density], dim=1).numpy())
     (band,) = ax.collections
     at = int((result.values - 1.0).abs().argmin())
     expected = mean_interval(result.curves(result.values)[:, at].numpy())
-    path = band.get_paths()[0].vertices
+    path = np.asarray(band.get_paths()[0].vertices, dtype=np.float64)
     edges = path[np.isclose(path[:, 0], float(result.values[at]))][:, 1]
     assert edges.min() == pytest.approx(expected.low)
     assert edges.max() == pytest.approx(expected.high)
@@ -96,7 +98,7 @@ def test_the_legend_says_what_did_not_converge() -> None:
 def test_several_are_told_apart() -> None:
     ax = plots.spectral_density({"MSAM": density(), "SGD": density(1.0)})
     assert words(ax) == ["SGD", "MSAM", "top and bottom eigenvalues"]
-    low, high = (line.get_ydata()[0] for line in ticks(ax))
+    low, high = (float(np.asarray(line.get_ydata())[0]) for line in ticks(ax))
     assert low != high
     assert len({line.get_color() for line in ticks(ax)}) == 2
 
