@@ -268,7 +268,7 @@ command = f"""msam-analysis measure {(folder / "MSAM.pt").as_posix()}
   --model msam_analysis.studies.digits:network
   --data msam_analysis.studies.digits:train_data
   --rho 0.5 --out {(folder / "measured").as_posix()}"""
-arguments = [sys.executable, "-m", "msam_analysis.cli", *shlex.split(command)[1:]]
+arguments = [sys.executable, "-m", "msam_analysis", *shlex.split(command)[1:]]
 ended = subprocess.run(arguments, check=True, capture_output=True, encoding="utf-8")  # noqa: S603 - ours
 print(ended.stdout)
 

@@ -459,7 +459,7 @@ def test_a_fingerprint_counts_our_code(monkeypatch: pytest.MonkeyPatch) -> None:
             finally:
                 module._sources.cache_clear()
 
-    for name in ("optimizers.py", "eigen.py", "training.py", "digits.py"):
+    for name in ("optimizers.py", "lanczos.py", "training.py", "digits.py"):
         assert edited(name) != before
     for name in ("claims.py", "report.py", "factories.py", "no_such_file.py"):
         assert edited(name) == before
