@@ -7,6 +7,7 @@ half width ``t · s / sqrt(n)``, with ``s`` the sample standard deviation (divis
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -45,6 +46,11 @@ class Interval(NamedTuple):
     def high(self) -> float:
         """Upper end of the interval."""
         return self.mean + self.half_width
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the values (divisor ``n − 1``); this interval must be at :data:`LEVEL`."""
+        return self.half_width * math.sqrt(self.n) / _quantile(self.n, LEVEL) if self.n > 1 else math.nan
 
     def at(self, level: float) -> Interval:
         """Return the interval of the same values at another level; this one must be at :data:`LEVEL`."""

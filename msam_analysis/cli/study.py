@@ -15,7 +15,7 @@ def study_command(
     seeds: Annotated[int, typer.Option(help="Seeds per optimizer; intervals need at least 2.")] = 3,
     out: Annotated[Path | None, typer.Option(help="Output folder; default results/WORKLOAD.")] = None,
     figures: Annotated[Path | None, typer.Option(help="A second folder for the pictures.")] = None,
-    exhibits: Annotated[str | None, typer.Option(help="Only these, e.g. F2C,TA1; default all.")] = None,
+    exhibits: Annotated[str | None, typer.Option(help="Some, e.g. F2C,TA1, or all; default the main ones.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Processes; default one per processor.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:

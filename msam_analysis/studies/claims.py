@@ -63,6 +63,16 @@ class Comparison:
         known = f" ({low:.3g} to {high:.3g})" if np.isfinite(self.interval.half_width) else ""
         return f"{self.label}: {middle:.3g} times{known}"
 
+    @property
+    def effect(self) -> float:
+        """Effect size: the mean's distance from the nearer bound of the region over the seeds' standard deviation.
+
+        Cohen's d of paired differences, positive inside the region; NaN where one seed leaves the spread unknown.
+        """
+        spread = self.interval.deviation
+        margin = min(self.interval.mean - self.above, self.below - self.interval.mean)
+        return margin / spread if spread > 0 else math.nan
+
     def requirement(self) -> str:
         """Return the region in words, with what the label says after its comma; empty for the obvious one."""
         if (self.above, self.below) == (0.0, math.inf):
@@ -109,7 +119,7 @@ class PaperClaim:
     paper
         The paper's number.
     compare
-        Tables to comparisons.
+        What was found (the main tables, or an exhibit's own table) to comparisons.
     note
         How the test was set up, where that matters.
     control
@@ -119,22 +129,25 @@ class PaperClaim:
     exhibit: str
     sentence: str
     paper: str
-    compare: Callable[[Tables], list[Comparison]]
+    compare: Callable[[Any], list[Comparison]]
     note: str = ""
     control: bool = False
 
-    def judge(self, tables: Tables) -> Claim:
+    def judge(self, found: Any) -> Claim:
         """Return the row of the claims table; without anything to compare, the claim cannot be told."""
-        comparisons = self.compare(tables)
+        comparisons = self.compare(found)
         required = ", ".join(dict.fromkeys(filter(None, (comparison.requirement() for comparison in comparisons))))
+        measured = [comparison.text() for comparison in comparisons]
+        effects = [comparison.effect for comparison in comparisons if np.isfinite(comparison.effect)]
+        if effects:
+            measured.append(f"{'least ' * (len(effects) > 1)}effect size d = {min(effects):.2g}".replace("-", "−"))
+        if required:
+            measured.append(f"required: {required}")
         return Claim(
             exhibit=self.exhibit,
             claim=self.sentence,
             paper=self.paper,
-            measured="; ".join(
-                [*(comparison.text() for comparison in comparisons), *([f"required: {required}"] if required else [])]
-            )
-            or "not measured",
+            measured="; ".join(measured) or "not measured",
             verdict=verdict(comparisons) if comparisons else "cannot tell at this scale",
             note=self.note,
             control=self.control,

@@ -1,9 +1,11 @@
-"""Everything that is measured on one trained network."""
+"""What is measured on a trained network, by name."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -53,13 +55,11 @@ class Protocol:
 
 LINES = ("gradient", "momentum", "random")
 
-# Rough cost of each phase in training steps, for the progress bar alone.
-_COST = {"lanczos": 100.0, "power": 280.0, "ball": 115.0, "lines": 50.0, "plane": 260.0}
 
-
-def cost(protocol: Protocol) -> float:
-    """Return the rough cost of :func:`measure` in training steps."""
-    return sum(_COST.values()) + _COST["ball"] * (len(protocol.radii) - 1)
+def cost(measured: Iterable[str], protocol: Protocol) -> float:
+    """Return the rough cost of :func:`measure` in training steps, for the progress bar alone."""
+    balls = len(protocol.radii) - 1
+    return sum(MEASURES[name].cost * (1 + balls * (name == "balls")) for name in measured)
 
 
 def error_rate(output: Tensor, target: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def error_rate(output: Tensor, target: Tensor) -> Tensor:
 
 def scores(workload: Workload, model: nn.Module) -> dict[str, float]:
     """Return train and test loss (nats) and accuracy (fraction) of a network; training labels as trained on."""
-    criterion = nn.CrossEntropyLoss()
+    criterion = workload.criterion()
     measured: dict[str, float] = {}
     for name, batches in (("train", workload.train()), ("test", workload.test())):
         measured[f"{name}_loss"] = float(Objective(model, criterion, batches).loss())
@@ -77,44 +77,100 @@ def scores(workload: Workload, model: nn.Module) -> dict[str, float]:
     return measured
 
 
-def measure(workload: Workload, trained: Trained, protocol: Protocol, tick: Tick) -> dict[str, Result]:
-    """Return every result on the training set's loss at the true weights, by name.
+def measure(
+    workload: Workload, trained: Trained, measured: Iterable[str], protocol: Protocol, tick: Tick
+) -> dict[str, Result]:
+    """Return results on the training set's loss at the true weights, by name.
 
+    Parameters
+    ----------
+    workload, trained
+        The network and its data.
+    measured
+        What to measure: keys of :data:`MEASURES`.
+    protocol
+        How finely.
+    tick
+        Called with the cost of every part that is done.
+
+    Notes
+    -----
     Names: ``lanczos``, ``power``, ``ball-<radius>``, ``line-<direction>``, ``plane``. Where a solver's budget ended
     first its result says so in ``converged``; that is recorded in the tables, not printed.
     """
-    objective = Objective(trained.model, nn.CrossEntropyLoss(), workload.train())
+    objective = Objective(trained.model, workload.criterion(), workload.train())
     results: dict[str, Result] = {}
+    wanted = set(measured)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        results["lanczos"] = top_eigenvalues(objective, protocol.eigenvalues)
-        tick(_COST["lanczos"])
-        results["power"] = top_eigenvalues(
-            objective, protocol.eigenvalues, method="power", tolerance=protocol.power_tolerance
+        for name in (name for name in MEASURES if name in wanted):
+            results |= MEASURES[name].of(Trainee(workload, trained, objective), protocol)
+            tick(cost([name], protocol))
+    return results
+
+
+def _eigenvalues(trainee: Trainee, protocol: Protocol) -> dict[str, Result]:
+    k, tolerance = protocol.eigenvalues, protocol.power_tolerance
+    return {
+        "lanczos": top_eigenvalues(trainee.objective, k),
+        "power": top_eigenvalues(trainee.objective, k, method="power", tolerance=tolerance),
+    }
+
+
+def _balls(trainee: Trainee, protocol: Protocol) -> dict[str, Result]:
+    results: dict[str, Result] = {}
+    previous: list[Tensor] = []
+    for radius in protocol.radii:
+        ball = ball_sharpness(
+            trainee.objective,
+            radius,
+            starts=("gradient", "eigenvector", *previous),
+            iterations=protocol.ball_iterations,
+            tolerance=1e-4,
         )
-        tick(_COST["power"])
-        previous: list[Tensor] = []
-        for radius in protocol.radii:
-            ball = ball_sharpness(
-                objective,
-                radius,
-                starts=("gradient", "eigenvector", *previous),
-                iterations=protocol.ball_iterations,
-                tolerance=1e-4,
-            )
-            results[f"ball-{radius:g}"] = ball
-            previous = [ball.displacement]
-            tick(_COST["ball"])
+        results[f"ball-{radius:g}"] = ball
+        previous = [ball.displacement]
+    return results
+
+
+def _slices(trainee: Trainee, protocol: Protocol) -> dict[str, Result]:
+    objective = trainee.objective
     lines = {
         "gradient": directions.gradient(objective, normalize="l2"),
-        "momentum": directions.momentum(trained.optimizer, objective, normalize="l2"),
+        "momentum": directions.momentum(trainee.trained.optimizer, objective, normalize="l2"),
         "random": directions.random(objective, protocol.random_seed),
     }
+    results: dict[str, Result] = {}
     for name in LINES:
         radius = protocol.filter_radius if name == "random" else protocol.unit_radius
         results[f"line-{name}"] = slice_1d(objective, lines[name], radius, protocol.line_points)
-    tick(_COST["lines"])
     plane = (lines["random"], directions.random(objective, protocol.random_seed + 1))
     results["plane"] = slice_2d(objective, plane, protocol.plane_radius, protocol.plane_points)
-    tick(_COST["plane"])
     return results
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What is measured: a trained network, and its training loss with the running BatchNorm statistics."""
+
+    workload: Workload
+    trained: Trained
+    objective: Objective
+
+
+class Measure(NamedTuple):
+    """A part of the measurements, and its rough cost in training steps."""
+
+    of: Callable[[Trainee, Protocol], dict[str, Result]]
+    cost: float
+
+
+MEASURES: Mapping[str, Measure] = {
+    "eigenvalues": Measure(_eigenvalues, 380.0),
+    "balls": Measure(_balls, 115.0),
+    "slices": Measure(_slices, 310.0),
+}
+"""What can be measured after training, by name."""
+
+SHARPNESS = frozenset({"eigenvalues", "balls", "slices"})
+"""What the study measures on every network of its main table."""

@@ -79,7 +79,7 @@ def write_run(directory: Path, trained: Trained, scores: Mapping[str, float], me
         (partial / _SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def read_run(directory: Path, optimizer: str, seed: int) -> FinishedRun:
+def read_run(directory: Path, optimizer: str, seed: int, settings: Mapping[str, Any] | None = None) -> FinishedRun:
     """Read a finished run; the numbers are those that were written, to the bit."""
     measured = {path.stem: results.load(path) for path in sorted(directory.glob("*.safetensors"), key=_natural)}
     return FinishedRun(
@@ -88,6 +88,7 @@ def read_run(directory: Path, optimizer: str, seed: int) -> FinishedRun:
         scores=_summary(directory)["scores"],
         steps=_read_numbers(directory / "steps.csv"),
         results=measured,
+        settings=settings or {},
     )
 
 

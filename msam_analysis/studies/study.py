@@ -11,11 +11,11 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import fields
 from importlib.metadata import version
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
@@ -27,35 +27,17 @@ from tqdm.auto import tqdm
 
 from msam_analysis import plots, report
 from msam_analysis.studies import store
-from msam_analysis.studies.exhibits import EXHIBITS, Exhibit, choose
-from msam_analysis.studies.measuring import Protocol, cost, measure, scores
-from msam_analysis.studies.tables import FinishedRun, Tables, tabulate
+from msam_analysis.studies.exhibits import EXHIBITS, Evidence, Exhibit, Finding, choose
+from msam_analysis.studies.measuring import Protocol, measure, scores
+from msam_analysis.studies.runs import Run, Task, gather, place
+from msam_analysis.studies.tables import FinishedRun, Tables, write_table
 from msam_analysis.studies.training import Tick, train
-from msam_analysis.studies.workloads import Workload, formula, workload
+from msam_analysis.studies.workloads import Recipe, Workload, formula, workload
 
 if TYPE_CHECKING:
     from typing_extensions import Never
 
 _SUMMARY = ("train_accuracy", "test_accuracy", "train_loss", "test_loss", "lambda_1", "gradients_per_step")
-
-
-@dataclass(frozen=True)
-class Task:
-    """One run to be made: a network that is trained and measured, or a control that is trained alone."""
-
-    workload: Workload
-    optimizer: str
-    seed: int
-    directory: Path
-    protocol: Protocol
-    every: int
-    control: bool = False
-
-    @property
-    def cost(self) -> float:
-        """Rough cost in training steps, for the progress bar alone."""
-        steps = float(self.workload.recipe.steps(sum(len(labels) for _, labels in self.workload.train())))
-        return steps if self.control else steps + cost(self.protocol)
 
 
 class StoppedError(Exception):
@@ -91,7 +73,8 @@ def run_study(
     figures
         A second folder for the pictures.
     exhibits
-        Ids of the exhibits to draw and judge; default all.
+        Ids of the exhibits to make, draw and judge; ``["all"]`` for all of them. Default the main ones, which share one
+        set of networks.
     jobs
         Processes, default the number of processors.
     protocol
@@ -126,23 +109,23 @@ def run_study(
         raise ValueError(f"every must be a positive integer, got {every}")
     protocol = protocol or Protocol()
     root = Path(out) if out is not None else Path("results") / name
-    tasks = _plan(problem, seeds, root / "runs", protocol, every)
+    plan = _plan(chosen, problem, seeds)
+    tasks = {identity: place(run, root / "runs", protocol, every) for identity, run in plan.items()}
     (root / "runs").mkdir(parents=True, exist_ok=True)
     with store.alone(root / "runs"), _terminable():
         store.sweep(root / "runs")
-        _make([task for task in tasks if not store.is_finished(task.directory)], jobs, progress, len(tasks))
-        runs, controls = (
-            [store.read_run(t.directory, t.optimizer, t.seed) for t in tasks if t.control is control]
-            for control in (False, True)
-        )
-        tables = tabulate(runs, controls)
-        tables.write(root / "tables")
-        pictures = _draw(chosen, tables, runs, root / "figures")
+        missing = [task for task in tasks.values() if not store.is_finished(task.directory)]
+        _make(missing, jobs, progress, len(tasks))
+        evidence = Evidence(problem, seeds, {identity: _read(task) for identity, task in tasks.items()})
+        findings = {exhibit: exhibit.study(evidence) for exhibit in chosen}
+        tables = evidence.tables if any(exhibit.main for exhibit in chosen) else None
+        _write_tables(findings, tables, root / "tables")
+        pictures = _draw(findings, root / "figures")
         if figures is not None:
             Path(figures).mkdir(parents=True, exist_ok=True)
             for picture in pictures.values():
                 shutil.copyfile(picture, Path(figures) / picture.name)
-        page = _compose(problem, protocol, seeds, chosen, tables, pictures)
+        page = _compose(problem, protocol, seeds, findings, tables, pictures)
         return report.write(page, root)[0]
 
 
@@ -171,15 +154,18 @@ def _processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _plan(problem: Workload, seeds: int, folder: Path, protocol: Protocol, every: int) -> list[Task]:
-    def task(optimizer: str, seed: int, control: bool) -> Task:
-        fingerprint = problem.fingerprint(optimizer, protocol, every, control, torch.__version__)
-        name = f"control-{optimizer}" if control else optimizer
-        directory = store.run_directory(folder, name, seed, fingerprint)
-        return Task(problem, optimizer, seed, directory, protocol, every, control)
+def _plan(chosen: Sequence[Exhibit], problem: Workload, seeds: int) -> dict[str, Run]:
+    """Return the runs that the chosen exhibits need, each with all that any exhibit wants of it.
 
-    measured = [task(optimizer, seed, False) for optimizer in problem.perturbations for seed in range(seeds)]
-    return measured + [task(optimizer, seed, True) for optimizer in problem.controls for seed in range(seeds)]
+    So a network is the same file whichever exhibits are chosen, and is never trained again for another one.
+    """
+    everything = gather(run for exhibit in EXHIBITS for run in exhibit.runs(problem, seeds))
+    needed = gather(run for exhibit in chosen for run in exhibit.runs(problem, seeds))
+    return {identity: everything[identity] for identity in needed}
+
+
+def _read(task: Task) -> FinishedRun:
+    return store.read_run(task.directory, task.run.optimizer, task.run.seed, task.run.settings)
 
 
 def _make(tasks: Sequence[Task], jobs: int, progress: bool, total: int) -> None:
@@ -265,18 +251,34 @@ def execute(task: Task) -> None:
 
 
 def make_run(task: Task, tick: Tick) -> None:
-    """Train one network, measure it unless it is a control, and write the run."""
-    problem = task.workload
-    every = None if task.control else task.every
-    trained = train(problem, task.optimizer, task.seed, every=every, replacement=task.control, tick=tick)
-    measured = {} if task.control else measure(problem, trained, task.protocol, tick)
-    reached = scores(problem, trained.model) | {"gradients_per_step": trained.gradients_per_step}
+    """Train one network, measure what is wanted of it, and write the run."""
+    run = task.run
+    trained = train(
+        run.workload,
+        run.optimizer,
+        run.seed,
+        every=task.every,
+        watched=sorted(run.watched),
+        replacement=run.replacement,
+        tick=tick,
+    )
+    measured = measure(run.workload, trained, run.measured, task.protocol, tick)
+    reached = scores(run.workload, trained.model) | {"gradients_per_step": trained.gradients_per_step}
     store.write_run(task.directory, trained, reached, measured)
 
 
-def _draw(chosen: Sequence[Exhibit], tables: Tables, runs: Sequence[FinishedRun], folder: Path) -> dict[str, Path]:
+def _write_tables(findings: Mapping[Exhibit, Finding], tables: Tables | None, folder: Path) -> None:
+    if tables is not None:
+        tables.write(folder)
+    for exhibit, finding in findings.items():
+        if finding.table is not None:
+            write_table(finding.table, folder / f"{exhibit.name}.csv")
+
+
+def _draw(findings: Mapping[Exhibit, Finding], folder: Path) -> dict[Exhibit, Path]:
     return {
-        exhibit.name: plots.save(exhibit.draw(tables, runs), folder / exhibit.name, close=True)[0] for exhibit in chosen
+        exhibit: plots.save(finding.draw(), folder / exhibit.name, close=True)[0]
+        for exhibit, finding in findings.items()
     }
 
 
@@ -284,19 +286,51 @@ def _compose(
     problem: Workload,
     protocol: Protocol,
     seeds: int,
-    chosen: Sequence[Exhibit],
-    tables: Tables,
-    pictures: dict[str, Path],
+    findings: Mapping[Exhibit, Finding],
+    tables: Tables | None,
+    pictures: Mapping[Exhibit, Path],
 ) -> report.Report:
-    recipe = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in asdict(problem.recipe).items())
+    sections = [report.Section("What was run", _setup(problem, seeds), _summary_tables(tables, protocol, seeds))]
+    for exhibit, finding in findings.items():
+        label = f"{', '.join(exhibit.ids)}: " if exhibit.ids else ""
+        items: list[report.Figure | report.Table] = [report.Figure(pictures[exhibit], exhibit.caption, exhibit.title)]
+        if finding.shown is not None:
+            items.append(report.Table(finding.shown, f"Mean over {seeds} seeds ± half width of the 68 % interval"))
+        sections.append(report.Section(f"{label}{exhibit.title}", finding.note, items))
+    claims = [claim for finding in findings.values() for claim in finding.claims]
+    verdicts = f" {report.counted(claims)}." if claims else ""
+    trained = f"{len(tables.runs)} networks were trained and measured." if tables is not None else ""
+    return report.Report(
+        title=f"{_listed(problem.perturbations)} on {problem.name}",
+        summary=(
+            f"{trained}{verdicts}\n\n"
+            "Verdicts are computed from the tables: a claim holds where the 68 % interval over seeds of every quantity "
+            "compared lies on the claim's side of its bound; it does not hold where some interval lies on the other "
+            "side even at the level 1 − 0.32/m for m comparisons (Bonferroni), as of many quantities one is easily "
+            "there by chance; otherwise it cannot be told. Differences and ratios are paired by seed; the intervals of "
+            "ratios are in brackets; d is the effect size, the mean of the paired differences over their standard "
+            f"deviation.\n\n{_solved(tables)}"
+        ),
+        sections=sections,
+        claims=claims,
+    )
+
+
+def _setup(problem: Workload, seeds: int) -> str:
+    recipe = ", ".join(
+        f"{field.name.replace('_', ' ')} {getattr(problem.recipe, field.name)}"
+        for field in fields(Recipe)
+        if getattr(problem.recipe, field.name) != field.default
+    )
     perturbations = "; ".join(
         f"{name}: {'none' if value is None else formula(value)}" for name, value in problem.perturbations.items()
     )
-    setup = (
+    return (
         f"{problem.description[0].upper()}{problem.description[1:]}.\n\n"
-        f"Every optimizer is SGD with momentum ({recipe}, cosine decay to 0) and differs from the others only in the "
-        f"perturbation ε at which the gradient is taken: {perturbations}. The seed sets the initial weights and the "
-        "order of the batches, and is shared by all optimizers.\n\n"
+        f"Every optimizer is {'SGD with momentum' if problem.recipe.base == 'sgd' else 'AdamW'} ({recipe}; "
+        f"{'cosine decay to 0' if problem.recipe.schedule == 'cosine' else 'constant learning rate'}) and differs from "
+        f"the others only in the perturbation ε at which the gradient is taken: {perturbations}. The seed sets the "
+        "initial weights and the order of the batches, and is shared by all optimizers.\n\n"
         "After training, BatchNorm statistics are re-estimated on the training set at the true weights; losses, slices "
         "and Hessians are of the training set (wrong labels included) with these running statistics. While training, "
         "curvatures and perturbation rises use each batch's own statistics, as the training step does. Control runs "
@@ -304,31 +338,29 @@ def _compose(
         f"Intervals are 68 % Student-t intervals over {seeds} seeds. Made with torch {torch.__version__}, Python "
         f"{platform.python_version()}, msam-analysis {version('msam-analysis')}."
     )
+
+
+def _summary_tables(tables: Tables | None, protocol: Protocol, seeds: int) -> list[report.Table]:
+    if tables is None:
+        return []
     quantities = [*_SUMMARY, *(f"sharpness_{radius:g}" for radius in protocol.radii)]
     shown = tables.optimizers[["optimizer", *(c for q in quantities for c in (q, f"{q}_half_width"))]]
-    sections = [report.Section("What was run", setup, [report.Table(shown, f"Mean over {seeds} seeds ± half width")])]
-    for exhibit in chosen:
-        label = f"{', '.join(exhibit.ids)}: " if exhibit.ids else ""
-        picture = report.Figure(pictures[exhibit.name], exhibit.caption, exhibit.title)
-        sections.append(report.Section(f"{label}{exhibit.title}", "", [picture]))
-    claims = [claim.judge(tables) for exhibit in chosen for claim in exhibit.claims]
-    verdicts = f" {report.counted(claims)}." if claims else ""
+    return [report.Table(shown, f"Mean over {seeds} seeds ± half width")]
+
+
+def _solved(tables: Tables | None) -> str:
+    if tables is None:
+        return ""
     solvers = tables.solvers
-    return report.Report(
-        title=f"SGD, NAG, SAM and MSAM on {problem.name}",
-        summary=(
-            f"{len(tables.runs)} networks were trained and measured.{verdicts}\n\n"
-            "Verdicts are computed from the tables: a claim holds where the 68 % interval over seeds of every quantity "
-            "compared lies on the claim's side of its bound; it does not hold where some interval lies on the other "
-            "side even at the level 1 − 0.32/m for m comparisons (Bonferroni), as of many quantities one is easily "
-            "there by chance; otherwise it cannot be told. Differences and ratios are paired by seed; the intervals of "
-            "ratios are in brackets.\n\n"
-            f"Of {len(solvers)} runs of an iterative solver (eigenvalues, largest rise in a ball), "
-            f"{int((~solvers).sum()) or 'none'} ended at the budget before it converged; the tables mark them."
-        ),
-        sections=sections,
-        claims=claims,
+    return (
+        f"Of {len(solvers)} runs of an iterative solver (eigenvalues, largest rise in a ball), "
+        f"{int((~solvers).sum()) or 'none'} ended at the budget before it converged; the tables mark them."
     )
+
+
+def _listed(names: Iterable[str]) -> str:
+    *head, last = names
+    return f"{', '.join(head)} and {last}" if head else last
 
 
 __all__ = ["EXHIBITS", "Protocol", "execute", "run_study"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pandas as pd
 
@@ -28,6 +28,8 @@ class FinishedRun:
         What was recorded while training.
     results
         What was measured after it.
+    settings
+        The recipe and the perturbation, as columns of a table.
     """
 
     optimizer: str
@@ -35,6 +37,7 @@ class FinishedRun:
     scores: Mapping[str, float]
     steps: pd.DataFrame
     results: Mapping[str, Result]
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +81,37 @@ class Tables:
         return together
 
     def write(self, directory: Path) -> None:
-        """Write every table as CSV; floats in their shortest exact form, so equal numbers are equal bytes."""
+        """Write every table as CSV, see :func:`write_table`."""
         for name, frame in vars(self).items():
-            with atomic_path(directory / f"{name}.csv") as partial:
-                frame.to_csv(partial, index=False, lineterminator="\n")
+            write_table(frame, directory / f"{name}.csv")
+
+
+def write_table(frame: pd.DataFrame, path: Path) -> None:
+    """Write a table as CSV; floats in their shortest exact form, so equal numbers are equal bytes."""
+    with atomic_path(path) as partial:
+        frame.to_csv(partial, index=False, lineterminator="\n")
+
+
+def outcomes(runs: Sequence[FinishedRun]) -> pd.DataFrame:
+    """Return one row per run: optimizer, seed, its settings (see ``Run.settings``) and its scores."""
+    rows = [{"optimizer": run.optimizer, "seed": run.seed, **run.settings, **run.scores} for run in runs]
+    table: pd.DataFrame = pd.DataFrame(rows)
+    return table
+
+
+def recorded(runs: Sequence[FinishedRun]) -> pd.DataFrame:
+    """Return one row per step of every run: optimizer, seed, its settings, and what was recorded."""
+    frames = [
+        run.steps.assign(**{"optimizer": run.optimizer, "seed": run.seed, **_apart(run.settings, run.steps)})
+        for run in runs
+    ]
+    table: pd.DataFrame = pd.concat(frames, ignore_index=True)
+    return table
+
+
+def _apart(settings: Mapping[str, Any], steps: pd.DataFrame) -> dict[str, Any]:
+    """Name a setting that is also recorded at every step, the learning rate, by what it is there: the peak."""
+    return {f"peak_{name}" if name in steps else name: value for name, value in settings.items()}
 
 
 def tabulate(runs: Sequence[FinishedRun], controls: Sequence[FinishedRun] = ()) -> Tables:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -10,11 +11,10 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from msam import PerturbedSGD, update_batchnorm_statistics
-from msam_analysis.monitor import Monitor
+from msam import PerturbedOptimizer, update_batchnorm_statistics
 from msam_analysis.objective import Objective
-from msam_analysis.probes import Curvature, MomentumGradientCosine, PerturbationRise, Probe
 from msam_analysis.randomness import RandomStream
+from msam_analysis.studies.watching import SLOW, Scene, watch
 from msam_analysis.studies.workloads import Recipe, Workload
 
 Tick = Callable[[float], None]
@@ -36,7 +36,7 @@ class Trained:
     """
 
     model: nn.Module
-    optimizer: PerturbedSGD
+    optimizer: PerturbedOptimizer
     steps: pd.DataFrame
     gradients_per_step: float
 
@@ -47,6 +47,7 @@ def train(
     seed: int,
     *,
     every: int | None = 32,
+    watched: Sequence[str] = SLOW,
     replacement: bool = False,
     tick: Tick | None = None,
 ) -> Trained:
@@ -59,8 +60,10 @@ def train(
     seed
         Of the initial weights and of the order of the batches; both are shared by all optimizers.
     every
-        Steps between two records of the slower probes (perturbation rise and curvature), ``None`` for no record.
-        Default 32, two epochs of the digits workload.
+        Steps between two records of the slower probes, ``None`` for no record. Default 32, two epochs of the digits
+        workload.
+    watched
+        The slower probes, by their names in :data:`~msam_analysis.studies.watching.WATCHES`.
     replacement
         Draw every sample independently of the others, instead of each once an epoch in random order.
     tick
@@ -77,13 +80,10 @@ def train(
     with RandomStream(seed):
         model = workload.network()
     optimizer = workload.optimizer(optimizer_name, model)
-    criterion = nn.CrossEntropyLoss()
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps(len(labels)))
+    criterion = workload.criterion()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.lr_factor(step, len(labels)))
     current: tuple[Tensor, Tensor] = (inputs, labels)
     evaluated = 0
-
-    def batch_objective() -> Objective:
-        return Objective(model, criterion, [current], batchnorm="batch")
 
     def closure() -> Tensor:
         nonlocal evaluated
@@ -91,16 +91,20 @@ def train(
         optimizer.zero_grad()
         loss: Tensor = criterion(model(current[0]), current[1])
         loss.backward()
+        if recipe.clip < math.inf:
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         return loss
 
     # Batch statistics: the running ones of a perturbed optimizer belong to its perturbed weights while it trains.
-    everything = Objective(model, criterion, batches, batchnorm="batch")
+    scene = Scene(
+        workload=workload,
+        seed=seed,
+        everything=Objective(model, criterion, batches, batchnorm="batch"),
+        batch=lambda: Objective(model, criterion, [current], batchnorm="batch"),
+    )
     rows: list[dict[str, float]] = []
-    with ExitStack() as watched:
-        monitors = [watched.enter_context(Monitor(optimizer, [MomentumGradientCosine()], every=1))]
-        if every is not None:
-            slow: list[Probe] = [PerturbationRise(batch_objective), Curvature(everything, seed)]
-            monitors.append(watched.enter_context(Monitor(optimizer, slow, every=every)))
+    with ExitStack() as stack:
+        monitors = [stack.enter_context(monitor) for monitor in watch(optimizer, scene, watched, every)]
         for epoch, index in _order(len(labels), recipe, seed, replacement):
             current = (inputs[index], labels[index])
             lr = scheduler.get_last_lr()[0]

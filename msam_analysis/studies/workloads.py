@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal
 
 from torch import Tensor, nn
 
-from msam import Perturbation, PerturbedSGD
+from msam import Perturbation, PerturbedAdamW, PerturbedOptimizer, PerturbedSGD
 from msam_analysis.studies import digits
 from msam_analysis.studies.fingerprint import fingerprint, untrained
 
@@ -24,9 +26,19 @@ class Recipe:
     epochs, batch_size
         The last batch of an epoch may be smaller.
     lr
-        Peak learning rate; decays to 0 by a cosine over all steps.
+        Peak learning rate.
     momentum, weight_decay
-        Of SGD; weight decay acts at the true weights.
+        Of SGD, or β₁ of AdamW and its decoupled decay; weight decay acts at the true weights.
+    base
+        Which of the two makes the step.
+    schedule
+        What the learning rate does after the warm-up: ``"cosine"`` to 0 over the steps left, or ``"constant"``.
+    warmup
+        Epochs in which the learning rate rises linearly to its peak.
+    clip
+        Largest norm of the gradient, over all parameters together; infinite for no clipping.
+    label_smoothing
+        Share of the target that is spread over all classes, in training and in every measured loss.
     """
 
     epochs: int
@@ -34,10 +46,24 @@ class Recipe:
     lr: float
     momentum: float
     weight_decay: float
+    base: Literal["sgd", "adamw"] = "sgd"
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: int = 0
+    clip: float = math.inf
+    label_smoothing: float = 0.0
 
-    def steps(self, samples: int) -> int:
-        """Return the optimizer steps of a whole run over so many training samples."""
-        return self.epochs * math.ceil(samples / self.batch_size)
+    def steps(self, samples: int, epochs: int | None = None) -> int:
+        """Return the optimizer steps of so many epochs (default: of a whole run) over so many training samples."""
+        return (self.epochs if epochs is None else epochs) * math.ceil(samples / self.batch_size)
+
+    def lr_factor(self, step: int, samples: int) -> float:
+        """Return the learning rate of a step, counted from 0, over its peak."""
+        warm, total = self.steps(samples, self.warmup), self.steps(samples)
+        if step < warm:
+            return (step + 1) / warm
+        if self.schedule == "constant":
+            return 1.0
+        return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
 
 
 @dataclass(frozen=True)
@@ -59,6 +85,9 @@ class Workload:
     controls
         Optimizers that are also trained on batches drawn with replacement, to tell what in the momentum-gradient cosine
         comes from showing every sample once an epoch.
+    relatives
+        Other learning problems, for exhibits that compare several, by what they are: ``"perceptron"``,
+        ``"transformer"``, ``"text"``, ``"table"``. Not part of what decides a run of this one.
     """
 
     name: str
@@ -69,8 +98,9 @@ class Workload:
     recipe: Recipe
     perturbations: Mapping[str, Perturbation | None]
     controls: tuple[str, ...] = ()
+    relatives: Mapping[str, Workload] = field(default_factory=dict, compare=False)
 
-    def optimizer(self, name: str, model: nn.Module) -> PerturbedSGD:
+    def optimizer(self, name: str, model: nn.Module) -> PerturbedOptimizer:
         """Return the named optimizer for a model.
 
         Raises
@@ -80,26 +110,39 @@ class Workload:
         """
         if name not in self.perturbations:
             raise ValueError(f"unknown optimizer {name!r}: expected one of {list(self.perturbations)}")
-        recipe = self.recipe
+        recipe, perturbation = self.recipe, self.perturbations[name]
+        # With names, by which a filter of parameters knows them.
+        parameters = list(model.named_parameters())
+        if recipe.base == "adamw":
+            return PerturbedAdamW(
+                parameters,
+                lr=recipe.lr,
+                betas=(recipe.momentum, 0.999),
+                weight_decay=recipe.weight_decay,
+                perturbation=perturbation,
+            )
         return PerturbedSGD(
-            model.parameters(),
+            parameters,
             lr=recipe.lr,
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
-            perturbation=self.perturbations[name],
+            perturbation=perturbation,
         )
+
+    def criterion(self) -> nn.Module:
+        """Return the loss that is trained on and measured: mean cross-entropy, in nats."""
+        return nn.CrossEntropyLoss(label_smoothing=self.recipe.label_smoothing)
 
     def fingerprint(self, optimizer: str, *extra: object) -> str:
         """Return a hash of all that decides a run: recipe, perturbation, network, data, ``extra``, and our code."""
-        return fingerprint(
-            self.name,
-            self.recipe,
-            self.perturbations[optimizer],
-            untrained(self.network),
-            self.train(),
-            self.test(),
-            *extra,
-        )
+        contents = _contents(self.network, self.train, self.test)
+        return fingerprint(self.name, self.recipe, self.perturbations[optimizer], contents, *extra)
+
+
+# Most of a study's hundreds of runs share these, and hashing them takes longer than the rest of a plan.
+@lru_cache
+def _contents(network: Callable[[], nn.Module], train: Callable[[], Batches], test: Callable[[], Batches]) -> str:
+    return fingerprint(untrained(network), train(), test())
 
 
 def formula(perturbation: Perturbation) -> str:

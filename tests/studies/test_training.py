@@ -373,13 +373,25 @@ def test_unknown_names() -> None:
         train(TOY, "Adam", 0)
 
 
+RECIPE: dict[str, object] = {
+    "epochs": 3,
+    "batch_size": 15,
+    "lr": 0.2,
+    "momentum": 0.8,
+    "weight_decay": 1e-3,
+    "base": "adamw",
+    "schedule": "constant",
+    "warmup": 1,
+    "clip": 1.0,
+    "label_smoothing": 0.1,
+}
 CHANGES: dict[str, Callable[[Workload], Workload]] = {
     "the name": lambda w: dataclasses.replace(w, name="other"),
     **{
-        field.name: lambda w, name=field.name: dataclasses.replace(  # type: ignore[misc]
-            w, recipe=dataclasses.replace(w.recipe, **{name: getattr(w.recipe, name) * 2})
+        name: lambda w, change={name: value}: dataclasses.replace(  # type: ignore[misc]
+            w, recipe=dataclasses.replace(w.recipe, **change)
         )
-        for field in dataclasses.fields(Recipe)
+        for name, value in RECIPE.items()
     },
     "rho": lambda w: dataclasses.replace(
         w, perturbations={**w.perturbations, "MSAM": Perturbation(direction="momentum", rho=0.4)}
@@ -401,6 +413,30 @@ CHANGES: dict[str, Callable[[Workload], Workload]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_fingerprint_changes_with_all_that_decides_a_run(change: str) -> None:
     assert CHANGES[change](TOY).fingerprint("MSAM") != TOY.fingerprint("MSAM")
+
+
+def test_every_field_of_a_recipe_is_changed_above() -> None:
+    assert list(RECIPE) == [field.name for field in dataclasses.fields(Recipe)]
+
+
+@pytest.mark.parametrize("name", RECIPE)
+def test_every_field_of_a_recipe_changes_the_run(name: str) -> None:
+    changed = CHANGES[name](TOY)
+    weights = [dict(train(w, "MSAM", 0, every=NEVER).model.state_dict()) for w in (TOY, changed)]
+    assert not same(*weights)
+
+
+def test_a_warm_up_rises_linearly_and_the_rest_decays() -> None:
+    """Two epochs of four steps: the first warms up, and the cosine spans the second."""
+    recipe = dataclasses.replace(TOY.recipe, warmup=1)
+    steps = train(dataclasses.replace(TOY, recipe=recipe), "SGD", 0, every=NEVER).steps
+    expected = [0.25, 0.5, 0.75, 1.0] + [(1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+    assert list(steps["lr"]) == pytest.approx([LR * factor for factor in expected], abs=1e-15)
+
+
+def test_a_constant_learning_rate() -> None:
+    recipe = dataclasses.replace(TOY.recipe, schedule="constant")
+    assert set(train(dataclasses.replace(TOY, recipe=recipe), "SGD", 0, every=NEVER).steps["lr"]) == {LR}
 
 
 def test_fingerprints() -> None:

@@ -1,46 +1,22 @@
-"""The exhibits: what each shows, its picture and the claims it carries."""
+"""The exhibits of the main study: one set of networks, fully watched and measured."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import pandas as pd
 
 from msam_analysis import plots
 from msam_analysis.results import Slice1D, Slice2D
-from msam_analysis.studies.claims import CLAIMS, PaperClaim
+from msam_analysis.studies.claims import CLAIMS
+from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding, controls, networks
 from msam_analysis.studies.measuring import LINES
+from msam_analysis.studies.runs import Run
 from msam_analysis.studies.tables import FinishedRun, Tables
+from msam_analysis.studies.workloads import Workload
 
-
-@dataclass(frozen=True)
-class Exhibit:
-    """One picture of the report.
-
-    Attributes
-    ----------
-    ids
-        The paper's exhibits that it answers to; empty for an addition of ours.
-    name
-        Of its file.
-    title, caption
-        For the report.
-    draw
-        Tables and runs to matplotlib axes.
-    """
-
-    ids: tuple[str, ...]
-    name: str
-    title: str
-    caption: str
-    draw: Callable[[Tables, Sequence[FinishedRun]], Any]
-
-    @property
-    def claims(self) -> tuple[PaperClaim, ...]:
-        """The paper's claims about it."""
-        return tuple(claim for claim in CLAIMS if claim.exhibit in self.ids)
+Draw = Callable[[Tables, Sequence[FinishedRun]], Any]
 
 
 def _accuracy(tables: Tables, _: Sequence[FinishedRun]) -> Any:
@@ -101,15 +77,30 @@ def _planes(_: Tables, runs: Sequence[FinishedRun]) -> Any:
     return plots.slice_2d({run.optimizer: cast(Slice2D, run.results["plane"]) for run in runs if run.seed == first})
 
 
-EXHIBITS: tuple[Exhibit, ...] = (
-    Exhibit(
+def _runs(problem: Workload, seeds: int) -> list[Run]:
+    return networks(problem, seeds) + controls(problem, seeds)
+
+
+def _main(ids: tuple[str, ...], name: str, title: str, caption: str, draw: Draw) -> Exhibit:
+    """Return an exhibit of the networks of the main table: its numbers are in the study's own tables."""
+    claims = tuple(claim for claim in CLAIMS if claim.exhibit in ids)
+
+    def study(evidence: Evidence) -> Finding:
+        judged = [claim.judge(evidence.tables) for claim in claims]
+        return Finding(lambda: draw(evidence.tables, evidence.networks), claims=judged)
+
+    return Exhibit(ids, name, title, caption, _runs, study, main=True, claims=claims)
+
+
+CORE: tuple[Exhibit, ...] = (
+    _main(
         ("T1",),
         "accuracy",
         "Where they end up",
         "Train and test accuracy. Wrong labels can only be memorised: a train accuracy near 1 is overfitting here.",
         _accuracy,
     ),
-    Exhibit(
+    _main(
         ("F2C",),
         "cosine",
         "Momentum against gradient",
@@ -117,35 +108,35 @@ EXHIBITS: tuple[Exhibit, ...] = (
         "an epoch has few batches, showing every sample once an epoch also pushes it down: see the control.",
         _cosine,
     ),
-    Exhibit(
+    _main(
         ("A12",),
         "perturbation_rise",
         "What the perturbation does to the loss",
         "Loss of the training batch at the true weights and at the point where the optimizer takes its gradient.",
         _rise,
     ),
-    Exhibit(
+    _main(
         ("A8",),
         "curvature",
         "Curvature while training",
         "Curvature of the training loss per unit length along momentum, batch gradient and a random direction.",
         _curvature,
     ),
-    Exhibit(
+    _main(
         ("TA1",),
         "eigenvalues",
         "The Hessian's largest eigenvalues",
         "Five largest eigenvalues of the training loss's Hessian, by Lanczos and by power iteration.",
         _eigenvalues,
     ),
-    Exhibit(
+    _main(
         (),
         "ball_sharpness",
         "The largest loss rise in a ball",
         "Largest rise of the training loss found within an L2 distance ρ of the weights, over several starts.",
         _balls,
     ),
-    Exhibit(
+    _main(
         ("F4A", "F4B", "F4C"),
         "slices",
         "Along three directions",
@@ -153,7 +144,7 @@ EXHIBITS: tuple[Exhibit, ...] = (
         "direction.",
         _lines,
     ),
-    Exhibit(
+    _main(
         ("A13",),
         "surface",
         "Loss surfaces",
@@ -161,29 +152,3 @@ EXHIBITS: tuple[Exhibit, ...] = (
         _planes,
     ),
 )
-
-
-def choose(ids: Sequence[str] | None) -> tuple[Exhibit, ...]:
-    """Return the exhibits with any of the given ids or names, in the report's order; all for ``None``.
-
-    ``F4`` stands for ``F4A``, ``F4B`` and ``F4C``.
-
-    Raises
-    ------
-    ValueError
-        An id is unknown, or none is given.
-    """
-    if ids is None:
-        return EXHIBITS
-    if not ids:
-        raise ValueError("no exhibit was chosen: name some, as in F2C,TA1, or all")
-    chosen = []
-    for exhibit in EXHIBITS:
-        keys = {*exhibit.ids, exhibit.name, *(key[:2] for key in exhibit.ids if key.startswith("F4"))}
-        if keys & set(ids):
-            chosen.append(exhibit)
-    known = {key for exhibit in EXHIBITS for key in (*exhibit.ids, exhibit.name)} | {"F4"}
-    unknown = [key for key in ids if key not in known]
-    if unknown:
-        raise ValueError(f"unknown exhibit {unknown[0]!r}: expected some of {sorted(known)}")
-    return tuple(chosen)

@@ -1,0 +1,43 @@
+"""The exhibits of the paper, each a function of finished runs: a table, a figure, and claims with their verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding, controls, networks
+from msam_analysis.studies.exhibits.core import CORE
+
+EXHIBITS: tuple[Exhibit, ...] = (*CORE,)
+"""In the report's order."""
+
+
+def choose(ids: Sequence[str] | None) -> tuple[Exhibit, ...]:
+    """Return the exhibits with any of the given ids or names, in the report's order; the main ones for ``None``.
+
+    ``all`` stands for every one, and the head of an id, ``F4``, for all that begin with it: ``F4A``, ``F4B``, ``F4C``.
+
+    Raises
+    ------
+    ValueError
+        An id is unknown, or none is given.
+    """
+    if ids is None:
+        return tuple(exhibit for exhibit in EXHIBITS if exhibit.main)
+    if "all" in ids:
+        return EXHIBITS
+    if not ids:
+        raise ValueError("no exhibit was chosen: name some, as in F2C,TA1, or all")
+    keys = {exhibit.name: {exhibit.name, *_names(exhibit.ids)} for exhibit in EXHIBITS}
+    known = set().union(*keys.values())
+    unknown = [key for key in ids if key not in known]
+    if unknown:
+        raise ValueError(f"unknown exhibit {unknown[0]!r}: expected some of {sorted(known)}, or all")
+    return tuple(exhibit for exhibit in EXHIBITS if keys[exhibit.name] & set(ids))
+
+
+def _names(ids: Sequence[str]) -> set[str]:
+    """Return ids, and their heads where a letter of a panel follows the number: F4 of F4A, A3 of A3."""
+    return {*ids, *(key.rstrip("ABC") for key in ids if key[-1].isalpha() and key[:1] != "T")}
+
+
+__all__ = ["EXHIBITS", "Evidence", "Exhibit", "Finding", "choose", "controls", "networks"]

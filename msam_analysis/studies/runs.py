@@ -1,0 +1,123 @@
+"""The runs that exhibits ask for: by value, so that what two of them need is trained once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msam import Perturbation
+from msam_analysis.studies import measuring, store, watching
+from msam_analysis.studies.measuring import Protocol
+from msam_analysis.studies.workloads import Recipe, Workload
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network to be trained, and what is to be known of it.
+
+    Attributes
+    ----------
+    workload, optimizer, seed
+        Which network. A variant is the same workload with another recipe or perturbation: see :func:`variant`.
+    replacement
+        Whether samples are drawn independently, instead of each once an epoch.
+    watched
+        What is recorded while it trains: keys of :data:`~msam_analysis.studies.watching.WATCHES`.
+    measured
+        What is measured after it: keys of :data:`~msam_analysis.studies.measuring.MEASURES`.
+    """
+
+    workload: Workload
+    optimizer: str
+    seed: int
+    replacement: bool = False
+    watched: frozenset[str] = frozenset()
+    measured: frozenset[str] = frozenset()
+
+    @property
+    def identity(self) -> str:
+        """What decides the trained network; runs that share it are one."""
+        kind = "replacement" if self.replacement else "epochs"
+        return f"{self.optimizer}-{self.seed}-{kind}-{self.workload.fingerprint(self.optimizer)}"
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.workload.recipe.steps(sum(len(labels) for _, labels in self.workload.train()))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The recipe and the perturbation's switches as the columns of a table; SGD has ρ = 0."""
+        perturbation = self.workload.perturbations[self.optimizer]
+        columns: dict[str, Any] = {"workload": self.workload.name, "replacement": self.replacement}
+        columns |= {field.name: getattr(self.workload.recipe, field.name) for field in dataclasses.fields(Recipe)}
+        if perturbation is None:
+            return columns | {"direction": "none", "rho": 0.0, "sign": 1, "normalize": "none", "scale": "none"}
+        names = ("direction", "rho", "sign", "normalize", "scale")
+        columns |= {name: getattr(perturbation, name) for name in names}
+        return columns | {"subset": "all" if perturbation.subset == "all" else "some"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run with its place on disk and the settings of its probes: what a worker process gets."""
+
+    run: Run
+    directory: Path
+    protocol: Protocol
+    every: int
+
+    @property
+    def cost(self) -> float:
+        """Rough cost in training steps, for the progress bar alone."""
+        steps = float(self.run.steps)
+        watched = [watching.WATCHES[name] for name in self.run.watched]
+        records = sum(watch.cost * steps / (watch.every or self.every) for watch in watched)
+        return steps + records + measuring.cost(self.run.measured, self.protocol)
+
+
+def variant(problem: Workload, optimizer: str, perturbation: Perturbation | None, **recipe: Any) -> Workload:
+    """Return a workload with one optimizer, and with fields of its recipe changed.
+
+    Parameters
+    ----------
+    problem
+        Where all the rest comes from.
+    optimizer, perturbation
+        Its name and what it stands for.
+    **recipe
+        Fields of :class:`~msam_analysis.studies.workloads.Recipe`.
+    """
+    changed = dataclasses.replace(problem.recipe, **recipe)
+    return dataclasses.replace(problem, recipe=changed, perturbations={optimizer: perturbation}, controls=())
+
+
+def gather(wanted: Iterable[Run]) -> dict[str, Run]:
+    """Return every network once, by its identity, with all that is wanted of it, in order of first appearance."""
+    gathered: dict[str, Run] = {}
+    for run in wanted:
+        known = gathered.setdefault(run.identity, run)
+        gathered[run.identity] = dataclasses.replace(
+            known, watched=known.watched | run.watched, measured=known.measured | run.measured
+        )
+    return gathered
+
+
+def place(run: Run, folder: Path, protocol: Protocol, every: int) -> Task:
+    """Return the task of a run; other settings of what is watched or measured have another place."""
+    fingerprint = run.workload.fingerprint(
+        run.optimizer,
+        run.replacement,
+        sorted(run.watched),
+        sorted(run.measured),
+        protocol if run.measured else None,
+        every,
+        torch.__version__,
+    )
+    name = f"control-{run.optimizer}" if run.replacement else run.optimizer
+    return Task(run, store.run_directory(folder, name, run.seed, fingerprint), protocol, every)
