@@ -1,15 +1,20 @@
-"""How momentum and gradient point to one another, and what a perturbation does to the loss."""
+"""How momentum and gradients point to one another: the overshooting cosine, and the angle of MSAM to SAM."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from msam_analysis.momentum import gradients, momentum_buffers
+from msam_analysis.objective import Objective
+from msam_analysis.results import SamMsamAngle
 from msam_analysis.vectors import widest
+
+Products = tuple[float, float, float]
+"""``⟨a, b⟩``, ``‖a‖²`` and ``‖b‖²``."""
 
 
 def momentum_gradient_cosine(optimizer: torch.optim.Optimizer) -> float:
@@ -27,7 +32,8 @@ def momentum_gradient_cosine(optimizer: torch.optim.Optimizer) -> float:
     Returns
     -------
     float
-        In [−1, 1]; NaN before the first step, when there is no momentum yet, or if either vector is zero.
+        In [−1, 1]; NaN before the first step, when there is no momentum yet, if either vector is zero, or if one is not
+        finite.
 
     Raises
     ------
@@ -36,25 +42,143 @@ def momentum_gradient_cosine(optimizer: torch.optim.Optimizer) -> float:
 
     Notes
     -----
-    Parameters without a gradient, or without a buffer, count as zeros.
+    Parameters without a gradient, or without a buffer, count as zeros. In groups with ``maximize=True`` the gradient is
+    that of ``−f``, as in their buffers.
     """
     grads, buffers = gradients(optimizer), momentum_buffers(optimizer)
-    if not buffers:
+    return cosine(inner_products(buffers, grads).values()) if buffers else math.nan
+
+
+def inner_products(first: Mapping[Tensor, Tensor], second: Mapping[Tensor, Tensor]) -> dict[Tensor, Products]:
+    """Return the inner products of two vectors that are given by parameter, one row for each parameter of either.
+
+    They are accumulated in float64 (float32 where a device has none), and fetched all at once: a training loop that is
+    watched must not wait for the device at every parameter.
+
+    Parameters
+    ----------
+    first, second
+        Parameter to tensor of its shape; a parameter that is missing counts as zeros.
+    """
+    parameters = list(dict.fromkeys((*first, *second)))
+    if not parameters:
+        return {}
+    device = parameters[0].device
+    zero = torch.zeros((), dtype=widest(device), device=device)
+    numbers = []
+    for parameter in parameters:
+        a, b = _wide(first.get(parameter)), _wide(second.get(parameter))
+        pairs = ((a, b), (a, a), (b, b))
+        numbers += [zero if x is None or y is None else (x @ y.to(x)).to(zero) for x, y in pairs]
+    values = torch.stack(numbers).tolist()
+    return dict(zip(parameters, zip(values[::3], values[1::3], values[2::3], strict=True), strict=True))
+
+
+def cosine(products: Iterable[Products]) -> float:
+    """Return the cosine of two vectors from the inner products of their parts; NaN if one is zero or not finite."""
+    rows = list(products)
+    ab, aa, bb = (sum(row[place] for row in rows) for place in range(3))
+    norms = math.sqrt(aa) * math.sqrt(bb)
+    if not 0 < norms < math.inf:
         return math.nan
-    shared = [(buffers[parameter], grad) for parameter, grad in grads.items() if parameter in buffers]
-    pairs = (shared, [(v, v) for v in buffers.values()], [(g, g) for g in grads.values()])
-    # One transfer in all: a training loop that is watched must not wait for the device at every parameter.
-    device = next(iter(grads.values())).device
-    dot, vv, gg = torch.stack([_dot(pair, device) for pair in pairs]).tolist()
-    norms = math.sqrt(vv) * math.sqrt(gg)
-    return max(-1.0, min(1.0, dot / norms)) if norms > 0 else math.nan
+    return max(-1.0, min(1.0, ab / norms))
 
 
-def _dot(pairs: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> Tensor:
-    """Sum of the dot products of pairs, on ``device``, accumulated in float64 (float32 where a device has none)."""
-    total = torch.zeros((), dtype=widest(device), device=device)
-    for a, b in pairs:
-        wide = widest(a.device)
-        dot = a.detach().reshape(-1).to(wide) @ b.detach().reshape(-1).to(device=a.device, dtype=wide)
-        total += dot.to(total)
-    return total
+def _wide(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().reshape(-1).to(widest(tensor.device))
+
+
+def sam_msam_angle(
+    objective: Objective, momentum: Tensor, rhos: Sequence[float], *, rho_sam: float, w: Tensor | None = None
+) -> SamMsamAngle:
+    r"""Return the angle of MSAM's gradient to SAM's, over the strength of MSAM's perturbation (exhibit F3).
+
+    With ``g_SGD = ∇L(w)``, ``g_SAM = ∇L(w + ρ_SAM g_SGD/‖g_SGD‖)`` and ``g_MSAM(ρ) = ∇L(w − ρ v/‖v‖)``, the last is
+    projected into ``span(g_SAM, g_SGD)``. Its angle there is counted from ``g_SAM``, positive on the side of ``g_SGD``:
+    at ρ = 0 it is the angle between SAM's gradient and the plain one, and where it is 0, at ``ρ_0``, MSAM does in this
+    plane what SAM does.
+
+    Costs one gradient, one more for SAM, and one for each ρ other than 0.
+
+    Parameters
+    ----------
+    objective
+        The loss, as a rule that of the batch a step is taken with.
+    momentum
+        The buffer ``v``, shape ``(size,)``; its length does not matter.
+    rhos
+        Strengths of MSAM's perturbation; 0 is added. Negative ones perturb along ``+v``.
+    rho_sam
+        Radius of SAM's displacement, positive.
+    w
+        Shape ``(size,)``; default: the current weights.
+
+    Returns
+    -------
+    SamMsamAngle
+        Angles in degrees, and ``rho_0`` with the bracket that is known to hold it.
+
+    Raises
+    ------
+    ValueError
+        ``rho_sam`` is not positive, ``rhos`` are none or not finite, or a vector has another shape.
+
+    Notes
+    -----
+    Becker et al., arXiv 2401.12033, figure 3. The two gradients count as parallel, and the plane as unknown, where they
+    differ by less than 100 units of rounding.
+    """
+    if not (math.isfinite(rho_sam) and rho_sam > 0):
+        raise ValueError(f"rho_sam must be a positive number, got {rho_sam!r}: pass the radius SAM would be run with")
+    if not rhos or not all(math.isfinite(rho) for rho in rhos):
+        raise ValueError(f"rhos must be finite and at least one, got {list(rhos)}: pass e.g. [0.5, 1, 2, 4]")
+    objective.layout.check(momentum, "momentum")
+    w = objective.point() if w is None else w
+    at = sorted({0.0, *(float(rho) for rho in rhos)})
+    unit = _unit(momentum.to(w))
+    plain = objective.gradient(w)
+    sam = _unit(objective.gradient(w + rho_sam * _unit(plain)).double())
+    beside = plain.double() - (sam @ plain.double()) * sam
+    beside = beside - (sam @ beside) * sam  # once more, as what is left may be mostly rounding
+    known = beside.norm() > 100 * torch.finfo(objective.precision).eps * plain.double().norm()
+    beside = _unit(beside) if known else torch.full_like(sam, math.nan)
+    angles, shares = [], []
+    for rho in at:
+        if rho == 0:
+            gradient = plain
+        else:
+            gradient = objective.gradient(w - rho * unit) if bool(unit.isfinite().all()) else plain * math.nan
+        x, y, length = (
+            float(number) for number in (gradient.double() @ sam, gradient.double() @ beside, gradient.norm())
+        )
+        finite = math.isfinite(x) and math.isfinite(y)
+        angles.append(math.degrees(math.atan2(y, x)) if finite else math.nan)
+        shares.append(min(1.0, math.hypot(x, y) / length) if finite else math.nan)
+    root, bracket = _root(at, angles)
+    return SamMsamAngle(
+        rhos=torch.tensor(at, dtype=torch.float64),
+        angles=torch.tensor(angles, dtype=torch.float64),
+        shares=torch.tensor(shares, dtype=torch.float64),
+        rho_0=root,
+        bracket=bracket,
+        rho_sam=float(rho_sam),
+        settings=objective.settings,
+    )
+
+
+def _unit(vector: Tensor) -> Tensor:
+    """Return the vector of unit length; NaN for the one that has none."""
+    unit: Tensor = vector / vector.norm()
+    return unit
+
+
+def _root(at: Sequence[float], angles: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Return the first zero of the piecewise linear curve, and between which points it is; NaN where there is none."""
+    for low, high, a, b in zip(at, at[1:], angles, angles[1:], strict=False):
+        # Through ±180 degrees the sign changes as well: there the gradient points the other way.
+        if a * b <= 0 and abs(a - b) < 180:
+            return low + (high - low) * (a / (a - b) if a != b else 0.0), (low, high)
+    return math.nan, (math.nan, math.nan)
+
+
+__all__ = ["cosine", "inner_products", "momentum_gradient_cosine", "sam_msam_angle"]

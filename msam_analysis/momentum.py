@@ -47,24 +47,49 @@ def momentum_buffers(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
 
 
 def gradients(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
-    """Return the gradient of every parameter of the optimizer that has one.
+    """Return the gradient, in ``.grad`` now, of every parameter of the optimizer that has one.
+
+    It is the gradient of what is minimised: of ``−f``, hence ``−.grad``, in groups with ``maximize=True``, as it enters
+    their buffers. Clipping has been done to it, weight decay has not been added, and a loss scale is still on it where
+    the optimizer itself takes that off (see :func:`loss_scale`).
+
+    Returns
+    -------
+    dict
+        Parameter to gradient of the same shape, dense; mostly the tensors in ``.grad`` themselves, not to be written
+        to.
 
     Raises
     ------
     RuntimeError
         No parameter has a gradient.
     """
-    found = {
-        parameter: parameter.grad
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.grad is not None
-    }
+    found: dict[Tensor, Tensor] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                grad = parameter.grad.detach()
+                grad = grad.to_dense() if grad.layout != torch.strided else grad
+                found[parameter] = -grad if group.get("maximize") else grad
     if not found:
         raise RuntimeError(
             "no parameter of the optimizer has a gradient: call this after loss.backward() and before optimizer.step()"
         )
     return found
+
+
+def loss_scale(optimizer: torch.optim.Optimizer) -> float:
+    """Return what the gradients in ``.grad`` are multiplied by as :class:`torch.amp.GradScaler` calls ``step``.
+
+    1 unless the optimizer takes the scale off itself (torch's fused kernels), and outside of ``step``.
+
+    Parameters
+    ----------
+    optimizer
+        Any optimizer.
+    """
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)
 
 
 def true_weights(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:

@@ -5,6 +5,7 @@ to and read from one ``.safetensors`` file (:meth:`Result.save`, :func:`load`): 
 as JSON in the header. No pickle is involved, so a file from a stranger is safe to read.
 """
 
+from msam_analysis.results.angles import SamMsamAngle
 from msam_analysis.results.balls import BallSharpness, BatchSharpness, Certificate, DirectionalSharpness
 from msam_analysis.results.base import ApproximationWarning, ConvergenceWarning, Result, Settings, load
 from msam_analysis.results.curvature import Eigenpairs, Estimate, SpectralDensity
@@ -26,6 +27,7 @@ __all__ = [
     "Estimate",
     "Projection",
     "Result",
+    "SamMsamAngle",
     "Settings",
     "Slice1D",
     "Slice2D",
