@@ -264,6 +264,18 @@ def test_a_wide_resnet_by_hand(width: int) -> None:
     torch.testing.assert_close(network(x), by_hand(network, x), rtol=0, atol=1e-10)
 
 
+def test_a_perceptron_by_hand() -> None:
+    network = made(lambda: mlp([6, 5, 4, 3], nn.Tanh)).double()
+    for index, parameter in enumerate(network.parameters()):
+        parameter.data.add_(0.1 * normal(*parameter.shape, seed=index))
+    a, b, c, d, e, f = network.parameters()
+    x = normal(2, 2, 3)
+    hidden = torch.tanh(torch.tanh(x.flatten(1) @ a.T + b) @ c.T + d)
+    torch.testing.assert_close(network.features(x), hidden)
+    torch.testing.assert_close(network(x), hidden @ e.T + f)
+    assert [type(module) for module in made(lambda: mlp([6, 5, 3])).features.children()][-1] is nn.ReLU
+
+
 def test_dropout_lies_between_the_convolutions_of_a_block() -> None:
     network = made(lambda: wide_resnet(10, 1, 7, dropout=0.25))
     layers = [module for module in network.modules() if isinstance(module, nn.Dropout)]
