@@ -13,7 +13,6 @@
 
 # %%
 import copy
-import dataclasses
 from functools import partial
 
 import pandas as pd
@@ -260,14 +259,13 @@ surface = ma.slice_2d(
     refine=0.02,
     metrics={"test accuracy": on_test_images},
 )
-accuracy = dataclasses.replace(surface, loss=surface.metrics["test accuracy"])  # to be drawn like a loss
 print(f"{surface.evaluations} of {surface.loss.numel()} points were measured; the others are off by an estimated")
 print(f"{surface.error:.3f} in the loss and {surface.metric_errors['test accuracy']:.1f} in the accuracy, at most")
 
 # %%
 figure, axes = ma.plots.panels(2, panel_height=2.3)
 ma.plots.slice_2d(surface, axes[0], label="training loss")
-ma.plots.slice_2d(accuracy, axes[1], label="test accuracy, %", log=False)
+ma.plots.slice_2d(surface, axes[1], values="test accuracy", label="test accuracy, %", log=False)
 for ax in axes:
     ax.set(xlabel="distance, from SGD to SAM", ylabel="distance, toward MSAM")
     for (name, look), place in zip(ma.plots.look(models).items(), through.points.tolist(), strict=True):
@@ -288,7 +286,7 @@ for ax in axes:
 at_minima = {name: on_test_images(anew[name], anew[name].point()) for name in models}
 lowest = surface.loss == surface.loss.min()
 assert min(at_minima["SAM"], at_minima["MSAM"]) > at_minima["SGD"] + 15
-assert float(accuracy.loss[lowest]) < at_minima["SAM"] - 15
+assert float(surface.metrics["test accuracy"][lowest]) < at_minima["SAM"] - 15
 trained = ma.Objective(models["SGD"], nn.CrossEntropyLoss(), digits.train_data(), batchnorm="batch")
 slope, pull = (float(v @ through.directions[0].vector) for v in (trained.gradient(), 5e-4 * trained.point()))
 assert slope > 0 > pull

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msam_analysis.plots.look import Array, look
-from msam_analysis.plots.slices import Scale, as_array, checked_losses, number, scale_of
+from msam_analysis.plots.slices import Scale, as_array, checked_losses, named_slices, number, scale_of
 from msam_analysis.plots.trajectories import Projections, measured_losses, named, require_same_plane
 from msam_analysis.results import Projection, Slice2D, atomic_path
 
@@ -26,9 +26,10 @@ def interactive_surface(
     path: str | os.PathLike[str] | None = None,
     *,
     trajectories: Projections | None = None,
+    values: str = "loss",
     limits: tuple[float, float] | None = None,
     log: bool | None = None,
-    label: str = "loss",
+    label: str | None = None,
 ) -> go.Figure:
     """Draw the loss on a plane as a surface to turn, with trajectories at their true loss; write it as one HTML file.
 
@@ -43,7 +44,7 @@ def interactive_surface(
     trajectories
         As for :func:`trajectory`, with measured losses: a full line at the loss at the weights, dots on the surface at
         the loss of their projections, and a thread from each to the other.
-    limits, log, label
+    values, limits, log, label
         As in :func:`slice_2d`; the surface is cut off at the ends.
 
     Returns
@@ -67,7 +68,7 @@ def interactive_surface(
         raise ImportError(
             "interactive_surface needs plotly, which is not installed: pip install 'msam-analysis[interactive]'"
         ) from error
-    slices = {"": result} if isinstance(result, Slice2D) else dict(result)
+    slices, label = named_slices(result, values), label or values
     losses = checked_losses(slices)
     several = {} if trajectories is None else named(trajectories)
     heights = measured_losses(several)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 from matplotlib import colormaps, patheffects
@@ -37,17 +37,45 @@ from msam_analysis.plots.look import (
 from msam_analysis.results import Slice1D, Slice2D
 from msam_analysis.statistics import LEVEL, bands, quantile_bands
 
+Slice = TypeVar("Slice", Slice1D, Slice2D)
 Curves = Slice1D | Sequence[Slice1D] | Mapping[str, Slice1D | Sequence[Slice1D]]
 
 _COLORMAP = "viridis"
 _LARGE_RANGE = 10.0  # from this ratio of largest to smallest loss on, the colour scale is logarithmic
 _CHARACTERS_PER_INCH = 18  # of a label of 8 points
+_FEWEST_LINES = 3  # labelled levels in a panel, where it has a range at all
+_ROUND = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
 _DECADES = 6.0  # where the losses span more, a logarithmic scale may end before the largest tenth of them
 
 
 def as_array(values: Tensor) -> Array:
     """Return a tensor in float64 for drawing."""
     return values.detach().cpu().double().numpy()
+
+
+def shown(item: Slice, values: str) -> Slice:
+    """Return a slice with one of its metrics in the place of the loss, and at its centre, NaN where 0 is off the grid.
+
+    Raises
+    ------
+    ValueError
+        It has no such metric, or one with several numbers at a point.
+    """
+    if values == "loss":
+        return item
+    if values not in item.metrics:
+        known = ", ".join(map(repr, ("loss", *item.metrics)))
+        raise ValueError(f"values must be one of {known}, got {values!r}: measure it with metrics= first")
+    metric = item.metrics[values]
+    if metric.shape != item.loss.shape:
+        raise ValueError(
+            f"{values!r} has {tuple(metric.shape[item.loss.ndim :])} numbers at every point and one can be drawn: "
+            "reduce it first, e.g. to its mean"
+        )
+    grids = (item.coordinates,) if isinstance(item, Slice1D) else (item.x, item.y)
+    centre = [(grid == 0).nonzero().flatten().tolist() for grid in grids]
+    at_centre = float(metric[tuple(place[0] for place in centre)]) if all(centre) else float("nan")
+    return dataclasses.replace(item, loss=metric, center_loss=at_centre, standard_error=None, rise_error=None)
 
 
 # ---------------------------------------------------------------------------------------------------- one dimension
@@ -57,6 +85,7 @@ def slice_1d(
     result: Curves,
     ax: Axes | None = None,
     *,
+    values: str = "loss",
     relative: bool = False,
     log: bool = False,
     x: str = "coordinate",
@@ -74,6 +103,8 @@ def slice_1d(
         name must share their coordinates.
     ax
         Where to draw; by default new axes, 3.3 in wide.
+    values
+        What is drawn: ``"loss"`` (default), or one of the slices' ``metrics`` by its name.
     relative
         Draw ``loss − center_loss``, each seed less its own centre, which is the sharpness along the line.
     log
@@ -99,7 +130,7 @@ def slice_1d(
     Raises
     ------
     ValueError
-        Nothing to draw, an unknown ``x`` or ``summary``, or seeds under one name whose coordinates differ.
+        Nothing to draw, an unknown ``values``, ``x`` or ``summary``, or seeds under one name whose coordinates differ.
     TypeError
         Something that is not a :class:`~msam_analysis.results.Slice1D`.
 
@@ -111,7 +142,7 @@ def slice_1d(
         raise ValueError(f"x must be 'coordinate' or 'distance', got {x!r}")
     if summary not in ("mean", "median"):
         raise ValueError(f"summary must be 'mean' or 'median', got {summary!r}")
-    curves = _curves(result)
+    curves = {name: [shown(item, values) for item in slices] for name, slices in _curves(result).items()}
     with style():
         made = ax is None
         ax = one_panel(ax)
@@ -128,7 +159,7 @@ def slice_1d(
         directions = {slice_.direction for slices in curves.values() for slice_ in slices}
         where = f" along {directions.pop()}" if len(directions) == 1 else ""
         ax.set_xlabel(f"{'displacement' if x == 'coordinate' else 'distance'}{where}")
-        ax.set_ylabel(label or ("loss − loss at centre" if relative else "loss"))
+        ax.set_ylabel(label or (f"{values} − {values} at centre" if relative else values))
         ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         if legend:
             name_curves(np.array([ax], dtype=np.object_), made=made)
@@ -139,6 +170,7 @@ def slice_1d_panels(
     results: Mapping[str, Curves],
     axes: Sequence[Axes] | AxesArray | None = None,
     *,
+    values: str = "loss",
     relative: bool = True,
     log: bool = False,
     x: str = "coordinate",
@@ -156,7 +188,7 @@ def slice_1d_panels(
         One axes per panel; by default a new figure, 6.8 in wide.
     share_y
         One loss axis for all panels of a new figure (default), or one each where the rises differ too much.
-    relative, log, x, summary, level
+    values, relative, log, x, summary, level
         As in :func:`slice_1d`, except that ``relative`` is on by default.
 
     Returns
@@ -179,7 +211,17 @@ def slice_1d_panels(
     drawn = panels(len(results), share_y=share_y)[1] if axes is None else given_axes(axes, len(results))
     with style():
         for ax, (title, result) in zip(drawn, results.items(), strict=True):
-            slice_1d(result, ax, relative=relative, log=log, x=x, summary=summary, level=level, legend=not made)
+            slice_1d(
+                result,
+                ax,
+                values=values,
+                relative=relative,
+                log=log,
+                x=x,
+                summary=summary,
+                level=level,
+                legend=not made,
+            )
             ax.set_title(title)
             ax.set_xlabel("displacement" if x == "coordinate" else "distance")
             if made and ax is not drawn[0]:
@@ -287,6 +329,20 @@ def _log_levels(low: float, high: float, exact: bool) -> tuple[Array, Array]:
     return levels, _enclosing(grid, low, high, exact)
 
 
+def _lines_within(scale: Scale, low: float, high: float) -> Array:
+    """Return the scale's labelled levels between two losses; finer ones where these are fewer than three.
+
+    A flat minimum beside a sharp one would otherwise have no line at all.
+    """
+    between = scale.lines[(scale.lines > low) & (scale.lines < high)]
+    if len(between) >= _FEWEST_LINES:
+        return between
+    wide = scale.log and high >= _LARGE_RANGE * low
+    finer = _log_levels(low, high, False)[0] if wide else np.asarray(_ROUND.tick_values(low, high), dtype=np.float64)
+    finer = finer[(finer > max(low, scale.low)) & (finer < min(high, scale.high))]
+    return finer if len(finer) > len(between) else between
+
+
 def _linear_levels(low: float, high: float, exact: bool) -> tuple[Array, Array]:
     """Return about seven round labelled levels, and filled ones between."""
     levels = np.asarray(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high), dtype=np.float64)
@@ -326,32 +382,35 @@ def slice_2d(
     result: Slice2D,
     axes: Axes | Sequence[Axes] | AxesArray | None = None,
     *,
+    values: str = "loss",
     limits: tuple[float, float] | None = None,
     log: bool | None = None,
     filled: bool = True,
     aspect: str = "equal",
-    label: str = "loss",
+    label: str | None = None,
 ) -> Axes: ...
 @overload
 def slice_2d(
     result: Mapping[str, Slice2D],
     axes: Axes | Sequence[Axes] | AxesArray | None = None,
     *,
+    values: str = "loss",
     limits: tuple[float, float] | None = None,
     log: bool | None = None,
     filled: bool = True,
     aspect: str = "equal",
-    label: str = "loss",
+    label: str | None = None,
 ) -> AxesArray: ...
 def slice_2d(
     result: Slice2D | Mapping[str, Slice2D],
     axes: Axes | Sequence[Axes] | AxesArray | None = None,
     *,
+    values: str = "loss",
     limits: tuple[float, float] | None = None,
     log: bool | None = None,
     filled: bool = True,
     aspect: str = "equal",
-    label: str = "loss",
+    label: str | None = None,
 ) -> Axes | AxesArray:
     """Draw the loss on a plane as contours, several models side by side on one colour scale.
 
@@ -361,8 +420,10 @@ def slice_2d(
         One slice, or a mapping from a panel's title to its slice.
     axes
         One axes per slice; by default a new figure, 3.3 in wide for one slice and 6.8 in for several.
+    values
+        What is drawn: ``"loss"`` (default), or one of the slices' ``metrics`` by its name.
     limits
-        Ends of the colour scale, in the unit of the loss. By default they enclose every finite value, but a
+        Ends of the colour scale, in the unit of what is drawn. By default they enclose every finite value, but a
         logarithmic scale over more than six decades may leave out the largest tenth. Losses beyond an end keep its
         colour, and the colour bar has an arrow there.
     log
@@ -372,7 +433,7 @@ def slice_2d(
     aspect
         ``"equal"`` (one multiple of either direction has the same length, default) or ``"auto"``.
     label
-        Label of the colour bar.
+        Label of the colour bar, by default the name of what is drawn.
 
     Returns
     -------
@@ -383,8 +444,8 @@ def slice_2d(
     Raises
     ------
     ValueError
-        Nothing finite to draw, limits in the wrong order, a logarithmic scale of losses that are not positive, fewer
-        than two points along a direction, or fewer axes than slices.
+        Nothing finite to draw, unknown values, limits in the wrong order, a logarithmic scale of losses that are not
+        positive, fewer than two points along a direction, or fewer axes than slices.
     TypeError
         Something that is not a :class:`~msam_analysis.results.Slice2D`.
 
@@ -392,7 +453,7 @@ def slice_2d(
     -----
     Becker et al., arXiv 2401.12033, figure A13; Li et al., arXiv 1712.09913.
     """
-    slices = {"": result} if isinstance(result, Slice2D) else dict(result)
+    slices = named_slices(result, values)
     losses = checked_losses(slices)
     scale = scale_of(losses, limits, log)
     with style():
@@ -418,7 +479,7 @@ def slice_2d(
             aspect=22,
             pad=0.015 if len(slices) > 1 else 0.03,
         )
-        _finish_bar(bar, scale, label)
+        _finish_bar(bar, scale, label or values)
         reasons = _why_holes(slices.values())
         if reasons:
             figure_or_axes: Any = figure if axes is None else drawn[-1]
@@ -444,12 +505,18 @@ def _why_holes(slices: Iterable[Slice2D]) -> str:
 _HOLE: dict[str, Any] = {"facecolor": "#ececec", "edgecolor": "#a8a8a8", "hatch": "////////", "linewidth": 0}
 
 
-def checked_losses(slices: Mapping[str, Slice2D]) -> list[Array]:
-    if not slices:
-        raise ValueError("expected at least one slice, got none")
+def named_slices(result: Slice2D | Mapping[str, Slice2D], values: str) -> dict[str, Slice2D]:
+    slices = {"": result} if isinstance(result, Slice2D) else dict(result)
     for name, item in slices.items():
         if not isinstance(item, Slice2D):
             raise TypeError(f"expected Slice2D results, got {type(item).__name__} under {name!r}")
+    return {name: shown(item, values) for name, item in slices.items()}
+
+
+def checked_losses(slices: Mapping[str, Slice2D]) -> list[Array]:
+    if not slices:
+        raise ValueError("expected at least one slice, got none")
+    for item in slices.values():
         if min(item.loss.shape) < 2:
             raise ValueError(f"a plane needs two points along each direction, got {tuple(item.loss.shape)}")
     losses = [as_array(item.loss) for item in slices.values()]
@@ -487,7 +554,7 @@ def _contours(
     finite = loss[np.isfinite(loss)]
     contours = None
     if finite.size:
-        within = scale.lines[(scale.lines > finite.min()) & (scale.lines < finite.max())]
+        within = _lines_within(scale, float(finite.min()), float(finite.max()))
         lines: dict[str, Any] = {"levels": within, "linewidths": 0.6}
         if filled:
             # the outermost colours stand for all that lies beyond; the colour bar's arrows say where that is so
@@ -528,7 +595,7 @@ def _label_places(lines: QuadContourSet, x: Array, y: Array, *, crowded: bool) -
     corner, unit = np.array([x[0], y[0]]), max(np.ptp(x), np.ptp(y))
     box = np.array([np.ptp(x), np.ptp(y)]) / unit
     taken, places = [box / 2], []
-    smallest = 0.3 if crowded else 0.2
+    smallest = 0.22 if crowded else 0.2
     for path in reversed(lines.get_paths()):
         starts = np.flatnonzero(np.asarray(path.codes) == Path.MOVETO)
         pieces = np.split((np.asarray(path.vertices) - corner) / unit, starts[1:])
@@ -594,29 +661,32 @@ def surface_3d(
     result: Slice2D,
     axes: Axes | Sequence[Axes] | AxesArray | None = None,
     *,
+    values: str = "loss",
     limits: tuple[float, float] | None = None,
     log: bool | None = None,
     view: tuple[float, float] = (36.0, -60.0),
-    label: str = "loss",
+    label: str | None = None,
 ) -> Axes: ...
 @overload
 def surface_3d(
     result: Mapping[str, Slice2D],
     axes: Axes | Sequence[Axes] | AxesArray | None = None,
     *,
+    values: str = "loss",
     limits: tuple[float, float] | None = None,
     log: bool | None = None,
     view: tuple[float, float] = (36.0, -60.0),
-    label: str = "loss",
+    label: str | None = None,
 ) -> AxesArray: ...
 def surface_3d(
     result: Slice2D | Mapping[str, Slice2D],
     axes: Axes | Sequence[Axes] | AxesArray | None = None,
     *,
+    values: str = "loss",
     limits: tuple[float, float] | None = None,
     log: bool | None = None,
     view: tuple[float, float] = (36.0, -60.0),
-    label: str = "loss",
+    label: str | None = None,
 ) -> Axes | AxesArray:
     """Draw the loss on a plane as a surface, several models side by side on one height and colour scale.
 
@@ -626,7 +696,7 @@ def surface_3d(
         One slice, or a mapping from a panel's title to its slice.
     axes
         One three-dimensional axes per slice; by default a new figure.
-    limits, log, label
+    values, limits, log, label
         As in :func:`slice_2d`; they hold for the height too, and the surface is cut off at the ends.
     view
         Elevation and azimuth of the viewer in degrees.
@@ -644,7 +714,7 @@ def surface_3d(
     TypeError
         As :func:`slice_2d`.
     """
-    slices = {"": result} if isinstance(result, Slice2D) else dict(result)
+    slices = named_slices(result, values)
     losses = checked_losses(slices)
     scale = scale_of(losses, limits, log)
     with style():
@@ -664,7 +734,7 @@ def surface_3d(
             aspect=18,
             pad=0.06 if len(slices) == 1 else 0.03,
         )
-        _finish_bar(bar, scale, label)
+        _finish_bar(bar, scale, label or values)
     first: Axes = drawn[0]
     return first if isinstance(result, Slice2D) else drawn
 

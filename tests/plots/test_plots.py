@@ -333,6 +333,40 @@ def test_lines_lie_where_the_loss_has_their_level() -> None:
     assert labels <= {f"{level:.4g}" for level in lines.levels}
 
 
+def test_a_flat_minimum_beside_a_sharp_one_has_lines_too() -> None:
+    """Of the labelled levels of the common scale (0.01 to 1,000) one or two lie within the flat one's range."""
+    axes = plots.slice_2d({"sharp": plane(100.0, floor=0.01), "flat": plane(0.5, floor=2.0)})
+    for ax in axes:
+        (lines,) = [item for item in ax.collections if isinstance(item, QuadContourSet) and not item.filled]
+        assert len(list(lines.levels)) >= 2
+    assert lines.levels.min() > 2.0
+    assert {text.get_text() for text in lines.labelTexts} <= {f"{level:.4g}" for level in lines.levels}
+
+
+LINE = dataclasses.replace(line(), metrics={"accuracy": 100 - 3 * line().coordinates ** 2})
+PLANE = dataclasses.replace(plane(), metrics={"accuracy": 90 + plane().loss})
+
+
+def test_another_metric_is_drawn_in_the_place_of_the_loss() -> None:
+    (drawn,) = curves(plots.slice_1d({"a": LINE}, values="accuracy")).values()
+    np.testing.assert_allclose(drawn[:, 1], 100 - 3 * line().coordinates.numpy() ** 2)
+    (drawn,) = curves(plots.slice_1d({"a": LINE}, values="accuracy", relative=True)).values()
+    np.testing.assert_allclose(drawn[:, 1], -3 * line().coordinates.numpy() ** 2, atol=1e-12)
+    ax = plots.slice_2d(PLANE, values="accuracy")
+    assert filled(ax).levels.min() > 89
+    (bar,) = set(ax.figure.axes) - {ax}
+    assert bar.get_ylabel() == "accuracy"
+    assert corners(plots.surface_3d(PLANE, values="accuracy"))[:, 2].min() > 89
+
+
+def test_a_metric_without_its_centre_has_no_rise() -> None:
+    """Without a point at 0 the metric's value there is not known, and nothing is made up."""
+    item = line(points=10)
+    item = dataclasses.replace(item, metrics={"accuracy": item.loss})
+    (drawn,) = curves(plots.slice_1d({"a": item}, values="accuracy", relative=True)).values()
+    assert np.isnan(drawn[:, 1]).all()
+
+
 def test_one_colour_scale_for_all() -> None:
     axes = plots.slice_2d(PLANES)
     contours = [filled(ax) for ax in axes]
@@ -632,6 +666,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 DIFFERENT_GRIDS: list[Slice1D] = [line(), line(points=13)]
+PER_SAMPLE = dataclasses.replace(line(), metrics={"losses": torch.zeros(11, 4)})
 NOT_FINITE = with_surface(np.arange(3.0), np.arange(3.0), np.full((3, 3), np.nan), ("u", "v"))
 THIN = with_surface(np.arange(1.0), np.arange(3.0), np.ones((1, 3)), ("u", "v"))
 
@@ -650,6 +685,8 @@ THIN = with_surface(np.arange(1.0), np.arange(3.0), np.ones((1, 3)), ("u", "v"))
             "2 panels need 2 axes, got 1",
         ),
         (lambda: plots.slice_2d({}), "at least one slice"),
+        (lambda: plots.slice_2d(plane(), values="accuracy"), "values must be one of 'loss', got 'accuracy'"),
+        (lambda: plots.slice_1d(PER_SAMPLE, values="losses"), "'losses' has \\(4,\\) numbers at every point"),
         (lambda: plots.slice_2d(NOT_FINITE), "NaN or infinite"),
         (lambda: plots.slice_2d(THIN), "two points along each"),
         (lambda: plots.slice_2d(plane(), limits=(2.0, 1.0)), "lower first"),
