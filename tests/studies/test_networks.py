@@ -82,8 +82,8 @@ class Case:
     outputs: tuple[int, ...]
 
 
-# Published: Zagoruyko and Komodakis 2016, table 4 (2.7 M and 36.5 M); 36,536,884 as in reports of WRN-28-10 for
-# CIFAR-100; 25,557,032 and 22,878,952 in the model tables of torchvision (resnet50) and timm (vit_small_patch32_224).
+# Published: 36,536,884 in reports of WRN-28-10 on CIFAR-100; 25,557,032 and 22,878,952 in
+# the model tables of torchvision (resnet50) and timm (vit_small_patch32_224).
 LARGE = {
     "WRN-16-4": Case(
         lambda: wide_resnet(16, 4),
@@ -156,6 +156,26 @@ each_tiny_case = pytest.mark.parametrize("case", TINY.values(), ids=TINY)
 @each_case
 def test_parameters_are_counted(case: Case) -> None:
     assert count(unmade(case.make)) == case.parameters == case.formula
+
+
+# Zagoruyko and Komodakis 2016, table 4: depth, width, millions of parameters with CIFAR-10's classes.
+PUBLISHED = [
+    (40, 1, 0.6),
+    (40, 2, 2.2),
+    (40, 4, 8.9),
+    (40, 8, 35.7),
+    (28, 10, 36.5),
+    (28, 12, 52.5),
+    (22, 8, 17.2),
+    (22, 10, 26.8),
+    (16, 8, 11.0),
+    (16, 10, 17.1),
+]
+
+
+@pytest.mark.parametrize(("depth", "width", "millions"), PUBLISHED)
+def test_wide_resnets_are_those_of_the_paper(depth: int, width: int, millions: float) -> None:
+    assert round(count(unmade(lambda: wide_resnet(depth, width, 10))) / 1e6, 1) == millions
 
 
 @each_case
