@@ -35,8 +35,9 @@ class Protocol:
         Gradients of the final ascent in each ball.
     unit_radius, filter_radius, line_points
         1-D slices: along the unit-length gradient and momentum, and along filter-normalised random directions.
-    plane_radius, plane_points
-        2-D slices in filter-normalised random directions.
+    plane_radius, plane_points, plane_refine
+        2-D slices in filter-normalised random directions; of the points only those that are needed for this error, as a
+        fraction of the loss's range, are computed (``None``: all).
     random_seed
         Of the random directions; the same for all networks, each normalised by its own filters.
     """
@@ -49,7 +50,8 @@ class Protocol:
     filter_radius: float = 1.0
     line_points: int = 41
     plane_radius: float = 1.0
-    plane_points: int = 25
+    plane_points: int = 51
+    plane_refine: float | None = 0.01
     random_seed: int = 0
 
 
@@ -145,7 +147,9 @@ def _slices(trainee: Trainee, protocol: Protocol) -> dict[str, Result]:
         radius = protocol.filter_radius if name == "random" else protocol.unit_radius
         results[f"line-{name}"] = slice_1d(objective, lines[name], radius, protocol.line_points)
     plane = (lines["random"], directions.random(objective, protocol.random_seed + 1))
-    results["plane"] = slice_2d(objective, plane, protocol.plane_radius, protocol.plane_points)
+    results["plane"] = slice_2d(
+        objective, plane, protocol.plane_radius, protocol.plane_points, refine=protocol.plane_refine
+    )
     return results
 
 
@@ -168,7 +172,7 @@ class Measure(NamedTuple):
 MEASURES: Mapping[str, Measure] = {
     "eigenvalues": Measure(_eigenvalues, 380.0),
     "balls": Measure(_balls, 115.0),
-    "slices": Measure(_slices, 310.0),
+    "slices": Measure(_slices, 190.0),
 }
 """What can be measured after training, by name."""
 

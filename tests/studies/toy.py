@@ -107,5 +107,11 @@ STEPS = 2 * 4  # epochs of 16 + 16 + 16 + 12 samples
 
 
 COARSE = Protocol(
-    eigenvalues=2, power_tolerance=1e-2, radii=(0.05, 0.5), ball_iterations=5, line_points=5, plane_points=3
+    eigenvalues=2,
+    power_tolerance=1e-2,
+    radii=(0.05, 0.5),
+    ball_iterations=5,
+    line_points=5,
+    plane_points=3,
+    plane_refine=None,
 )

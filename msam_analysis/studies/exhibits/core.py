@@ -72,9 +72,17 @@ def _lines(_: Tables, runs: Sequence[FinishedRun]) -> Any:
     return plots.slice_1d_panels(panels, share_y=False)
 
 
-def _planes(_: Tables, runs: Sequence[FinishedRun]) -> Any:
+def _first_planes(runs: Sequence[FinishedRun]) -> dict[str, Slice2D]:
     first = min(run.seed for run in runs)
-    return plots.slice_2d({run.optimizer: cast(Slice2D, run.results["plane"]) for run in runs if run.seed == first})
+    return {run.optimizer: cast(Slice2D, run.results["plane"]) for run in runs if run.seed == first}
+
+
+def _planes(_: Tables, runs: Sequence[FinishedRun]) -> Any:
+    return plots.slice_2d(_first_planes(runs))
+
+
+def _relief(_: Tables, runs: Sequence[FinishedRun]) -> Any:
+    return plots.surface_3d(_first_planes(runs))
 
 
 def _runs(problem: Workload, seeds: int) -> list[Run]:
@@ -150,5 +158,12 @@ CORE: tuple[Exhibit, ...] = (
         "Loss surfaces",
         "Training loss on a plane of two random filter-normalised directions, one colour scale, first seed.",
         _planes,
+    ),
+    _main(
+        (),
+        "relief",
+        "The same surfaces in relief",
+        "The planes of A13 as surfaces on one height and colour scale, first seed.",
+        _relief,
     ),
 )
