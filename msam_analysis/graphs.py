@@ -11,7 +11,7 @@ import abc
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
@@ -247,15 +247,18 @@ class GraphOperator(SymmetricOperator):
         if kept < len(self._loss.batches):
             with torch.enable_grad(), self._loss.kernels(twice=True), RandomStream(self._loss.seed) as stream:
                 losses = self._loss.batch_losses(self._leaves, self._constants, stream, skip=kept, cut=self._cut)
-                for graph in self._build(losses):
+                for graph in self._build(losses, together=len(rows) >= _FEWEST):
                     add(*graph)
+                    del graph  # before the next is built, or two would be in memory
         return total / weight_sum
 
-    def _build(self, losses: Iterator[BatchLoss]) -> Iterator[tuple[Product, float, int]]:
+    def _build(self, losses: Iterator[BatchLoss], *, together: bool) -> Iterator[tuple[Product, float, int]]:
         """Yield the products with batches, their weights and the bytes of their graphs; keep, at first, what fits."""
         meter = _GraphMeter()
+        # Metering slows graphs of small nodes down, and nobody asks for the size of one that serves a single vector.
+        metered = meter if together or not self._full else nullcontext()
         while True:
-            with meter:
+            with metered:
                 loss = next(losses, None)
                 if loss is None:
                     break
@@ -271,6 +274,7 @@ class GraphOperator(SymmetricOperator):
                 # Only a prefix is kept, so that a later pass knows which batches to skip.
                 self._full = True
             yield graph
+            del graph, product, loss
         self._full = True
 
     def _width(self, count: int, nbytes: int) -> int:
@@ -441,8 +445,11 @@ def check_twice_differentiable(loss: BatchLoss) -> None:
 class _GraphMeter:
     """Counts the bytes that autograd saves inside ``with meter:``."""
 
-    def __enter__(self) -> None:
+    def __init__(self) -> None:
         self._storages: dict[int, int] = {}
+
+    def __enter__(self) -> None:
+        self._storages = {}
         # Packing must not hold the tensor itself, or the graph would keep itself alive.
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
         self._hooks.__enter__()
@@ -452,7 +459,7 @@ class _GraphMeter:
 
     @property
     def bytes(self) -> int:
-        """Bytes of distinct storages saved since the last entry."""
+        """Bytes of distinct storages saved since the last entry; 0 before the first."""
         return sum(self._storages.values())
 
     def _pack(self, tensor: Tensor) -> Tensor:

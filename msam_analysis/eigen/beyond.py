@@ -76,13 +76,18 @@ def look_beyond(
 ) -> tuple[float, Tensor | None]:
     r"""Look for an eigenvalue beyond the wanted ones outside of ``W``.
 
-    A Lanczos run on ``P A P``, ``P = I − W Wᵀ``, from a random start. Kuczynski & Wozniakowski (1992): after ``m``
-    steps its best Ritz value ``θ`` falls short of the largest eigenvalue by more than ``ε (λmax − λmin)`` with a
-    probability of at most ``1.648 √n exp(−√ε (2m − 1))``. So the run goes on until this is below 0.001 for an ``ε``
-    that reaches from ``θ`` to the last wanted value, or, where that is closer, for 1 % of the spread. The bound comes
-    from Chebyshev polynomials over all of ``[λmin, λmax]`` and holds without orthogonality (:class:`Chain`): a few
-    vectors of memory are enough. No false "nothing beyond" comes of lost orthogonality either way: ``θ`` never falls
-    from one step to the next, since each ``T`` contains the one before.
+    A Lanczos run on ``P A P``, ``P = I − W Wᵀ``, from a random start. Its ``T`` is what is known of the measure whose
+    mass at an eigenvalue of ``P A P`` is the square of the start's component along its vector. Outside of the Ritz
+    values, at or beyond an ``x``, no such measure has more mass than ``1 / Σ_j p_j(x)²`` (:meth:`Chain.christoffel`);
+    and in ``N`` dimensions the mass of a given vector is below ``s`` with a probability of at most ``√(2 N s / π)``. So
+    the run goes on until ``s = 1 / Σ_j p_j(x)²`` makes this 0.001, for an ``x`` that is the last wanted value, or,
+    where the Ritz values come closer to that, 1 % of the spread beyond them. (van Dorsselaer, Hochstenbach & van der
+    Vorst 2000 bound the largest eigenvalue in this way by the last of the polynomials alone.)
+
+    Which step is the last does not matter: a vector with more mass than that rules out a false claim at all of them.
+    Nor does orthogonality (:class:`Chain`), without which a value is a cluster, with its mass: a few vectors of memory
+    are enough. The sum and the best Ritz value never fall from one step to the next, since each ``T`` contains the one
+    before.
 
     Parameters
     ----------
@@ -107,21 +112,26 @@ def look_beyond(
     bounds = goal.bounds(wanted)
     # Less is within the error that the wanted values have anyway; as a copy of one of them seems to be beyond it.
     limit = max(_BARELY * float(inside.norms[: goal.k].max()), goal.floor * inside.norm)
+    # A mass below 1 / enough has a probability below _FAILURE.
+    enough = 2 * (operator.size - len(inside.values)) / math.pi / _FAILURE**2
     chain = Chain(start, inside.vectors, norm=inside.norm)
     while not chain.exhausted:
         if operator.products >= stop:
             return math.inf, None
         chain.advance(operator.matvec(chain.current))
-        levels, coefficients = chain.ritz()
+        levels = chain.ritz_values()
         require_finite(levels)
         margins = []
         for sign, bound in bounds.items():
-            best = int((sign * levels).argmax())
-            level = sign * float(levels[best])
+            level = float((sign * levels).max())
             if level > bound + limit:
-                return math.inf, _ritz_vector(operator, start, inside, coefficients[:, best], stop)
+                return math.inf, _ritz_vector(operator, start, inside, chain, sign, stop)
             floor = min(float((sign * part).min()) for part in (levels, inside.rest) if len(part))
-            margins.append(_margin(level, bound - inside.slack, bound - floor, chain.steps, operator.size))
+            # By no more than the slack do the eigenvalues of A differ from those of P A P and the wanted ones.
+            safe = bound - inside.slack
+            reach = max(safe, level + _SPREAD * max(bound - floor, 0.0))
+            excluded = chain.christoffel(sign * reach) >= enough
+            margins.append(reach - safe if excluded else math.inf)
         if max(margins) < math.inf:
             return max(margins), None
     return inside.slack, None
@@ -136,19 +146,11 @@ def require_finite(values: Tensor) -> None:
         )
 
 
-def _margin(level: float, bound: float, spread: float, steps: int, size: int) -> float:
-    """Return how far beyond ``bound`` a value may still lie after so many steps; infinity: anywhere."""
-    short = (bound - level) / spread if spread > 0 else 0.0
-    reach = max(short, _SPREAD)
-    if 1.648 * math.sqrt(size) * math.exp(-math.sqrt(reach) * (2 * steps - 1)) > _FAILURE:
-        return math.inf
-    return max(0.0, level + reach * spread - bound)
-
-
 def _ritz_vector(
-    operator: SymmetricOperator, start: Tensor, inside: Inside, coefficients: Tensor, stop: int
+    operator: SymmetricOperator, start: Tensor, inside: Inside, seen: Chain, sign: int, stop: int
 ) -> Tensor | None:
-    """Return the Ritz vector by running the chain once more: its vectors were not kept."""
+    """Return the outermost Ritz vector by running the chain once more: its vectors were not kept."""
+    coefficients = seen.ritz()[1][:, -1 if sign > 0 else 0]
     chain = Chain(start, inside.vectors, norm=inside.norm)
     vector = torch.zeros_like(chain.current)
     for index, share in enumerate(coefficients.tolist()):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-from scipy.linalg import eigh_tridiagonal
+from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal
 from torch import Tensor
+
+_CLEAN = 0.5  # a pass of Gram-Schmidt that leaves more than this of a vector need not be repeated
 
 
 class Chain:
@@ -43,7 +45,7 @@ class Chain:
         self._norm = norm
         self._diagonal: list[float] = []
         self._off: list[float] = []
-        self._kept = start.new_empty(len(start), remember)
+        self._kept = start.new_empty(remember, len(start))
         length = float(start.norm())
         cleared = self._cleared(start)
         left = float(cleared.norm())
@@ -70,13 +72,13 @@ class Chain:
 
     def advance(self, product: Tensor) -> None:
         """Take in ``A @ current`` and move on to the next vector."""
-        rest = self._cleared(product.to(self.current))
-        level = float(self.current.dot(rest))
-        rest = rest - level * self.current
+        product = product.to(self.current)
+        level = float(self.current.dot(product))  # the current vector has no part in W
+        rest = product.sub(self.current, alpha=level)
         if self._off:
-            rest = rest - self._off[-1] * self._previous
-        if self._kept.shape[1]:
-            self._kept[:, self.steps] = self.current
+            rest.sub_(self._previous, alpha=self._off[-1])
+        if self._kept.shape[0]:
+            self._kept[self.steps] = self.current
         self._diagonal.append(level)
         rest = self._cleared(rest)
         length = float(rest.norm())
@@ -85,6 +87,26 @@ class Chain:
         self.exhausted = not length > 10 * torch.finfo(rest.dtype).eps * self._norm
         self._off.append(length)
         self._previous, self.current = self.current, rest / length if not self.exhausted else torch.zeros_like(rest)
+
+    def christoffel(self, at: float) -> float:
+        r"""Return ``Σ_j p_j(at)²`` over the orthonormal polynomials of the recurrence, of degree 0 up to the steps.
+
+        No measure with these coefficients has more mass than the inverse in one point (Akhiezer 1965, section 2.5).
+        Beyond the Ritz values the sum grows with the distance.
+        """
+        before, this, total, back = 0.0, 1.0, 1.0, 0.0
+        for level, length in zip(self._diagonal, self._off, strict=True):
+            if length == 0:  # the space is invariant
+                break
+            before, this = this, ((at - level) * this - back * before) / length
+            total, back = total + this * this, length
+        return total
+
+    def ritz_values(self) -> Tensor:
+        """Return the eigenvalues of ``T``, increasing; float64 on the CPU."""
+        if not all(map(_finite, (*self._diagonal, *self._off))):
+            return torch.full((self.steps,), torch.nan).double()
+        return torch.from_numpy(eigvalsh_tridiagonal(self._diagonal, self._off[:-1]))
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Return the eigenvalues of ``T``, increasing, and its eigenvectors as columns; float64 on the CPU."""
@@ -95,11 +117,15 @@ class Chain:
         return torch.from_numpy(values), torch.from_numpy(vectors)
 
     def _cleared(self, vector: Tensor) -> Tensor:
-        """Return the part outside of ``W`` and of what is remembered; what rounding leaves, a second pass takes."""
-        for _ in range(2):
-            for basis in (self._against, self._kept[:, : self.steps]):
-                if basis.shape[1]:
-                    vector = vector - basis @ (basis.T @ vector)
+        """Return the part outside of ``W`` and of what is remembered, by passes until one takes little away."""
+        bases = [basis for basis in (self._against.T, self._kept[: self.steps]) if basis.shape[0]]
+        left = float(vector.norm()) if bases else 0.0
+        for _ in range(3 if bases else 0):
+            for basis in bases:
+                vector = vector - (basis @ vector) @ basis
+            before, left = left, float(vector.norm())
+            if left > _CLEAN * before:
+                break
         return vector
 
 

@@ -17,9 +17,10 @@ class LanczosSearch(Search):
     r"""A Krylov space grown by the largest residual, with Rayleigh-Ritz extraction over all of it.
 
     From one start every Ritz residual points along the next Lanczos vector, and this is Lanczos with full
-    re-orthogonalisation. When the basis is full it is cut to the leading Ritz vectors and the one that was worked on a
-    step before, which keeps the pace of a longer recurrence (thick restarts: Wu & Simon 2000; the further vector:
-    Stathopoulos & Saad 1998, section 4).
+    re-orthogonalisation: their norms are known without them, and are computed from the products only once they seem to
+    be small. When the basis is full it is cut to the leading Ritz vectors and the one that was worked on a step before,
+    which keeps the pace of a longer recurrence (thick restarts: Wu & Simon 2000; the further vector: Stathopoulos &
+    Saad 1998, section 4).
 
     Parameters
     ----------
@@ -39,8 +40,9 @@ class LanczosSearch(Search):
         self.basis = Subspace(operator, capacity)
         self.norm = 0.0
         self._lead = torch.zeros(0, 0, dtype=torch.float64)  # coefficients of the wanted vectors
-        if not self.basis.expand(start[:, :capacity]):
-            self.basis.expand(probes.next())
+        self._krylov = self.basis.expand(start[:, :capacity]) == 1  # whether `remainder` is all there is to know
+        if not self.basis.columns:
+            self._krylov = self.basis.expand(probes.next()) == 1
 
     def run(self, stop: int) -> Found:
         """Grow the space until the wanted pairs have converged or ``operator.products`` reaches ``stop``."""
@@ -50,19 +52,28 @@ class LanczosSearch(Search):
             require_finite(basis.projection)
             values, coefficients = basis.pairs(self.goal.which)
             wanted, lead = values[:k], coefficients[:, :k]
-            norms = basis.residual_norms(wanted, lead)
             self.norm = max(self.norm, float(values.abs().max()))
             limits = self.goal.limits(wanted, self.norm)
-            done = len(wanted) == k and bool((norms <= limits).all())
             whole = basis.columns == basis.operator.size
+            over = whole or basis.operator.products >= stop
             self._lead = lead
-            if done or whole or basis.operator.products >= stop:
+            ahead = basis.remainder() if self._krylov and not over else None
+            norms = basis.residual_norms(wanted, lead) if ahead is None else float(ahead.norm()) * lead[-1].abs()
+            if ahead is not None and bool((norms <= limits).all()):
+                # A recurrence is not believed: what it says has to be seen.
+                ahead, norms = None, basis.residual_norms(wanted, lead)
+            self._krylov = ahead is not None
+            done = ahead is None and len(wanted) == k and bool((norms <= limits).all())
+            if done or over:
                 return Found(wanted, norms, done or whole, whole)
             worst = int((norms - limits).argmax())
             target = lead[:, worst : worst + 1]
-            # All are small in an invariant subspace of fewer than k dimensions: it is left at random.
-            stays = norms[worst] <= limits[worst]
-            direction = self.probes.next() if stays else basis.residuals(wanted[worst], target)
+            if ahead is not None:
+                direction = ahead[:, None]
+            elif norms[worst] > limits[worst]:
+                direction = basis.residuals(wanted[worst], target)
+            else:  # an invariant subspace of fewer than k dimensions, which is left at random
+                direction = self.probes.next()
             if basis.columns == basis.capacity:
                 self._restart(coefficients, before)
                 before = None
@@ -98,3 +109,4 @@ class LanczosSearch(Search):
             padded = torch.cat([before, before.new_zeros(len(coefficients) - len(before), 1)])
             kept = torch.cat([kept, orthonormalize(padded, kept)], dim=1)
         self.basis.compress(kept)
+        self._krylov = False

@@ -13,6 +13,8 @@ from msam_analysis.operators import SymmetricOperator
 from msam_analysis.vectors import orthonormalize
 
 _BLOCK_ROWS = 2**20  # tall matrices are combined in pieces of so many rows, so that results need no second copy
+_NEW = 100  # of eps: what is left of a unit vector without its part in the basis is no new direction below this
+_CLEAN = 0.5  # a pass of Gram-Schmidt that leaves more than this of a vector need not be repeated
 
 
 @dataclass
@@ -31,8 +33,8 @@ class Subspace:
     capacity: int
 
     def __post_init__(self) -> None:
-        """Reserve the memory once."""
-        shape = (self.operator.size, self.capacity)
+        """Reserve the memory once: a vector a row, since every vector is read as a whole."""
+        shape = (self.capacity, self.operator.size)
         self._q = torch.empty(shape, dtype=wide(self.operator), device=self.operator.device)
         self._aq = torch.empty_like(self._q)
         self.projection: Tensor = torch.zeros(0, 0, dtype=torch.float64)
@@ -45,38 +47,61 @@ class Subspace:
     @property
     def q(self) -> Tensor:
         """``Q``, shape ``(size, columns)``."""
-        columns: Tensor = self._q[:, : self.columns]
-        return columns
+        return self._q[: self.columns].T
 
     @property
     def aq(self) -> Tensor:
         """``A Q``, shape ``(size, columns)``."""
-        columns: Tensor = self._aq[:, : self.columns]
-        return columns
+        return self._aq[: self.columns].T
 
     def expand(self, vectors: Tensor) -> int:
         """Add the parts of ``vectors`` that are new, at one product each; return how many there were."""
         room = self.capacity - self.columns
-        fresh = orthonormalize(vectors, self.q)[:, :room]
+        fresh = (self._direction(vectors) if vectors.shape[1] == 1 else orthonormalize(vectors, self.q))[:, :room]
         count, old = fresh.shape[1], self.columns
         if count == 0:
             return 0
-        self._q[:, old : old + count] = fresh
-        self._aq[:, old : old + count] = self.operator.matmat(fresh).to(self._aq)
+        self._q[old : old + count] = fresh.T
+        self._aq[old : old + count] = self.operator.matmat(fresh).T
         grown = torch.zeros(old + count, old + count, dtype=torch.float64)
         grown[:old, :old] = self.projection
-        block = (self._q[:, : old + count].T @ self._aq[:, old : old + count]).cpu().double()
+        block = (self._q[: old + count] @ self._aq[old : old + count].T).cpu().double()
         grown[:, old:] = block
         grown[old:, :old] = block[:old].T
         self.projection = (grown + grown.T) / 2
         return count
 
+    def remainder(self) -> Tensor:
+        """Return the part of the last product outside of the span, shape ``(size,)``.
+
+        In a Krylov space every Ritz residual is this vector, times the last of its coefficients.
+        """
+        known = self.projection[:, -1].to(self._q)
+        return self._aq[self.columns - 1] - known @ self._q[: self.columns]
+
+    def _direction(self, vectors: Tensor) -> Tensor:
+        """Return what is new in one vector, as a unit vector: :func:`orthonormalize` without the QR.
+
+        Gram-Schmidt is repeated while it takes away most of the vector (Daniel, Gragg, Kaufman & Stewart 1976).
+        """
+        length = float(vectors.norm())
+        if not length > 0:
+            return vectors[:, :0]
+        vector, against, left = vectors[:, 0] / length, self._q[: self.columns], 1.0
+        for _ in range(3 if self.columns else 0):
+            vector = vector - (against @ vector) @ against
+            before, left = left, float(vector.norm())
+            if left > _CLEAN * before:
+                break
+        new = not left <= _NEW * torch.finfo(vector.dtype).eps
+        return (vector / left)[:, None] if new else vectors[:, :0]
+
     def compress(self, coefficients: Tensor) -> None:
         """Keep only the span of ``Q S`` for orthonormal coefficients ``S`` of shape ``(columns, p)``."""
-        small = coefficients.to(self._q)
+        small, count = coefficients.T.to(self._q), coefficients.shape[1]
         for rows in self._blocks():
-            self._q[rows, : small.shape[1]] = self.q[rows] @ small
-            self._aq[rows, : small.shape[1]] = self.aq[rows] @ small
+            self._q[:count, rows] = small @ self._q[: self.columns, rows]
+            self._aq[:count, rows] = small @ self._aq[: self.columns, rows]
         self.projection = coefficients.T @ self.projection @ coefficients
 
     def pairs(self, which: Which) -> tuple[Tensor, Tensor]:
@@ -92,8 +117,9 @@ class Subspace:
 
     def residual_norms(self, values: Tensor, coefficients: Tensor) -> Tensor:
         """Return the norms of :meth:`residuals`, float64 on the CPU, without room for the vectors."""
-        small, levels = coefficients.to(self._q), values.to(self._q)
-        pieces = [(self.aq[rows] @ small - (self.q[rows] @ small) * levels).norm(dim=0) for rows in self._blocks()]
+        small, levels = coefficients.T.to(self._q), values.to(self._q)[:, None]
+        q, aq = self._q[: self.columns], self._aq[: self.columns]
+        pieces = [(small @ aq[:, rows] - levels * (small @ q[:, rows])).norm(dim=1) for rows in self._blocks()]
         norms: Tensor = torch.stack(pieces).norm(dim=0)
         return norms.cpu().double()
 

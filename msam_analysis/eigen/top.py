@@ -70,9 +70,10 @@ def top_eigenvalues(
     Both go on until every residual is small, and then look beyond: an eigenvalue that occurs more than once, or that a
     start has no part in, has no share in a single Krylov space. A Lanczos chain from a fresh random vector on the
     complement of what was found either meets a value beyond the wanted ones, and the search goes on from there, or
-    makes one unlikely: by Kuczynski & Wozniakowski (1992) the probability, over that random vector, that one is left
-    is below 0.001. Where the spectrum goes on right behind the last wanted value, this excludes values that exceed it
-    by more than ``margin``, about 1 % of the spread of what is left of the spectrum; otherwise any.
+    rules out all but those whose vectors have next to no share in the random one, which is improbable: below 0.001 in
+    all (:func:`~msam_analysis.eigen.beyond.look_beyond`; van Dorsselaer, Hochstenbach & van der Vorst 2000). Where the
+    spectrum goes on right behind the last wanted value, this excludes values that exceed it by more than ``margin``,
+    about 1 % of the spread of what is left of the spectrum; otherwise any.
 
     Parameters
     ----------
@@ -96,13 +97,13 @@ def top_eigenvalues(
     confirm
         Whether to look beyond. ``False`` leaves it out, and ``margin`` is infinite: every pair is as certain as its
         residual says, but a larger value may exist. Meant for following λ₁ through training, from the vector of the
-        step before, with a confirmed run once in a while: on the digits network, a step apart, λ₁ takes 21 products
-        from scratch, 17 from the last vector, 7 of these without the look beyond, and 3 with ``tolerance=1e-2``, whose
-        values are then right to 2e-4.
+        step before, with a confirmed run once in a while: on the digits network, a step apart, λ₁ takes 16 products
+        from scratch, 15 from the last vector, 9 of these without the look beyond, and 5 with ``tolerance=1e-2``, whose
+        values are then right to 3e-4.
     memory_bytes
         What the solver may hold: ``2 c + k + 6`` vectors for a basis of ``c`` columns, of which Lanczos uses up to
         ``4 k + 120``; default 4 GiB. With fewer it restarts, and on most Hessians takes few products more (λ₁ of the
-        digits network: 22 with 64 columns, 24 with 3). The least are ``k + 2`` columns, that is ``3 k + 10`` vectors
+        digits network: 21 with 64 columns, 31 with 3). The least are ``k + 2`` columns, that is ``3 k + 10`` vectors
         (52 GB for λ₁ of 10⁹ parameters in float32); where that is more than 4 GiB, it is the default.
     backend
         ``"native"`` (default), or ``"pyhessian"``: what PyHessian's power iteration finds with ``tol=tolerance``
