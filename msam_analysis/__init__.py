@@ -6,7 +6,7 @@ plain function of a result.
 """
 
 from msam_analysis import checkpoints, directions, export, plots, probes, results, trajectory
-from msam_analysis.alignment import momentum_gradient_cosine
+from msam_analysis.alignment import momentum_gradient_cosine, sam_msam_angle
 from msam_analysis.directions import Direction
 from msam_analysis.eigen import top_eigenvalues
 from msam_analysis.landscape import slice_1d, slice_2d
@@ -61,6 +61,7 @@ __all__ = [
     "project",
     "relative_flatness",
     "results",
+    "sam_msam_angle",
     "slice_1d",
     "slice_2d",
     "spectral_density",

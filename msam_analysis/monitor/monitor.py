@@ -281,10 +281,10 @@ class Monitor:
         if self._first is None:
             self._first = time.perf_counter()
         self._pending = None
+        self._check_run(optimizer)
         due = [entry for entry in self._entries if self.step % entry.period == 0]
         if not due:
             return
-        self._check_run(optimizer)
         pending = _Pending({"step": self.step})
         with torch.no_grad():
             for entry in due:

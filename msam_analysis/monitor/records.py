@@ -63,8 +63,8 @@ class RecordFile:
         for name, mine in identity.items():
             if there.get(name) != mine:
                 raise ValueError(
-                    f"{self.path} holds the records of another monitor, whose {name} is {there.get(name)!r}: expected "
-                    f"{mine!r}; give another path, or move the file away"
+                    f"{self.path} is of another monitor, with the {name} {there.get(name)}: expected {mine}; give "
+                    "another path, or move the file away"
                 )
 
     def append(self, row: Row) -> None:

@@ -22,13 +22,14 @@ probe                           columns                                    costs
 =============================== ========================================== ============================================
 """
 
-from msam_analysis.probes.base import Every, Finish, Probe, StepProbe
+from msam_analysis.probes.base import By, Every, Finish, Probe, StepProbe
 from msam_analysis.probes.gradients import HeldOutCosine, SamAngle
 from msam_analysis.probes.hessian import Curvature, TopEigenvalues
 from msam_analysis.probes.losses import LossAlongMomentum, PerturbationRise
 from msam_analysis.probes.vectors import MomentumGradientCosine, Norms
 
 __all__ = [
+    "By",
     "Curvature",
     "Every",
     "Finish",
