@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import math
@@ -157,6 +158,7 @@ MISSES: list[tuple[dict[str, Any], str]] = [
     ({"msam_analysis": row(2e-4, 10)}, r"off by 2\.0e-04 \(target 0.0001\)"),
     ({"msam_analysis": {"failed": "broken"}}, "off by inf"),
     ({"PyHessian": row(1e-2, 29)}, r"takes 0\.34 of the time of PyHessian \(target: a third of it\)"),
+    ({"PyHessian, to 1e-3": row(1e-3, 29)}, r"0\.34 of the time of PyHessian, to 1e-3 \(target: a third of it\)"),
     ({"curvlinops + eigsh": row(1e-9, 19)}, r"takes 0\.53 of the time of curvlinops \+ eigsh \(target: half of it\)"),
     ({"curvlinops + eigsh, 1e-4": row(1e-9, 19)}, r"0\.53 of the time of curvlinops \+ eigsh, 1e-4"),
     ({"hessian-eigenthings, 1e-4": row(1e-9, 9)}, r"takes 1\.11 of the time of hessian-eigenthings, 1e-4 .*fastest"),
@@ -205,6 +207,43 @@ def test_every_action_is_repeated_as_often_as_it_should() -> None:
     calls.clear()
     common.interleaved(actions, 2, "wall", "cpu")
     assert "".join(calls) == "aaabbb" + "abab"
+
+
+@pytest.mark.parametrize(
+    ("errors", "ends", "expected"),
+    [
+        ([1e-2, 1e-4, 0.0], [False] * 3, 1),
+        ([1e-2, 1e-2, 0.0], [False] * 3, 2),
+        ([1e-2, 1e-2, 0.0], [False, True, False], 1),
+        ([1e-4, 0.0, 0.0], [False] * 3, 0),
+        ([1e-2, 1e-2, 1e-2], [False] * 3, 2),
+    ],
+    ids=["close", "closer", "at its end", "at once", "never"],
+)
+def test_a_tool_is_refined_until_it_is_close_or_at_its_end(
+    curvature: Any, networks: Any, errors: list[float], ends: list[bool], expected: int
+) -> None:
+    right = torch.ones(2).double()
+    of = networks.Case("toy", None, None, [], networks.Reference(right, right, ""))
+
+    def attempt(number: int) -> Any:
+        return lambda _: curvature.Answer(right + errors[number], number, ends[number])
+
+    tool = curvature.Tool("math", "largest", attempt(0), (attempt(1), attempt(2)))
+    answer, wrong, action, seconds = curvature.answer_of(tool, of)
+    assert answer.products == action().products == expected
+    assert max(wrong) == pytest.approx(errors[expected])
+    assert seconds >= 0
+
+
+def test_what_takes_long_is_repeated_less_and_never_measured_once(curvature: Any) -> None:
+    options = argparse.Namespace(repetitions=5, seconds=1.0, clock="cpu")
+    seconds = {curvature.OURS: 9.0, "quick": 0.01, "middling": 0.4, "slow": 1.5, "slowest": 2.5}
+    calls: list[str] = []
+    times = curvature.times_of({name: (lambda name=name: calls.append(name)) for name in seconds}, seconds, options)
+    assert {name: len(values) for name, values in times.items()} == dict(zip(seconds, (5, 5, 2, 2, 2), strict=True))
+    assert [calls.count(name) for name in seconds] == [5, 5, 2, 2, 1]
+    assert times["slowest"][-1] == 2.5
 
 
 # --- the scripts
