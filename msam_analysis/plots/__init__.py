@@ -15,6 +15,7 @@ intervals of the mean over seeds, as in the paper. NaN and infinity are drawn as
 from msam_analysis.plots.animation import animate_trajectory
 from msam_analysis.plots.comparison import accuracy, ball_sharpness, eigenvalues
 from msam_analysis.plots.interactive import interactive_surface
+from msam_analysis.plots.live import LivePlot, live, recorded
 from msam_analysis.plots.look import COLUMN_WIDTH, PAGE_WIDTH, Look, look, panels, save, style
 from msam_analysis.plots.slices import slice_1d, slice_1d_panels, slice_2d, surface_3d
 from msam_analysis.plots.spectra import spectral_density
@@ -24,16 +25,19 @@ from msam_analysis.plots.trajectories import trajectory, trajectory_losses, traj
 __all__ = [
     "COLUMN_WIDTH",
     "PAGE_WIDTH",
+    "LivePlot",
     "Look",
     "accuracy",
     "animate_trajectory",
     "ball_sharpness",
     "eigenvalues",
     "interactive_surface",
+    "live",
     "look",
     "over_training",
     "panels",
     "perturbation_rise",
+    "recorded",
     "save",
     "slice_1d",
     "slice_1d_panels",
