@@ -19,6 +19,7 @@ from msam_analysis.plots.live import LivePlot, live, recorded
 from msam_analysis.plots.look import COLUMN_WIDTH, PAGE_WIDTH, Look, look, panels, save, style
 from msam_analysis.plots.slices import slice_1d, slice_1d_panels, slice_2d, surface_3d
 from msam_analysis.plots.spectra import spectral_density
+from msam_analysis.plots.sweeps import Sweep, both_signs, sweep
 from msam_analysis.plots.training import over_training, perturbation_rise
 from msam_analysis.plots.trajectories import trajectory, trajectory_losses, trajectory_panels
 
@@ -27,9 +28,11 @@ __all__ = [
     "PAGE_WIDTH",
     "LivePlot",
     "Look",
+    "Sweep",
     "accuracy",
     "animate_trajectory",
     "ball_sharpness",
+    "both_signs",
     "eigenvalues",
     "interactive_surface",
     "live",
@@ -45,6 +48,7 @@ __all__ = [
     "spectral_density",
     "style",
     "surface_3d",
+    "sweep",
     "trajectory",
     "trajectory_losses",
     "trajectory_panels",
