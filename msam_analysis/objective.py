@@ -306,6 +306,11 @@ class Objective:
             **self.second_derivatives.settings,
         }
 
+    def __repr__(self) -> str:
+        """Name the model's class and the settings."""
+        settings = ", ".join(f"{name.replace(' ', '_')}={value!r}" for name, value in self.settings.items())
+        return f"Objective({type(self.model).__name__}, {settings})"
+
     @property
     def precision(self) -> torch.dtype:
         """The coarsest data type that takes part in an evaluation."""

@@ -633,6 +633,13 @@ def test_nan_and_infinity_stay() -> None:
     assert torch.isnan(objective.loss(-torch.ones(1).double()))
 
 
+def test_an_objective_shows_what_it_is() -> None:
+    objective = ma.Objective(nn.Linear(3, 2), nn.CrossEntropyLoss(), [(normal(5, 3), torch.zeros(5, dtype=torch.long))])
+    shown = repr(objective)
+    assert shown.startswith("Objective(Linear, batchnorm='no BatchNorm', samples=5, batches=1, parameters=8, dtype=")
+    assert all(f"{value!r}" in shown for value in objective.settings.values())
+
+
 def test_settings_name_the_choices() -> None:
     objective = ma.Objective(CONVNET.model(), CONVNET.loss_fn, CONVNET.data(), batchnorm="batch")
     settings = dict(objective.settings)
