@@ -634,7 +634,9 @@ def test_nan_and_infinity_stay() -> None:
 
 
 def test_an_objective_shows_what_it_is() -> None:
-    objective = ma.Objective(nn.Linear(3, 2), nn.CrossEntropyLoss(), [(normal(5, 3), torch.zeros(5, dtype=torch.long))])
+    objective = ma.Objective(
+        nn.Linear(3, 2), nn.CrossEntropyLoss(), [(torch.ones(5, 3), torch.zeros(5, dtype=torch.long))]
+    )
     shown = repr(objective)
     assert shown.startswith("Objective(Linear, batchnorm='no BatchNorm', samples=5, batches=1, parameters=8, dtype=")
     assert all(f"{value!r}" in shown for value in objective.settings.values())
