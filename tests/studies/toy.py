@@ -102,6 +102,7 @@ TOY: Workload = dataclasses.replace(
         "SAM": Perturbation(direction="gradient", rho=0.1),
         "MSAM": Perturbation(direction="momentum", rho=0.3),
     },
+    relatives={},
 )
 STEPS = 2 * 4  # epochs of 16 + 16 + 16 + 12 samples
 
