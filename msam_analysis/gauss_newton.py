@@ -62,10 +62,10 @@ class GaussNewtonOperator(GraphOperator):
             )
         ends = [torch.zeros_like(leaf) if end is None else end for end, leaf in zip(pulled, leaves, strict=False)]
 
-        def product(pieces: list[Tensor], together: bool) -> list[Tensor]:
+        def product(pieces: list[Tensor], together: bool, keep: bool) -> list[Tensor]:
             pushed = pull_back(ends, probes, pieces, together=together)
             bent = pull_back(slopes, cuts, pushed, together=together)
-            return pull_back(outputs, leaves, bent, together=together)
+            return pull_back(outputs, leaves, bent, together=together, keep=keep)
 
         return product
 

@@ -24,7 +24,7 @@ from msam_analysis.results import ApproximationWarning, Settings
 from msam_analysis.vectors import Layout, no_autocast, widest
 
 Wish = Literal["auto", "exact", "central"]
-Product = Callable[[list[Tensor], bool], list[Tensor]]
+Product = Callable[[list[Tensor], bool, bool], list[Tensor]]
 
 _ONCE = once_differentiable(len).__code__  # of the wrapper, the same for every function
 _MISSING = re.compile(
@@ -200,7 +200,10 @@ class GraphOperator(SymmetricOperator):
 
     @abc.abstractmethod
     def _product(self, loss: BatchLoss) -> Product:
-        """Return the product with ``A_b`` along a graph that it builds: pieces to pieces, of one vector or of many."""
+        """Return the product with ``A_b`` along a graph that it builds: pieces to pieces, of one vector or of many.
+
+        The second argument says whether they are of many, the third whether the graph is still needed afterwards.
+        """
 
     @abc.abstractmethod
     def _difference(self, ahead: Tensor, behind: Tensor) -> Tensor:
@@ -233,12 +236,12 @@ class GraphOperator(SymmetricOperator):
         pieces = [list(self._loss.layout.views(row).values()) for row in rows]
         weight_sum = 0.0
 
-        def add(product: Product, weight: float, nbytes: int) -> None:
+        def add(product: Product, weight: float, nbytes: int, *, keep: bool = True) -> None:
             nonlocal weight_sum
             width = self._width(len(rows), nbytes)
             for start in range(0, len(rows), width):
                 part = total[start : start + width]
-                part.add_(self._walk(product, pieces[start : start + width]), alpha=weight)
+                part.add_(self._walk(product, pieces[start : start + width], keep=keep), alpha=weight)
             weight_sum += weight
 
         kept = self.kept
@@ -248,7 +251,8 @@ class GraphOperator(SymmetricOperator):
             with torch.enable_grad(), self._loss.kernels(twice=True), RandomStream(self._loss.seed) as stream:
                 losses = self._loss.batch_losses(self._leaves, self._constants, stream, skip=kept, cut=self._cut)
                 for graph in self._build(losses, together=len(rows) >= _FEWEST):
-                    add(*graph)
+                    # Freed on the way where it serves one vector.
+                    add(*graph, keep=len(rows) > 1 or not self._full)
                     del graph  # before the next is built, or two would be in memory
         return total / weight_sum
 
@@ -282,16 +286,16 @@ class GraphOperator(SymmetricOperator):
         width = min(count, _TOGETHER // max(nbytes, 1)) if self._together and nbytes <= _SMALL_GRAPH else 1
         return width if width >= _FEWEST else 1
 
-    def _walk(self, product: Product, pieces: list[list[Tensor]]) -> Tensor:
+    def _walk(self, product: Product, pieces: list[list[Tensor]], *, keep: bool) -> Tensor:
         """Return the products with some vectors, given in pieces, as rows."""
         layout = self._loss.layout
         if len(pieces) == 1:
-            return layout.flatten(product(pieces[0], False))
+            return layout.flatten(product(pieces[0], False, keep))
         try:
-            walked = product([torch.stack(column) for column in zip(*pieces, strict=True)], True)
+            walked = product([torch.stack(column) for column in zip(*pieces, strict=True)], True, keep)
         except RuntimeError:  # a layer that takes one vector only
             self._together = False
-            return torch.stack([self._walk(product, [piece]) for piece in pieces])
+            return torch.stack([self._walk(product, [piece], keep=keep) for piece in pieces])
         return torch.cat([part.flatten(1) if part.ndim > 1 else part[:, None] for part in walked], dim=1)
 
     def _by_differences(self, vector: Tensor) -> Tensor:
@@ -376,9 +380,9 @@ def loss_gradients(value: Tensor, leaves: dict[str, Tensor], *, create_graph: bo
 
 
 def pull_back(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor], *, together: bool
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor], *, together: bool, keep: bool = True
 ) -> list[Tensor]:
-    """Return ``∂(outputs · weights)/∂inputs``, zeros where there is no dependence; the graph stays.
+    """Return ``∂(outputs · weights)/∂inputs``, zeros where there is no dependence.
 
     Parameters
     ----------
@@ -388,6 +392,8 @@ def pull_back(
         One for each output, of its shape, behind a leading dimension if ``together``.
     together
         Whether the weights are those of several vectors.
+    keep
+        Whether the graph stays.
 
     Returns
     -------
@@ -403,7 +409,7 @@ def pull_back(
     if varying:
         ends, cotangents = zip(*varying, strict=True)
         found = torch.autograd.grad(
-            ends, inputs, grad_outputs=cotangents, retain_graph=True, allow_unused=True, is_grads_batched=together
+            ends, inputs, grad_outputs=cotangents, retain_graph=keep, allow_unused=True, is_grads_batched=together
         )
     lead = weights[0].shape[:1] if together else ()
     return [

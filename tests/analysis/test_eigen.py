@@ -506,6 +506,30 @@ def test_without_a_budget_of_its_own_a_huge_model_gets_the_smallest_basis(monkey
         np.testing.assert_allclose(pairs.values.numpy(), exact(matrix, 5), rtol=1e-6)
 
 
+def test_a_krylov_space_has_every_residual_in_one_vector() -> None:
+    basis = Subspace(ma.MatrixOperator(symmetric([3.0, *np.linspace(1, -1, 39)], seed=5)), 8)
+    basis.expand(normal(40, seed=1)[:, None])
+    while basis.columns < 8:
+        values, coefficients = basis.pairs("largest")
+        ahead = basis.remainder()
+        residuals = basis.residuals(values, coefficients)
+        torch.testing.assert_close(residuals, torch.outer(ahead, coefficients[-1]), rtol=0, atol=1e-12)
+        torch.testing.assert_close(residuals.norm(dim=0), basis.residual_norms(values, coefficients))
+        basis.expand(ahead[:, None])
+
+
+def test_residuals_are_those_of_the_products_and_not_of_a_recurrence() -> None:
+    """An operator that is not symmetric: the recurrence, which takes it for one, ends long before its residuals do."""
+    twist = 1e-3 * normal(400, seed=2).reshape(20, 20)
+    operator = ma.MatrixOperator(symmetric([5.0, 3.0, *np.linspace(1, 0, 18)], seed=9))
+    operator.matrix = operator.matrix + twist - twist.T
+    with pytest.warns(ConvergenceWarning):
+        pairs = ma.top_eigenvalues(operator, k=2, confirm=False, max_hvps=19)
+    actual = (operator.matrix @ pairs.vectors - pairs.vectors * pairs.values).norm(dim=0)
+    assert not pairs.converged
+    torch.testing.assert_close(pairs.residuals, actual, rtol=1e-9, atol=0)
+
+
 class Watched(torch.nn.Module):
     """Says how many graphs of earlier calls are in memory, to all of its copies."""
 
