@@ -21,7 +21,6 @@ from msam_analysis.plots.look import (
     draw_curve,
     given_axes,
     look,
-    name_curves,
     panels,
     require_columns,
     style,
@@ -44,6 +43,7 @@ _FAMILIES: dict[str, tuple[str, ...]] = {  # drawn in one panel
     "norm": ("weights_norm", "gradient_norm", "momentum_norm", "step_norm"),
 }
 _LOGARITHMIC = {"curvature", "norm"}
+_ASIDE = ("epsilon_norm", "lambda_residual", "lambda_converged", "rho_0_low", "rho_0_high")  # not drawn unless named
 
 
 class Recording(Protocol):
@@ -72,8 +72,8 @@ def recorded(
         ``step`` and one for each quantity.
     columns
         Which columns, a panel each; or a mapping from a panel's title to its columns. Default: all but those of single
-        layers, offsets and strengths, up to eight panels, with what is of one kind (cosines, losses, curvatures, norms)
-        together.
+        layers, offsets and strengths and those that say how well another is known, up to eight panels, with what is of
+        one kind (cosines, losses, curvatures, norms) together.
     axes
         Where to draw; by default a new figure.
 
@@ -94,7 +94,8 @@ def recorded(
         drawn = panels(len(shown), panel_height=1.9)[1] if axes is None else given_axes(axes, len(shown))
         for ax, (title, names) in zip(drawn, shown.items(), strict=True):
             _draw(ax, frame, title, names)
-            name_curves(np.array([ax], dtype=np.object_), made=False)
+            if len(names) > 1:  # above the panel, where it covers no curve
+                ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, borderaxespad=0.1)
     return drawn
 
 
@@ -238,7 +239,7 @@ def _panels(frame: pd.DataFrame, columns: Columns | None) -> dict[str, tuple[str
         chosen = _by_title(columns)
         require_columns(frame, [name for names in chosen.values() for name in names])
     else:
-        whole = [name for name in frame.columns if name != "step" and _LAYER not in name]
+        whole = [name for name in frame.columns if name not in ("step", *_ASIDE) and _LAYER not in name]
         chosen = {}
         for name in whole:
             family = next((title for title, members in _FAMILIES.items() if name in members), name)
@@ -261,10 +262,9 @@ def _draw(ax: Axes, frame: pd.DataFrame, title: str, names: tuple[str, ...]) -> 
     for name, appearance in zip(names, look(names if several else [""]).values(), strict=True):
         known = frame[["step", name]].dropna()
         values = known[name].to_numpy(dtype=np.float64)
-        nothing = np.full_like(values, np.nan)
-        draw_curve(
-            ax, known["step"].to_numpy(dtype=np.float64), values, nothing, appearance, words(name) if several else None
-        )
+        label = words(name.removeprefix(f"{title}_").removesuffix(f"_{title}")) if several else None
+        at, band = known["step"].to_numpy(dtype=np.float64), np.full_like(values, np.nan)
+        draw_curve(ax, at, values, band, appearance, label)
         drawn.append(values[np.isfinite(values)])
     values = np.concatenate(drawn)
     if title in _LOGARITHMIC and values.size and values.min() > 0:

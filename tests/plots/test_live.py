@@ -23,6 +23,7 @@ FRAME = pd.DataFrame(
         "cosine/layer": [math.nan, 0.1, 0.1, 0.1],
         "gradient_norm": [1.0, 2.0, 4.0, math.inf],
         "lambda_1": [10.0, math.nan, math.nan, 20.0],
+        "lambda_residual": [0.1, math.nan, math.nan, 0.2],
     }
 )
 
@@ -47,7 +48,7 @@ def test_what_is_drawn_is_what_was_recorded() -> None:
     assert [ax.get_ylabel() for ax in axes] == ["cosine", "norm", "lambda 1"]
     assert curves(axes) == {
         "cosine": [(2, -0.5), (3, -0.25), (4, 0.125)],
-        "cosine after": [(0, 1.0), (2, 0.5), (3, 0.5), (4, 0.75)],
+        "after": [(0, 1.0), (2, 0.5), (3, 0.5), (4, 0.75)],
         "norm": [(0, 1.0), (2, 2.0), (3, 4.0)],
         "lambda 1": [(0, 10.0), (4, 20.0)],
     }
@@ -105,7 +106,8 @@ class Recording:
         self.listeners: list[Callable[[Any], None]] = []
 
     def frame(self) -> pd.DataFrame:
-        return FRAME.head(self.rows)
+        frame: pd.DataFrame = FRAME.head(self.rows)
+        return frame
 
     def on_record(self, listener: Callable[[Any], None]) -> Any:
         self.listeners.append(listener)
