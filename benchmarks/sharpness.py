@@ -67,7 +67,7 @@ def mlp() -> nn.Module:
 
 
 def wrn() -> nn.Module:
-    """A wide residual network (WRN-10-1 of half the width), for 8 × 8 images: 19,458 parameters."""
+    """A wide residual network (WRN-10-1 of half the width), for 8 × 8 images: 19,714 parameters."""
     blocks = [Block(8, 8, 1), Block(8, 16, 2), Block(16, 32, 2)]
     head = [nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
     return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), *blocks, *head)
