@@ -10,8 +10,8 @@ from msam_analysis.graphs import BatchLoss, GraphOperator, Product, loss_gradien
 class HessianOperator(GraphOperator):
     """``∇²L(w)``: products are the derivative of ``∇L · v`` along the gradient's graph (Pearlmutter 1994).
 
-    Products cost about 2.3 gradients for every batch whose graph is kept, 3.9 for the others (measured on a small
-    convolutional network on a CPU). Several vectors at once share what is rebuilt, and go through small graphs
+    Products cost about 2.1 gradients for every batch whose graph is kept, 3.5 for the others (medians over ten small
+    networks on a CPU, ``benchmarks/curvature.py``). Several vectors at once share what is rebuilt, and go through small graphs
     together.
 
     Where a layer has no second derivative, products are central differences of the gradient,

@@ -126,7 +126,8 @@ def test_other_ends_of_a_network_spectrum(which: Any, method: Any) -> None:
     hessian = network_hessian(CONVNET)
     expected = exact(hessian, 2, which)
     assert which != "smallest" or expected[0] < 0
-    pairs = ma.top_eigenvalues(ma.Objective(model, CONVNET.loss_fn, data), k=2, method=method, which=which)
+    objective = ma.Objective(model, CONVNET.loss_fn, data)
+    pairs = ma.top_eigenvalues(objective, k=2, method=method, which=which, tolerance=1e-3)
     np.testing.assert_allclose(sorted(pairs.values.numpy()), sorted(expected), rtol=1e-4)
     check_certificates(pairs, hessian)
 
@@ -541,7 +542,8 @@ class Watched(torch.nn.Module):
         out = torch.tanh(x)
         if out.grad_fn is not None:
             mark = torch.nn.Module()  # anything that a weak reference can be made to
-            out.grad_fn.metadata["mark"] = mark
+            metadata: Any = out.grad_fn.metadata
+            metadata["mark"] = mark
             self.graphs.append(weakref.ref(mark))
         return out
 
@@ -636,12 +638,12 @@ def test_without_the_look_beyond_a_start_is_believed(method: Any) -> None:
 
 
 def test_following_the_largest_eigenvalue_is_cheap() -> None:
-    """A convolutional network, forty steps of training: the last vector is a start for the next."""
+    """A convolutional network, twenty-four steps of training: the last vector is a start for the next."""
     model, data = CONVNET.model(), CONVNET.data()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     previous: Tensor | None = None
     cold, warm = 0, 0
-    for step in range(40):
+    for step in range(24):
         for x, y in data:
             optimizer.zero_grad()
             CONVNET.loss_fn(model(x), y).backward()
@@ -733,7 +735,7 @@ def test_the_backend_is_pyhessian_on_any_objective(case: Case, dtype: torch.dtyp
     pytest.importorskip("pyhessian")
     objective = ma.Objective(case.model(dtype), case.loss_fn, case.data(dtype))
     hessian = network_hessian(case)
-    pairs = theirs(objective, 2, which="magnitude", tolerance=1e-6, max_hvps=600)
+    pairs = theirs(objective, 2, which="magnitude", tolerance=1e-5, max_hvps=600)
     np.testing.assert_allclose(pairs.values.numpy(), exact(hessian, 2, "magnitude"), rtol=1e-3)
     assert (np.diff(np.abs(pairs.values.numpy())) <= 0).all()
     vectors = pairs.vectors.double()
@@ -748,7 +750,7 @@ def test_the_backend_is_pyhessian_on_any_objective(case: Case, dtype: torch.dtyp
 def test_the_backend_keeps_the_batchnorm_policy(case: Case, policy: Any) -> None:
     pytest.importorskip("pyhessian")
     objective = ma.Objective(case.model(), case.loss_fn, case.data(), batchnorm=policy)
-    pairs = theirs(objective, 1, which="magnitude", tolerance=1e-8, max_hvps=2000)
+    pairs = theirs(objective, 1, which="magnitude", tolerance=1e-6, max_hvps=500)
     expected = exact(network_hessian(case, policy), 1, "magnitude")
     np.testing.assert_allclose(pairs.values.numpy(), expected, rtol=1e-3)
 
