@@ -11,8 +11,8 @@ class HessianOperator(GraphOperator):
     """``∇²L(w)``: products are the derivative of ``∇L · v`` along the gradient's graph (Pearlmutter 1994).
 
     Products cost about 2.1 gradients for every batch whose graph is kept, 3.5 for the others (medians over ten small
-    networks on a CPU, ``benchmarks/curvature.py``). Several vectors at once share what is rebuilt, and go through small graphs
-    together.
+    networks on a CPU, ``benchmarks/curvature.py``). Several vectors at once share what is rebuilt, and go through small
+    graphs together.
 
     Where a layer has no second derivative, products are central differences of the gradient,
     ``(∇L(w + h v) - ∇L(w - h v)) / 2h`` with ``h ‖v‖ = 0.03 eps^(1/3) (1 + ‖w‖)``, for 2 gradients each; BatchNorm's
