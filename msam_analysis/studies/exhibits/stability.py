@@ -1,0 +1,389 @@
+"""Under other hyper-parameters: the cosine between momentum and gradient, MSAM's gain, and equal compute."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from msam_analysis import plots
+from msam_analysis.plots import Sweep
+from msam_analysis.statistics import mean_interval, summarise
+from msam_analysis.studies.claims import Comparison, PaperClaim
+from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
+from msam_analysis.studies.exhibits.sweeps import SAME_ACCURACY, base, once, paired, scaled
+from msam_analysis.studies.runs import Run, variant
+from msam_analysis.studies.tables import FinishedRun, outcomes
+from msam_analysis.studies.workloads import Workload
+
+_LR = (-18, -12, -6, -3, 0, 3)
+_DAMPING = (5.0, 2.0, 1.0, 0.5)
+_BATCHES = (0.5, 1, 2, 4)
+_BUDGETS = (0.25, 0.5, 1, 2)
+# Learning rates within a decade, and what rounding does to its ends.
+_NEAR = 1.01
+_COLUMNS = ["optimizer", "seed", "replacement", "lr", "momentum", "batch_size", "epochs", "rho"]
+
+SETTINGS = {"lr": r"learning rate $\eta$", "momentum": r"momentum $\mu$", "batch_size": "batch size"}
+"""What is varied, one at a time, and its name on an axis."""
+
+
+def values(problem: Workload) -> Mapping[str, list[Any]]:
+    """Return the values of every setting, around the recipe's own; of the momentum, of ``1 − μ``."""
+    recipe = problem.recipe
+    return {
+        "lr": [scaled(recipe.lr, sixths) for sixths in _LR],
+        "momentum": [float(f"{1 - damping * (1 - recipe.momentum):.4g}") for damping in sorted(_DAMPING, reverse=True)],
+        "batch_size": [max(1, round(recipe.batch_size * factor)) for factor in _BATCHES],
+    }
+
+
+# --- A5, A6, A7: the cosine
+
+
+def cosine_runs(problem: Workload, seeds: int) -> list[Run]:
+    """Return SGD at every value of every setting, with every sample once an epoch and with replacement.
+
+    Larger batches get more epochs, for the same number of steps.
+    """
+    return once(
+        Run(variant(problem, "SGD", None, **recipe), "SGD", seed, replacement=replacement)
+        for recipe in _recipes(problem)
+        for replacement in (False, True)
+        for seed in range(seeds)
+    )
+
+
+def _recipes(problem: Workload) -> list[dict[str, Any]]:
+    own = problem.recipe
+    settings = values(problem)
+    sizes = [
+        {"batch_size": size, "epochs": max(1, round(own.epochs * size / own.batch_size))}
+        for size in settings["batch_size"]
+    ]
+    return [{name: value} for name in ("lr", "momentum") for value in settings[name]] + sizes
+
+
+def mid_training(steps: pd.DataFrame) -> float:
+    """Return the mean cosine over the middle half of the steps."""
+    quarter = len(steps) // 4
+    return float(steps["cosine"].iloc[quarter : len(steps) - quarter].mean())
+
+
+def cosine_table(problem: Workload, runs: list[FinishedRun]) -> pd.DataFrame:
+    """Return one row per setting and run that varies it: ``setting``, its ``value``, and the mean ``cosine``.
+
+    ``train_accuracy`` tells how far the run came.
+    """
+    table = outcomes(runs)[[*_COLUMNS, "train_accuracy"]].assign(cosine=[mid_training(run.steps) for run in runs])
+    return _by_setting(problem, table, ["cosine", "train_accuracy"])
+
+
+def _by_setting(problem: Workload, table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Stack a table by what is varied; the recipe's own run appears for every setting."""
+    frames = []
+    for name in SETTINGS:
+        others = [other for other in SETTINGS if other != name]
+        own = (table[others] == [getattr(problem.recipe, other) for other in others]).all(axis=1)
+        frames.append(
+            table.loc[own, ["optimizer", "seed", "replacement", *columns]].assign(setting=name, value=table[name])
+        )
+    stacked: pd.DataFrame = pd.concat(frames, ignore_index=True)
+    return stacked
+
+
+def _at(table: pd.DataFrame, setting: str, value: float, replacement: bool) -> pd.DataFrame:
+    rows = table[(table["setting"] == setting) & (table["replacement"] == replacement) & (table["value"] == value)]
+    chosen: pd.DataFrame = rows.set_index("seed")
+    return chosen
+
+
+def _rises_with(setting: str, toward: int, replacement: bool) -> Any:
+    """Compare the cosine at the two ends of a setting; ``toward`` is the end where it is said to be higher."""
+
+    def compare(table: pd.DataFrame) -> list[Comparison]:
+        tried = sorted(set(table.loc[table["setting"] == setting, "value"]))
+        low, high = tried[0], tried[-1]
+        higher, lower = (high, low) if toward > 0 else (low, high)
+        change = _at(table, setting, higher, replacement)["cosine"] - _at(table, setting, lower, replacement)["cosine"]
+        label = f"cosine at {_SHORT[setting]} {higher:g} − at {lower:g}"
+        return [Comparison(label, mean_interval(change.to_numpy(dtype=np.float64)))]
+
+    return compare
+
+
+_SHORT = {"lr": "η", "momentum": "μ", "batch_size": "batch size"}
+
+
+def _small_lr(replacement: bool) -> Any:
+    def compare(table: pd.DataFrame) -> list[Comparison]:
+        tried = sorted(set(table.loc[table["setting"] == "lr", "value"]))[:2]
+        return [
+            Comparison(
+                f"cosine at η = {value:g}",
+                mean_interval(_at(table, "lr", value, replacement)["cosine"].to_numpy(dtype=np.float64)),
+                above=-math.inf,
+                below=0.0,
+            )
+            for value in tried
+        ]
+
+    return compare
+
+
+_MIDDLE = "Mean over the middle half of the steps, SGD."
+
+
+def _pair(exhibit: str, sentence: str, paper: str, make: Any, note: str = "") -> tuple[PaperClaim, PaperClaim]:
+    """Return a claim of the paper, and what it must be read beside."""
+    control = (
+        f"Control, not in the paper: {sentence[0].lower()}{sentence[1:-1]}, also with batches drawn with replacement."
+    )
+    return (
+        PaperClaim(exhibit, sentence, paper, make(False), note=_MIDDLE + note),
+        PaperClaim(exhibit, control, "not tested", make(True), note=_MIDDLE + note, control=True),
+    )
+
+
+COSINES = (
+    *_pair(
+        "A5",
+        "The cosine is negative even at very small learning rates.",
+        "negative",
+        _small_lr,
+        " The two smallest learning rates tried. A run that ends before it has crossed a valley, as its train accuracy "
+        "tells, cannot overshoot.",
+    ),
+    *_pair(
+        "A6",
+        "A smaller μ overshoots more: the cosine is lower.",
+        "lower",
+        lambda replacement: _rises_with("momentum", 1, replacement),
+    ),
+    *_pair(
+        "A7",
+        "Larger batches have a lower cosine.",
+        "lower",
+        lambda replacement: _rises_with("batch_size", -1, replacement),
+        " The same number of steps for every batch size, as an epoch here has few of them.",
+    ),
+)
+
+
+def cosines(evidence: Evidence) -> Finding:
+    """Return what A5, A6 and A7 find."""
+    problem = evidence.problem
+    table = cosine_table(problem, evidence.of(cosine_runs(problem, evidence.seeds)))
+    order = {False: "every sample once an epoch", True: "drawn with replacement"}
+    drawn = table.assign(optimizer=table["replacement"].map(order))
+    panels = [
+        Sweep(
+            drawn[drawn["setting"] == name],
+            "value",
+            "cosine",
+            label,
+            r"mean $\cos(v_{t-1},\, g_t)$",
+            log=name != "momentum",
+            zero_line=True,
+        )
+        for name, label in SETTINGS.items()
+    ]
+    percent = table.sort_values(["setting", "value"]).assign(train_accuracy=100 * table["train_accuracy"])
+    shown = summarise(percent, ["setting", "value", "replacement"], ["cosine", "train_accuracy"]).drop(columns="count")
+    return Finding(
+        lambda: plots.sweep(panels, share_y=True),
+        table,
+        [claim.judge(table) for claim in COSINES],
+        shown.assign(replacement=shown["replacement"].map(order)),
+        "With every sample once an epoch, the batches still to come are those that the momentum lacks. That alone "
+        "lowers the cosine, the more so the fewer batches an epoch has and the longer the momentum remembers; drawing "
+        "with replacement takes it away: what is left is overshoot alone.",
+    )
+
+
+# --- A10: the gain
+
+
+def gain_runs(problem: Workload, seeds: int) -> list[Run]:
+    """Return SGD and MSAM, at the same ρ throughout, at every learning rate and momentum."""
+    msam = base(problem, "MSAM")
+    return once(
+        Run(variant(problem, name, perturbation, **{setting: value}), name, seed)
+        for setting in ("lr", "momentum")
+        for value in values(problem)[setting]
+        for name, perturbation in (("SGD", None), ("MSAM", msam))
+        for seed in range(seeds)
+    )
+
+
+def gain_table(problem: Workload, runs: list[FinishedRun]) -> pd.DataFrame:
+    """Return one row per setting and run that varies it, with accuracies; ``near``: within a decade of the recipe's."""
+    scores = ["train_accuracy", "test_accuracy"]
+    table = _by_setting(problem, outcomes(runs)[[*_COLUMNS, *scores]], scores)
+    table = table[table["setting"] != "batch_size"].drop(columns="replacement")
+    decades = np.abs(np.log10(table["value"].to_numpy(dtype=np.float64) / problem.recipe.lr))
+    found: pd.DataFrame = table.assign(near=(table["setting"] != "lr") | (decades < _NEAR))
+    return found
+
+
+def _gains(table: pd.DataFrame, near: bool) -> list[Comparison]:
+    return [
+        paired(
+            f"{_SHORT[str(setting)]} = {value:g}, MSAM − SGD",
+            rows[rows["optimizer"] == "MSAM"],
+            rows[rows["optimizer"] == "SGD"],
+        )
+        for (setting, value), rows in table[table["near"] == near].groupby(["setting", "value"], sort=False)
+    ]
+
+
+GAINS = (
+    PaperClaim(
+        "A10",
+        "At one ρ, MSAM's gain over SGD holds over wide ranges of η and μ.",
+        "holds, at ρ = 2.2",
+        lambda table: _gains(table, near=True),
+        note="Every momentum tried, and every learning rate within a decade of the recipe's; test accuracy.",
+    ),
+    PaperClaim(
+        "A10",
+        "Control, not in the paper: it holds at learning rates further away, too.",
+        "not tested",
+        lambda table: _gains(table, near=False),
+        note="A perturbation of fixed length does not shrink with the learning rate, as the steps do.",
+        control=True,
+    ),
+)
+
+
+def gains(evidence: Evidence) -> Finding:
+    """Return what A10 finds."""
+    problem = evidence.problem
+    table = gain_table(problem, evidence.of(gain_runs(problem, evidence.seeds)))
+    panels = [
+        Sweep(
+            table[table["setting"] == name],
+            "value",
+            "test_accuracy",
+            SETTINGS[name],
+            "test accuracy (%)",
+            log=name == "lr",
+            percent=True,
+        )
+        for name in ("lr", "momentum")
+    ]
+    wide = table.pivot_table(index=["setting", "value", "seed"], columns="optimizer", values="test_accuracy")
+    wide = (100 * wide).assign(gain=lambda frame: frame["MSAM"] - frame["SGD"]).reset_index()
+    shown = summarise(wide, ["setting", "value"], ["SGD", "MSAM", "gain"]).drop(columns="count")
+    return Finding(
+        lambda: plots.sweep(panels, share_y=True),
+        table,
+        [claim.judge(table) for claim in GAINS],
+        shown,
+        f"ρ = {base(problem, 'MSAM').rho:g} throughout, and the same number of epochs.",
+    )
+
+
+# --- A11: equal compute
+
+
+def budget_runs(problem: Workload, seeds: int) -> list[Run]:
+    """Return SGD, MSAM and, with half the epochs, SAM, for budgets around the recipe's own."""
+    budgets = [max(2, round(problem.recipe.epochs * factor)) for factor in _BUDGETS]
+    family = (("SGD", None, 1), ("MSAM", base(problem, "MSAM"), 1), ("SAM", base(problem, "SAM"), 2))
+    return once(
+        Run(variant(problem, name, perturbation, epochs=budget // cost), name, seed)
+        for budget in budgets
+        for name, perturbation, cost in family
+        for seed in range(seeds)
+    )
+
+
+def budget_table(problem: Workload, runs: list[FinishedRun]) -> pd.DataFrame:
+    """Return one row per run; ``budget`` is its gradients in epochs of one gradient a step."""
+    table = outcomes(runs)[["optimizer", "seed", "epochs", "gradients_per_step", "train_accuracy", "test_accuracy"]]
+    budget = (table["epochs"] * table["gradients_per_step"]).round().astype(int)
+    found: pd.DataFrame = table.assign(budget=budget, short=budget < problem.recipe.epochs)
+    return found
+
+
+def _budgets(table: pd.DataFrame, short: bool, above: float = 0.0, below: float = math.inf) -> list[Comparison]:
+    chosen = table[table["short"] == short]
+    msam, sam = (dict([*chosen[chosen["optimizer"] == name].groupby("budget")]) for name in ("MSAM", "SAM"))
+    return [
+        paired(f"{budget} epochs' gradients, MSAM − SAM", msam[budget], sam[budget], above=above, below=below)
+        for budget in sorted(msam.keys() & sam.keys())
+    ]
+
+
+BUDGETS = (
+    PaperClaim(
+        "A11",
+        "At equal compute, MSAM is ahead of SAM, which has half the epochs, for short budgets.",
+        "ahead",
+        lambda table: _budgets(table, short=True),
+        note="Budgets below the recipe's own; test accuracy.",
+    ),
+    PaperClaim(
+        "A11",
+        "They are equal for long ones.",
+        "equal",
+        lambda table: _budgets(table, short=False, above=-SAME_ACCURACY, below=SAME_ACCURACY),
+        note="The recipe's own budget and beyond, within a point of test accuracy.",
+    ),
+)
+
+
+def budgets(evidence: Evidence) -> Finding:
+    """Return what A11 finds."""
+    problem = evidence.problem
+    table = budget_table(problem, evidence.of(budget_runs(problem, evidence.seeds)))
+    percent = table.assign(**{name: 100 * table[name] for name in ("test_accuracy", "train_accuracy")})
+    shown = summarise(
+        percent.sort_values("budget"), ["budget", "optimizer", "epochs"], ["test_accuracy", "train_accuracy"]
+    )
+    panels = [
+        Sweep(table, "budget", name, "gradients evaluated (epochs)", label, percent=True)
+        for name, label in (("test_accuracy", "test accuracy (%)"), ("train_accuracy", "train accuracy (%)"))
+    ]
+    return Finding(
+        lambda: plots.sweep(panels),
+        table,
+        [claim.judge(table) for claim in BUDGETS],
+        shown.drop(columns="count"),
+        "The learning rate decays to 0 within each budget. ρ is that of the main study.",
+    )
+
+
+STABILITY: tuple[Exhibit, ...] = (
+    Exhibit(
+        ("A5", "A6", "A7"),
+        "cosine_settings",
+        "The cosine under other hyper-parameters",
+        "Cosine between momentum and the next gradient against learning rate, momentum and batch size, SGD.",
+        cosine_runs,
+        cosines,
+        claims=COSINES,
+    ),
+    Exhibit(
+        ("A10",),
+        "stability",
+        "The gain under other hyper-parameters",
+        "Test accuracy of SGD and of MSAM at one ρ, against learning rate and momentum.",
+        gain_runs,
+        gains,
+        claims=GAINS,
+    ),
+    Exhibit(
+        ("A11",),
+        "equal_compute",
+        "Equal compute",
+        "Accuracy against the gradients spent; SAM needs two a step and gets half the epochs.",
+        budget_runs,
+        budgets,
+        claims=BUDGETS,
+    ),
+)

@@ -1,0 +1,42 @@
+"""Runs of a small workload, trained in this process: what an exhibit's functions are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from msam_analysis.report import Claim
+from msam_analysis.studies.claims import PaperClaim
+from msam_analysis.studies.exhibits.base import Evidence, Exhibit
+from msam_analysis.studies.measuring import scores
+from msam_analysis.studies.runs import Run, gather
+from msam_analysis.studies.tables import FinishedRun
+from msam_analysis.studies.training import train
+from msam_analysis.studies.workloads import Workload
+
+
+def finish(run: Run, every: int = 2) -> FinishedRun:
+    """Train one network and score it."""
+    trained = train(
+        run.workload,
+        run.optimizer,
+        run.seed,
+        every=every,
+        watched=sorted(run.watched),
+        replacement=run.replacement,
+    )
+    reached = scores(run.workload, trained.model) | {"gradients_per_step": trained.gradients_per_step}
+    return FinishedRun(run.optimizer, run.seed, reached, trained.steps, {}, run.settings)
+
+
+def evidence_of(problem: Workload, seeds: int, exhibits: Iterable[Exhibit]) -> Evidence:
+    """Train what exhibits need, each network once."""
+    wanted = gather(run for exhibit in exhibits for run in exhibit.runs(problem, seeds))
+    return Evidence(problem, seeds, {identity: finish(run) for identity, run in wanted.items()})
+
+
+def judged(claims: Iterable[PaperClaim], words: str, table: pd.DataFrame) -> Claim:
+    """Return the row of the one claim whose sentence contains some words."""
+    (claim,) = (claim for claim in claims if words in claim.sentence)
+    return claim.judge(table)

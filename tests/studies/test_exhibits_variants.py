@@ -1,0 +1,191 @@
+"""Variants and other directions: tables against runs, verdicts on tables whose answer is known."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib import pyplot as plt
+
+from msam import Perturbation, normalization_layers
+from msam_analysis.studies.exhibits import variants
+from msam_analysis.studies.exhibits.base import Evidence
+from msam_analysis.studies.exhibits.variants import OTHER, OTHERS_EXHIBIT, VARIANT, VARIANTS, VARIANTS_EXHIBIT
+from msam_analysis.studies.measuring import scores
+from msam_analysis.studies.training import train
+
+from .finished import evidence_of, judged
+from .toy import TOY
+
+HOLDS, FAILS = "holds", "does not hold"
+BOTH = (VARIANTS_EXHIBIT, OTHERS_EXHIBIT)
+
+
+@pytest.fixture(scope="module")
+def evidence() -> Evidence:
+    return evidence_of(TOY, 2, BOTH)
+
+
+# --- tables against runs
+
+
+@pytest.mark.parametrize("exhibit", BOTH, ids=lambda exhibit: exhibit.name)
+def test_findings_are_whole(exhibit: object, evidence: Evidence) -> None:
+    found = next(e for e in BOTH if e is exhibit)
+    finding = found.study(evidence)
+    assert len(finding.claims) == len(found.claims)
+    assert finding.table is not None
+    assert finding.shown is not None
+    assert finding.table.notna().all(axis=None)
+    assert all(ax.has_data() for ax in finding.draw())
+    plt.close("all")
+
+
+def test_every_variant_of_both_families_is_there(evidence: Evidence) -> None:
+    table = variants.variant_table(evidence.of(variants.variant_runs(TOY, 2)))
+    kinds = list(dict.fromkeys(zip(table["optimizer"], table["variant"], strict=True)))
+    assert kinds == [("SGD", ""), *((family, name) for family in ("SAM", "MSAM") for name in VARIANTS)]
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "switches"),
+    [
+        ("SAM", "adaptive", {"direction": "gradient", "scale": "adaptive"}),
+        ("MSAM", "relative", {"direction": "momentum", "scale": "relative"}),
+        ("MSAM", "normalisation layers", {"direction": "momentum", "subset": normalization_layers(TOY.network())}),
+    ],
+)
+def test_a_row_trained_again(family: str, name: str, switches: dict[str, str], evidence: Evidence) -> None:
+    table = variants.variant_table(evidence.of(variants.variant_runs(TOY, 2)))
+    row = table[(table["optimizer"] == family) & (table["variant"] == name) & (table["seed"] == 1)].iloc[-1]
+    perturbation = Perturbation(rho=row["rho"], **switches)  # type: ignore[arg-type]  # words of the table
+    problem = dataclasses.replace(TOY, perturbations={family: perturbation})
+    reached = scores(problem, train(problem, family, 1, every=None).model)
+    assert {key: row[key] for key in reached} == pytest.approx(reached)
+
+
+def test_other_directions_are_told_apart(evidence: Evidence) -> None:
+    table = variants.other_table(evidence.of(variants.other_runs(TOY, 2)))
+    others = table[~table["optimizer"].isin(("SGD", "MSAM"))]
+    assert set(zip(others["kind"], others["scale"], strict=True)) == {
+        (kind, scale) for kind in ("random", "+ last gradient", "− last gradient") for scale in ("absolute", "relative")
+    }
+    row = others[(others["kind"] == "− last gradient") & (others["scale"] == "relative")].iloc[-1]
+    perturbation = Perturbation(direction="last_gradient", sign=-1, scale="relative", rho=row["rho"])
+    problem = dataclasses.replace(TOY, perturbations={"last gradient": perturbation})
+    reached = scores(problem, train(problem, "last gradient", int(row["seed"]), every=None).model)
+    assert {key: row[key] for key in reached} == pytest.approx(reached)
+
+
+def test_the_subset_is_one_value_and_draws_from_no_global_generator() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
+    one, two = variants.normalization_subset(TOY), variants.normalization_subset(TOY)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())  # type: ignore[index]
+    assert one == two
+    assert one.names == {"2.weight", "2.bias"}, "the BatchNorm layer of the toy"
+    assert one.parameters == (), "no network of one seed is carried into the others"
+
+
+# --- verdicts on tables whose answer is known
+
+World = Callable[[pd.DataFrame], pd.DataFrame]
+GAINS = {"vanilla": 0.05, "adaptive": 0.06, "relative": 0.052, "normalisation layers": 0.055}
+
+
+def variant_world() -> pd.DataFrame:
+    """Return a table in which every variant helps SAM and MSAM alike, best at ρ = 1."""
+    rows = []
+    for seed in range(3):
+        luck = 0.03 * math.sin(1 + 5 * seed)
+        plain: dict[str, object] = {"optimizer": "SGD", "variant": "", "seed": seed, "rho": 0.0}
+        rows.append(plain | {"test_accuracy": 0.8 + luck})
+        for family in ("SAM", "MSAM"):
+            for name, gain in GAINS.items():
+                for rho in (0.1, 1.0, 10.0):
+                    own = 0.0005 * math.sin(3 * seed + 40 * rho + gain * 1000)
+                    accuracy = 0.8 + luck + gain - 0.02 * abs(math.log10(rho)) + own
+                    common: dict[str, object] = {"optimizer": family, "variant": name, "seed": seed, "rho": rho}
+                    rows.append(common | {"test_accuracy": accuracy})
+    frame: pd.DataFrame = pd.DataFrame(rows)
+    return frame
+
+
+OTHER_GAINS = {"MSAM": 0.05, "random": 0.02, "+ last gradient": 0.01, "− last gradient": 0.0}
+
+
+def other_world() -> pd.DataFrame:
+    """Return a table in which MSAM is the best and noise helps."""
+    rows = []
+    for seed in range(3):
+        luck = 0.03 * math.sin(1 + 5 * seed)
+        common = {"seed": seed, "scale": "absolute"}
+        rows.append({"optimizer": "SGD", "kind": "SGD", "rho": 0.0, "test_accuracy": 0.8 + luck, **common})
+        for kind, gain in OTHER_GAINS.items():
+            for scale in ("absolute", "relative")[: 1 if kind == "MSAM" else 2]:
+                for rho in (0.1, 1.0):
+                    own = 0.0005 * math.sin(3 * seed + 40 * rho + gain * 1000)
+                    accuracy = 0.8 + luck + gain * (1 if rho == 1.0 else 0.5) + own
+                    optimizer = "last gradient" if "last" in kind else kind
+                    row = {"optimizer": optimizer, "kind": kind, "seed": seed, "scale": scale, "rho": rho}
+                    rows.append(row | {"test_accuracy": accuracy})
+    frame: pd.DataFrame = pd.DataFrame(rows)
+    return frame
+
+
+def change(value: float, **where: str) -> World:
+    def changed(frame: pd.DataFrame) -> pd.DataFrame:
+        chosen = pd.Series(True, index=frame.index)
+        for name, wanted in where.items():
+            chosen &= frame[name] == wanted
+        assert chosen.any()
+        other: pd.DataFrame = frame.assign(test_accuracy=frame["test_accuracy"] + value * chosen)
+        return other
+
+    return changed
+
+
+VARIANT_FLIPS: list[tuple[str, World]] = [
+    *(
+        ("better than SGD", change(-0.1, optimizer=family, variant=name))
+        for family in ("SAM", "MSAM")
+        for name in VARIANTS
+    ),
+    *(("carry over", change(-0.03, optimizer="MSAM", variant=name)) for name in VARIANTS[1:]),
+    ("carry over", change(0.03, optimizer="MSAM", variant="vanilla")),
+]
+OTHER_FLIPS: list[tuple[str, World]] = [
+    *(
+        ("as good as MSAM", change(0.1, kind=kind, scale=scale))
+        for kind in ("random", "+ last gradient", "− last gradient")
+        for scale in ("absolute", "relative")
+    ),
+    ("better than none", change(-0.1, kind="random", scale="absolute")),
+    ("better than none", change(-0.1, kind="random", scale="relative")),
+]
+
+
+def test_claims_hold_where_they_should() -> None:
+    assert [claim.judge(variant_world()).verdict for claim in VARIANT] == [HOLDS] * len(VARIANT)
+    assert [claim.judge(other_world()).verdict for claim in OTHER] == [HOLDS] * len(OTHER)
+
+
+@pytest.mark.parametrize(("words", "flip"), VARIANT_FLIPS)
+def test_claims_about_variants_flip(words: str, flip: World) -> None:
+    assert judged(VARIANT, words, flip(variant_world())).verdict == FAILS
+
+
+@pytest.mark.parametrize(("words", "flip"), OTHER_FLIPS)
+def test_claims_about_other_directions_flip(words: str, flip: World) -> None:
+    assert judged(OTHER, words, flip(other_world())).verdict == FAILS
+
+
+def test_controls_are_marked() -> None:
+    assert all(claim.control == ("not in the paper" in claim.sentence) for claim in (*VARIANT, *OTHER))
