@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from msam_analysis.momentum import gradients, momentum_buffers
 from msam_analysis.objective import Objective
 from msam_analysis.results import SamMsamAngle
 from msam_analysis.vectors import widest
+
+_BLOCK = 2**15
 
 Products = tuple[float, float, float]
 """``⟨a, b⟩``, ``‖a‖²`` and ``‖b‖²``."""
@@ -67,9 +69,7 @@ def inner_products(first: Mapping[Tensor, Tensor], second: Mapping[Tensor, Tenso
     zero = torch.zeros((), dtype=widest(device), device=device)
     numbers = []
     for parameter in parameters:
-        a, b = _wide(first.get(parameter)), _wide(second.get(parameter))
-        pairs = ((a, b), (a, a), (b, b))
-        numbers += [zero if x is None or y is None else (x @ y.to(x)).to(zero) for x, y in pairs]
+        numbers += _products(first.get(parameter), second.get(parameter), zero)
     values = torch.stack(numbers).tolist()
     return dict(zip(parameters, zip(values[::3], values[1::3], values[2::3], strict=True), strict=True))
 
@@ -84,8 +84,26 @@ def cosine(products: Iterable[Products]) -> float:
     return max(-1.0, min(1.0, ab / norms))
 
 
-def _wide(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().reshape(-1).to(widest(tensor.device))
+def _products(first: Tensor | None, second: Tensor | None, zero: Tensor) -> list[Tensor]:
+    """Return the three inner products of a pair on the device of ``zero``; a tensor that is missing is zeros."""
+    sums = [zero, zero, zero]
+    for a, b in zip(_blocks(first, second), _blocks(second, first), strict=True):
+        pairs = ((a, b), (a, a), (b, b))
+        sums = [
+            total if x is None or y is None else total + (x @ y.to(x)).to(zero)
+            for total, (x, y) in zip(sums, pairs, strict=True)
+        ]
+    return sums
+
+
+def _blocks(tensor: Tensor | None, other: Tensor | None) -> Iterator[Tensor | None]:
+    """Yield a tensor piece by piece in the widest precision; ``None`` as often if only the other one is there."""
+    size = max(1, *(each.numel() for each in (tensor, other) if each is not None))
+    # On a CPU, pieces that stay in its cache; on a GPU, where it is launches that count, the whole.
+    length = _BLOCK if all(each is None or each.device.type == "cpu" for each in (tensor, other)) else size
+    flat = None if tensor is None else tensor.detach().reshape(-1)
+    for start in range(0, size, length):
+        yield None if flat is None else flat[start : start + length].to(widest(flat.device))
 
 
 def sam_msam_angle(

@@ -110,7 +110,7 @@ class Norms:
     def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> Mapping[str, float]:
         """Return the norms of weights and momentum."""
         found: dict[str, float] = {}
-        if "weights" in self.of:
+        if "weights" in self.of and "step" not in self.of:  # otherwise they are at hand later
             found |= self._norms("weights_norm", optimizer, true_weights(optimizer))
         if "momentum" in self.of:
             try:
@@ -126,17 +126,21 @@ class Norms:
             return None
         before = {}
         if "step" in self.of:
-            before = {parameter: weights.clone() for parameter, weights in true_weights(optimizer).items()}
+            before = {
+                parameter: weights.clone() if weights.data_ptr() == parameter.data_ptr() else weights
+                for parameter, weights in true_weights(optimizer).items()
+            }
 
         def finish(grads: Mapping[Tensor, Tensor]) -> Mapping[str, float]:
             found: dict[str, float] = {}
             if "gradient" in self.of:
                 found |= self._norms("gradient_norm", optimizer, grads)
             if "step" in self.of:
-                moved = {
-                    parameter: weights - before[parameter] for parameter, weights in true_weights(optimizer).items()
-                }
-                found |= self._norms("step_norm", optimizer, moved)
+                if "weights" in self.of:
+                    found |= self._norms("weights_norm", optimizer, before)
+                for parameter, weights in true_weights(optimizer).items():
+                    before[parameter].sub_(weights)
+                found |= self._norms("step_norm", optimizer, before)
             return found
 
         return finish
