@@ -88,7 +88,7 @@ class Objective:
         See :class:`~msam_analysis.hessian.HessianOperator`.
     graph_bytes
         Memory that kept gradient graphs may take in :meth:`hessian` and :meth:`gauss_newton`; default 2 GiB. More
-        batches kept means faster products (about 2.3 gradients instead of 3.9); the others are rebuilt every time.
+        batches kept means faster products (about 2.1 gradients instead of 3.5); the others are rebuilt every time.
     cache_bytes
         Memory that copies of the batches may take on the device; default 1 GiB. Data that is larger is read again at
         every pass.

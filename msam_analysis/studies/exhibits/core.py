@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import pandas as pd
 
 from msam_analysis import plots
 from msam_analysis.results import Slice1D, Slice2D
+from msam_analysis.statistics import summarise
 from msam_analysis.studies.claims import CLAIMS
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding, controls, networks
 from msam_analysis.studies.measuring import LINES
@@ -23,6 +25,7 @@ def _accuracy(tables: Tables, _: Sequence[FinishedRun]) -> Any:
     return plots.accuracy(tables.runs)
 
 
+CURVATURES = tuple(f"curvature_{name}" for name in ("momentum", "gradient", "random"))
 _EPOCH = ["optimizer", "seed", "epoch"]
 
 
@@ -49,7 +52,7 @@ def _rise(tables: Tables, _: Sequence[FinishedRun]) -> Any:
 
 
 def _curvature(tables: Tables, _: Sequence[FinishedRun]) -> Any:
-    quantities = {f"curvature_{name}": f"along {name}" for name in ("momentum", "gradient", "random")}
+    quantities = {name: name.replace("curvature_", "along ") for name in CURVATURES}
     recorded = _per_epoch(tables.steps, *quantities)
     return plots.over_training(recorded, quantities, x="epoch", log=True, label=r"$d^\top H d \,/\, d^\top d$")
 
@@ -85,17 +88,59 @@ def _relief(_: Tables, runs: Sequence[FinishedRun]) -> Any:
     return plots.surface_3d(_first_planes(runs))
 
 
+def _scores(tables: Tables) -> pd.DataFrame:
+    return summarise(tables.runs, "optimizer", ["train_accuracy", "test_accuracy", "train_loss", "test_loss"])
+
+
+def _epochs(*columns: str, also_control: bool = False) -> Callable[[Tables], pd.DataFrame]:
+    """Return a function that gives mean and interval over seeds of every epoch's mean."""
+
+    def table(tables: Tables) -> pd.DataFrame:
+        sources = {"epochs": tables.steps} | ({"replacement": tables.controls} if also_control else {})
+        parts = [
+            summarise(_per_epoch(steps, *columns), ["optimizer", "epoch"], columns).assign(sampling=name)
+            for name, steps in sources.items()
+            if len(steps)
+        ]
+        together: pd.DataFrame = pd.concat(parts, ignore_index=True)
+        return together if also_control else together.drop(columns="sampling")
+
+    return table
+
+
+def _rises(tables: Tables) -> pd.DataFrame:
+    return summarise(tables.lines, ["optimizer", "direction", "coordinate", "distance"], "loss")
+
+
+def _plane_rises(tables: Tables) -> pd.DataFrame:
+    return summarise(tables.runs, "optimizer", "rise_on_plane")
+
+
+def _relief_of_first(tables: Tables) -> pd.DataFrame:
+    first: pd.DataFrame = tables.planes[tables.planes["seed"] == tables.planes["seed"].min()]
+    return first
+
+
 def _runs(problem: Workload, seeds: int) -> list[Run]:
     return networks(problem, seeds) + controls(problem, seeds)
 
 
-def _main(ids: tuple[str, ...], name: str, title: str, caption: str, draw: Draw) -> Exhibit:
-    """Return an exhibit of the networks of the main table: its numbers are in the study's own tables."""
+def _main(
+    ids: tuple[str, ...],
+    name: str,
+    title: str,
+    caption: str,
+    draw: Draw,
+    table: Callable[[Tables], pd.DataFrame],
+    note: str = "",
+) -> Exhibit:
+    """Return an exhibit of the networks of the main table: its numbers are in the study's own tables too."""
     claims = tuple(claim for claim in CLAIMS if claim.exhibit in ids)
 
     def study(evidence: Evidence) -> Finding:
         judged = [claim.judge(evidence.tables) for claim in claims]
-        return Finding(lambda: draw(evidence.tables, evidence.networks), claims=judged)
+        drawn = functools.partial(draw, evidence.tables, evidence.networks)
+        return Finding(drawn, table(evidence.tables), judged, note=note)
 
     return Exhibit(ids, name, title, caption, _runs, study, main=True, claims=claims)
 
@@ -107,6 +152,12 @@ CORE: tuple[Exhibit, ...] = (
         "Where they end up",
         "Train and test accuracy. Wrong labels can only be memorised: a train accuracy near 1 is overfitting here.",
         _accuracy,
+        _scores,
+        "Of the paper's seven optimizers LookSAM, ESAM and MESA are left out. None of them takes its gradient at one "
+        "point w + ε(w, v, g): LookSAM adds a part of an earlier step's SAM gradient, ESAM perturbs a random part of "
+        "the weights and keeps the samples whose loss rises most, MESA adds the distance to an average of past "
+        "networks to the loss. Of maintained libraries only pytorch-optimizer (4.1) has one of them, LookSAM, and its "
+        "documented use evaluates two gradients in every step, so that nothing of its speed is left to compare.",
     ),
     _main(
         ("F2C",),
@@ -115,6 +166,7 @@ CORE: tuple[Exhibit, ...] = (
         "Cosine between the momentum buffer and the next batch's gradient. Below 0, the last step overshot; but where "
         "an epoch has few batches, showing every sample once an epoch also pushes it down: see the control.",
         _cosine,
+        _epochs("cosine", also_control=True),
     ),
     _main(
         ("A12",),
@@ -122,6 +174,7 @@ CORE: tuple[Exhibit, ...] = (
         "What the perturbation does to the loss",
         "Loss of the training batch at the true weights and at the point where the optimizer takes its gradient.",
         _rise,
+        _epochs("loss_before", "loss_after"),
     ),
     _main(
         ("A8",),
@@ -129,6 +182,7 @@ CORE: tuple[Exhibit, ...] = (
         "Curvature while training",
         "Curvature of the training loss per unit length along momentum, batch gradient and a random direction.",
         _curvature,
+        _epochs(*CURVATURES),
     ),
     _main(
         ("TA1",),
@@ -136,6 +190,7 @@ CORE: tuple[Exhibit, ...] = (
         "The Hessian's largest eigenvalues",
         "Five largest eigenvalues of the training loss's Hessian, by Lanczos and by power iteration.",
         _eigenvalues,
+        lambda tables: tables.eigenvalues,
     ),
     _main(
         (),
@@ -143,6 +198,7 @@ CORE: tuple[Exhibit, ...] = (
         "The largest loss rise in a ball",
         "Largest rise of the training loss found within an L2 distance ρ of the weights, over several starts.",
         _balls,
+        lambda tables: tables.balls,
     ),
     _main(
         ("F4A", "F4B", "F4C"),
@@ -151,6 +207,7 @@ CORE: tuple[Exhibit, ...] = (
         "Rise of the training loss along the unit gradient, the unit momentum and a random filter-normalised "
         "direction.",
         _lines,
+        _rises,
     ),
     _main(
         ("A13",),
@@ -158,6 +215,7 @@ CORE: tuple[Exhibit, ...] = (
         "Loss surfaces",
         "Training loss on a plane of two random filter-normalised directions, one colour scale, first seed.",
         _planes,
+        _plane_rises,
     ),
     _main(
         (),
@@ -165,5 +223,6 @@ CORE: tuple[Exhibit, ...] = (
         "The same surfaces in relief",
         "The planes of A13 as surfaces on one height and colour scale, first seed.",
         _relief,
+        _relief_of_first,
     ),
 )
