@@ -73,7 +73,7 @@ class Attachment:
 
         def after(*_: object) -> None:
             attachment = this()
-            if attachment is not None:
+            if attachment is not None and not _capturing():
                 attachment._after(attachment._taken())
 
         if self.gradients_stay:
@@ -91,7 +91,7 @@ class Attachment:
 
     def _before(self) -> None:
         listener = self._listener()
-        if listener is not None and not _overflowed(self.optimizer):
+        if listener is not None and not _overflowed(self.optimizer) and not _capturing():
             self._steps = self._count()
             listener.before(self.optimizer)
 
@@ -121,6 +121,11 @@ def _overflowed(optimizer: torch.optim.Optimizer) -> bool:
     """Tell whether an optimizer that takes the loss scale off itself was told of an overflow."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
+
+
+def _capturing() -> bool:
+    """Tell whether a CUDA graph is being captured: then nothing is computed, and nothing may be fetched."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _inside_step(

@@ -271,6 +271,20 @@ def test_maximizing_minus_the_loss_is_minimizing_it() -> None:
     pd.testing.assert_frame_equal(frames[0], frames[1], rtol=1e-12)
 
 
+def test_a_kernel_that_writes_into_the_gradient_is_seen_through() -> None:
+    """Torch's foreach kernel of Nesterov's method leaves the direction of the step in ``.grad``."""
+    frames, left = [], []
+    for foreach in (False, True):
+        model = MLP.model().eval()
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MU, nesterov=True, foreach=foreach)
+        monitor = ma.Monitor(optimizer, [MomentumGradientCosine(after=True), Norms()], every=1)
+        train(optimizer, model, steps=3)
+        frames.append(monitor.frame())
+        left.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    pd.testing.assert_frame_equal(frames[0], frames[1], rtol=1e-10)
+    assert float((left[0] - left[1]).norm()) > 0.1 * float(left[0].norm())
+
+
 # --- hooks, closures, wrappers
 
 
@@ -496,6 +510,21 @@ def test_a_disabled_scaler_leaves_nothing_out() -> None:
     monitor = ma.Monitor(optimizer, [MomentumGradientCosine()], every=1, scaler=scaler)
     train(optimizer, model, scaler=scaler)
     assert (monitor.step, monitor.skipped) == (STEPS, 0)
+
+
+def test_capturing_a_graph_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is computed then, and what a probe would fetch is not there; played on a CPU."""
+    for name in ("SGD", "MSAM"):
+        model = MLP.model().eval()
+        optimizer = OPTIMIZERS[name][0](list(model.parameters()))
+        monitor = ma.Monitor(optimizer, [MomentumGradientCosine(after=True)], every=1)
+        train(optimizer, model, steps=2)
+        with monkeypatch.context() as patch:
+            patch.setattr("msam_analysis.monitor.attachment._capturing", lambda: True)
+            optimizer.step()
+        train(optimizer, model, steps=1)
+        assert monitor.frame()["step"].tolist() == [0, 1, 2]
+        assert monitor.skipped == 0
 
 
 # --- periods, costs, listeners
