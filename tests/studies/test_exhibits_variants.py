@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from msam import Perturbation, normalization_layers
 from msam_analysis.studies.exhibits import variants
 from msam_analysis.studies.exhibits.base import Evidence
-from msam_analysis.studies.exhibits.variants import OTHER, OTHERS_EXHIBIT, VARIANT, VARIANTS, VARIANTS_EXHIBIT
+from msam_analysis.studies.exhibits.variants import KINDS, OTHER, VARIANT, VARIANTS
 from msam_analysis.studies.measuring import scores
 from msam_analysis.studies.training import train
 
@@ -24,20 +24,19 @@ from .finished import evidence_of, judged
 from .toy import TOY
 
 HOLDS, FAILS = "holds", "does not hold"
-BOTH = (VARIANTS_EXHIBIT, OTHERS_EXHIBIT)
 
 
 @pytest.fixture(scope="module")
 def evidence() -> Evidence:
-    return evidence_of(TOY, 2, BOTH)
+    return evidence_of(TOY, 2, VARIANTS)
 
 
 # --- tables against runs
 
 
-@pytest.mark.parametrize("exhibit", BOTH, ids=lambda exhibit: exhibit.name)
+@pytest.mark.parametrize("exhibit", VARIANTS, ids=lambda exhibit: exhibit.name)
 def test_findings_are_whole(exhibit: object, evidence: Evidence) -> None:
-    found = next(e for e in BOTH if e is exhibit)
+    found = next(e for e in VARIANTS if e is exhibit)
     finding = found.study(evidence)
     assert len(finding.claims) == len(found.claims)
     assert finding.table is not None
@@ -50,7 +49,7 @@ def test_findings_are_whole(exhibit: object, evidence: Evidence) -> None:
 def test_every_variant_of_both_families_is_there(evidence: Evidence) -> None:
     table = variants.variant_table(evidence.of(variants.variant_runs(TOY, 2)))
     kinds = list(dict.fromkeys(zip(table["optimizer"], table["variant"], strict=True)))
-    assert kinds == [("SGD", ""), *((family, name) for family in ("SAM", "MSAM") for name in VARIANTS)]
+    assert kinds == [("SGD", ""), *((family, name) for family in ("SAM", "MSAM") for name in KINDS)]
 
 
 @pytest.mark.parametrize(
@@ -156,9 +155,9 @@ VARIANT_FLIPS: list[tuple[str, World]] = [
     *(
         ("better than SGD", change(-0.1, optimizer=family, variant=name))
         for family in ("SAM", "MSAM")
-        for name in VARIANTS
+        for name in KINDS
     ),
-    *(("carry over", change(-0.03, optimizer="MSAM", variant=name)) for name in VARIANTS[1:]),
+    *(("carry over", change(-0.03, optimizer="MSAM", variant=name)) for name in KINDS[1:]),
     ("carry over", change(0.03, optimizer="MSAM", variant="vanilla")),
 ]
 OTHER_FLIPS: list[tuple[str, World]] = [

@@ -6,9 +6,22 @@ from collections.abc import Sequence
 
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding, controls, networks
 from msam_analysis.studies.exhibits.core import CORE
+from msam_analysis.studies.exhibits.stability import STABILITY
+from msam_analysis.studies.exhibits.strengths import RULE, STRENGTHS
+from msam_analysis.studies.exhibits.variants import VARIANTS
 
-EXHIBITS: tuple[Exhibit, ...] = (*CORE,)
-"""In the report's order."""
+_ORDER = (
+    *("F1", "T1", "T2", "T3", "F2AB", "F2C", "F3", "F4A", "F4B", "F4C", "A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8"),
+    *("TA1", "A6r", "A9", "A10", "A11", "A12", "A13", "TA2", "A15", "TA4"),
+)
+
+
+def _place(exhibit: Exhibit) -> int:
+    return min((_ORDER.index(key) for key in exhibit.ids), default=len(_ORDER))
+
+
+EXHIBITS: tuple[Exhibit, ...] = tuple(sorted((*CORE, *STRENGTHS, *VARIANTS, *STABILITY, RULE), key=_place))
+"""In the report's order: the paper's, and then what is not in it."""
 
 
 def choose(ids: Sequence[str] | None) -> tuple[Exhibit, ...]:

@@ -166,7 +166,8 @@ STRENGTH = (
         "A negative ρ never helps.",
         "never above ρ = 0",
         _negative,
-        note="Every negative ρ must be below SGD.",
+        note="Every negative ρ must be below SGD. Where training labels are wrong, whatever keeps a network from "
+        "fitting them helps it, and so may a negative ρ of the right size.",
     ),
     PaperClaim(
         "F2AB",
