@@ -37,7 +37,7 @@ def test_examples_run_in_their_order(
     assert names["again"].step == names["scaled"].step == 16
     assert names["scaled"].skipped == 0
     assert (names["scaled"].frame()["gradient_norm"] <= 1 + 1e-5).all()
-    assert "per_call" in capsys.readouterr().out
+    assert "share" in capsys.readouterr().out
 
 
 def test_every_probe_has_a_row_with_its_columns() -> None:
