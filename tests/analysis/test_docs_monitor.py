@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import msam_analysis as ma
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "monitor.md"
 TEXT = PAGE.read_text(encoding="utf-8")
+MEASURED = json.loads((ROOT / "benchmarks" / "results" / "monitor_cpu.json").read_text(encoding="utf-8"))
 
 
 def test_examples_run_in_their_order(
@@ -43,6 +45,16 @@ def test_examples_run_in_their_order(
 def test_every_probe_has_a_row_with_its_columns() -> None:
     rows = set(re.findall(r"^\| `(\w+)\(", TEXT, flags=re.MULTILINE))
     assert rows == {name for name in ma.probes.__all__ if name not in ("By", "Every", "Finish", "Probe", "StepProbe")}
+
+
+def test_figures_are_those_that_were_measured() -> None:
+    for network in ("WRN-16-4", "digits network"):
+        for name, row in MEASURED[network]["probes"].items():
+            shown = f"{row['ratio']:.2f} ({row['ratio_q1']:.2f} to {row['ratio_q3']:.2f})"
+            pattern = rf"^\| {re.escape(network)} \| {re.escape(name)} \| {re.escape(shown)} \|"
+            assert re.search(pattern, TEXT, flags=re.MULTILINE), pattern
+    assert f"{MEASURED['WRN-16-4']['probes']['cosine']['without']['median_ms'] / 1e3:.1f} s" in TEXT
+    assert f"{MEASURED['digits network']['probes']['cosine']['without']['median_ms']:.1f} ms" in TEXT
 
 
 def test_links_lead_somewhere() -> None:
