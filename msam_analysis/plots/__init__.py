@@ -17,6 +17,7 @@ from msam_analysis.plots.comparison import accuracy, ball_sharpness, eigenvalues
 from msam_analysis.plots.interactive import interactive_surface
 from msam_analysis.plots.live import LivePlot, live, recorded
 from msam_analysis.plots.look import COLUMN_WIDTH, PAGE_WIDTH, Look, look, panels, save, style
+from msam_analysis.plots.mechanisms import along_momentum, by_group, one_step, zero_angle
 from msam_analysis.plots.slices import slice_1d, slice_1d_panels, slice_2d, surface_3d
 from msam_analysis.plots.spectra import spectral_density
 from msam_analysis.plots.sweeps import Sweep, both_signs, sweep
@@ -30,13 +31,16 @@ __all__ = [
     "Look",
     "Sweep",
     "accuracy",
+    "along_momentum",
     "animate_trajectory",
     "ball_sharpness",
     "both_signs",
+    "by_group",
     "eigenvalues",
     "interactive_surface",
     "live",
     "look",
+    "one_step",
     "over_training",
     "panels",
     "perturbation_rise",
@@ -52,4 +56,5 @@ __all__ = [
     "trajectory",
     "trajectory_losses",
     "trajectory_panels",
+    "zero_angle",
 ]

@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from msam_analysis import directions
 from msam_analysis.eigen import top_eigenvalues
+from msam_analysis.features import feature_rank
 from msam_analysis.landscape import slice_1d, slice_2d
 from msam_analysis.objective import Objective
 from msam_analysis.results import ConvergenceWarning, Result
+from msam_analysis.robustness import Attack, robust_accuracy
 from msam_analysis.sharpness import ball_sharpness
 from msam_analysis.studies.training import Tick, Trained
 from msam_analysis.studies.workloads import Workload
@@ -95,14 +98,22 @@ def measure(
     tick
         Called with the cost of every part that is done.
 
+    Raises
+    ------
+    ValueError
+        A name is unknown.
+
     Notes
     -----
-    Names: ``lanczos``, ``power``, ``ball-<radius>``, ``line-<direction>``, ``plane``. Where a solver's budget ended
+    Names: ``lanczos``, ``power``, ``ball-<radius>``, ``line-<direction>``, ``plane``; ``features``,
+    ``robustness-<attack>``, ``lambda1`` where an exhibit asks. Where a solver's budget ended
     first its result says so in ``converged``; that is recorded in the tables, not printed.
     """
     objective = Objective(trained.model, workload.criterion(), workload.train())
     results: dict[str, Result] = {}
     wanted = set(measured)
+    if not wanted <= MEASURES.keys():
+        raise ValueError(f"unknown measure {min(wanted - MEASURES.keys())!r}: expected some of {sorted(MEASURES)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         for name in (name for name in MEASURES if name in wanted):
@@ -153,6 +164,55 @@ def _slices(trainee: Trainee, protocol: Protocol) -> dict[str, Result]:
     return results
 
 
+def _features(trainee: Trainee, _: Protocol) -> dict[str, Result]:
+    layer = last_block(trainee.trained.model)
+    return {"features": feature_rank(trainee.trained.model, trainee.workload.train(), layer=layer)}
+
+
+def last_block(model: nn.Module) -> str:
+    """Return the name of the layer whose outputs are the features before pooling.
+
+    That is ``features`` of the networks of :mod:`~msam_analysis.studies.networks`; in a sequence, what comes before
+    the first pooling or flattening, or else before the last layer.
+    """
+    if "features" in dict(model.named_children()):
+        return "features"
+    names = list(dict(model.named_children()))
+    ends = [name for name, layer in model.named_children() if isinstance(layer, nn.AdaptiveAvgPool2d | nn.Flatten)]
+    return names[names.index(ends[0] if ends else names[-1]) - 1]
+
+
+def _robustness(trainee: Trainee, _: Protocol) -> dict[str, Result]:
+    pixels = torch.cat([inputs.flatten() for inputs, _ in trainee.workload.train()])
+    low, high = float(pixels.min()), float(pixels.max())
+    results: dict[str, Result] = {}
+    for attack, shares in DISTURBANCES.items():
+        results[f"robustness-{attack}"] = robust_accuracy(
+            trainee.trained.model,
+            trainee.workload.test(),
+            attack,
+            [share * (high - low) for share in shares],
+            bounds=None if attack == "noise" else (low, high),
+        )
+    return results
+
+
+def _top_of_some(trainee: Trainee, _: Protocol) -> dict[str, Result]:
+    first = torch.arange(min(SOME, trainee.objective.samples))
+    return {"lambda1": top_eigenvalues(trainee.objective.with_samples(first), 1, tolerance=1e-2)}
+
+
+DISTURBANCES: Mapping[Attack, tuple[float, ...]] = {
+    "noise": (0.1, 0.2, 0.4),
+    "fgsm": (1 / 255, 8 / 255, 32 / 255),
+    "pgd": (1 / 255, 8 / 255, 32 / 255),
+}
+"""Sizes of disturbances of the test inputs, as shares of the range of the training inputs' values."""
+
+SOME = 256
+"""Training samples, the first ones, whose loss the cheap largest eigenvalue is of."""
+
+
 @dataclass(frozen=True)
 class Trainee:
     """What is measured: a trained network, and its training loss with the running BatchNorm statistics."""
@@ -173,6 +233,9 @@ MEASURES: Mapping[str, Measure] = {
     "eigenvalues": Measure(_eigenvalues, 380.0),
     "balls": Measure(_balls, 115.0),
     "slices": Measure(_slices, 190.0),
+    "features": Measure(_features, 10.0),
+    "robustness": Measure(_robustness, 130.0),
+    "lambda1": Measure(_top_of_some, 200.0),
 }
 """What can be measured after training, by name."""
 

@@ -6,11 +6,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
+from msam.schedules import as_schedule
+from msam_analysis.alignment import cosine, inner_products
+from msam_analysis.momentum import true_weights
 from msam_analysis.monitor import Monitor
 from msam_analysis.objective import Objective
-from msam_analysis.probes import Curvature, MomentumGradientCosine, PerturbationRise, Probe
+from msam_analysis.probes import (
+    Curvature,
+    HeldOutCosine,
+    LossAlongMomentum,
+    MomentumGradientCosine,
+    PerturbationRise,
+    Probe,
+    SamAngle,
+    TopEigenvalues,
+)
 from msam_analysis.studies.workloads import Workload
 
 
@@ -52,11 +66,79 @@ class Watch(NamedTuple):
     cost: float = 0.0
 
 
+OFFSETS = (-4.0, -3.0, -2.0, -1.0, -0.5, -0.2, -0.1, 0.1, 0.2, 0.5, 1.0, 2.0)
+"""Distances along the unit momentum at which the loss is recorded; the last step went towards negative ones."""
+
+STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Perturbation strengths ρ at which MSAM's gradient is compared with SAM's."""
+
+
+class _HeldOutMomentum:
+    """``own_cosine_fresh`` and ``own_cosine_fixed``: of held-out gradients and a momentum made of such alone (A4).
+
+    On the way of the training, but with no part in it: ``cos(u_{t−1}, ∇L(w_t))``, then ``u ← μ u + ∇L(w_t)``. No step
+    is taken along u, so that it cannot overshoot. Fresh batches are taken in turn, and come again after the last; the
+    fixed one is the first. Two gradients of a batch each.
+    """
+
+    def __init__(self, batches: list[Objective], momentum: float) -> None:
+        self.batches = batches
+        self.momentum = momentum
+        self.buffers: dict[str, Tensor] = {}
+
+    def __call__(self, optimizer: Optimizer, step: int) -> Mapping[str, float]:
+        found = {}
+        for name, objective in (("fresh", self.batches[step % len(self.batches)]), ("fixed", self.batches[0])):
+            gradient = objective.gradient(objective.vector(true_weights(optimizer)))
+            buffer = self.buffers.get(name, torch.zeros_like(gradient))
+            found[f"own_cosine_{name}"] = cosine(inner_products({gradient: buffer}, {gradient: gradient}).values())
+            self.buffers[name] = self.momentum * buffer + gradient
+        return found
+
+
+class _HeldOut:
+    """``held_out_cosine_fresh`` and ``held_out_cosine_fixed``: of the training's momentum and held-out gradients."""
+
+    def __init__(self, batches: list[Objective]) -> None:
+        self.batches = batches
+        self.asked = 0
+
+    def __call__(self, optimizer: Optimizer, step: int) -> Mapping[str, float]:
+        fresh = self.batches[self.asked % len(self.batches)]
+        self.asked += 1
+        return {
+            f"held_out_cosine_{name}": HeldOutCosine(objective)(optimizer, step)["held_out_cosine"]
+            for name, objective in (("fresh", fresh), ("fixed", self.batches[0]))
+        }
+
+
+def _held_out(scene: Scene) -> list[Objective]:
+    """Return the loss on batches of the test set, as large as those trained on; what fills no batch is left out."""
+    inputs, labels = (torch.cat(parts) for parts in zip(*scene.workload.test(), strict=True))
+    size = min(scene.workload.recipe.batch_size, len(labels))
+    model, criterion = scene.everything.model, scene.workload.criterion()
+    whole = zip(inputs.split(size), labels.split(size), strict=True)
+    return [Objective(model, criterion, [batch], batchnorm="batch") for batch in whole if len(batch[1]) == size]
+
+
+def _angle(scene: Scene) -> Probe:
+    sam = scene.workload.perturbations["SAM"]
+    return SamAngle(scene.batch, STRENGTHS, rho_sam=float(as_schedule(sam.rho if sam else 0.0)(0)))
+
+
 WATCHES: Mapping[str, Watch] = {
     "rise": Watch(lambda scene: PerturbationRise(scene.batch), cost=2),
     "curvature": Watch(lambda scene: Curvature(scene.everything, scene.seed), cost=60),
+    "lambda1": Watch(lambda scene: TopEigenvalues(scene.everything, seed=scene.seed), cost=150),
+    "along_momentum": Watch(lambda scene: LossAlongMomentum(scene.batch, OFFSETS), every=8, cost=5),
+    "sam_angle": Watch(_angle, cost=10),
+    "held_out": Watch(lambda scene: _HeldOut(_held_out(scene)), every=8, cost=2),
+    "held_out_momentum": Watch(
+        lambda scene: _HeldOutMomentum(_held_out(scene), scene.workload.recipe.momentum), every=1, cost=2
+    ),
 }
-"""The slower probes. The momentum-gradient cosine of every step comes without asking, as it costs next to nothing."""
+"""The slower probes. The momentum-gradient cosine of every step, before and after the buffer takes the gradient in,
+comes without asking, as it costs next to nothing. ``sam_angle`` needs a workload that has SAM."""
 
 SLOW = ("rise", "curvature")
 """What is recorded unless something else is asked for."""
@@ -82,7 +164,7 @@ def watch(optimizer: Optimizer, scene: Scene, names: Sequence[str], every: int |
     unknown = [name for name in names if name not in WATCHES]
     if unknown:
         raise ValueError(f"unknown probe {unknown[0]!r}: expected some of {sorted(WATCHES)}")
-    by_interval: dict[int, list[Probe]] = {1: [MomentumGradientCosine()]}
+    by_interval: dict[int, list[Probe]] = {1: [MomentumGradientCosine(after=True)]}
     for name in names if every is not None else ():
         by_interval.setdefault(WATCHES[name].every or every or 1, []).append(WATCHES[name].make(scene))
     return [Monitor(optimizer, probes, every=interval) for interval, probes in by_interval.items()]

@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding, controls, networks
 from msam_analysis.studies.exhibits.core import CORE
+from msam_analysis.studies.exhibits.mechanisms import MECHANISMS
+from msam_analysis.studies.exhibits.models import MODELS_AND_TASKS
+from msam_analysis.studies.exhibits.schematic import SCHEMATIC
+from msam_analysis.studies.exhibits.solutions import SOLUTIONS
 from msam_analysis.studies.exhibits.stability import STABILITY
 from msam_analysis.studies.exhibits.strengths import RULE, STRENGTHS
 from msam_analysis.studies.exhibits.variants import VARIANTS
@@ -20,7 +24,9 @@ def _place(exhibit: Exhibit) -> int:
     return min((_ORDER.index(key) for key in exhibit.ids), default=len(_ORDER))
 
 
-EXHIBITS: tuple[Exhibit, ...] = tuple(sorted((*CORE, *STRENGTHS, *VARIANTS, *STABILITY, RULE), key=_place))
+_ALL = (SCHEMATIC, *CORE, *STRENGTHS, *VARIANTS, *STABILITY, *MECHANISMS, *MODELS_AND_TASKS, *SOLUTIONS, RULE)
+
+EXHIBITS: tuple[Exhibit, ...] = tuple(sorted(_ALL, key=_place))
 """In the report's order: the paper's, and then what is not in it."""
 
 

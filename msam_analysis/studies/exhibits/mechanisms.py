@@ -1,0 +1,462 @@
+"""Why momentum is an ascent direction: the loss along it, its cosine with the next gradient, and its angle to SAM's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from msam_analysis import plots
+from msam_analysis.statistics import mean_interval
+from msam_analysis.studies.claims import Comparison, PaperClaim
+from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
+from msam_analysis.studies.exhibits.wanted import RATES, constant, each, unperturbed, with_recipe
+from msam_analysis.studies.runs import Run
+from msam_analysis.studies.tables import FinishedRun
+from msam_analysis.studies.watching import OFFSETS, STRENGTHS
+from msam_analysis.studies.workloads import Workload
+
+Region = dict[str, Any]
+
+
+def _compared(table: pd.DataFrame, what: str, column: str, by: Sequence[str], **region: Any) -> list[Comparison]:
+    """Return one comparison of a column's values over seeds for every group of a table."""
+    found = []
+    for group, part in table.dropna(subset=[column]).groupby([*by], sort=False):
+        whose = ", ".join(str(name) for name in group)
+        values = part.sort_values("seed")[column].to_numpy(dtype=np.float64)
+        found.append(Comparison(f"{whose}, {what}", mean_interval(values), **region))
+    return found
+
+
+# ------------------------------------------------------------------------------------------ A2, the loss along momentum
+
+
+def _rise_from(steps: pd.DataFrame, offset: float) -> float:
+    return float((steps[f"loss_along/{offset:g}"] - steps["loss_along/0"]).mean())
+
+
+def _along(runs: Sequence[FinishedRun]) -> pd.DataFrame:
+    """Return the mean change of the next batch's loss at every offset: one row per run and offset."""
+    rows = [
+        {
+            "optimizer": run.optimizer,
+            "seed": run.seed,
+            "lr": run.settings["lr"],
+            "offset": offset,
+            "change": _rise_from(run.steps, offset),
+        }
+        for run in runs
+        for offset in sorted((*OFFSETS, 0.0))
+    ]
+    table: pd.DataFrame = pd.DataFrame(rows)
+    return table
+
+
+def minimum(offsets: Sequence[float], changes: Sequence[float]) -> float:
+    """Return where a curve is lowest: the vertex of the parabola through the lowest point and its two neighbours."""
+    at = int(np.argmin(changes))
+    if at in (0, len(offsets) - 1):
+        return float(offsets[at])
+    a, b, _ = np.polyfit(offsets[at - 1 : at + 2], changes[at - 1 : at + 2], 2)
+    return float(-b / (2 * a))
+
+
+def _minima(table: pd.DataFrame, *names: str) -> list[Comparison]:
+    found = []
+    for optimizer, runs in table[table["optimizer"].isin(names)].groupby("optimizer", sort=False):
+        values = [minimum(run["offset"].to_list(), run["change"].to_list()) for _, run in runs.groupby("seed")]
+        found.append(Comparison(f"{optimizer}, minimum at a", mean_interval(values)))
+    return found
+
+
+_A2 = (
+    PaperClaim(
+        "A2",
+        "Along the last step, the loss of the next batch has its minimum behind the weights: the step overshot.",
+        "overshoots",
+        lambda table: _minima(table, "SGD"),
+        note="The step went towards negative a; the change of the loss at each a is averaged over training, and its "
+        "minimum is found by a parabola through three points.",
+    ),
+    PaperClaim(
+        "A2",
+        "So it has for the other optimizers, at their true weights.",
+        "shown for one network",
+        lambda table: _minima(table, "NAG", "SAM", "MSAM"),
+        note="MSAM takes its gradient further along the step, and sees the overshoot of that point.",
+        control=True,
+    ),
+)
+
+
+def _along_runs(problem: Workload, seeds: int) -> list[Run]:
+    return each(problem, problem.perturbations, seeds, watched=("along_momentum", "rise"))
+
+
+def _along_study(evidence: Evidence) -> Finding:
+    table = _along(evidence.of(_along_runs(evidence.problem, evidence.seeds)))
+    return Finding(lambda: plots.along_momentum(table), table=table, claims=[claim.judge(table) for claim in _A2])
+
+
+ALONG = Exhibit(
+    ("A2",),
+    "along_momentum",
+    "The loss along the last step",
+    "Change of the next batch's loss along the unit momentum, averaged over training. Both axes are linear near 0.",
+    _along_runs,
+    _along_study,
+    claims=_A2,
+)
+
+
+# --------------------------------------------------------------------------- A12, the change of the loss itself, for η
+
+
+def _rates_runs(problem: Workload, seeds: int) -> list[Run]:
+    return [
+        run
+        for factor in RATES
+        for run in each(
+            with_recipe(problem, lr=factor * problem.recipe.lr),
+            ("SGD", "MSAM"),
+            seeds,
+            watched=("along_momentum", "rise"),
+        )
+    ]
+
+
+def _rates_table(runs: Sequence[FinishedRun], rho: float) -> pd.DataFrame:
+    rows = []
+    for run in runs:
+        last = run.steps["epoch"].max()
+        rows.append(
+            {
+                "optimizer": run.optimizer,
+                "seed": run.seed,
+                "lr": run.settings["lr"],
+                "learning_rate": f"η = {run.settings['lr']:g}",
+                "rho": rho,
+                "virtual_rise": _rise_from(run.steps, -rho),
+                "virtual_rise_last_quarter": _rise_from(run.steps[run.steps["epoch"] > 0.75 * last], -rho),
+                "own_rise": float(run.steps["rise"].mean()),
+                "small_rise": _rise_from(run.steps, -0.1),
+                "cosine": float(run.steps["cosine"].mean()),
+                "test_accuracy": 100 * run.scores["test_accuracy"],
+            }
+        )
+    table: pd.DataFrame = pd.DataFrame(rows)
+    return table
+
+
+_A12 = (
+    PaperClaim(
+        "A12",
+        "The perturbation raises the loss of the batch for every learning rate.",
+        "raises, for several η",
+        lambda table: _compared(table, "mean L(w − ρ v/‖v‖) − L(w)", "virtual_rise", ["optimizer", "learning_rate"]),
+        note="For SGD the perturbation that MSAM would make is evaluated and not used.",
+    ),
+    PaperClaim(
+        "A12",
+        "Also a small move further along the last step, by 0.1, raises the loss of the batch.",
+        "momentum is an ascent direction",
+        lambda table: _compared(table, "mean L(w − 0.1 v/‖v‖) − L(w)", "small_rise", ["optimizer", "learning_rate"]),
+        note="A long perturbation may raise any loss, by curvature alone; a short one tells the slope.",
+        control=True,
+    ),
+)
+
+
+def _strength(problem: Workload, among: Sequence[float]) -> float:
+    """Return the value among those recorded that is nearest to MSAM's ρ, by ratio."""
+    rho = constant(problem.perturbations["MSAM"])
+    return min(among, key=lambda value: abs(math.log(value / rho)))
+
+
+def _rates_study(evidence: Evidence) -> Finding:
+    rho = _strength(evidence.problem, [-offset for offset in OFFSETS if offset < 0])
+    table = _rates_table(evidence.of(_rates_runs(evidence.problem, evidence.seeds)), rho)
+    quantities = {
+        "virtual_rise": f"$L(w+\\epsilon) - L(w)$ (nats), ρ = {rho:g}",
+        "small_rise": "the same at ρ = 0.1",
+        "cosine": r"$\cos(v_{t-1},\, g_t)$",
+    }
+    return Finding(
+        lambda: plots.by_group(table, quantities, "learning_rate"),
+        table=table,
+        claims=[claim.judge(table) for claim in _A12],
+    )
+
+
+RISE_RATES = Exhibit(
+    (),
+    "rise_by_learning_rate",
+    "The change of the loss itself, for several learning rates",
+    "Mean over training of the change of the batch's loss under MSAM's perturbation; for SGD it is only evaluated.",
+    _rates_runs,
+    _rates_study,
+    claims=_A12,
+)
+
+
+# ------------------------------------------------------------------------- A3 and A4, the cosine: models and conditions
+
+
+def _problems(problem: Workload) -> dict[str, Workload]:
+    return {problem.name: problem, **problem.relatives}
+
+
+def _conditions(problem: Workload) -> dict[str, Workload]:
+    return {"decay": problem, "constant": with_recipe(problem, schedule="constant")}
+
+
+def _models_runs(problem: Workload, seeds: int) -> list[Run]:
+    return [
+        run
+        for one in _problems(problem).values()
+        for run in each(one, dict.fromkeys((unperturbed(one), "MSAM")), seeds)
+    ]
+
+
+def _models_study(evidence: Evidence) -> Finding:
+    rows = []
+    for name, one in _problems(evidence.problem).items():
+        for run in evidence.of(each(one, dict.fromkeys((unperturbed(one), "MSAM")), evidence.seeds)):
+            cosine = run.steps["cosine"].dropna()
+            rows.append(
+                {
+                    "optimizer": run.optimizer,
+                    "seed": run.seed,
+                    "problem": name,
+                    "cosine": float(cosine.mean()),
+                    "negative": 100 * float((cosine < 0).mean()),
+                    "after_update": float(run.steps["cosine_after"].mean()),
+                }
+            )
+    table: pd.DataFrame = pd.DataFrame(rows)
+    quantities = {
+        "cosine": r"$\cos(v_{t-1},\, g_t)$, mean",
+        "negative": "steps with a negative cosine (%)",
+        "after_update": r"$\cos(v_t,\, g_t)$, mean",
+    }
+    return Finding(
+        lambda: plots.by_group(table, quantities, "problem"),
+        table=table,
+        claims=[claim.judge(table) for claim in _A3],
+    )
+
+
+_A3 = (
+    PaperClaim(
+        "A3",
+        "The cosine is negative for most of training whatever the model and the task.",
+        "negative for all models",
+        lambda table: _compared(
+            table, "steps with a negative cosine", "negative", ["problem", "optimizer"], unit="%", above=50.0
+        ),
+        note="Networks and tasks: see the table. The paper's are all of images.",
+    ),
+    PaperClaim(
+        "A4",
+        "After the buffer has taken in the gradient, their cosine is positive, just below 0.5.",
+        "just below 0.5",
+        lambda table: _compared(
+            table, "mean cos(v_t, g_t)", "after_update", ["problem", "optimizer"], above=0.25, below=0.5
+        ),
+        note="Between 0.25 and 0.5 is required here. Of independent gradients it would be √(1 − μ²) = 0.44 at μ = 0.9.",
+    ),
+)
+
+MODELS = Exhibit(
+    ("A3",),
+    "cosine_models",
+    "The cosine across models and tasks",
+    "Cosine of momentum and the next gradient: convolutions, a perceptron and a transformer on the digits, a "
+    "transformer of characters, a table.",
+    _models_runs,
+    _models_study,
+    claims=_A3,
+)
+
+
+def _conditions_runs(problem: Workload, seeds: int) -> list[Run]:
+    return [
+        run
+        for name, one in _conditions(problem).items()
+        for run in each(
+            one, ("SGD", "MSAM"), seeds, watched=("held_out", "held_out_momentum") if name == "decay" else ()
+        )
+    ]
+
+
+_SERIES = {
+    "cosine": "next batch",
+    "cosine_after": "after the update",
+    "held_out_cosine_fresh": "unseen batches",
+    "held_out_cosine_fixed": "one unseen batch",
+    "own_cosine_fresh": "unseen, momentum of their own",
+    "own_cosine_fixed": "one unseen batch, momentum of its own",
+}
+
+
+def _last_quarter(steps: pd.DataFrame, column: str) -> float:
+    return float(steps.loc[steps["epoch"] > 0.75 * steps["epoch"].max(), column].mean())
+
+
+def _conditions_study(evidence: Evidence) -> Finding:
+    rows, curves = [], []
+    for schedule, one in _conditions(evidence.problem).items():
+        for run in evidence.of(each(one, ("SGD", "MSAM"), evidence.seeds)):
+            recorded = [name for name in _SERIES if name in run.steps]
+            rows += [
+                {
+                    "optimizer": run.optimizer,
+                    "seed": run.seed,
+                    "schedule": schedule,
+                    "quantity": name,
+                    "mean": float(run.steps[name].mean()),
+                    "negative": 100 * float((run.steps[name].dropna() < 0).mean()),
+                    "last_quarter": _last_quarter(run.steps, name),
+                }
+                for name in recorded
+            ]
+            means = run.steps.groupby("epoch")[recorded].mean().reset_index()
+            curves.append(means.assign(optimizer=run.optimizer, seed=run.seed, schedule=schedule))
+    table: pd.DataFrame = pd.DataFrame(rows)
+    shown = table.assign(
+        where=[
+            _SERIES[name] + (", constant η" if kind == "constant" else "")
+            for name, kind in zip(table["quantity"], table["schedule"], strict=True)
+        ]
+    )
+    return Finding(
+        lambda: plots.by_group(
+            shown, {"mean": "cosine, mean over training", "last_quarter": "in the last quarter"}, "where"
+        ),
+        table=table,
+        claims=[claim.judge(table) for claim in _A4],
+        note="Unseen batches are of the test set, whose labels are right, and come again after the last. Two momenta "
+        "are asked: that of the training, and one that is made of gradients of unseen batches alone, along which no "
+        "step is taken.",
+    )
+
+
+def _of(quantity: str, schedule: str = "decay") -> Callable[[pd.DataFrame], pd.DataFrame]:
+    return lambda table: table[(table["quantity"] == quantity) & (table["schedule"] == schedule)]
+
+
+_A4 = (
+    PaperClaim(
+        "A4",
+        "With a constant learning rate the cosine stays negative to the end of training.",
+        "negative without decay",
+        lambda table: _compared(
+            _of("cosine", "constant")(table),
+            "cosine in the last quarter",
+            "last_quarter",
+            ["optimizer"],
+            above=-math.inf,
+            below=0.0,
+        ),
+    ),
+    PaperClaim(
+        "A4",
+        "On fresh held-out batches, along whose momentum no step is taken, it is positive.",
+        "positive",
+        lambda table: _compared(_of("own_cosine_fresh")(table), "mean cosine", "mean", ["optimizer"]),
+    ),
+    PaperClaim(
+        "A4",
+        "On one fixed held-out batch it is near 1.",
+        "near 1",
+        lambda table: _compared(_of("own_cosine_fixed")(table), "mean cosine", "mean", ["optimizer"], above=0.8),
+        note="More than 0.8 is required here.",
+    ),
+    PaperClaim(
+        "A4",
+        "Control, not in the paper: the training's momentum is an ascent direction on unseen batches as well.",
+        "not tested",
+        lambda table: _compared(
+            _of("held_out_cosine_fresh")(table), "mean cosine", "mean", ["optimizer"], above=-math.inf, below=0.0
+        ),
+        note="If so, the negative cosine is no property of the batches that are still to come in an epoch.",
+        control=True,
+    ),
+)
+
+CONDITIONS = Exhibit(
+    ("A4",),
+    "cosine_conditions",
+    "What makes the cosine negative",
+    "Cosine of momentum and gradient: of the next batch, after the update, on unseen batches, and with momenta along "
+    "which no step is taken.",
+    _conditions_runs,
+    _conditions_study,
+    claims=_A4,
+)
+
+
+# ---------------------------------------------------------------------------------- F3, the angle between MSAM and SAM
+
+
+def _angle_runs(problem: Workload, seeds: int) -> list[Run]:
+    return each(problem, ("SGD", "MSAM"), seeds, watched=("sam_angle",))
+
+
+def _angle_study(evidence: Evidence) -> Finding:
+    best = constant(evidence.problem.perturbations["MSAM"])
+    angles, roots = [], []
+    for run in evidence.of(_angle_runs(evidence.problem, evidence.seeds)):
+        recorded = run.steps.dropna(subset=["sam_angle/0"])
+        whose = {"optimizer": run.optimizer, "seed": run.seed}
+        angles += [
+            {**whose, "rho": rho, "angle": float(recorded[f"sam_angle/{rho:g}"].median())} for rho in (0.0, *STRENGTHS)
+        ]
+        for epoch, part in recorded.groupby("epoch"):
+            roots.append({**whose, "epoch": epoch, "rho_0": float(part["rho_0"].mean()), "best_rho": best})
+    table: pd.DataFrame = pd.DataFrame(roots)
+    return Finding(
+        lambda: plots.zero_angle(pd.DataFrame(angles), table, best),
+        table=table,
+        claims=[claim.judge(table) for claim in _F3],
+        note=f"Angles at ρ = 0 to {max(STRENGTHS):g}, by the batch trained on; where the angle has no zero there, "
+        "there is no ρ₀.",
+    )
+
+
+def _near_best(table: pd.DataFrame) -> list[Comparison]:
+    near = table["rho_0"].between(table["best_rho"] / CLOSE, table["best_rho"] * CLOSE)
+    shares = table.assign(near=100.0 * near).groupby(["optimizer", "seed"], sort=False)["near"].mean().reset_index()
+    label = f"records with ρ₀ within a factor {CLOSE:g} of the best ρ"
+    return _compared(shares, label, "near", ["optimizer"], unit="%", above=50.0)
+
+
+CLOSE = 2.0
+"""Within this factor a strength counts as close."""
+
+_F3 = (
+    PaperClaim(
+        "F3",
+        "The strength ρ₀ at which MSAM's gradient points where SAM's does lies close to the best ρ for most epochs.",
+        "close for most epochs",
+        _near_best,
+        note="A record without a root counts as not close; there is one every second epoch.",
+    ),
+)
+
+ANGLE = Exhibit(
+    ("F3",),
+    "sam_angle",
+    "MSAM's gradient seen from SAM's",
+    "Left: angle of MSAM's gradient, in the plane of SAM's and the plain one, to SAM's, median over training. Right: "
+    "the strength at which it is 0, over training, and MSAM's ρ (dashed).",
+    _angle_runs,
+    _angle_study,
+    claims=_F3,
+)
+
+MECHANISMS = (ANGLE, ALONG, MODELS, CONDITIONS, RISE_RATES)

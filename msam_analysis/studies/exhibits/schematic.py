@@ -1,0 +1,104 @@
+"""F1: one step of every optimizer from the same state, on a loss of two weights; made by the optimizers themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from msam import Jump, Perturbation, PerturbedSGD
+from msam_analysis import plots
+from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
+from msam_analysis.studies.runs import Run
+from msam_analysis.studies.workloads import Workload
+
+LR, MOMENTUM, BEFORE = 0.12, 0.8, 4
+"""Recipe of the schematic, and how many plain steps lead to the state that all optimizers share."""
+
+PERTURBATIONS = {
+    "SGD": None,
+    "NAG": Perturbation(direction="momentum", normalize="lr", rho=Jump(MOMENTUM, BEFORE)),
+    "SAM": Perturbation(direction="gradient", rho=Jump(0.45, BEFORE)),
+    "MSAM": Perturbation(direction="momentum", rho=Jump(0.45, BEFORE)),
+}
+"""The strengths are chosen to be seen; before the step that is drawn they are 0."""
+
+_START = (-1.55, 1.1)
+_POINTS = ("from", "at", "gradient_at", "to")
+
+
+def loss(w: Tensor) -> Tensor:
+    """Return a bent valley, ``(w₂ − 0.5 w₁²)²·2 + 0.25 (w₁ − 0.6)²``, of weights in the last dimension."""
+    x, y = w[..., 0], w[..., 1]
+    return 2.0 * (y - 0.5 * x**2) ** 2 + 0.25 * (x - 0.6) ** 2
+
+
+def one_step(name: str) -> dict[str, float | str]:
+    """Return where an optimizer comes from, is, takes its gradient and goes to."""
+    w = torch.nn.Parameter(torch.tensor(_START, dtype=torch.float64))
+    optimizer = PerturbedSGD([w], lr=LR, momentum=MOMENTUM, perturbation=PERTURBATIONS[name])
+    seen: list[Tensor] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        seen.append(w.detach().clone())
+        value = loss(w)
+        value.backward()
+        return value
+
+    places = []
+    for _ in range(BEFORE + 1):
+        places.append(_true(optimizer, w))
+        optimizer.step(closure)
+    places.append(_true(optimizer, w))
+    points = (places[-3], places[-2], seen[-1], places[-1])
+    row: dict[str, float | str] = {"optimizer": name}
+    for point, place in zip(_POINTS, points, strict=True):
+        row |= {f"{point}_x": float(place[0]), f"{point}_y": float(place[1])}
+    return row
+
+
+def _true(optimizer: PerturbedSGD, w: Tensor) -> Tensor:
+    """Return the true weights, also where the optimizer holds perturbed ones."""
+    shift = optimizer.displacement().get(w) if optimizer.perturbed else None
+    return w.detach().clone() if shift is None else w.detach() - shift
+
+
+def surface(steps: pd.DataFrame, points: int = 61) -> pd.DataFrame:
+    """Return the loss on a grid around all that is drawn: ``x``, ``y``, ``loss``."""
+    axes = []
+    for xy in "xy":
+        values = steps[[f"{point}_{xy}" for point in _POINTS]].to_numpy()
+        margin = 0.18 * (values.max() - values.min())
+        axes.append(np.linspace(values.min() - margin, values.max() + margin, points))
+    x, y = (values.ravel() for values in np.meshgrid(*axes))
+    at = torch.tensor(np.stack([x, y], axis=1))
+    frame: pd.DataFrame = pd.DataFrame({"x": x, "y": y, "loss": loss(at).numpy()})
+    return frame
+
+
+def _runs(_: Workload, __: int) -> list[Run]:
+    return []
+
+
+def _study(_: Evidence) -> Finding:
+    steps = pd.DataFrame([one_step(name) for name in PERTURBATIONS])
+    grid = surface(steps)
+    return Finding(
+        lambda: plots.one_step(steps, grid),
+        table=steps,
+        note=f"A loss of two weights; {BEFORE} plain steps with momentum {MOMENTUM}, then one step of each optimizer "
+        "from the same weights and the same momentum.",
+    )
+
+
+SCHEMATIC = Exhibit(
+    ("F1",),
+    "one_step",
+    "One step",
+    "Where each optimizer evaluates its gradient (star) and where its step ends. SAM climbs along the gradient; NAG "
+    "and MSAM go on along the last step, MSAM by a length of its own.",
+    _runs,
+    _study,
+)

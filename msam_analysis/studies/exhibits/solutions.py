@@ -1,0 +1,166 @@
+"""The networks that are found: the rank of their features, and their accuracy on disturbed inputs."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import pandas as pd
+
+from msam_analysis import plots
+from msam_analysis.features import FeatureRank
+from msam_analysis.robustness import RobustAccuracy
+from msam_analysis.studies.claims import Comparison, PaperClaim, difference, ratio
+from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
+from msam_analysis.studies.exhibits.wanted import each
+from msam_analysis.studies.measuring import DISTURBANCES
+from msam_analysis.studies.runs import Run
+from msam_analysis.studies.workloads import Workload
+
+# ------------------------------------------------------------------------------------------------ A6r, rank of features
+
+
+def _rank_runs(problem: Workload, seeds: int) -> list[Run]:
+    return each(problem, problem.perturbations, seeds, measured=("features",))
+
+
+def _rank_study(evidence: Evidence) -> Finding:
+    rows = []
+    for run in evidence.of(_rank_runs(evidence.problem, evidence.seeds)):
+        found = cast(FeatureRank, run.results["features"])
+        names = ("rank", "threshold", "effective_rank", "stable_rank", "numerical_rank", "samples", "dimension")
+        rows.append({"optimizer": run.optimizer, "seed": run.seed, **{name: getattr(found, name) for name in names}})
+    table: pd.DataFrame = pd.DataFrame(rows)
+    dimension, samples = int(table["dimension"].iloc[0]), int(table["samples"].iloc[0])
+    quantities = {
+        "rank": f"components for {table['threshold'].iloc[0]:.0%} of the variance",
+        "effective_rank": "effective rank",
+        "stable_rank": "stable rank",
+    }
+    drawn = table.assign(features=f"of {dimension}")
+    return Finding(
+        lambda: plots.by_group(drawn, quantities, "features"),
+        table=table,
+        claims=[claim.judge(table) for claim in _A6R],
+        note=f"Features of the last block before pooling, {dimension} numbers of each of {samples:,} training samples.",
+    )
+
+
+_A6R = (
+    PaperClaim(
+        "A6r",
+        "The rank of the last block's features falls from SGD over SAM to MSAM.",
+        "5019 > 4775 > 3791",
+        lambda table: [ratio(table, "rank", "SGD", "SAM"), ratio(table, "rank", "SAM", "MSAM")],
+        note="Fewest principal components that explain 99 % of the variance.",
+    ),
+)
+
+RANK = Exhibit(
+    ("A6r",),
+    "feature_rank",
+    "The rank of the features",
+    "In how many directions the last block's features vary over the training set, by three definitions of rank.",
+    _rank_runs,
+    _rank_study,
+    claims=_A6R,
+)
+
+# ------------------------------------------------------------------------------------------------ TA4, disturbed inputs
+
+
+def _robust_runs(problem: Workload, seeds: int) -> list[Run]:
+    return each(problem, problem.perturbations, seeds, measured=("robustness",))
+
+
+def _robust_study(evidence: Evidence) -> Finding:
+    rows = []
+    for run in evidence.of(_robust_runs(evidence.problem, evidence.seeds)):
+        for attack, shares in DISTURBANCES.items():
+            found = cast(RobustAccuracy, run.results[f"robustness-{attack}"])
+            for share, size, accuracy in zip(
+                (0.0, *shares), [0.0, *found.sizes.tolist()], [found.clean, *found.accuracies.tolist()], strict=True
+            ):
+                rows.append(
+                    {
+                        "optimizer": run.optimizer,
+                        "seed": run.seed,
+                        "attack": attack,
+                        "share": share,
+                        "size": size,
+                        "test_accuracy": 100 * accuracy,
+                    }
+                )
+    table: pd.DataFrame = pd.DataFrame(rows)
+    # The clean accuracy is the same for all of them, and shown once.
+    drawn = table[(table["share"] > 0) | (table["attack"] == next(iter(DISTURBANCES)))]
+    drawn = drawn.assign(
+        inputs=[_words(attack, share) for attack, share in zip(drawn["attack"], drawn["share"], strict=True)]
+    ).sort_values("share", kind="stable", key=lambda shares: shares > 0)
+    return Finding(
+        lambda: plots.by_group(drawn, {"test_accuracy": "test accuracy (%)"}, "inputs"),
+        table=table,
+        claims=[claim.judge(table) for claim in _TA4],
+        note="Sizes are shares of the range of the training pixels: σ of Gaussian noise, ε of the largest change of a "
+        "pixel. An 8×8 image has fewer pixels to change than one of 32×32, so that ε = 1/255 does little here. PGD "
+        "makes ten steps. APGD is left out: no maintained package has it.",
+    )
+
+
+def _words(attack: str, share: float) -> str:
+    if share == 0:
+        return "clean"
+    return f"noise, σ = {share:g}" if attack == "noise" else f"{attack.upper()}, ε = {255 * share:.0f}/255"
+
+
+def _at(table: pd.DataFrame, attack: str, share: float) -> pd.DataFrame:
+    part: pd.DataFrame = table[(table["attack"] == attack) & np.isclose(table["share"], share)]
+    return part
+
+
+def _smallest(table: pd.DataFrame, larger: str, smaller: str) -> list[Comparison]:
+    return _against(table, larger, smaller, place=0)
+
+
+def _against(table: pd.DataFrame, larger: str, smaller: str, place: int) -> list[Comparison]:
+    found = []
+    for attack, shares in DISTURBANCES.items():
+        compared = difference(_at(table, attack, shares[place]), "test_accuracy", larger, smaller, unit="points")
+        found.append(_relabelled(compared, _words(attack, shares[place])))
+    return found
+
+
+def _relabelled(comparison: Comparison, where: str) -> Comparison:
+    return Comparison(f"{comparison.label} ({where})", comparison.interval, comparison.unit)
+
+
+_TA4 = (
+    PaperClaim(
+        "TA4",
+        "Under Gaussian noise, FGSM and PGD, MSAM and SAM are well above SGD.",
+        "noise 26.9 and 25.8 against 22.6 %, PGD 28.9 and 30.2 against 24.1 %, FGSM 35.5 and 35.3 against 31.8 %",
+        lambda table: [*_smallest(table, "MSAM", "SGD"), *_smallest(table, "SAM", "SGD")],
+        note="σ = 0.1 and ε = 1/255 of the range of the pixels.",
+    ),
+    PaperClaim(
+        "TA4",
+        "Control, not in the paper: the order is the same where the attacks are strong.",
+        "not tested",
+        lambda table: [*_against(table, "MSAM", "SGD", -1), *_against(table, "SAM", "SGD", -1)],
+        note="At the largest disturbances tried. An accuracy that is higher without any disturbance may be higher "
+        "under a small one for that reason alone.",
+        control=True,
+    ),
+)
+
+DISTURBED = Exhibit(
+    ("TA4",),
+    "robustness",
+    "Disturbed inputs",
+    "Test accuracy with Gaussian noise, and under attacks that know the network.",
+    _robust_runs,
+    _robust_study,
+    claims=_TA4,
+)
+
+SOLUTIONS = (RANK, DISTURBED)
