@@ -29,9 +29,8 @@ from msam_analysis.studies.tables import FinishedRun, outcomes
 from msam_analysis.studies.workloads import Workload
 
 _COARSE = (-6, -3, 0, 3)
-# T² d / ‖T d‖ is about as long as a typical weight, and normalisation layers have few: both grids go to larger ρ.
-_ADAPTIVE = (0, 3, 6, 9, 12)
-_NORMALISATION = (-3, 0, 3, 6, 9)
+# T² d / ‖T d‖ is about as long as a typical weight, and normalisation layers have few: both grids go further up.
+_LONGER = (0, 3, 4, 6, 9)
 # A random direction hardly has a component along which the loss is steep: the same rise takes a longer step.
 _NOISE = (0, 3, 6, 9)
 _LAST = (-6, -3, 0, 3)
@@ -55,9 +54,9 @@ def variant_runs(problem: Workload, seeds: int) -> list[Run]:
     for name in _FAMILIES:
         perturbation = base(problem, name)
         runs += grid(problem, name, perturbation, HALF_DECADES, seeds)
-        runs += grid(problem, name, dataclasses.replace(perturbation, scale="adaptive"), _ADAPTIVE, seeds)
+        runs += grid(problem, name, dataclasses.replace(perturbation, scale="adaptive"), _LONGER, seeds)
         runs += grid(problem, name, dataclasses.replace(perturbation, scale="relative"), _COARSE, seeds)
-        runs += grid(problem, name, dataclasses.replace(perturbation, subset=subset), _NORMALISATION, seeds)
+        runs += grid(problem, name, dataclasses.replace(perturbation, subset=subset), _LONGER, seeds)
     return once(runs)
 
 
@@ -222,7 +221,8 @@ def others(evidence: Evidence) -> Finding:
         [claim.judge(table) for claim in OTHER],
         best_of_each(table, ["kind", "scale"]),
         "Noise is drawn anew at every step. + leads up the last batch's gradient, as SAM does with the next one's. "
-        "MSAM, in both panels, is absolute.",
+        "MSAM, in both panels, is absolute. The grids have half a decade from point to point, which may be more than "
+        "the width of a peak.",
     )
 
 
