@@ -69,8 +69,8 @@ def test_the_cosine_of_a_run_made_again(setting: str, value: Any, replacement: b
 
 
 def test_the_middle_of_training() -> None:
-    steps = pd.DataFrame({"cosine": [math.nan, 9.0, 1.0, 2.0, 3.0, 4.0, 9.0, 9.0]})
-    assert stability.mid_training(steps) == 2.5
+    steps = pd.DataFrame({"cosine": [math.nan, 9.0, 9.0, 0.0, 2.0, 3.0, 4.0, 5.0, 10.0, 9.0, 9.0, 9.0]})
+    assert stability.mid_training(steps) == 4.0
 
 
 def test_every_setting_has_the_recipe_s_own_run(evidence: Evidence) -> None:

@@ -98,7 +98,7 @@ def test_the_short_table_shows_the_best(evidence: Evidence) -> None:
         means = rows.groupby("rho")["test_accuracy"].mean()
         assert row.test_accuracy == pytest.approx(100 * means.max())
         assert means[row.rho] == means.max()
-        assert row.ends == ("yes" if len(means) > 1 and row.rho in (means.index[0], means.index[-1]) else "no")
+        assert row.at_grid_end == ("yes" if len(means) > 1 and row.rho in (means.index[0], means.index[-1]) else "no")
 
 
 # --- verdicts on tables whose answer is known

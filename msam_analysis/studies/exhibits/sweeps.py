@@ -82,7 +82,7 @@ def best(frame: pd.DataFrame, x: str = "rho", y: str = "test_accuracy") -> pd.Da
 def best_of_each(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Return a short table of the best ρ of every group: its mean accuracies with their intervals, in percent.
 
-    ``ends`` marks a best ρ at an end of its grid, beyond which there may be a better one.
+    ``at_grid_end`` marks a best ρ at an end of its grid, beyond which there may be a better one.
     """
     rows: list[dict[str, Any]] = []
     for key, part in frame.groupby(list(by), sort=False):
@@ -90,14 +90,14 @@ def best_of_each(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         percent = chosen.assign(**{name: 100 * chosen[name] for name in ("test_accuracy", "train_accuracy")})
         row = summarise(percent, ["rho"], ["test_accuracy", "train_accuracy"]).iloc[0].to_dict()
         tried = sorted(set(part["rho"]))
-        ends = len(tried) > 1 and row["rho"] in (tried[0], tried[-1])
+        at_end = len(tried) > 1 and row["rho"] in (tried[0], tried[-1])
         group: dict[str, Any] = dict(zip(by, key, strict=True))
         rows.append(
             {
                 **group,
                 **{str(name): value for name, value in row.items()},
                 "tried": len(tried),
-                "ends": "yes" if ends else "no",
+                "at_grid_end": "yes" if at_end else "no",
             }
         )
     table: pd.DataFrame = pd.DataFrame(rows).drop(columns="count")
