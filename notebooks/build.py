@@ -4,18 +4,23 @@ The scripts (jupytext, percent format) are what is written and reviewed; the not
 in a fresh kernel and an empty folder. What is written holds no times, paths or versions, and cell ids are counted, so
 that the same code with the same outputs gives the same file.
 
-Usage: ``python notebooks/build.py [--check] [SCRIPT ...]`` (every script, when none is named). With ``--check`` nothing
-is executed or written: it says which notebooks are out of step with their scripts, and exits with 1 if any is.
+The cell tagged ``parameters`` says how large a notebook's experiments are. ``--set EPOCHS=3`` puts a cell with another
+value behind it, as papermill does; what is made then is no longer the script's notebook, and needs ``--into FOLDER``.
+
+Usage: ``python notebooks/build.py [--check] [--set NAME=VALUE ... --into FOLDER] [SCRIPT ...]`` (every script, when
+none is named). With ``--check`` nothing is executed or written: it says which notebooks are out of step with their
+scripts, and exits with 1 if any is.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +44,47 @@ _ENVIRONMENT = {
 }
 
 
-def build(script: Path, target: Path | None = None, timeout: float = 600) -> Path:
+def load(script: Path, values: Mapping[str, Any] | None = None) -> Any:
+    """Return a script's cells, with other values for its parameters.
+
+    Parameters
+    ----------
+    script
+        The script, in jupytext's percent format.
+    values
+        Name to value, a Python literal. A cell that assigns them is put behind the one tagged ``parameters``.
+
+    Returns
+    -------
+    nbformat.NotebookNode
+        The notebook, not executed.
+
+    Raises
+    ------
+    ValueError
+        There are values, and no cell is tagged ``parameters``, or it does not assign one of the names.
+    """
+    notebook = jupytext.read(script)
+    if not values:
+        return notebook
+    tagged = [n for n, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", ())]
+    if not tagged:
+        raise ValueError(f"{script.name} has no cell tagged 'parameters': expected one that assigns {sorted(values)}")
+    statements = ast.parse(notebook.cells[tagged[0]].source).body
+    known = {ast.unparse(t) for each in statements if isinstance(each, ast.Assign) for t in each.targets}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{script.name} has no parameter {unknown[0]!r}: expected some of {sorted(known)}")
+    assignments = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    make_cell: Any = nbformat.v4.new_code_cell
+    cell = make_cell(assignments, metadata={"tags": ["injected-parameters"]})
+    notebook.cells.insert(tagged[0] + 1, cell)
+    return notebook
+
+
+def build(
+    script: Path, target: Path | None = None, timeout: float = 600, values: Mapping[str, Any] | None = None
+) -> Path:
     """Execute one script in a fresh kernel, in an empty folder, and write the notebook.
 
     Parameters
@@ -50,6 +95,8 @@ def build(script: Path, target: Path | None = None, timeout: float = 600) -> Pat
         The notebook to write; beside the script, when None. Nothing is written when a cell fails.
     timeout
         The longest a cell may take, in seconds.
+    values
+        Other values for the script's parameters, see :func:`load`; needs a target.
 
     Returns
     -------
@@ -61,9 +108,14 @@ def build(script: Path, target: Path | None = None, timeout: float = 600) -> Pat
     nbclient.exceptions.CellExecutionError
         A cell raised; the message shows the cell and its traceback.
     ValueError
-        A cell shows what differs from machine to machine or from run to run: a path or an address in memory.
+        A cell shows what differs from machine to machine or from run to run: a path or an address in memory. Or there
+        are values, and no target, or no such parameters.
     """
-    notebook = jupytext.read(script)
+    if values and target is None:
+        raise ValueError(
+            f"other values for {sorted(values)} do not make the notebook of {script.name}: say where it goes instead"
+        )
+    notebook = load(script, values)
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(
             notebook,
@@ -79,7 +131,7 @@ def build(script: Path, target: Path | None = None, timeout: float = 600) -> Pat
     notebook.metadata = _METADATA
     for number, cell in enumerate(notebook.cells, start=1):
         cell["id"] = f"cell-{number:02d}"
-        cell["metadata"] = {}
+        cell["metadata"] = {"tags": cell["metadata"]["tags"]} if "tags" in cell["metadata"] else {}
     nbformat.validate(notebook)
     target = target or script.with_suffix(".ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,12 +188,33 @@ def _refuse_traces(script: Path, notebook: Any, paths: Sequence[str]) -> None:
                 )
 
 
+def _assignment(text: str) -> tuple[str, Any]:
+    """Return the name and the value in ``NAME=VALUE``."""
+    name, equals, value = text.partition("=")
+    try:
+        return name.strip(), ast.literal_eval(value.strip())
+    except (SyntaxError, ValueError) as error:
+        wanted = "a Python literal after NAME=" if equals else "NAME=VALUE"
+        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}") from error
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build or check, and return the exit status."""
     parser = argparse.ArgumentParser(description="Execute the notebooks from their scripts.")
     parser.add_argument("scripts", nargs="*", type=Path, metavar="SCRIPT", help="default: every notebooks/NN_*.py")
     parser.add_argument("--check", action="store_true", help="execute nothing; say what is out of step")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=_assignment,
+        metavar="NAME=VALUE",
+        help="another value of a parameter",
+    )
+    parser.add_argument("--into", type=Path, metavar="FOLDER", help="where notebooks go; default: beside the scripts")
     options = parser.parse_args(arguments)
+    if options.set and options.into is None:
+        parser.error("--set makes another notebook than the script's: expected --into FOLDER with it")
     scripts: list[Path] = options.scripts or sorted(HERE.glob("[0-9][0-9]_*.py"))
     if options.check:
         found = [problem for script in scripts for problem in problems(script)]
@@ -150,7 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if found else 0
     for script in scripts:
         print(f"executing {script.name}", flush=True)
-        build(script)
+        target = options.into / f"{script.stem}.ipynb" if options.into else None
+        build(script, target, values=dict(options.set))
     return 0
 
 
