@@ -71,7 +71,8 @@ class Comparison:
         """
         spread = self.interval.deviation
         margin = min(self.interval.mean - self.above, self.below - self.interval.mean)
-        return margin / spread if spread > 0 else math.nan
+        # Seeds that agree, up to rounding, have no spread to measure by.
+        return margin / spread if spread > 1e-12 * abs(self.interval.mean) else math.nan
 
     def requirement(self) -> str:
         """Return the region in words, with what the label says after its comma; empty for the obvious one."""

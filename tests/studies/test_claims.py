@@ -377,6 +377,28 @@ def test_a_difference_in_words() -> None:
     assert comparison.text() == f"A − B: {mean:.2f} ± {half:.2f} points"
 
 
+def test_an_effect_size_is_cohens_d_of_the_paired_differences() -> None:
+    """Mean over standard deviation, positive where the claim says; toward the nearer bound of a region."""
+    comparison = difference(table_of(A=[0.5, 0.62, 0.7], B=[0.4, 0.5, 0.6]), "value", "A", "B", scale=100)
+    differences = np.array([10.0, 12.0, 10.0])
+    assert comparison.effect == pytest.approx(differences.mean() / differences.std(ddof=1))
+    within = dataclasses.replace(comparison, above=5.0, below=11.0)
+    assert within.effect == pytest.approx((11.0 - differences.mean()) / differences.std(ddof=1))
+    assert dataclasses.replace(comparison, above=20.0).effect < 0
+
+
+def test_an_effect_size_needs_a_spread() -> None:
+    assert math.isnan(difference(table_of(A=[0.3] * 3, B=[0.1] * 3), "value", "A", "B").effect)
+    assert math.isnan(difference(table_of(A=[0.3], B=[0.1]), "value", "A", "B").effect)
+
+
+def test_the_least_effect_size_is_in_the_claim() -> None:
+    tables = make_tables()
+    compared = find(("TA1", "largest Hessian eigenvalue"))
+    least = min(comparison.effect for comparison in compared.compare(tables))
+    assert f"least effect size d = {least:.2g}".replace("-", "−") in compared.judge(tables).measured
+
+
 @pytest.mark.parametrize("value", [0.1, 0.3, 7.0, 1e-9, 1e9])
 def test_seeds_that_agree_in_words(value: float) -> None:
     """Three equal differences, whose standard deviation is 0 up to rounding."""

@@ -520,9 +520,9 @@ def test_study_arguments(bench: Path, command: Command, monkeypatch: pytest.Monk
     assert (options["seeds"], options["jobs"], options["progress"]) == (4, 2, False)
     assert (options["out"], options["figures"]) == (Path("there"), Path("pictures"))
     assert options["exhibits"] == ["F2C", "TA1"]
-    for everything in ((), ("--exhibits", "all")):
-        assert command("study", *everything).code == 0
-        assert asked[-1][1]["exhibits"] is None
+    for given, meant in (((), None), (("--exhibits", "all"), ["all"])):
+        assert command("study", *given).code == 0
+        assert asked[-1][1]["exhibits"] == meant
 
 
 # --- help

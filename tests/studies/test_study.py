@@ -40,7 +40,9 @@ def study(out: Path, *, jobs: int = 1, seeds: int = SEEDS, **options: Any) -> Pa
 
 
 def tables(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (out / "tables").iterdir()}
+    """The main tables; every exhibit that is chosen adds its own."""
+    names = [f"{field.name}.csv" for field in dataclasses.fields(Tables)]
+    return {name: (out / "tables" / name).read_bytes() for name in names}
 
 
 def stamps(out: Path) -> dict[str, tuple[int, int]]:
