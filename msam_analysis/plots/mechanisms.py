@@ -305,6 +305,7 @@ def by_group(
                 ax.set_xscale("log")
             elif zero_line or (zero_line is None and means.size and means.min() < 0 < means.max()):
                 ax.axvline(0.0, **_ZERO)
+            ax.margins(x=0.08)
             for line in np.arange(len(rows) - 1) + 0.5:
                 ax.axhline(line, color="#e6e6e6", linewidth=0.6, zorder=0.5)
             ax.set_yticks(range(len(rows)), labels=[str(row) for row in rows])

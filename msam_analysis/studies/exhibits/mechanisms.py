@@ -411,7 +411,8 @@ def _angle_study(evidence: Evidence) -> Finding:
     best = constant(evidence.problem.perturbations["MSAM"])
     angles, roots = [], []
     for run in evidence.of(_angle_runs(evidence.problem, evidence.seeds)):
-        recorded = run.steps.dropna(subset=["sam_angle/0"])
+        # At the first step there is no momentum.
+        recorded = run.steps.dropna(subset=[f"sam_angle/{STRENGTHS[0]:g}"])
         whose = {"optimizer": run.optimizer, "seed": run.seed}
         angles += [
             {**whose, "rho": rho, "angle": float(recorded[f"sam_angle/{rho:g}"].median())} for rho in (0.0, *STRENGTHS)

@@ -1,0 +1,420 @@
+"""Exhibits of mechanisms, other models and tasks, and of what is found: on the toy, against computations by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib import pyplot as plt
+
+from msam import Jump
+from msam_analysis.objective import Objective
+from msam_analysis.randomness import RandomStream
+from msam_analysis.studies import store
+from msam_analysis.studies.exhibits import mechanisms, models, schematic, solutions, wanted
+from msam_analysis.studies.exhibits.base import Evidence, Exhibit
+from msam_analysis.studies.measuring import DISTURBANCES, last_block, measure
+from msam_analysis.studies.networks import mlp
+from msam_analysis.studies.runs import Run, gather, place
+from msam_analysis.studies.study import make_run
+from msam_analysis.studies.training import train
+from msam_analysis.studies.watching import OFFSETS
+from msam_analysis.studies.workloads import DIGITS, Recipe, Workload
+
+from .toy import COARSE, TOY
+
+SEEDS = 2
+ADAM = Recipe(epochs=2, batch_size=16, lr=0.01, momentum=0.9, weight_decay=0.01, base="adamw", warmup=1, clip=1.0)
+
+
+def relative(name: str) -> Workload:
+    perturbations = {"AdamW": None, "SAM": TOY.perturbations["SAM"], "MSAM": TOY.perturbations["MSAM"]}
+    return dataclasses.replace(TOY, name=name, recipe=ADAM, perturbations=perturbations, controls=())
+
+
+# Some probes are asked at every eighth step, and the first has no momentum.
+PROBLEM = dataclasses.replace(
+    wanted.with_recipe(TOY, epochs=3), relatives={name: relative(name) for name in ("transformer", "text")}
+)
+EXHIBITS = (schematic.SCHEMATIC, *mechanisms.MECHANISMS, *models.MODELS_AND_TASKS, *solutions.SOLUTIONS)
+by_name = pytest.mark.parametrize("exhibit", EXHIBITS, ids=lambda exhibit: exhibit.name)
+
+
+@pytest.fixture(scope="module")
+def evidence(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
+    folder = tmp_path_factory.mktemp("runs")
+    finished = {}
+    for identity, run in gather(run for exhibit in EXHIBITS for run in exhibit.runs(PROBLEM, SEEDS)).items():
+        task = place(run, folder, COARSE, 4)
+        make_run(task, lambda _: None)
+        finished[identity] = store.read_run(task.directory, run.optimizer, run.seed, run.settings)
+    return Evidence(PROBLEM, SEEDS, finished)
+
+
+def table_of(exhibit: Exhibit, evidence: Evidence) -> pd.DataFrame:
+    table = exhibit.study(evidence).table
+    assert table is not None
+    return table
+
+
+@by_name
+def test_every_exhibit_has_a_table_a_figure_and_its_claims(exhibit: Exhibit, evidence: Evidence) -> None:
+    finding = exhibit.study(evidence)
+    assert finding.table is not None
+    assert not finding.table.empty
+    assert [claim.claim for claim in finding.claims] == [claim.sentence for claim in exhibit.claims]
+    assert all(claim.measured != "not measured" for claim in finding.claims)
+    with mpl.rc_context({"backend": "agg"}):
+        axes = np.atleast_1d(np.asarray(finding.draw(), dtype=object)).ravel()
+        assert all(ax.has_data() and ax.get_xlabel() for ax in axes)
+        plt.close(axes[0].figure)
+
+
+# --------------------------------------------------------------------------------------------------------------- F1
+
+
+def slope(x: float, y: float) -> np.ndarray[Any, Any]:
+    valley = y - 0.5 * x**2
+    return np.array([-4.0 * x * valley + 0.5 * (x - 0.6), 4.0 * valley])
+
+
+def test_one_step_of_every_optimizer_by_hand() -> None:
+    """The momentum is what led here; every gradient is taken where the equations say, and the step is SGD's."""
+    for name in ("SGD", "NAG", "SAM", "MSAM"):
+        row = schematic.one_step(name)
+        before, at, point, to = (
+            np.array([row[f"{key}_x"], row[f"{key}_y"]], dtype=float) for key in ("from", "at", "gradient_at", "to")
+        )
+        v, g = (before - at) / schematic.LR, slope(*at)
+        expected = {
+            "SGD": at,
+            "NAG": at - schematic.LR * schematic.MOMENTUM * v,
+            "SAM": at + 0.45 * g / np.linalg.norm(g),
+            "MSAM": at - 0.45 * v / np.linalg.norm(v),
+        }[name]
+        assert point == pytest.approx(expected), name
+        assert to == pytest.approx(at - schematic.LR * (schematic.MOMENTUM * v + slope(*point))), name
+
+
+# ------------------------------------------------------------------------------------------------------- A2 and A12
+
+
+@pytest.mark.parametrize("where", [-0.37, 0.0, 0.08])
+def test_minimum_of_a_parabola(where: float) -> None:
+    offsets = sorted((*OFFSETS, 0.0))
+    assert mechanisms.minimum(offsets, [3 * (a - where) ** 2 - 1 for a in offsets]) == pytest.approx(where)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_minimum_at_an_end(sign: float) -> None:
+    offsets = sorted((*OFFSETS, 0.0))
+    assert mechanisms.minimum(offsets, [sign * a for a in offsets]) == (-4.0 if sign > 0 else 2.0)
+
+
+def test_changes_are_means_over_the_recorded_steps(evidence: Evidence) -> None:
+    table = table_of(mechanisms.ALONG, evidence)
+    run = evidence.finished[Run(PROBLEM, "SAM", 1).identity]
+    row = table.query("optimizer == 'SAM' and seed == 1 and offset == -1.0")
+    assert float(row["change"].iloc[0]) == pytest.approx(
+        np.nanmean(run.steps["loss_along/-1"] - run.steps["loss_along/0"])
+    )
+    assert (table.loc[table["offset"] == 0, "change"] == 0).all()
+
+
+def test_a_step_along_the_momentum_is_what_is_recorded() -> None:
+    """At the second step of SGD without momentum's past, −v is the last step's direction."""
+    one = wanted.with_recipe(TOY, epochs=1, batch_size=60, weight_decay=0.0)
+    trained = train(wanted.with_recipe(one, epochs=9), "SGD", 0, every=4, watched=["along_momentum"])
+    assert trained.steps["loss_along/-1"].notna().sum() == 1, "every eighth step, and none before there is momentum"
+
+
+def test_rates(evidence: Evidence) -> None:
+    table = table_of(mechanisms.RISE_RATES, evidence)
+    assert sorted(set(table["lr"])) == pytest.approx([0.01, 0.1, 0.3])
+    assert set(table["rho"]) == {0.2}, "the recorded distance nearest to the toy's ρ of 0.3, by ratio"
+    assert (table.loc[table["optimizer"] == "SGD", "own_rise"] == 0).all()
+    run = evidence.finished[Run(PROBLEM, "SGD", 0).identity]
+    mine = table[(table["optimizer"] == "SGD") & (table["seed"] == 0) & np.isclose(table["lr"], 0.1)]
+    along = run.steps["loss_along/-0.2"] - run.steps["loss_along/0"]
+    assert float(mine["virtual_rise"].iloc[0]) == pytest.approx(along.mean())
+
+
+# --------------------------------------------------------------------------------------------------- A3, A4 and F3
+
+
+def test_cosines_of_models(evidence: Evidence) -> None:
+    table = table_of(mechanisms.MODELS, evidence)
+    assert set(table["problem"]) == {"toy", "transformer", "text"}
+    assert set(table.loc[table["problem"] == "text", "optimizer"]) == {"AdamW", "MSAM"}
+    run = evidence.finished[Run(PROBLEM.relatives["text"], "AdamW", 1).identity]
+    row = table.query("problem == 'text' and optimizer == 'AdamW' and seed == 1").iloc[0]
+    cosine = run.steps["cosine"].to_numpy()[1:]
+    assert row["cosine"] == pytest.approx(cosine.mean())
+    assert row["negative"] == pytest.approx(100 * (cosine < 0).mean())
+    assert row["after_update"] == pytest.approx(run.steps["cosine_after"].mean())
+
+
+def test_a_momentum_of_held_out_gradients_by_hand() -> None:
+    """Without a learning rate the weights stay, so that the same batch has the same gradient every time."""
+    still = wanted.with_recipe(TOY, lr=0.0, batch_size=7)
+    steps = train(still, "SGD", 3, every=4, watched=["held_out_momentum"]).steps
+    assert steps["own_cosine_fixed"].iloc[1:].to_numpy() == pytest.approx(1.0)
+    with RandomStream(3):
+        model = still.network()
+    inputs, labels = (torch.cat(part) for part in zip(*still.test(), strict=True))
+    gradients = [
+        Objective(model, still.criterion(), [(inputs[i : i + 7], labels[i : i + 7])], batchnorm="batch").gradient()
+        for i in (0, 7, 14)
+    ]
+    momentum = torch.zeros_like(gradients[0])
+    expected = []
+    for step in range(len(steps)):
+        gradient = gradients[step % 3]
+        expected.append(float(torch.nn.functional.cosine_similarity(momentum, gradient, dim=0)))
+        momentum = 0.9 * momentum + gradient
+    assert steps["own_cosine_fresh"].iloc[1:].to_numpy() == pytest.approx(expected[1:], abs=1e-5)
+    assert math.isnan(steps["own_cosine_fresh"].iloc[0])
+
+
+def test_the_trainings_momentum_on_held_out_batches() -> None:
+    steps = train(wanted.with_recipe(TOY, epochs=3, batch_size=7), "SGD", 0, every=4, watched=["held_out"]).steps
+    asked = steps.dropna(subset=["held_out_cosine_fresh"])
+    assert asked["step"].to_list() == [8, 16, 24], "every eighth step"
+    assert not asked["held_out_cosine_fresh"].equals(asked["held_out_cosine_fixed"])
+
+
+def test_angles(evidence: Evidence) -> None:
+    table = table_of(mechanisms.ANGLE, evidence)
+    assert set(table["best_rho"]) == {0.3}
+    per_run = table.groupby(["optimizer", "seed"])["epoch"].apply(list)
+    assert per_run.to_list() == [[1, 2]] * 2 * SEEDS, "one record an epoch, and none before there is momentum"
+    assert set(table["optimizer"]) == {"SGD", "MSAM"}
+
+
+# ------------------------------------------------------------------------------------------ TA2, text and table
+
+
+def test_nothing_is_perturbed_in_the_warmup() -> None:
+    one = PROBLEM.relatives["transformer"]
+    late = wanted.after_warmup(one, "MSAM")
+    perturbation = late.perturbations["MSAM"]
+    assert perturbation is not None
+    assert perturbation.rho == Jump(0.3, 4), "one epoch of 16, 16, 16 and 12 samples"
+    assert wanted.after_warmup(one, "AdamW") is one
+    runs = {
+        name: train(problem, name, 0, every=1, watched=["rise"]).steps
+        for problem, name in ((late, "MSAM"), (one, "AdamW"))
+    }
+    lengths = runs["MSAM"]["epsilon_norm"].to_numpy()
+    assert (lengths[:4] == 0).all()
+    assert lengths[4:] == pytest.approx(0.3, rel=1e-4)
+    same = runs["MSAM"]["train_batch_loss"] == runs["AdamW"]["train_batch_loss"]
+    assert same[:4].all()
+    assert not same[4:].any()
+
+
+def test_scores_of_other_tasks(evidence: Evidence) -> None:
+    table = table_of(models.OUTSIDE_VISION, evidence)
+    assert set(table["problem"]) == {"text"}, "this problem has no table beside it"
+    row = table.query("optimizer == 'MSAM' and seed == 0").iloc[0]
+    problem = PROBLEM.relatives["text"]
+    trained = train(problem, "MSAM", 0, every=None)
+    objective = Objective(trained.model, problem.criterion(), problem.train())
+    hessian = torch.stack([objective.hvp(unit) for unit in torch.eye(objective.size)])
+    assert row["lambda_1"] == pytest.approx(float(torch.linalg.eigvalsh(hessian.double()).max()), rel=1e-2)
+    assert row["test_loss"] == pytest.approx(
+        float(Objective(trained.model, problem.criterion(), problem.test()).loss())
+    )
+
+
+# ----------------------------------------------------------------------------------------------- A6r and TA4
+
+
+def test_ranks(evidence: Evidence) -> None:
+    table = table_of(solutions.RANK, evidence)
+    row = table.query("optimizer == 'SAM' and seed == 0").iloc[0]
+    model = train(PROBLEM, "SAM", 0, every=None).model
+    assert isinstance(model, torch.nn.Sequential)
+    with torch.no_grad():
+        features = model[:4](torch.cat([inputs for inputs, _ in PROBLEM.train()])).double().numpy()
+    shares = np.sort(np.linalg.eigvalsh(np.cov(features.T)))[::-1]
+    assert row["rank"] == 1 + int((np.cumsum(shares) < 0.99 * shares.sum()).sum())
+    assert (row["samples"], row["dimension"]) == (60, 6)
+
+
+def test_last_blocks() -> None:
+    assert last_block(DIGITS.network()) == "8", "the last ReLU, before pooling"
+    assert last_block(TOY.network()) == "3"
+    assert last_block(mlp([3, 4, 2])) == "features"
+
+
+def test_accuracies_begin_at_the_clean_one(evidence: Evidence) -> None:
+    table = table_of(solutions.DISTURBED, evidence)
+    for run in evidence.of(wanted.each(PROBLEM, PROBLEM.perturbations, SEEDS)):
+        mine = table[(table["optimizer"] == run.optimizer) & (table["seed"] == run.seed)]
+        clean = mine.loc[mine["share"] == 0, "test_accuracy"]
+        assert clean.to_numpy() == pytest.approx(100 * run.scores["test_accuracy"])
+        assert len(mine) == sum(1 + len(shares) for shares in DISTURBANCES.values())
+
+
+def test_unknown_measures() -> None:
+    trained = train(TOY, "SGD", 0, every=None)
+    with pytest.raises(ValueError, match="unknown measure 'taste': expected some of"):
+        measure(TOY, trained, ["taste"], COARSE, lambda _: None)
+
+
+# -------------------------------------------------------------------------------------------------------- claims
+
+
+def table(**columns: list[Any]) -> pd.DataFrame:
+    """Three seeds, that differ a little, for every value that a row has."""
+    frame = pd.DataFrame(columns)
+    parts = [frame.assign(seed=seed) for seed in range(3)]
+    for seed, part in enumerate(parts):
+        for name in part.select_dtypes("float"):
+            if name not in ("offset", "share", "best_rho"):
+                part[name] += 1e-3 * seed * part[name].abs()
+    whole: pd.DataFrame = pd.concat(parts, ignore_index=True)
+    return whole
+
+
+def ranks(sgd: float, sam: float, msam: float) -> pd.DataFrame:
+    return table(optimizer=["SGD", "SAM", "MSAM"], rank=[sgd, sam, msam])
+
+
+def disturbed(sgd: float, other: float) -> pd.DataFrame:
+    rows = [
+        (name, attack, share, value)
+        for name, value in (("SGD", sgd), ("SAM", other), ("MSAM", other))
+        for attack, shares in DISTURBANCES.items()
+        for share in shares
+    ]
+    names, attacks, shares, values = (list(column) for column in zip(*rows, strict=True))
+    return table(optimizer=names, attack=attacks, share=shares, test_accuracy=values)
+
+
+def conditions(quantity: str, value: float, schedule: str = "decay") -> pd.DataFrame:
+    return table(
+        optimizer=["SGD", "MSAM"],
+        schedule=[schedule] * 2,
+        quantity=[quantity] * 2,
+        mean=[value] * 2,
+        last_quarter=[value] * 2,
+    )
+
+
+def valley(where: float) -> pd.DataFrame:
+    offsets = sorted((*OFFSETS, 0.0))
+    parts = [
+        table(optimizer=[name] * len(offsets), offset=offsets).assign(
+            change=lambda frame: (frame["offset"] - where - 1e-3 * frame["seed"]) ** 2
+        )
+        for name in ("SGD", "NAG", "SAM", "MSAM")
+    ]
+    whole: pd.DataFrame = pd.concat(parts)
+    return whole
+
+
+def warmup(late: float) -> pd.DataFrame:
+    return table(
+        perturbed=["throughout"] * 3 + ["after warm-up only"] * 2,
+        optimizer=["AdamW", "SAM", "MSAM", "SAM", "MSAM"],
+        test_accuracy=[60.0, 65.0, 66.0, 65.5 + late, 66.5 + late],
+    )
+
+
+def other_tasks(loss: float, eigenvalue: float) -> pd.DataFrame:
+    return table(
+        problem=["text"] * 3,
+        optimizer=["AdamW", "SAM", "MSAM"],
+        test_loss=[2.0, loss, loss],
+        lambda_1=[9.0, eigenvalue, eigenvalue],
+    )
+
+
+def rises(value: float) -> pd.DataFrame:
+    return table(optimizer=["SGD"], learning_rate=["η = 0.1"], virtual_rise=[value], small_rise=[value])
+
+
+def roots(value: float) -> pd.DataFrame:
+    frame = pd.concat(
+        [table(optimizer=["SGD"], rho_0=[value], best_rho=[3.0]).assign(epoch=epoch) for epoch in range(9)]
+    )
+    lost = (frame["epoch"] == 0) & (frame["seed"] == 1)
+    whole: pd.DataFrame = frame.assign(rho_0=frame["rho_0"].where(~lost))
+    return whole
+
+
+def cosines(negative: float, after: float) -> pd.DataFrame:
+    return table(problem=["toy"], optimizer=["SGD"], negative=[negative], after_update=[after])
+
+
+CASES: list[tuple[Exhibit, int, Callable[[], pd.DataFrame], Callable[[], pd.DataFrame]]] = [
+    (mechanisms.ANGLE, 0, lambda: roots(2.5), lambda: roots(7.0)),
+    (mechanisms.ANGLE, 0, lambda: roots(1.6), lambda: roots(1.4)),
+    (mechanisms.ALONG, 0, lambda: valley(0.2), lambda: valley(-0.2)),
+    (mechanisms.ALONG, 1, lambda: valley(0.2), lambda: valley(-0.2)),
+    (mechanisms.MODELS, 0, lambda: cosines(80.0, 0.4), lambda: cosines(40.0, 0.4)),
+    (mechanisms.MODELS, 1, lambda: cosines(80.0, 0.4), lambda: cosines(80.0, 0.6)),
+    (mechanisms.MODELS, 1, lambda: cosines(80.0, 0.4), lambda: cosines(80.0, -0.1)),
+    (
+        mechanisms.CONDITIONS,
+        0,
+        lambda: conditions("cosine", -0.1, "constant"),
+        lambda: conditions("cosine", 0.1, "constant"),
+    ),
+    (
+        mechanisms.CONDITIONS,
+        1,
+        lambda: conditions("own_cosine_fresh", 0.4),
+        lambda: conditions("own_cosine_fresh", -0.4),
+    ),
+    (
+        mechanisms.CONDITIONS,
+        2,
+        lambda: conditions("own_cosine_fixed", 0.9),
+        lambda: conditions("own_cosine_fixed", 0.7),
+    ),
+    (
+        mechanisms.CONDITIONS,
+        3,
+        lambda: conditions("held_out_cosine_fresh", -0.1),
+        lambda: conditions("held_out_cosine_fresh", 0.1),
+    ),
+    (mechanisms.RISE_RATES, 0, lambda: rises(0.1), lambda: rises(-0.1)),
+    (mechanisms.RISE_RATES, 1, lambda: rises(0.1), lambda: rises(-0.1)),
+    (models.WARMUP, 0, lambda: warmup(1.0), lambda: warmup(1.0).replace({"AdamW": "MSAM", "MSAM": "AdamW"})),
+    (models.WARMUP, 1, lambda: warmup(1.0), lambda: warmup(-1.0)),
+    (models.WARMUP, 2, lambda: warmup(1.0), lambda: warmup(-1.0)),
+    *((models.OUTSIDE_VISION, i, lambda: other_tasks(1.0, 3.0), lambda: other_tasks(3.0, 30.0)) for i in range(4)),
+    (solutions.RANK, 0, lambda: ranks(90.0, 60.0, 50.0), lambda: ranks(90.0, 50.0, 60.0)),
+    (solutions.RANK, 0, lambda: ranks(90.0, 60.0, 50.0), lambda: ranks(50.0, 60.0, 40.0)),
+    (solutions.DISTURBED, 0, lambda: disturbed(20.0, 30.0), lambda: disturbed(30.0, 20.0)),
+    (solutions.DISTURBED, 1, lambda: disturbed(20.0, 30.0), lambda: disturbed(30.0, 20.0)),
+]
+
+
+@pytest.mark.parametrize(("exhibit", "place", "holds", "fails"), CASES)
+def test_claims_follow_their_tables(
+    exhibit: Exhibit, place: int, holds: Callable[[], pd.DataFrame], fails: Callable[[], pd.DataFrame]
+) -> None:
+    claim = exhibit.claims[place]
+    assert claim.judge(holds()).verdict == "holds"
+    assert claim.judge(fails()).verdict == "does not hold"
+
+
+def test_every_claim_is_tested() -> None:
+    tested = {(exhibit.name, place) for exhibit, place, _, _ in CASES}
+    assert tested == {(exhibit.name, place) for exhibit in EXHIBITS for place in range(len(exhibit.claims))}
+
+
+def test_without_a_warmup_nothing_is_told() -> None:
+    bare = warmup(1.0).query("perturbed == 'throughout'")
+    assert [claim.judge(bare).measured for claim in models.WARMUP.claims[1:]] == ["not measured"] * 2
