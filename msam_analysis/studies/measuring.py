@@ -18,7 +18,7 @@ from msam_analysis.objective import Objective
 from msam_analysis.results import ConvergenceWarning, Result
 from msam_analysis.robustness import Attack, robust_accuracy
 from msam_analysis.sharpness import ball_sharpness
-from msam_analysis.studies.training import Tick, Trained
+from msam_analysis.studies.training import Tick, Trained, some
 from msam_analysis.studies.workloads import Workload
 
 
@@ -43,6 +43,9 @@ class Protocol:
         fraction of the loss's range, are computed (``None``: all).
     random_seed
         Of the random directions; the same for all networks, each normalised by its own filters.
+    samples
+        Training samples whose mean loss is measured, and watched: a fixed random part, the same for all networks, see
+        :func:`~msam_analysis.studies.training.some`. ``None`` (default) for all, in a study for the workload's number.
     """
 
     eigenvalues: int = 5
@@ -56,6 +59,19 @@ class Protocol:
     plane_points: int = 51
     plane_refine: float | None = 0.01
     random_seed: int = 0
+    samples: int | None = None
+
+
+COARSE = Protocol(
+    eigenvalues=2,
+    power_tolerance=0.1,
+    radii=(0.05, 0.5),
+    ball_iterations=5,
+    line_points=5,
+    plane_points=3,
+    plane_refine=None,
+)
+"""A first look, which shows that everything works and not what it comes to."""
 
 
 LINES = ("gradient", "momentum", "random")
@@ -85,7 +101,7 @@ def scores(workload: Workload, model: nn.Module) -> dict[str, float]:
 def measure(
     workload: Workload, trained: Trained, measured: Iterable[str], protocol: Protocol, tick: Tick
 ) -> dict[str, Result]:
-    """Return results on the training set's loss at the true weights, by name.
+    """Return results on the training set's loss at the true weights, by name; of an augmented one, without that.
 
     Parameters
     ----------
@@ -109,7 +125,7 @@ def measure(
     ``robustness-<attack>``, ``lambda1`` where an exhibit asks. Where a solver's budget ended
     first its result says so in ``converged``; that is recorded in the tables, not printed.
     """
-    objective = Objective(trained.model, workload.criterion(), workload.train())
+    objective = Objective(trained.model, workload.criterion(), some(workload.train(), protocol.samples))
     results: dict[str, Result] = {}
     wanted = set(measured)
     if not wanted <= MEASURES.keys():

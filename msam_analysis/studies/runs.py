@@ -12,6 +12,7 @@ import torch
 
 from msam import Perturbation
 from msam_analysis.studies import measuring, store, watching
+from msam_analysis.studies.computing import PLAIN, Computing
 from msam_analysis.studies.measuring import Protocol
 from msam_analysis.studies.workloads import Recipe, Workload
 
@@ -71,6 +72,7 @@ class Task:
     directory: Path
     protocol: Protocol
     every: int
+    computing: Computing = PLAIN
 
     @property
     def cost(self) -> float:
@@ -108,16 +110,17 @@ def gather(wanted: Iterable[Run]) -> dict[str, Run]:
     return gathered
 
 
-def place(run: Run, folder: Path, protocol: Protocol, every: int) -> Task:
-    """Return the task of a run; other settings of what is watched or measured have another place."""
+def place(run: Run, folder: Path, protocol: Protocol, every: int, computing: Computing = PLAIN) -> Task:
+    """Return the task of a run; another device or precision, or other settings of probes, have another place."""
     fingerprint = run.workload.fingerprint(
         run.optimizer,
         run.replacement,
         sorted(run.watched),
         sorted(run.measured),
-        protocol if run.measured else None,
+        protocol if run.measured else protocol.samples if run.watched else None,
         every,
+        computing.identity,
         torch.__version__,
     )
     name = f"control-{run.optimizer}" if run.replacement else run.optimizer
-    return Task(run, store.run_directory(folder, name, run.seed, fingerprint), protocol, every)
+    return Task(run, store.run_directory(folder, name, run.seed, fingerprint), protocol, every, computing)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _SUMMARY = "scores.json"
+_UNFINISHED = ".unfinished"
 
 
 @contextmanager
@@ -92,10 +93,31 @@ def read_run(directory: Path, optimizer: str, seed: int, settings: Mapping[str, 
     )
 
 
+def state_file(directory: Path) -> Path:
+    """Return where the state of a run that is under way lives; it is of no use once the run is finished."""
+    return directory.parent / _UNFINISHED / f"{directory.name}.pt"
+
+
+def forget_state(directory: Path) -> None:
+    """Remove the state of a run, and the folder of states if it was the last one."""
+    file = state_file(directory)
+    file.unlink(missing_ok=True)
+    with suppress(OSError):
+        file.parent.rmdir()
+
+
 def sweep(root: Path) -> None:
-    """Remove what interrupted runs left behind; only for who holds the folder, see :func:`alone`."""
+    """Remove what interrupted runs left behind, but for the states that they can go on from.
+
+    Only for who holds the folder, see :func:`alone`.
+    """
     for leftover in root.glob(f"{PARTIAL}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in (root / _UNFINISHED).glob(".*"):
+        leftover.unlink(missing_ok=True)
+    for state in (root / _UNFINISHED).glob("*.pt"):
+        if is_finished(root / state.stem):
+            forget_state(root / state.stem)
 
 
 def _summary(directory: Path) -> Any:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
@@ -27,8 +27,11 @@ from tqdm.auto import tqdm
 
 from msam_analysis import plots, report
 from msam_analysis.studies import store
+from msam_analysis.studies.cifar import Checksum
+from msam_analysis.studies.computing import PLAIN, Computing, repeatable
 from msam_analysis.studies.exhibits import EXHIBITS, Evidence, Exhibit, Finding, choose
 from msam_analysis.studies.measuring import Protocol, measure, scores
+from msam_analysis.studies.ranks import Ranks
 from msam_analysis.studies.runs import Run, Task, gather, place
 from msam_analysis.studies.tables import FinishedRun, Tables, write_table
 from msam_analysis.studies.training import Tick, train
@@ -53,13 +56,22 @@ def run_study(
     exhibits: Sequence[str] | None = None,
     jobs: int | None = None,
     protocol: Protocol | None = None,
-    every: int = 32,
+    every: int | None = None,
+    computing: Computing | None = None,
+    data: Path | str | None = None,
+    checksum: Checksum = "published",
+    limit: int | None = None,
+    epochs: int | None = None,
     progress: bool = True,
 ) -> Path:
     """Train every optimizer of a workload with several seeds, measure every network, and write tables and a report.
 
     Runs are made in separate processes with one thread each, so that their number does not change a bit of the result.
-    A finished run is never made again: an interrupted study, called again, goes on from the runs it has.
+    A finished run is never made again: an interrupted study, called again, goes on from the runs it has, and from the
+    states of others that ``computing`` lets it keep.
+
+    In a process group of :mod:`torch.distributed` each process makes its share of the runs; the first one also reads
+    them and writes everything else.
 
     Parameters
     ----------
@@ -76,11 +88,15 @@ def run_study(
         Ids of the exhibits to make, draw and judge; ``["all"]`` for all of them. Default the main ones, which share one
         set of networks.
     jobs
-        Processes, default the number of processors.
+        Processes, default the number of processors; on a GPU one. In a process group, of each member, default one.
     protocol
         What is measured, and how finely.
     every
-        Steps between records of the slower probes.
+        Steps between records of the slower probes; default those of two epochs.
+    computing
+        Device, precision, and how often the state of a run is saved; default the CPU and float32.
+    data, checksum, limit, epochs
+        Of the workload: see :func:`~msam_analysis.studies.workloads.workload`.
     progress
         Show a progress bar with the time left.
 
@@ -92,30 +108,47 @@ def run_study(
     Raises
     ------
     ValueError
-        An unknown workload or exhibit, or fewer than one seed or process.
+        An unknown workload or exhibit, or fewer than one seed or process; what the workload finds wrong with its data;
+        in a process group, members that plan different runs.
     BlockingIOError
         Another study is running in the output folder.
     ChildProcessError
         A process was killed; finished runs stay.
+    RuntimeError
+        In a process group: a run failed here, or another member has ended; finished runs stay.
     KeyboardInterrupt
         Passed on, also for a request to terminate, after the processes have stopped; finished runs stay.
     """
-    problem = workload(name)
+    problem = workload(name, data=data, checksum=checksum, limit=limit, epochs=epochs)
     chosen = choose(exhibits)
-    jobs = jobs if jobs is not None else _processors()
+    computing = computing or PLAIN
+    if computing.save_every is None:
+        computing = replace(computing, save_every=problem.save_every)
+    ranks = Ranks()
+    jobs = jobs if jobs is not None else 1 if computing.device != "cpu" or ranks.count > 1 else _processors()
     if seeds < 1 or jobs < 1:
         raise ValueError(f"seeds and jobs must be at least 1, got seeds={seeds} and jobs={jobs}")
+    every = every if every is not None else _two_epochs(problem)
     if every < 1:
         raise ValueError(f"every must be a positive integer, got {every}")
     protocol = protocol or Protocol()
+    if protocol.samples is None:
+        protocol = replace(protocol, samples=problem.samples)
+    if protocol.samples is not None and protocol.samples < 1:
+        raise ValueError(f"samples must be a positive number to measure on, got {protocol.samples}: leave it out")
     root = Path(out) if out is not None else Path("results") / name
     plan = _plan(chosen, problem, seeds)
-    tasks = {identity: place(run, root / "runs", protocol, every) for identity, run in plan.items()}
+    tasks = {identity: place(run, root / "runs", protocol, every, computing) for identity, run in plan.items()}
+    ranks.check_alike([task.directory.name for task in tasks.values()])
+    if ranks.rank > 0:
+        with _terminable():
+            _make_share(list(tasks.values()), ranks, jobs, progress=False)
+        ranks.meet()
+        return root / "report.html"
     (root / "runs").mkdir(parents=True, exist_ok=True)
     with store.alone(root / "runs"), _terminable():
         store.sweep(root / "runs")
-        missing = [task for task in tasks.values() if not store.is_finished(task.directory)]
-        _make(missing, jobs, progress, len(tasks))
+        _make_share(list(tasks.values()), ranks, jobs, progress)
         evidence = Evidence(problem, seeds, {identity: _read(task) for identity, task in tasks.items()})
         findings = {exhibit: exhibit.study(evidence) for exhibit in chosen}
         tables = evidence.tables if any(exhibit.main for exhibit in chosen) else None
@@ -125,8 +158,10 @@ def run_study(
             Path(figures).mkdir(parents=True, exist_ok=True)
             for picture in pictures.values():
                 shutil.copyfile(picture, Path(figures) / picture.name)
-        page = _compose(problem, protocol, seeds, findings, tables, pictures)
-        return report.write(page, root)[0]
+        setting = Setting(problem, protocol, computing, seeds)
+        page = report.write(_compose(setting, findings, tables, pictures), root)[0]
+    ranks.meet()
+    return page
 
 
 @contextmanager
@@ -149,6 +184,10 @@ def _terminable() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+def _two_epochs(problem: Workload) -> int:
+    return problem.recipe.steps(sum(len(labels) for _, labels in problem.train()), 2)
+
+
 def _processors() -> int:
     # What this process may use, where the system tells; a container often has fewer than the machine.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -166,6 +205,23 @@ def _plan(chosen: Sequence[Exhibit], problem: Workload, seeds: int) -> dict[str,
 
 def _read(task: Task) -> FinishedRun:
     return store.read_run(task.directory, task.run.optimizer, task.run.seed, task.run.settings)
+
+
+def _make_share(tasks: Sequence[Task], ranks: Ranks, jobs: int, progress: bool) -> None:
+    """Make this process's share of what is missing, and wait for the others' shares."""
+    # The first one's view: others may see half of what it has just cleared away.
+    missing = set(ranks.from_first([task.directory.name for task in tasks if not store.is_finished(task.directory)]))
+    share = ranks.share([task for task in tasks if task.directory.name in missing])
+    try:
+        _make(share, jobs, progress, len(tasks) if ranks.count == 1 else len(share))
+    except Exception as error:
+        if ranks.count == 1:
+            raise
+        raise RuntimeError(
+            f"a run failed ({type(error).__name__}: {error}): finished runs are kept, and the same command goes on "
+            "from them"
+        ) from error
+    ranks.meet()
 
 
 def _make(tasks: Sequence[Task], jobs: int, progress: bool, total: int) -> None:
@@ -253,18 +309,25 @@ def execute(task: Task) -> None:
 def make_run(task: Task, tick: Tick) -> None:
     """Train one network, measure what is wanted of it, and write the run."""
     run = task.run
-    trained = train(
-        run.workload,
-        run.optimizer,
-        run.seed,
-        every=task.every,
-        watched=sorted(run.watched),
-        replacement=run.replacement,
-        tick=tick,
-    )
-    measured = measure(run.workload, trained, run.measured, task.protocol, tick)
-    reached = scores(run.workload, trained.model) | {"gradients_per_step": trained.gradients_per_step}
+    with repeatable():
+        trained = train(
+            run.workload,
+            run.optimizer,
+            run.seed,
+            every=task.every,
+            watched=sorted(run.watched),
+            replacement=run.replacement,
+            tick=tick,
+            samples=task.protocol.samples,
+            computing=task.computing,
+            state=None if task.computing.save_every is None else store.state_file(task.directory),
+        )
+        measured = measure(run.workload, trained, run.measured, task.protocol, tick)
+        reached = scores(run.workload, trained.model) | {"gradients_per_step": trained.gradients_per_step}
+    if task.computing.amp == "float16":
+        reached["skipped_steps"] = trained.skipped
     store.write_run(task.directory, trained, reached, measured)
+    store.forget_state(task.directory)
 
 
 def _write_tables(findings: Mapping[Exhibit, Finding], tables: Tables | None, folder: Path) -> None:
@@ -282,15 +345,21 @@ def _draw(findings: Mapping[Exhibit, Finding], folder: Path) -> dict[Exhibit, Pa
     }
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a study was asked for, for its report."""
+
+    problem: Workload
+    protocol: Protocol
+    computing: Computing
+    seeds: int
+
+
 def _compose(
-    problem: Workload,
-    protocol: Protocol,
-    seeds: int,
-    findings: Mapping[Exhibit, Finding],
-    tables: Tables | None,
-    pictures: Mapping[Exhibit, Path],
+    setting: Setting, findings: Mapping[Exhibit, Finding], tables: Tables | None, pictures: Mapping[Exhibit, Path]
 ) -> report.Report:
-    sections = [report.Section("What was run", _setup(problem, seeds), _summary_tables(tables, protocol, seeds))]
+    problem, seeds = setting.problem, setting.seeds
+    sections = [report.Section("What was run", _setup(setting), _summary_tables(tables, setting.protocol, seeds))]
     for exhibit, finding in findings.items():
         label = f"{', '.join(exhibit.ids)}: " if exhibit.ids else ""
         items: list[report.Figure | report.Table] = [report.Figure(pictures[exhibit], exhibit.caption, exhibit.title)]
@@ -303,7 +372,7 @@ def _compose(
     return report.Report(
         title=f"{_listed(problem.perturbations)} on {problem.name}",
         summary=(
-            f"{trained}{verdicts}\n\n"
+            f"{trained}{verdicts}\n\n{_departures(problem)}\n\n"
             "Verdicts are computed from the tables: a claim holds where the 68 % interval over seeds of every quantity "
             "compared lies on the claim's side of its bound; it does not hold where some interval lies on the other "
             "side even at the level 1 − 0.32/m for m comparisons (Bonferroni), as of many quantities one is easily "
@@ -316,7 +385,27 @@ def _compose(
     )
 
 
-def _setup(problem: Workload, seeds: int) -> str:
+def _departures(problem: Workload) -> str:
+    """Say how the set-up is not that of the workload's source; nothing where it is."""
+    return f"Not the paper's set-up: {'; '.join(problem.departures)}." if problem.departures else ""
+
+
+def _coarser(protocol: Protocol) -> str:
+    """Say in what the measurements are not the usual ones."""
+    default = Protocol(samples=protocol.samples)
+    other = [
+        f"{field.name.replace('_', ' ')} {getattr(protocol, field.name)} instead of {getattr(default, field.name)}"
+        for field in fields(Protocol)
+        if getattr(protocol, field.name) != getattr(default, field.name)
+    ]
+    return f"Not the usual measurements: {'; '.join(other)}." if other else ""
+
+
+def _setup(setting: Setting) -> str:
+    problem, seeds, samples = setting.problem, setting.seeds, setting.protocol.samples
+    whole = sum(len(labels) for _, labels in problem.train())
+    part = "the training set" if samples is None or samples >= whole else f"{samples:,} of the training samples"
+    as_trained_on = "labels as trained on" if problem.augmented is None else "without augmentation"
     recipe = ", ".join(
         f"{field.name.replace('_', ' ')} {getattr(problem.recipe, field.name)}"
         for field in fields(Recipe)
@@ -331,10 +420,11 @@ def _setup(problem: Workload, seeds: int) -> str:
         f"{'cosine decay to 0' if problem.recipe.schedule == 'cosine' else 'constant learning rate'}) and differs from "
         f"the others only in the perturbation ε at which the gradient is taken: {perturbations}. The seed sets the "
         "initial weights and the order of the batches, and is shared by all optimizers.\n\n"
-        "After training, BatchNorm statistics are re-estimated on the training set at the true weights; losses, slices "
-        "and Hessians are of the training set (wrong labels included) with these running statistics. While training, "
-        "curvatures and perturbation rises use each batch's own statistics, as the training step does. Control runs "
-        "draw every sample of a batch independently.\n\n"
+        "After training, BatchNorm statistics are re-estimated on the training set at the true weights; losses are of "
+        f"all of it, slices and Hessians of {part} ({as_trained_on}), with these running statistics. While training, "
+        "curvatures and perturbation rises use each batch's own statistics, as the training step does. "
+        f"{'Control runs draw every sample of a batch independently. ' * bool(problem.controls)}"
+        f"Computed {setting.computing}.\n\n{_departures(problem)} {_coarser(setting.protocol)}\n\n"
         f"Intervals are 68 % Student-t intervals over {seeds} seeds. Made with torch {torch.__version__}, Python "
         f"{platform.python_version()}, msam-analysis {version('msam-analysis')}."
     )

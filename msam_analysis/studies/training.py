@@ -6,16 +6,22 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from msam import PerturbedOptimizer, update_batchnorm_statistics
+from msam import PerturbedOptimizer, frozen_batchnorm_statistics, update_batchnorm_statistics
+from msam_analysis.monitor import Monitor
 from msam_analysis.objective import Objective
 from msam_analysis.randomness import RandomStream
+from msam_analysis.studies import saving
+from msam_analysis.studies.augmentation import stream
+from msam_analysis.studies.computing import PLAIN, Computing
 from msam_analysis.studies.watching import SLOW, Scene, watch
-from msam_analysis.studies.workloads import Recipe, Workload
+from msam_analysis.studies.workloads import Batches, Recipe, Workload
 
 Tick = Callable[[float], None]
 
@@ -32,13 +38,16 @@ class Trained:
         One row per step: ``step``, ``epoch``, ``lr``, ``train_batch_loss``, ``cosine``; every ``every``-th row also has
         the quantities of the slower probes.
     gradients_per_step
-        Gradients that were evaluated, per optimizer step.
+        Gradients that were evaluated, per batch.
+    skipped
+        Batches whose step was left out, because a gradient overflowed in float16; they have no row.
     """
 
     model: nn.Module
     optimizer: PerturbedOptimizer
     steps: pd.DataFrame
     gradients_per_step: float
+    skipped: int = 0
 
 
 def train(
@@ -50,6 +59,9 @@ def train(
     watched: Sequence[str] = SLOW,
     replacement: bool = False,
     tick: Tick | None = None,
+    samples: int | None = None,
+    computing: Computing = PLAIN,
+    state: Path | None = None,
 ) -> Trained:
     """Train one network; the same arguments give the same bits on the same machine.
 
@@ -58,7 +70,7 @@ def train(
     workload, optimizer_name
         What to train with which of the workload's optimizers.
     seed
-        Of the initial weights and of the order of the batches; both are shared by all optimizers.
+        Of the initial weights, of the order of the batches and of what augments them; all are shared by all optimizers.
     every
         Steps between two records of the slower probes, ``None`` for no record. Default 32, two epochs of the digits
         workload.
@@ -68,66 +80,196 @@ def train(
         Draw every sample independently of the others, instead of each once an epoch in random order.
     tick
         Called with 1.0 after every step.
+    samples
+        Training samples that probes of the whole training loss look at, see :func:`some`; default all.
+    computing
+        Where, in what precision, and how often the state is saved.
+    state
+        The file of the run's state, written every ``computing.save_every`` epochs and after the last. If it is there,
+        training goes on from it, and ends with the bits of a run that was never interrupted. Default: none.
 
     Returns
     -------
     Trained
         The network and the records.
+
+    Raises
+    ------
+    ValueError
+        A name is unknown, ``state`` cannot be read, or float16 meets a perturbation that would see its loss scale.
     """
     recipe, batches = workload.recipe, workload.train()
-    inputs = torch.cat([batch[0] for batch in batches])
-    labels = torch.cat([batch[1] for batch in batches])
-    with RandomStream(seed):
-        model = workload.network()
-    optimizer = workload.optimizer(optimizer_name, model)
-    criterion = workload.criterion()
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.lr_factor(step, len(labels)))
-    current: tuple[Tensor, Tensor] = (inputs, labels)
-    evaluated = 0
-
-    def closure() -> Tensor:
-        nonlocal evaluated
-        evaluated += 1
-        optimizer.zero_grad()
-        loss: Tensor = criterion(model(current[0]), current[1])
-        loss.backward()
-        if recipe.clip < math.inf:
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        return loss
-
+    run = _Run(workload, optimizer_name, seed, computing)
     # Batch statistics: the running ones of a perturbed optimizer belong to its perturbed weights while it trains.
     scene = Scene(
         workload=workload,
         seed=seed,
-        everything=Objective(model, criterion, batches, batchnorm="batch"),
-        batch=lambda: Objective(model, criterion, [current], batchnorm="batch"),
+        everything=Objective(run.model, run.criterion, some(batches, samples), batchnorm="batch"),
+        batch=lambda: Objective(run.model, run.criterion, [run.current], batchnorm="batch"),
     )
-    rows: list[dict[str, float]] = []
     with ExitStack() as stack:
-        monitors = [stack.enter_context(monitor) for monitor in watch(optimizer, scene, watched, every)]
-        for epoch, index in _order(len(labels), recipe, seed, replacement):
-            current = (inputs[index], labels[index])
-            lr = scheduler.get_last_lr()[0]
-            loss = optimizer.step(closure)
-            scheduler.step()
-            rows.append({"step": len(rows), "epoch": epoch, "lr": float(lr), "train_batch_loss": float(loss.detach())})
-            if tick is not None:
+        run.monitors = [stack.enter_context(monitor) for monitor in watch(run.optimizer, scene, watched, every)]
+        if state is not None:
+            saving.resume(run, state, run.place)
+        tick = tick or (lambda _: None)
+        if run.batches:
+            tick(float(run.batches))
+        for epoch, order in enumerate(_orders(len(run.labels), recipe, seed, replacement)):
+            if epoch < run.epochs:
+                continue
+            for number, index in enumerate(order):
+                run.step(epoch, number, index)
                 tick(1.0)
-    optimizer.eval()
-    update_batchnorm_statistics(model, batches, optimizer)
-    steps = pd.DataFrame(rows)
-    for monitor in monitors:
+            run.epochs = epoch + 1
+            due = computing.save_every is not None and run.epochs % computing.save_every == 0
+            if state is not None and (due or run.epochs == recipe.epochs):
+                saving.save(run, state)
+    run.optimizer.eval()
+    update_batchnorm_statistics(run.model, batches, run.optimizer, device=run.place)
+    steps = pd.DataFrame(run.rows, columns=["step", "epoch", "lr", "train_batch_loss"])
+    for monitor in run.monitors:
         steps = steps.merge(monitor.frame(), on="step", how="left")
-    return Trained(model.eval(), optimizer, steps, evaluated / len(rows))
+    skipped = run.batches - len(run.rows)
+    return Trained(run.model.eval(), run.optimizer, steps, run.evaluated / run.batches, skipped)
 
 
-def _order(samples: int, recipe: Recipe, seed: int, replacement: bool) -> Iterator[tuple[int, Tensor]]:
-    """Yield epoch and sample indices of every batch."""
+def some(batches: Batches, samples: int | None) -> Batches:
+    """Return a fixed random part of the data, the same for every network; all of it for ``None`` or if it has no more.
+
+    Parameters
+    ----------
+    batches
+        The data.
+    samples
+        How many samples, drawn without replacement and kept in their order, in batches as large as the largest.
+    """
+    sizes = [len(labels) for _, labels in batches]
+    if samples is None or samples >= sum(sizes):
+        return batches
+    chosen = torch.zeros(sum(sizes), dtype=torch.bool)
+    chosen[torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(0))[:samples]] = True
+    parts = [(x[part], y[part]) for (x, y), part in zip(batches, chosen.split(sizes), strict=True)]
+    inputs, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+    return list(zip(inputs.split(max(sizes)), labels.split(max(sizes)), strict=True))
+
+
+class _Run:
+    """A run under way: all that changes from step to step, and the step."""
+
+    def __init__(self, workload: Workload, optimizer_name: str, seed: int, computing: Computing) -> None:
+        self.recipe, self.seed, self.computing, self.place = workload.recipe, seed, computing, computing.place
+        self.augmentation = None
+        if workload.augmented is None:
+            inputs, labels = (torch.cat(column) for column in zip(*workload.train(), strict=True))
+        else:
+            data = workload.augmented()
+            inputs, labels, self.augmentation = data.images, data.labels, data.augmentation
+        self.inputs, self.labels = inputs.to(self.place), labels.to(self.place)
+        with RandomStream(seed):
+            self.model = workload.network()
+        self.model.to(self.place)
+        self.optimizer = workload.optimizer(optimizer_name, self.model)
+        self.criterion = workload.criterion()
+        self.scaler = computing.scaler()
+        perturbation = workload.perturbations[optimizer_name]
+        self.climbs = perturbation is not None and perturbation.direction == "gradient"
+        if self.scaler is not None and perturbation is not None and self.climbs and perturbation.normalize != "l2":
+            raise ValueError(
+                f"{optimizer_name} perturbs along the gradient without normalising it, and would see the loss scale of "
+                "float16: use bfloat16"
+            )
+        self.monitors: list[Monitor] = []
+        self.rows: list[dict[str, float]] = []
+        self.epochs = self.batches = self.evaluated = 0
+        self.current: tuple[Tensor, Tensor] = (self.inputs[:0], self.labels[:0])
+
+    def step(self, epoch: int, number: int, index: Tensor) -> None:
+        """Train on one batch, given by the indices of its samples."""
+        index = index.to(self.place)
+        inputs = self.inputs[index]
+        if self.augmentation is not None:
+            inputs = self.augmentation(inputs, stream(self.seed, epoch, number))
+        self.current = (inputs, self.labels[index])
+        lr = self.recipe.lr * self.recipe.lr_factor(self.batches, len(self.labels))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.batches += 1
+        loss = self.optimizer.step(self._closure) if self.scaler is None else self._scaled_step(self.scaler)
+        # The first monitor sees every step, and none where a gradient overflowed.
+        if self.monitors[0].step > len(self.rows):
+            row = {"step": len(self.rows), "epoch": epoch, "lr": lr, "train_batch_loss": float(loss.detach())}
+            self.rows.append(row)
+
+    def _closure(self) -> Tensor:
+        loss = self._loss()
+        loss.backward()
+        self._clip()
+        return loss
+
+    def _scaled_step(self, scaler: torch.amp.GradScaler) -> Tensor:
+        loss = self._loss()
+        scaler.scale(loss).backward()
+        if self.climbs:
+            self.optimizer.first_step()
+            with frozen_batchnorm_statistics(self.model):
+                scaler.scale(self._loss()).backward()
+        if self.recipe.clip < math.inf:
+            scaler.unscale_(self.optimizer)
+            self._clip()
+        scaler.step(self.optimizer)
+        scaler.update()
+        return loss
+
+    def _loss(self) -> Tensor:
+        self.evaluated += 1
+        self.optimizer.zero_grad()
+        inputs, labels = self.current
+        with self.computing.autocast():
+            loss: Tensor = self.criterion(self.model(inputs), labels)
+        return loss
+
+    def _clip(self) -> None:
+        if self.recipe.clip < math.inf:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the rest of the run depends on; what is drawn depends on seed, epoch and batch alone."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+            "monitors": [monitor.state_dict() for monitor in self.monitors],
+            "records": [[_plain(row) for row in monitor.rows] for monitor in self.monitors],
+            "rows": self.rows,
+            "epochs": self.epochs,
+            "batches": self.batches,
+            "evaluated": self.evaluated,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        for monitor, saved, records in zip(self.monitors, state["monitors"], state["records"], strict=True):
+            monitor.rows = records
+            monitor.load_state_dict(saved)
+        self.rows = state["rows"]
+        self.epochs, self.batches, self.evaluated = state["epochs"], state["batches"], state["evaluated"]
+
+
+def _plain(row: dict[str, float]) -> dict[str, float]:
+    """Return a record without NumPy's numbers, which are not read back as plain values."""
+    return {name: value if isinstance(value, int) else float(value) for name, value in row.items()}
+
+
+def _orders(samples: int, recipe: Recipe, seed: int, replacement: bool) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the sample indices of every epoch's batches."""
     generator = torch.Generator().manual_seed(seed)
-    for epoch in range(recipe.epochs):
+    for _ in range(recipe.epochs):
         if replacement:
             order = torch.randint(samples, (samples,), generator=generator)
         else:
             order = torch.randperm(samples, generator=generator)
-        for index in order.split(recipe.batch_size):
-            yield epoch, index
+        yield order.split(recipe.batch_size)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor, nn
 
 from msam import Perturbation, PerturbedAdamW, PerturbedOptimizer, PerturbedSGD
-from msam_analysis.studies import digits, relatives
+from msam_analysis.studies import cifar100, digits, relatives
+from msam_analysis.studies.cifar import Checksum
 from msam_analysis.studies.fingerprint import fingerprint, untrained
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -77,7 +80,7 @@ class Workload:
     network
         Makes an untrained network from torch's global generator.
     train, test
-        Fixed batches.
+        Fixed batches: what is measured, and trained on unless ``augmented`` says otherwise.
     recipe
         See :class:`Recipe`.
     perturbations
@@ -88,6 +91,16 @@ class Workload:
     relatives
         Other learning problems, for exhibits that compare several, by what they are: ``"perceptron"``,
         ``"transformer"``, ``"text"``, ``"table"``. Not part of what decides a run of this one.
+    augmented
+        Images that are changed at random whenever they are trained on; default none.
+    samples
+        Training samples that curvatures and landscapes are measured on unless a study asks for another number; default
+        all.
+    save_every
+        Epochs between two states of a run that an interrupted study goes on from, unless a study asks for another
+        number; default none, and the run begins anew.
+    departures
+        In what the set-up is not that of its source, in words, for the report.
     """
 
     name: str
@@ -99,6 +112,10 @@ class Workload:
     perturbations: Mapping[str, Perturbation | None]
     controls: tuple[str, ...] = ()
     relatives: Mapping[str, Workload] = field(default_factory=dict, compare=False)
+    augmented: Callable[[], cifar100.Augmented] | None = None
+    samples: int | None = None
+    save_every: int | None = None
+    departures: tuple[str, ...] = field(default=(), compare=False)
 
     def optimizer(self, name: str, model: nn.Module) -> PerturbedOptimizer:
         """Return the named optimizer for a model.
@@ -135,14 +152,19 @@ class Workload:
 
     def fingerprint(self, optimizer: str, *extra: object) -> str:
         """Return a hash of all that decides a run: recipe, perturbation, network, data, ``extra``, and our code."""
-        contents = _contents(self.network, self.train, self.test)
+        contents = _contents(self.network, self.train, self.test, self.augmented)
         return fingerprint(self.name, self.recipe, self.perturbations[optimizer], contents, *extra)
 
 
 # Most of a study's hundreds of runs share these, and hashing them takes longer than the rest of a plan.
 @lru_cache
-def _contents(network: Callable[[], nn.Module], train: Callable[[], Batches], test: Callable[[], Batches]) -> str:
-    return fingerprint(untrained(network), train(), test())
+def _contents(
+    network: Callable[[], nn.Module],
+    train: Callable[[], Batches],
+    test: Callable[[], Batches],
+    augmented: Callable[[], cifar100.Augmented] | None,
+) -> str:
+    return fingerprint(untrained(network), train(), test(), None if augmented is None else augmented())
 
 
 def formula(perturbation: Perturbation) -> str:
@@ -243,16 +265,105 @@ DIGITS = Workload(
 )
 
 WORKLOADS: Mapping[str, Workload] = {"digits": DIGITS}
+"""Those that come with their data."""
+
+_WIDE = Recipe(epochs=200, batch_size=256, lr=0.5, momentum=_MOMENTUM, weight_decay=5e-4, label_smoothing=0.1)
+
+CIFAR100: Mapping[str, tuple[str, Recipe]] = {
+    "cifar100": ("WRN-16-4", _WIDE),
+    "cifar100-wrn28-10": ("WRN-28-10", _WIDE),
+    "cifar100-resnet50": ("ResNet-50", dataclasses.replace(_WIDE, lr=0.1, weight_decay=1e-3)),
+}
+"""Those of the paper's table 1 on CIFAR-100: network, one of :data:`.cifar100.NETWORKS`, and recipe."""
+
+# The paper's A15 has its optima at ρ of 0.2-0.3 for SAM and 2-3 for MSAM, and A10 fixes 2.2.
+_CIFAR100_PERTURBATIONS: Mapping[str, Perturbation | None] = {
+    "SGD": None,
+    "NAG": Perturbation(direction="momentum", normalize="lr", rho=_MOMENTUM),
+    "SAM": Perturbation(direction="gradient", rho=0.22),
+    "MSAM": Perturbation(direction="momentum", rho=2.2),
+}
+# Of the 50,000: a gradient over all of them takes as long as 200 steps.
+_CIFAR100_SAMPLES = 10_000
+_CIFAR100_SAVE_EVERY = 10
 
 
-def workload(name: str) -> Workload:
+def workload(
+    name: str,
+    *,
+    data: Path | str | None = None,
+    checksum: Checksum = "published",
+    limit: int | None = None,
+    epochs: int | None = None,
+) -> Workload:
     """Return a workload by name.
+
+    Parameters
+    ----------
+    name
+        ``"digits"``; ``"cifar100"`` (WRN-16-4), ``"cifar100-wrn28-10"`` or ``"cifar100-resnet50"``.
+    data
+        For CIFAR-100: its archive or folder, see :func:`msam_analysis.studies.cifar.load`.
+    checksum
+        For CIFAR-100: ``"any"`` reads files of its format that are not the published ones.
+    limit
+        For CIFAR-100: only so many of the first training and of the first test images.
+    epochs
+        In place of the workload's own number.
 
     Raises
     ------
     ValueError
-        There is none of that name.
+        There is none of that name; it needs ``data``, or has data of its own; the number of epochs is not positive; or
+        what :func:`msam_analysis.studies.cifar.load` finds wrong.
+    FileNotFoundError
+        The data is not there.
     """
-    if name not in WORKLOADS:
-        raise ValueError(f"unknown workload {name!r}: expected one of {sorted(WORKLOADS)}")
-    return WORKLOADS[name]
+    if name in CIFAR100:
+        if data is None:
+            raise ValueError(
+                f"the workload {name!r} needs its images: pass the folder or archive of CIFAR-100's binary version "
+                "with --data"
+            )
+        problem = _cifar100(name, cifar100.Source(Path(data), checksum, limit))
+    elif name not in WORKLOADS:
+        raise ValueError(f"unknown workload {name!r}: expected one of {[*sorted(WORKLOADS), *CIFAR100]}")
+    elif data is not None or checksum != "published" or limit is not None:
+        raise ValueError(f"the workload {name!r} comes with its data: leave --data, --checksum and --limit out")
+    else:
+        problem = WORKLOADS[name]
+    if epochs is None or epochs == problem.recipe.epochs:
+        return problem
+    if epochs < 1:
+        raise ValueError(f"expected 1 or more epochs, got {epochs}")
+    shorter = f"{epochs} epoch{'s' * (epochs > 1)} instead of {problem.recipe.epochs}"
+    recipe = dataclasses.replace(problem.recipe, epochs=epochs)
+    return dataclasses.replace(problem, recipe=recipe, departures=(*problem.departures, shorter))
+
+
+def _cifar100(name: str, source: cifar100.Source) -> Workload:
+    network, recipe = CIFAR100[name]
+    images = cifar100.load(source)
+    augmentation = images.train.augmentation
+    departures = []
+    if source.checksum != "published":
+        departures.append("files that were not checked to be the published CIFAR-100")
+    if source.limit is not None:
+        departures.append(f"the first {len(images.train.images):,} training and {len(images.test):,} test images only")
+    return Workload(
+        name=name,
+        description=(
+            f"CIFAR-100: {len(images.train.images):,} colour images of 32x32 pixels to train on, standardised, cropped "
+            f"at random with {augmentation.padding} pixels of padding, mirrored, and with a square of "
+            f"{augmentation.cutout} pixels cut out; {len(images.test):,} to test on; {network}"
+        ),
+        network=cifar100.NETWORKS[network],
+        train=partial(cifar100.train_data, source),
+        test=partial(cifar100.test_data, source),
+        recipe=recipe,
+        perturbations=_CIFAR100_PERTURBATIONS,
+        augmented=partial(cifar100.augmented, source),
+        samples=_CIFAR100_SAMPLES,
+        save_every=_CIFAR100_SAVE_EVERY,
+        departures=tuple(departures),
+    )
