@@ -9,6 +9,7 @@ from msam_analysis import checkpoints, directions, export, plots, probes, result
 from msam_analysis.alignment import momentum_gradient_cosine, sam_msam_angle
 from msam_analysis.directions import Direction
 from msam_analysis.eigen import top_eigenvalues
+from msam_analysis.features import feature_rank
 from msam_analysis.landscape import slice_1d, slice_2d
 from msam_analysis.layers import by_layer, layer_frame
 from msam_analysis.monitor import Monitor
@@ -16,6 +17,7 @@ from msam_analysis.objective import Objective
 from msam_analysis.operators import MatrixOperator, SymmetricOperator
 from msam_analysis.resampling import data_interval
 from msam_analysis.results import ApproximationWarning, ConvergenceWarning
+from msam_analysis.robustness import robust_accuracy
 from msam_analysis.sharpness import (
     average_sharpness,
     ball_sharpness,
@@ -49,6 +51,7 @@ __all__ = [
     "directional_sharpness",
     "directions",
     "export",
+    "feature_rank",
     "fisher_rao_norm",
     "layer_frame",
     "m_sharpness",
@@ -61,6 +64,7 @@ __all__ = [
     "project",
     "relative_flatness",
     "results",
+    "robust_accuracy",
     "sam_msam_angle",
     "slice_1d",
     "slice_2d",
