@@ -196,10 +196,13 @@ def _processors() -> int:
 def _plan(chosen: Sequence[Exhibit], problem: Workload, seeds: int) -> dict[str, Run]:
     """Return the runs that the chosen exhibits need, each with all that any exhibit wants of it.
 
-    So a network is the same file whichever exhibits are chosen, and is never trained again for another one.
+    So a network is the same file whichever exhibits are chosen, and is never trained again for another one. Where a
+    workload is frugal, each has what the chosen exhibits want of it.
     """
-    everything = gather(run for exhibit in EXHIBITS for run in exhibit.runs(problem, seeds))
     needed = gather(run for exhibit in chosen for run in exhibit.runs(problem, seeds))
+    if problem.frugal:
+        return needed
+    everything = gather(run for exhibit in EXHIBITS for run in exhibit.runs(problem, seeds))
     return {identity: everything[identity] for identity in needed}
 
 

@@ -99,6 +99,9 @@ class Workload:
     save_every
         Epochs between two states of a run that an interrupted study goes on from, unless a study asks for another
         number; default none, and the run begins anew.
+    frugal
+        Whether a run is so dear that only what the chosen exhibits want of it is recorded and measured. Others, chosen
+        later, may then need it anew; otherwise a run has at once what any exhibit wants.
     departures
         In what the set-up is not that of its source, in words, for the report.
     """
@@ -115,6 +118,7 @@ class Workload:
     augmented: Callable[[], cifar100.Augmented] | None = None
     samples: int | None = None
     save_every: int | None = None
+    frugal: bool = False
     departures: tuple[str, ...] = field(default=(), compare=False)
 
     def optimizer(self, name: str, model: nn.Module) -> PerturbedOptimizer:
@@ -365,5 +369,6 @@ def _cifar100(name: str, source: cifar100.Source) -> Workload:
         augmented=partial(cifar100.augmented, source),
         samples=_CIFAR100_SAMPLES,
         save_every=_CIFAR100_SAVE_EVERY,
+        frugal=True,
         departures=tuple(departures),
     )
