@@ -77,7 +77,7 @@ def test_small_steps_find_what_one_step_crosses() -> None:
     assert (float(one.accuracies), float(many.accuracies)) == (1.0, 0.0)
     assert (one.steps, many.steps) == (1, 10)
     still = robust_accuracy(Strip(), [(x, labels)], "pgd", [0.6], step_size=0.0)
-    assert 0.2 < float(still.accuracies) < 0.95, "the random start alone"
+    assert 0.5 < float(still.accuracies) < 0.8, "two thirds of uniform starts lie beside the strip"
 
 
 class Recorder(nn.Module):
