@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +95,14 @@ class _HeldOutMomentum:
             self.buffers[name] = self.momentum * buffer + gradient
         return found
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the momenta, for a run that goes on later."""
+        return {"buffers": self.buffers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with these."""
+        self.buffers = dict(state["buffers"])
+
 
 class _HeldOut:
     """``held_out_cosine_fresh`` and ``held_out_cosine_fixed``: of the training's momentum and held-out gradients."""
@@ -110,6 +118,14 @@ class _HeldOut:
             f"held_out_cosine_{name}": HeldOutCosine(objective)(optimizer, step)["held_out_cosine"]
             for name, objective in (("fresh", fresh), ("fixed", self.batches[0]))
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many fresh batches there were, for a run that goes on later."""
+        return {"asked": self.asked}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the next one."""
+        self.asked = int(state["asked"])
 
 
 def _held_out(scene: Scene) -> list[Objective]:

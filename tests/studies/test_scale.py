@@ -23,7 +23,7 @@ from msam_analysis.studies.ranks import Ranks
 from msam_analysis.studies.runs import Run, Task, place
 from msam_analysis.studies.study import run_study
 from msam_analysis.studies.training import Trained, some, train
-from msam_analysis.studies.watching import SLOW
+from msam_analysis.studies.watching import SLOW, WATCHES
 from msam_analysis.studies.workloads import WORKLOADS, Workload
 
 from .test_study import Inline, study, tables
@@ -89,6 +89,17 @@ def test_a_killed_run_ends_with_the_same_bits(name: str, after: int, how: Comput
     skipped = (after - 1) // (2 * BATCHES) * 2 * BATCHES
     assert ticks == [float(skipped)] * bool(skipped) + [1.0] * (EPOCHS * BATCHES - skipped)
     assert "curvature_random" in whole.steps
+
+
+def test_every_probe_goes_on_where_it_was(tmp_path: Path) -> None:
+    """All that can be watched, also what carries something from one record to the next."""
+    short = dataclasses.replace(LONG, recipe=dataclasses.replace(LONG.recipe, epochs=2))
+    options: dict[str, Any] = {"every": 2, "watched": sorted(WATCHES)}
+    whole = train(short, "MSAM", 1, **options)
+    saving, file = Computing(save_every=1), tmp_path / "state.pt"
+    with pytest.raises(KilledError):
+        train(short, "MSAM", 1, computing=saving, state=file, tick=killed(6), **options)
+    alike(train(short, "MSAM", 1, computing=saving, state=file, **options), whole)
 
 
 def test_killed_again_and_again(tmp_path: Path) -> None:
