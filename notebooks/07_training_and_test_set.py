@@ -203,8 +203,8 @@ against.loc[[pair for pair in order if pair[1] != "SGD"]].rename(columns=words).
 # heart the sooner. **MSAM raises the training loss**, and where labels are wrong it raises the test accuracy by twenty
 # points. With the right labels there is little to gain, and all three agree to half a point.
 #
-# So one displacement along the momentum is an accelerator and the other a regulariser, and the switch between them is
-# its length: gone with the rate, or kept to the last step.
+# So a short displacement along the momentum is an accelerator, and a long one a regulariser. NAG's ε is about 0.1 long
+# on this problem and vanishes with the rate, MSAM's is 3 to the last step.
 #
 # *How far to trust it.* Two seeds of one small network. And "generalises better" is here largely "does not learn the
 # wrong labels": SGD that is stopped early does not, either. What the table cannot tell is whether MSAM is more than a
@@ -219,6 +219,6 @@ assert against.loc[(wrong, "MSAM"), "test_accuracy"] > 0.02
 assert abs(against.loc[("right labels", "MSAM"), "test_accuracy"]) < 0.02
 
 # %% [markdown]
-# **Exercise.** Is it the length of ε, or its constancy? Add `"long NAG"`, with `normalize="lr"` and ρ = 8, which looks
-# about as far ahead as MSAM in the middle of the run, to `METHODS`. To which of the two does it belong, by training
-# loss and by test accuracy?
+# **Exercise.** Is it the length of ε, or that it stays? Add `"long NAG"` to `METHODS`, with `normalize="lr"` and ρ =
+# 32, which looks far ahead early in the run and nowhere at its end. To which of the two does it belong, by training
+# loss and by test accuracy? Notebook 4 has half of the answer.
