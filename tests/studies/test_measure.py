@@ -189,7 +189,7 @@ def test_bad_settings(options: dict[str, Any], message: str, objective: ma.Objec
 def test_measurements_of_a_run(trained: Trained) -> None:
     """Every result is what the library's own call returns, on the training set, in eval mode, at the true weights."""
     ticks: list[float] = []
-    results = measuring.measure(TOY, trained, COARSE, ticks.append)
+    results = measuring.measure(TOY, trained, measuring.SHARPNESS, COARSE, ticks.append)
     assert list(results) == [
         "lanczos",
         "power",
@@ -242,12 +242,20 @@ def test_measurements_of_a_run(trained: Trained) -> None:
     corner = float(plane.x[-1]) * along["random"]
     corner = corner + float(plane.y[-1]) * ma.directions.random(objective, COARSE.random_seed + 1).vector
     assert float(plane.loss[-1, -1]) == pytest.approx(float(objective.loss(objective.point() + corner)), rel=1e-4)
-    assert sum(ticks) == pytest.approx(measuring.cost(COARSE))
+    assert sum(ticks) == pytest.approx(measuring.cost(measuring.SHARPNESS, COARSE))
+
+
+def test_only_what_is_asked_for_is_measured(trained: Trained) -> None:
+    ticks: list[float] = []
+    results = measuring.measure(TOY, trained, ["balls"], COARSE, ticks.append)
+    assert list(results) == ["ball-0.05", "ball-0.5"]
+    assert sum(ticks) == measuring.cost(["balls"], COARSE) < measuring.cost(measuring.SHARPNESS, COARSE)
+    assert measuring.measure(TOY, trained, [], COARSE, ticks.append) == {}
 
 
 def test_measuring_leaves_the_network_as_it_was(trained: Trained) -> None:
     before = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
-    measuring.measure(TOY, trained, COARSE, lambda _: None)
+    measuring.measure(TOY, trained, measuring.SHARPNESS, COARSE, lambda _: None)
     assert all(torch.equal(tensor, before[name]) for name, tensor in trained.model.state_dict().items())
     assert not trained.model.training
 
