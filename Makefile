@@ -39,7 +39,8 @@ install: $(STAMP)  ## .venv with everything that study and test need
 study: $(STAMP)  ## train, measure and report on real data (STUDY_ARGS="..." to choose)
 	@$(BIN)/msam-analysis study $(STUDY_ARGS)
 
-figures: study  ## draw figures/ again (runs already finished are not repeated)
+figures: $(STAMP)  ## every exhibit of the paper into figures/, with its table (half an hour; finished runs are kept)
+	@$(BIN)/msam-analysis study $(STUDY_ARGS) --exhibits all
 
 notebooks: $(STAMP)  ## execute the notebooks from their scripts
 	@$(BIN)/python notebooks/build.py

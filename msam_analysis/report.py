@@ -224,16 +224,34 @@ def write(report: Report, directory: str | os.PathLike[str]) -> tuple[Path, Path
         A figure is not a PNG, SVG or JPEG file.
     """
     directory = Path(directory)
-    figures = [item for section in report.sections for item in section.items if isinstance(item, Figure)]
-    images = {figure: _embedded(figure) for figure in figures}
-    links = {figure: _link(Path(figure.path), directory) for figure in figures}
+    images = {figure: _embedded(figure) for figure in _figures(report)}
     html = _environment().get_template("report.html.j2").render(report=report, images=images)
-    markdown = _environment().get_template("report.md.j2").render(report=report, links=links)
-    files = directory / "report.html", directory / "report.md"
-    for path, text in zip(files, (html, markdown), strict=True):
-        with atomic_path(path) as partial:
-            partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8", newline="\n")
-    return files
+    path = directory / "report.html"
+    _put(path, html)
+    return path, write_markdown(report, directory)
+
+
+def write_markdown(report: Report, directory: str | os.PathLike[str]) -> Path:
+    """Write ``report.md`` alone into a directory, which is made if it does not exist; see :func:`write`.
+
+    Returns
+    -------
+    pathlib.Path
+        The file. Its links to the figures are relative.
+    """
+    path = Path(directory) / "report.md"
+    links = {figure: _link(Path(figure.path), path.parent) for figure in _figures(report)}
+    _put(path, _environment().get_template("report.md.j2").render(report=report, links=links))
+    return path
+
+
+def _figures(report: Report) -> list[Figure]:
+    return [item for section in report.sections for item in section.items if isinstance(item, Figure)]
+
+
+def _put(path: Path, text: str) -> None:
+    with atomic_path(path) as partial:
+        partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8", newline="\n")
 
 
 class _Image(NamedTuple):
@@ -376,4 +394,15 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-__all__ = ["Claim", "Figure", "Report", "Section", "Table", "Verdict", "counted", "plus_minus", "write"]
+__all__ = [
+    "Claim",
+    "Figure",
+    "Report",
+    "Section",
+    "Table",
+    "Verdict",
+    "counted",
+    "plus_minus",
+    "write",
+    "write_markdown",
+]

@@ -33,7 +33,7 @@ def study_command(
     samples: Annotated[
         int | None, typer.Option(help="Training samples to measure on; default 10,000 of CIFAR-100, else all.")
     ] = None,
-    every: Annotated[int | None, typer.Option(help="Steps between slow records; default two epochs.")] = None,
+    every: Annotated[int | None, typer.Option(help="Steps between slow records; default a 20th of a run.")] = None,
     coarse: Annotated[bool, typer.Option("--coarse", help="Measure as little as shows that it works.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: a GPU if there is one.")] = "auto",
     amp: Annotated[str, typer.Option(help="Mixed precision of training steps: none, bfloat16, float16.")] = "none",

@@ -40,6 +40,7 @@ from msam_analysis.studies.workloads import Recipe, Workload, formula, workload
 if TYPE_CHECKING:
     from typing_extensions import Never
 
+_RECORDS = 20
 _SUMMARY = ("train_accuracy", "test_accuracy", "train_loss", "test_loss", "lambda_1", "gradients_per_step")
 
 
@@ -83,7 +84,7 @@ def run_study(
         Output folder, default ``results/<name>``: ``tables/*.csv``, ``figures/*.png``, ``runs/*/checkpoint.pt``,
         ``report.md``, ``report.html``.
     figures
-        A second folder for the pictures.
+        A second folder for the pictures, each with its table beside it, and for ``report.md``.
     exhibits
         Ids of the exhibits to make, draw and judge; ``["all"]`` for all of them. Default the main ones, which share one
         set of networks.
@@ -92,7 +93,7 @@ def run_study(
     protocol
         What is measured, and how finely.
     every
-        Steps between records of the slower probes; default those of two epochs.
+        Steps between records of the slower probes; default a twentieth of a run, two epochs of the digits.
     computing
         Device, precision, and how often the state of a run is saved; default the CPU and float32.
     data, checksum, limit, epochs
@@ -128,7 +129,7 @@ def run_study(
     jobs = jobs if jobs is not None else 1 if computing.device != "cpu" or ranks.count > 1 else _processors()
     if seeds < 1 or jobs < 1:
         raise ValueError(f"seeds and jobs must be at least 1, got seeds={seeds} and jobs={jobs}")
-    every = every if every is not None else _two_epochs(problem)
+    every = every if every is not None else max(1, _steps(problem) // _RECORDS)
     if every < 1:
         raise ValueError(f"every must be a positive integer, got {every}")
     protocol = protocol or Protocol()
@@ -154,12 +155,11 @@ def run_study(
         tables = evidence.tables if any(exhibit.main for exhibit in chosen) else None
         _write_tables(findings, tables, root / "tables")
         pictures = _draw(findings, root / "figures")
-        if figures is not None:
-            Path(figures).mkdir(parents=True, exist_ok=True)
-            for picture in pictures.values():
-                shutil.copyfile(picture, Path(figures) / picture.name)
         setting = Setting(problem, protocol, computing, seeds)
         page = report.write(_compose(setting, findings, tables, pictures), root)[0]
+        if figures is not None:
+            copies = _copy(findings, pictures, Path(figures))
+            report.write_markdown(_compose(setting, findings, tables, copies), figures)
     ranks.meet()
     return page
 
@@ -184,8 +184,8 @@ def _terminable() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _two_epochs(problem: Workload) -> int:
-    return problem.recipe.steps(sum(len(labels) for _, labels in problem.train()), 2)
+def _steps(problem: Workload) -> int:
+    return problem.recipe.steps(sum(len(labels) for _, labels in problem.train()))
 
 
 def _processors() -> int:
@@ -339,6 +339,18 @@ def _write_tables(findings: Mapping[Exhibit, Finding], tables: Tables | None, fo
     for exhibit, finding in findings.items():
         if finding.table is not None:
             write_table(finding.table, folder / f"{exhibit.name}.csv")
+
+
+def _copy(findings: Mapping[Exhibit, Finding], pictures: Mapping[Exhibit, Path], folder: Path) -> dict[Exhibit, Path]:
+    """Copy every picture to a folder, with its table beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    copies = {exhibit: folder / picture.name for exhibit, picture in pictures.items()}
+    for exhibit, copy in copies.items():
+        shutil.copyfile(pictures[exhibit], copy)
+        table = findings[exhibit].table
+        if table is not None:
+            write_table(table, copy.with_suffix(".csv"))
+    return copies
 
 
 def _draw(findings: Mapping[Exhibit, Finding], folder: Path) -> dict[Exhibit, Path]:

@@ -14,6 +14,16 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 SCRIPTS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+# The experiments of a notebook at a size at which its assertions still hold.
+TINY: dict[str, dict[str, object]] = {
+    "01_sharpness_of_a_checkpoint": {"EPOCHS": 16, "ITERATIONS": 12, "POINTS": 7},
+    "02_loss_landscapes": {"EPOCHS": 14, "POINTS": 7, "REFINE": 0.05, "WIDE": 7},
+    "03_momentum_and_gradient": {"EPOCHS": 8, "SEEDS": 1},
+    "04_from_msam_to_nag": {"EPOCHS": 10, "STRENGTHS": 2},
+    "05_sam_and_msam_gradients": {"EPOCHS": 4, "SEEDS": 1},
+    "06_hessian_along_training": {"EPOCHS": 6, "SAMPLES": 100, "PERIOD": 32},
+    "07_training_and_test_set": {"EPOCHS": 10, "SEEDS": 1},
+}
 # Two cells of text, two of code; the code shows a text, a number and two pictures.
 SMALL = """# %% [markdown]
 # # Small
@@ -68,9 +78,11 @@ def test_every_plot_of_a_notebook_is_shown(script: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_script_runs_and_its_assertions_hold(script: Path, tmp_path: Path) -> None:
+def test_script_runs_and_its_assertions_hold(build: ModuleType, script: Path, tmp_path: Path) -> None:
     environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script)]
+    tiny = tmp_path / "tiny.py"
+    tiny.write_text(jupytext.writes(build.load(script, TINY[script.stem]), fmt="py:percent"), encoding="utf-8")
+    command = [sys.executable, str(tiny)]
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", check=False)
     assert ended.returncode == 0, ended.stderr
 
@@ -92,6 +104,73 @@ def test_built_notebook_is_in_step_and_shows_everything(build: ModuleType, small
         for cell in notebook.cells
     ]
     assert shown == [set(), {"printed", "text/plain", "image/png"}, set(), {"text/plain", "image/png"}]
+
+
+PARAMETRISED = """# %% tags=["parameters"]
+EPOCHS = 40
+SEEDS = 3
+RHO = 0.5
+# %%
+print(EPOCHS, RHO)
+"""
+
+
+@pytest.fixture
+def parametrised(tmp_path: Path) -> Path:
+    script = tmp_path / "01_parametrised.py"
+    script.write_text(PARAMETRISED, encoding="utf-8")
+    return script
+
+
+def printed(notebook: Path) -> list[str]:
+    return [output.text for cell in jupytext.read(notebook).cells for output in cell.get("outputs", [])]
+
+
+def test_parameters_are_set_and_their_cell_keeps_its_tag(build: ModuleType, parametrised: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    assert build.main(["--set", "EPOCHS=2", "--set", "RHO = 'large'", "--into", str(folder), str(parametrised)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [parametrised.name, "elsewhere"]
+    made = folder / "01_parametrised.ipynb"
+    assert printed(made) == ["2 large\n"]
+    tags = [cell.metadata.get("tags", []) for cell in jupytext.read(made).cells]
+    assert tags == [["parameters"], ["injected-parameters"], []]
+    assert list(build.problems(parametrised, made)) != []
+
+
+def test_a_parameter_that_is_not_there_is_refused(build: ModuleType, parametrised: Path, small: Path) -> None:
+    with pytest.raises(ValueError, match=r"no parameter 'EPOCH': expected some of \['EPOCHS', 'RHO', 'SEEDS'\]"):
+        build.load(parametrised, {"EPOCH": 2})
+    with pytest.raises(ValueError, match=r"01_small\.py has no cell tagged 'parameters': expected .*\['EPOCHS'\]"):
+        build.load(small, {"EPOCHS": 2})
+
+
+def test_other_parameters_do_not_make_the_notebook(build: ModuleType, parametrised: Path) -> None:
+    with pytest.raises(ValueError, match=r"other values for \['RHO'\] do not make the notebook"):
+        build.build(parametrised, values={"RHO": 1})
+    assert not parametrised.with_suffix(".ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--set", "RHO=1"], "expected --into FOLDER"),
+        (["--set", "RHO", "--into", "x"], "expected NAME=VALUE, got 'RHO'"),
+        (["--set", "RHO=large", "--into", "x"], "expected a Python literal after NAME=, got 'RHO=large'"),
+    ],
+    ids=["no folder", "no value", "no literal"],
+)
+def test_arguments_are_checked(
+    build: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    with pytest.raises(SystemExit):
+        build.main(arguments)
+    assert sentence in capsys.readouterr().err
+
+
+def test_every_notebook_has_a_tiny_size(build: ModuleType) -> None:
+    assert set(TINY) == {script.stem for script in SCRIPTS}
+    for script in SCRIPTS:
+        build.load(script, TINY[script.stem])
 
 
 # What a hand does to a notebook, and what the check says of it.

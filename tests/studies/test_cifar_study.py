@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -12,16 +13,19 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+import typer
 from torch import Tensor, nn
 
+from msam_analysis.cli.entry import app
 from msam_analysis.results import load
 from msam_analysis.studies import cifar, cifar100
 from msam_analysis.studies import study as module
 from msam_analysis.studies.augmentation import Augmentation, stream
 from msam_analysis.studies.cifar import Checksum
 from msam_analysis.studies.computing import Computing
-from msam_analysis.studies.measuring import LINES
+from msam_analysis.studies.measuring import LINES, Protocol
 from msam_analysis.studies.networks import resnet50, wide_resnet
+from msam_analysis.studies.runs import Run, Task
 from msam_analysis.studies.study import run_study
 from msam_analysis.studies.training import Trained, train
 from msam_analysis.studies.workloads import CIFAR100, Workload, workload
@@ -253,7 +257,7 @@ def test_the_study_end_to_end(files: Path, tmp_path: Path, tiny: None, monkeypat
     assert runs.notna().all(axis=None)
     steps = pd.read_csv(out / "tables" / "steps.csv")
     assert len(steps) == 4 * 2
-    assert set(steps.loc[steps["rise"].notna(), "step"]) == {0}, "two epochs are the interval"
+    assert set(steps.loc[steps["rise"].notna(), "step"]) == {0, 1}, "a run of less than 20 steps is recorded at each"
     names = set()
     for result in (out / "runs").glob("*/*.safetensors"):
         names.add(result.stem)
@@ -283,6 +287,34 @@ def study(files: Path, out: Path, checksum: Checksum = "any") -> Path:
         jobs=1,
         progress=False,
     )
+
+
+def test_records_are_a_twentieth_of_a_run_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 32 steps of the digits, two epochs; every 10 epochs of CIFAR-100."""
+    pytest.importorskip("sklearn")
+    asked: list[int] = []
+
+    def stop(run: Run, folder: Path, protocol: Protocol, every: int, how: Computing) -> Task:
+        asked.append(every)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "place", stop)
+    for epochs in (None, 10):
+        with pytest.raises(KeyboardInterrupt):
+            run_study("digits", out=tmp_path, epochs=epochs, exhibits=["T1"])
+    assert asked == [32, 8]
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "paper_scale.md"
+
+
+def test_the_page_names_options_that_there_are() -> None:
+    command = typer.main.get_command(app)
+    assert isinstance(command, typer.core.TyperGroup)
+    known = {option for parameter in command.commands["study"].params for option in parameter.opts}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", PAGE.read_text()))
+    assert named - {"--nproc-per-node"} <= known
+    assert {"--data", "--checksum", "--limit", "--epochs", "--samples", "--amp", "--save-every", "--coarse"} <= named
 
 
 def test_nothing_is_begun_without_the_data(tmp_path: Path) -> None:

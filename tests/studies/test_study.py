@@ -120,7 +120,8 @@ def test_what_is_written(finished: Path) -> None:
     pictures = {f"{exhibit.name}.png" for exhibit in MAIN}
     assert {path.name for path in (finished / "figures").iterdir()} == pictures
     copies = finished.parent / "pictures"
-    assert {path.name for path in copies.iterdir()} == pictures
+    assert {path.name for path in copies.iterdir()} == {*pictures, *(f"{e.name}.csv" for e in MAIN), "report.md"}
+    assert all(f"]({name})" in (copies / "report.md").read_text() for name in pictures)
     assert all((copies / name).read_bytes() == (finished / "figures" / name).read_bytes() for name in pictures)
     assert len(list((finished / "runs").iterdir())) == RUNS
     assert len(list((finished / "runs").glob("*/checkpoint.pt"))) == RUNS

@@ -116,11 +116,6 @@ def _plane_rises(tables: Tables) -> pd.DataFrame:
     return summarise(tables.runs, "optimizer", "rise_on_plane")
 
 
-def _relief_of_first(tables: Tables) -> pd.DataFrame:
-    first: pd.DataFrame = tables.planes[tables.planes["seed"] == tables.planes["seed"].min()]
-    return first
-
-
 def _runs(problem: Workload, seeds: int) -> list[Run]:
     return networks(problem, seeds) + controls(problem, seeds)
 
@@ -223,6 +218,6 @@ CORE: tuple[Exhibit, ...] = (
         "The same surfaces in relief",
         "The planes of A13 as surfaces on one height and colour scale, first seed.",
         _relief,
-        _relief_of_first,
+        _plane_rises,
     ),
 )
