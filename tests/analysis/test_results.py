@@ -204,6 +204,19 @@ def density() -> results.Result:
     return ma.spectral_density(ma.MatrixOperator(torch.diag(torch.arange(6.0).double())), extremes=1)
 
 
+def angles(**changes: Any) -> results.SamMsamAngle:
+    fields: dict[str, Any] = {
+        "settings": SETTINGS,
+        "rhos": torch.tensor([0.0, 0.1 + 0.2, 1.0]).double(),
+        "angles": torch.tensor([20.0, 1 / 3, math.nan]).double(),
+        "shares": torch.tensor([1.0, 0.9, 0.0]).double(),
+        "rho_0": math.nan,
+        "bracket": (0.1 + 0.2, 1.0),
+        "rho_sam": 0.05,
+    }
+    return results.SamMsamAngle(**fields | changes)
+
+
 KINDS: dict[str, Callable[..., results.Result]] = {
     "Eigenpairs": eigenpairs,
     "BallSharpness": ball,
@@ -216,6 +229,7 @@ KINDS: dict[str, Callable[..., results.Result]] = {
     "SpectralDensity": density,
     "Estimate": estimate,
     "Projection": projection,
+    "SamMsamAngle": angles,
     "Trajectory": trajectory,
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
