@@ -222,6 +222,7 @@ DISTURBANCES: Mapping[Attack, tuple[float, ...]] = {
     "noise": (0.1, 0.2, 0.4),
     "fgsm": (1 / 255, 8 / 255, 32 / 255),
     "pgd": (1 / 255, 8 / 255, 32 / 255),
+    "apgd": (1 / 255, 8 / 255, 32 / 255),
 }
 """Sizes of disturbances of the test inputs, as shares of the range of the training inputs' values."""
 

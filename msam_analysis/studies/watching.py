@@ -23,7 +23,6 @@ from msam_analysis.probes import (
     PerturbationRise,
     Probe,
     SamAngle,
-    TopEigenvalues,
 )
 from msam_analysis.studies.workloads import Workload
 
@@ -145,7 +144,6 @@ def _angle(scene: Scene) -> Probe:
 WATCHES: Mapping[str, Watch] = {
     "rise": Watch(lambda scene: PerturbationRise(scene.batch), cost=2),
     "curvature": Watch(lambda scene: Curvature(scene.everything, scene.seed), cost=60),
-    "lambda1": Watch(lambda scene: TopEigenvalues(scene.everything, seed=scene.seed), cost=150),
     "along_momentum": Watch(lambda scene: LossAlongMomentum(scene.batch, OFFSETS), every=8, cost=5),
     "sam_angle": Watch(_angle, cost=10),
     "held_out": Watch(lambda scene: _HeldOut(_held_out(scene)), every=8, cost=2),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,12 +40,13 @@ def worst_case(layer: nn.Linear, x: Tensor, labels: Tensor, epsilon: float) -> f
     return float((margin > epsilon * difference.abs().sum()).double().mean())
 
 
-@pytest.mark.parametrize("attack", ["fgsm", "pgd"])
+@pytest.mark.parametrize("attack", ["fgsm", "pgd", "apgd"])
 def test_attacks_find_the_worst_case_of_a_linear_classifier(attack: Any) -> None:
     x, labels = points()
     found = robust_accuracy(linear(), [(x[:170], labels[:170]), (x[170:], labels[170:])], attack, SIZES)
     expected = [worst_case(linear(), x, labels, size) for size in SIZES]
-    assert found.accuracies.tolist() == pytest.approx(expected)
+    # Auto-PGD is computed in single precision.
+    assert found.accuracies.tolist() == pytest.approx(expected, abs=1 / 300 if attack == "apgd" else 1e-12)
     assert found.clean == expected[0]
     assert 0.9 > expected[0] > expected[-1] > 0
 
@@ -73,9 +76,11 @@ class Strip(nn.Module):
 def test_small_steps_find_what_one_step_crosses() -> None:
     x = torch.zeros(50, 1, dtype=torch.float64)
     labels = torch.ones(50, dtype=torch.int64)
-    one, many = (robust_accuracy(Strip(), [(x, labels)], attack, [0.6]) for attack in ("fgsm", "pgd"))
+    one, many, auto = (robust_accuracy(Strip(), [(x, labels)], attack, [0.6]) for attack in ("fgsm", "pgd", "apgd"))
     assert (float(one.accuracies), float(many.accuracies)) == (1.0, 0.0)
-    assert (one.steps, many.steps) == (1, 10)
+    # Its first step is of 2 ε, across the strip and to the other side of the ball: it needs to shorten its steps.
+    assert float(auto.accuracies) < float(one.accuracies)
+    assert (one.steps, many.steps, auto.steps) == (1, 10, 10)
     still = robust_accuracy(Strip(), [(x, labels)], "pgd", [0.6], step_size=0.0)
     assert 0.5 < float(still.accuracies) < 0.8, "two thirds of uniform starts lie beside the strip"
 
@@ -94,16 +99,17 @@ class Recorder(nn.Module):
         return self.layer(x)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("attack", ["noise", "fgsm", "pgd"])
+@pytest.mark.parametrize("attack", ["noise", "fgsm", "pgd", "apgd"])
 def test_inputs_stay_in_their_bounds_and_in_the_ball(attack: Any) -> None:
     x, labels = points(50)
     x = x.clamp(-1, 1)
     recorder = Recorder()
     robust_accuracy(recorder, [(x, labels)], attack, [0.3], bounds=(-1.0, 1.0))
     for seen in recorder.seen:
-        assert seen.abs().max() <= 1.0
-        if attack != "noise":
-            assert (seen - x).abs().max() <= 0.3 + 1e-12
+        rounding = 1e-6 if attack == "apgd" else 1e-12
+        assert seen.abs().max() <= 1.0 + rounding
+        if attack != "noise" and len(seen) == len(x):
+            assert (seen - x).abs().max() <= 0.3 + rounding
     assert not torch.equal(recorder.seen[-1], x)
 
 
@@ -117,6 +123,28 @@ def test_seeds_and_private_state() -> None:
     assert not torch.equal(one.accuracies, other.accuracies)
     assert layer.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in layer.parameters())
+
+
+def test_auto_pgd_draws_from_a_stream_of_its_own() -> None:
+    x, labels = points()
+    layer = linear().train()
+    states = torch.get_rng_state(), np.random.get_state()
+    options: dict[str, Any] = {"steps": 1, "step_size": 1e-9}  # where it starts decides
+    one, same, other = (
+        robust_accuracy(layer, [(x, labels)], "apgd", [0.6], seed=seed, **options) for seed in (0, 0, 1)
+    )
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), states[1], strict=True))
+    assert torch.equal(one.accuracies, same.accuracies)
+    assert not torch.equal(one.accuracies, other.accuracies)
+    assert layer.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in layer.parameters())
+
+
+def test_auto_pgd_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "art.attacks", None)
+    with pytest.raises(ModuleNotFoundError, match="Adversarial Robustness Toolbox"):
+        robust_accuracy(linear(), [points()], "apgd", [0.1])
 
 
 def test_table_and_file(tmp_path: Path) -> None:
@@ -139,6 +167,11 @@ def test_table_and_file(tmp_path: Path) -> None:
         ({"sizes": [math.inf]}, "sizes must be finite, not negative"),
         ({"steps": 0}, "steps must be a positive integer"),
         ({"bounds": (1.0, 1.0)}, "bounds must be a smaller and a larger number"),
+        ({"attack": "apgd", "loss_fn": nn.functional.multi_margin_loss}, "raises the cross-entropy only"),
+        (
+            {"attack": "apgd", "data": [(torch.zeros(1, 1, 4).double(), torch.zeros(1, 1).long())]},
+            "needs labels of shape",
+        ),
         ({"data": [(torch.zeros(3, 4, dtype=torch.int64), torch.zeros(3, dtype=torch.int64))]}, "floating-point"),
     ],
 )

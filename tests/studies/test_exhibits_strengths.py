@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 
 from msam import Constant, Perturbation
+from msam_analysis.studies.augmentation import Augmentation
+from msam_analysis.studies.cifar100 import Augmented
 from msam_analysis.studies.exhibits import strengths, sweeps
 from msam_analysis.studies.exhibits.base import Evidence
 from msam_analysis.studies.exhibits.strengths import CHOICES, RULE, RULES, STEPS, STRENGTH, STRENGTHS
@@ -270,6 +272,20 @@ def test_a_fifth_is_held_out_with_its_labels() -> None:
     assert torch.equal(given_labels[tested[:, 0].long()], others)
     again = pickle.loads(pickle.dumps(problem))  # noqa: S301 - our own bytes
     assert torch.equal(again.train()[0][0], problem.train()[0][0])
+
+
+def test_what_is_held_out_is_not_trained_on_where_images_are_augmented() -> None:
+    images = torch.arange(SAMPLES, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
+    _, labels = (torch.cat(parts) for parts in zip(*TOY.train(), strict=True))
+    whole = Augmented(images, labels, Augmentation((0.5,) * 3, (0.25,) * 3))
+    problem = strengths.held_out(dataclasses.replace(TOY, augmented=lambda: whole))
+    assert problem.augmented is not None
+    drawn_from = problem.augmented()
+    trained, given_labels = (torch.cat(parts) for parts in zip(*problem.train(), strict=True))
+    assert drawn_from.images[:, 0, 0, 0].tolist() == trained[:, 0].tolist()
+    assert torch.equal(drawn_from.labels, given_labels)
+    assert drawn_from.augmentation == whole.augmentation
+    assert strengths.held_out(TOY).augmented is None
 
 
 def held() -> pd.DataFrame:

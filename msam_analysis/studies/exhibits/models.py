@@ -106,7 +106,7 @@ _TA2 = (
 )
 
 WARMUP = Exhibit(
-    ("TA2",),
+    ("T2", "TA2"),
     "warmup",
     "A vision transformer, and its warm-up",
     "Test and train accuracy of a small vision transformer with AdamW's step, perturbed throughout or after warm-up.",

@@ -17,6 +17,7 @@ from msam import Perturbation
 from msam_analysis import plots
 from msam_analysis.plots import Sweep
 from msam_analysis.statistics import mean_interval, summarise
+from msam_analysis.studies.cifar100 import Augmented
 from msam_analysis.studies.claims import Comparison, PaperClaim, Values, times
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
 from msam_analysis.studies.exhibits.sweeps import (
@@ -324,13 +325,27 @@ def steps(evidence: Evidence) -> Finding:
 def held_out(problem: Workload) -> Workload:
     """Return a workload that trains on four fifths of the training samples and tests on the fifth, labels as given."""
     trained, tested = _folds(problem.train)
-    return dataclasses.replace(problem, name=f"{problem.name}, a fifth held out", train=trained, test=tested)
+    augmented = None if problem.augmented is None else _thinned(problem.augmented)
+    name = f"{problem.name}, a fifth held out"
+    return dataclasses.replace(problem, name=name, train=trained, test=tested, augmented=augmented)
 
 
 # The same two functions for the same data, by which their fingerprint is known.
 @functools.lru_cache
 def _folds(train: Callable[[], Batches]) -> tuple[Callable[[], Batches], Callable[[], Batches]]:
     return functools.partial(_fold, train, False), functools.partial(_fold, train, True)
+
+
+@functools.lru_cache
+def _thinned(augmented: Callable[[], Augmented]) -> Callable[[], Augmented]:
+    return functools.partial(_others, augmented)
+
+
+# Its images are those of the training batches, in their order.
+def _others(augmented: Callable[[], Augmented]) -> Augmented:
+    whole = augmented()
+    chosen = ~_is_held_out(len(whole.labels))
+    return dataclasses.replace(whole, images=whole.images[chosen], labels=whole.labels[chosen])
 
 
 def _fold(train: Callable[[], Batches], tested: bool) -> Batches:
