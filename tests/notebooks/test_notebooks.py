@@ -21,6 +21,7 @@ TINY: dict[str, dict[str, object]] = {
     "03_momentum_and_gradient": {"EPOCHS": 8, "SEEDS": 1},
     "04_from_msam_to_nag": {"EPOCHS": 10, "STRENGTHS": 2},
     "05_sam_and_msam_gradients": {"EPOCHS": 4, "SEEDS": 1},
+    "06_hessian_along_training": {"EPOCHS": 6, "SAMPLES": 100, "PERIOD": 32},
     "07_training_and_test_set": {"EPOCHS": 10, "SEEDS": 1},
 }
 # Two cells of text, two of code; the code shows a text, a number and two pictures.
