@@ -48,7 +48,7 @@ def momentum_gradient_cosine(optimizer: torch.optim.Optimizer) -> float:
     that of ``−f``, as in their buffers.
     """
     grads, buffers = gradients(optimizer), momentum_buffers(optimizer)
-    return cosine(inner_products(buffers, grads).values()) if buffers else math.nan
+    return cosine([total_products(buffers, grads)]) if buffers else math.nan
 
 
 def inner_products(first: Mapping[Tensor, Tensor], second: Mapping[Tensor, Tensor]) -> dict[Tensor, Products]:
@@ -63,15 +63,17 @@ def inner_products(first: Mapping[Tensor, Tensor], second: Mapping[Tensor, Tenso
         Parameter to tensor of its shape; a parameter that is missing counts as zeros.
     """
     parameters = list(dict.fromkeys((*first, *second)))
-    if not parameters:
-        return {}
-    device = parameters[0].device
-    zero = torch.zeros((), dtype=widest(device), device=device)
-    numbers = []
-    for parameter in parameters:
-        numbers += _products(first.get(parameter), second.get(parameter), zero)
-    values = torch.stack(numbers).tolist()
-    return dict(zip(parameters, zip(values[::3], values[1::3], values[2::3], strict=True), strict=True))
+    numbers = _numbers(parameters, first, second, apart=True)
+    return dict(zip(parameters, zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True), strict=True))
+
+
+def total_products(first: Mapping[Tensor, Tensor], second: Mapping[Tensor, Tensor]) -> Products:
+    """Return the inner products of two vectors over all parameters together: the sum of :func:`inner_products`.
+
+    Cheaper than these where parameters are many and small.
+    """
+    numbers = _numbers(list(dict.fromkeys((*first, *second))), first, second, apart=False)
+    return sum(numbers[::3]), sum(numbers[1::3]), sum(numbers[2::3])
 
 
 def cosine(products: Iterable[Products]) -> float:
@@ -82,6 +84,45 @@ def cosine(products: Iterable[Products]) -> float:
     if not 0 < norms < math.inf:
         return math.nan
     return max(-1.0, min(1.0, ab / norms))
+
+
+def _numbers(
+    parameters: Sequence[Tensor], first: Mapping[Tensor, Tensor], second: Mapping[Tensor, Tensor], *, apart: bool
+) -> list[float]:
+    """Return three inner products for every parameter, or (not ``apart``) for every few of them."""
+    if not parameters:
+        return []
+    zero = torch.zeros((), dtype=widest(parameters[0].device), device=parameters[0].device)
+    numbers: list[Tensor] = []
+    for together in _packs(parameters):
+        if together[0].numel() > _BLOCK:
+            numbers += _products(first.get(together[0]), second.get(together[0]), zero)
+            continue
+        a, b = (_packed(together, vector, zero) for vector in (first, second))
+        sizes = [parameter.numel() for parameter in together] if apart else [len(a)]
+        for x, y in zip(a.split(sizes), b.split(sizes), strict=True):
+            numbers += (x @ y, x @ x, y @ y)
+    found: list[float] = torch.stack(numbers).tolist()
+    return found
+
+
+def _packs(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the parameters in their order: small ones in groups on one device, large ones each by itself."""
+    together: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        if together and (size + parameter.numel() > _BLOCK or parameter.device != together[0].device):
+            yield together
+            together, size = [], 0
+        together.append(parameter)
+        size += parameter.numel()
+    yield together
+
+
+def _packed(parameters: Sequence[Tensor], vector: Mapping[Tensor, Tensor], zero: Tensor) -> Tensor:
+    """Return parts of a vector in one, converted all at once: for small parts calls cost more than numbers."""
+    parts = [vector[p].to(p.device).reshape(-1) if p in vector else p.new_zeros(p.numel()) for p in parameters]
+    return torch.cat(parts).to(zero)
 
 
 def _products(first: Tensor | None, second: Tensor | None, zero: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from msam_analysis.alignment import Products, cosine, inner_products
+from msam_analysis.alignment import Products, cosine, inner_products, total_products
 from msam_analysis.momentum import gradients, momentum_buffers, true_weights
 from msam_analysis.probes.base import By, Finish, check_by, layers_of
 
@@ -67,9 +67,10 @@ class MomentumGradientCosine:
         self, name: str, optimizer: torch.optim.Optimizer, grads: Mapping[Tensor, Tensor]
     ) -> Mapping[str, float]:
         buffers = momentum_buffers(optimizer)
+        if self.model is None:
+            return {name: cosine([total_products(buffers, grads)])}
         products = inner_products(buffers, grads)
-        found = {name: cosine(products.values())}
-        return found | _by_layer(name, self.model, self.by, optimizer, products, cosine)
+        return {name: cosine(products.values())} | _by_layer(name, self.model, self.by, optimizer, products, cosine)
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,12 @@ class Norms:
     def _norms(
         self, name: str, optimizer: torch.optim.Optimizer, vectors: Mapping[Tensor, Tensor]
     ) -> Mapping[str, float]:
+        if not vectors:
+            return {name: math.nan} | _by_layer(name, self.model, self.by, optimizer, {}, _norm)
+        if self.model is None:
+            return {name: _norm([total_products(vectors, {})])}
         products = inner_products(vectors, {})
-        found = {name: _norm(products.values()) if products else math.nan}
-        return found | _by_layer(name, self.model, self.by, optimizer, products, _norm)
+        return {name: _norm(products.values())} | _by_layer(name, self.model, self.by, optimizer, products, _norm)
 
 
 def _norm(products: Iterable[Products]) -> float:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import msam_analysis as ma
-from msam_analysis.alignment import cosine, inner_products, sam_msam_angle
+from msam_analysis import alignment
+from msam_analysis.alignment import cosine, inner_products, sam_msam_angle, total_products
 from msam_analysis.results import SamMsamAngle, load
 
 from .cases import CONVNET, MLP, Quadratic, normal
@@ -181,9 +183,10 @@ def test_bad_arguments(case: str) -> None:
 @settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
-    shapes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.booleans(), st.booleans()), max_size=5),
+    shapes=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 3), st.booleans(), st.booleans()), max_size=5),
+    block=st.sampled_from([1, 5, alignment._BLOCK]),
 )
-def test_inner_products_are_those_of_numpy(seed: int, shapes: list[tuple[int, int, bool, bool]]) -> None:
+def test_inner_products_are_those_of_numpy(seed: int, shapes: list[tuple[int, int, bool, bool]], block: int) -> None:
     first: dict[Tensor, Tensor] = {}
     second: dict[Tensor, Tensor] = {}
     for number, (rows, columns, in_first, in_second) in enumerate(shapes):
@@ -191,7 +194,10 @@ def test_inner_products_are_those_of_numpy(seed: int, shapes: list[tuple[int, in
         for vectors, there, add in ((first, in_first, 0), (second, in_second, 1)):
             if there:
                 vectors[parameter] = normal(rows, columns, seed=seed + 2 * number + add).float()
-    found = inner_products(first, second)
+    # Whether tensors are taken together, each by itself, or in pieces.
+    with mock.patch.object(alignment, "_BLOCK", block):
+        found, whole = inner_products(first, second), total_products(first, second)
+    np.testing.assert_allclose(whole, [sum(row[place] for row in found.values()) for place in range(3)], rtol=1e-12)
     assert found.keys() == first.keys() | second.keys()
     for parameter, (ab, aa, bb) in found.items():
         zero = torch.zeros_like(parameter)
