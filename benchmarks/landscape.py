@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -174,6 +175,8 @@ def refine_surfaces(optimizers: list[str], points: int, tolerance: float) -> lis
                 "fraction": few.evaluations / dense.evaluations,
                 "largest_error_of_range": float((few.loss - dense.loss).abs().max()) / (high - low),
                 "estimated_error_of_range": few.error / (high - low),
+                "largest_error_of_logarithmic_range": float((few.loss / dense.loss).log().abs().max())
+                / math.log(high / low),
                 "seconds_dense": between - start,
                 "seconds_refined": end - between,
             }
@@ -181,7 +184,8 @@ def refine_surfaces(optimizers: list[str], points: int, tolerance: float) -> lis
             print(
                 f"    {name:5s} {label:22s} loss {low:.3g} to {high:.4g}: {row['evaluations']} of {row['of']} points "
                 f"({row['fraction']:.1%}), largest error {row['largest_error_of_range']:.2%} of the range, estimated "
-                f"{row['estimated_error_of_range']:.2%}; {row['seconds_refined']:.1f} s, "
+                f"{row['estimated_error_of_range']:.2%}, of the logarithm {row['largest_error_of_logarithmic_range']:.2%} of "
+                f"its range; {row['seconds_refined']:.1f} s, "
                 f"every point {row['seconds_dense']:.1f} s"
             )
     return table

@@ -127,7 +127,8 @@ def slice_2d(
         ``metrics.top_eigenvalue``, or any function ``f(objective, w)`` that returns a number or a flat tensor.
     refine
         Tolerance, as a fraction of the range of the loss: evaluate only as many points as are needed for the largest
-        error of the interpolated surface to be estimated below it. 0.01 usually takes one point in twenty.
+        error of the interpolated surface to be estimated below it; where the loss spans a factor of ten or more, that
+        of its logarithm, too, as pictures then have a logarithmic scale. 0.01 usually takes one point in twenty.
         ``result.evaluated`` says which points were computed, ``result.error`` how far off the others may be. Default:
         every point. Metrics of one number are interpolated too, each with its own error in ``result.metric_errors``.
     samples
@@ -361,9 +362,9 @@ class _Measurement:
     def _report(self, surfaces: Mapping[str, Surface], _done: bool) -> None:
         self.surfaces = surfaces
         loss = surfaces["loss"]
-        if self.sweep.bar is not None and loss.range > 0 and math.isfinite(loss.error):
+        if self.sweep.bar is not None and loss.range > 0 and math.isfinite(loss.relative):
             wanted = self.options.refine or 0.0
-            self.sweep.bar.set_postfix_str(f"error {loss.error / loss.range:.2%} of the range, {wanted:.2%} wanted")
+            self.sweep.bar.set_postfix_str(f"error {loss.relative:.2%} of the range, {wanted:.2%} wanted")
         self.journal.write(self._snapshot)
 
     # ---------------------------------------------------------------------------------------------------------- results
