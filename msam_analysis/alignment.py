@@ -99,7 +99,7 @@ def _numbers(
             numbers += _products(first.get(together[0]), second.get(together[0]), zero)
             continue
         a, b = (_packed(together, vector, zero) for vector in (first, second))
-        sizes = [parameter.numel() for parameter in together] if apart else [len(a)]
+        sizes = [len(_flat(parameter)) for parameter in together] if apart else [len(a)]
         for x, y in zip(a.split(sizes), b.split(sizes), strict=True):
             numbers += (x @ y, x @ x, y @ y)
     found: list[float] = torch.stack(numbers).tolist()
@@ -121,8 +121,17 @@ def _packs(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 def _packed(parameters: Sequence[Tensor], vector: Mapping[Tensor, Tensor], zero: Tensor) -> Tensor:
     """Return parts of a vector in one, converted all at once: for small parts calls cost more than numbers."""
-    parts = [vector[p].to(p.device).reshape(-1) if p in vector else p.new_zeros(p.numel()) for p in parameters]
+    parts = [
+        _flat(vector[p].to(p.device)) if p in vector else zero.new_zeros(len(_flat(p)), device=p.device)
+        for p in parameters
+    ]
     return torch.cat(parts).to(zero)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Return the numbers in a tensor; of a complex one both parts."""
+    tensor = tensor.detach()
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
 
 
 def _products(first: Tensor | None, second: Tensor | None, zero: Tensor) -> list[Tensor]:
@@ -139,10 +148,11 @@ def _products(first: Tensor | None, second: Tensor | None, zero: Tensor) -> list
 
 def _blocks(tensor: Tensor | None, other: Tensor | None) -> Iterator[Tensor | None]:
     """Yield a tensor piece by piece in the widest precision; ``None`` as often if only the other one is there."""
-    size = max(1, *(each.numel() for each in (tensor, other) if each is not None))
+    parts = [None if each is None else _flat(each) for each in (tensor, other)]
+    size = max(1, *(len(each) for each in parts if each is not None))
     # On a CPU, pieces that stay in its cache; on a GPU, where it is launches that count, the whole.
     length = _BLOCK if all(each is None or each.device.type == "cpu" for each in (tensor, other)) else size
-    flat = None if tensor is None else tensor.detach().reshape(-1)
+    flat = parts[0]
     for start in range(0, size, length):
         yield None if flat is None else flat[start : start + length].to(widest(flat.device))
 

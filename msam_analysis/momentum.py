@@ -12,7 +12,7 @@ def momentum_buffers(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     """Return the momentum buffer ``v`` of every parameter that has one.
 
     The buffer is ``momentum_buffer`` (SGD and its relatives) or ``exp_avg`` (the Adam family), as the optimizer's last
-    step left it; the tensors are the optimizer's own and must not be written to.
+    step left it; mostly the tensors are the optimizer's own, and must not be written to.
 
     Parameters
     ----------
@@ -22,7 +22,7 @@ def momentum_buffers(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     Returns
     -------
     dict
-        Parameter to buffer of the same shape; empty before the first step.
+        Parameter to buffer of the same shape, dense; empty before the first step.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def momentum_buffers(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
             stepped = stepped or bool(state)
             buffer = next((state[key] for key in _BUFFERS if isinstance(state.get(key), Tensor)), None)
             if buffer is not None:
-                found[parameter] = buffer
+                found[parameter] = _dense(buffer)
     if not found and (stepped or not any(_uses_momentum(group) for group in optimizer.param_groups)):
         raise RuntimeError(
             f"{type(optimizer).__name__} keeps no momentum buffer (looked for {' and '.join(_BUFFERS)}): "
@@ -64,17 +64,22 @@ def gradients(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     RuntimeError
         No parameter has a gradient.
     """
-    found: dict[Tensor, Tensor] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                grad = parameter.grad.detach()
-                grad = grad.to_dense() if grad.layout != torch.strided else grad
-                found[parameter] = -grad if group.get("maximize") else grad
+    found = present_gradients(optimizer)
     if not found:
         raise RuntimeError(
             "no parameter of the optimizer has a gradient: call this after loss.backward() and before optimizer.step()"
         )
+    return found
+
+
+def present_gradients(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
+    """Return :func:`gradients`, or nothing where there are none: a step that torch lets pass, and moves nothing in."""
+    found: dict[Tensor, Tensor] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                grad = _dense(parameter.grad.detach())
+                found[parameter] = -grad if group.get("maximize") else grad
     return found
 
 
@@ -107,6 +112,10 @@ def true_weights(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
         for parameter, displacement in optimizer.displacement().items():  # type: ignore[attr-defined]
             weights[parameter] = weights[parameter] - displacement
     return weights
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
 def _uses_momentum(group: dict[str, object]) -> bool:

@@ -62,9 +62,19 @@ class Attachment:
         self.gradients_stay = hasattr(self.optimizer, "register_gradient_hook")
         self._ended = 0
         self._steps = -1
+        # A subclass whose step calls its parent's is hooked twice: one step is opened, observed and ended once.
+        self._open = self._observed = False
         self._listener = weakref.ref(listener)
         # The optimizer holds the hooks; they must not keep the listener, or the objectives in it, alive.
         this = weakref.ref(self)
+
+        inside = self.gradients_stay or _takes_closure(self.optimizer)
+
+        def opened(*_: object) -> None:
+            attachment = this()
+            # Where it is observed before its step begins, a second opening is that of its parent's.
+            if attachment is not None and (inside or not (attachment._open and attachment._observed)):
+                attachment._open, attachment._observed = True, False
 
         def before(*_: object) -> None:
             attachment = this()
@@ -73,14 +83,17 @@ class Attachment:
 
         def after(*_: object) -> None:
             attachment = this()
-            if attachment is not None and not _capturing():
+            if attachment is not None and attachment._open and not _capturing():
+                attachment._open = False
                 attachment._after(attachment._taken())
 
+        # First: the other hook may observe at once.
+        opening = self.optimizer.register_step_pre_hook(opened)
         if self.gradients_stay:
             first = self.optimizer.register_gradient_hook(before)  # type: ignore[attr-defined]  # of msam's optimizers
         else:
             first = self.optimizer.register_step_pre_hook(_inside_step(self.optimizer, before))
-        self._ends = [first.remove, self.optimizer.register_step_post_hook(after).remove]
+        self._ends = [opening.remove, first.remove, self.optimizer.register_step_post_hook(after).remove]
         if scaler is not None:
             self._ends.append(_watch(scaler, self.optimizer, this))
 
@@ -90,6 +103,9 @@ class Attachment:
             self._ends.pop()()
 
     def _before(self) -> None:
+        if self._observed:
+            return
+        self._observed = True
         listener = self._listener()
         if listener is not None and not _overflowed(self.optimizer) and not _capturing():
             self._steps = self._count()
@@ -128,11 +144,15 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def _takes_closure(optimizer: torch.optim.Optimizer) -> bool:
+    return "closure" in inspect.signature(optimizer.step).parameters
+
+
 def _inside_step(
     optimizer: torch.optim.Optimizer, observe: Callable[[], None]
 ) -> Callable[..., tuple[Any, Any] | None]:
     """Return a step pre-hook that observes once the gradient is there: where the step calls its closure."""
-    takes_closure = "closure" in inspect.signature(optimizer.step).parameters
+    takes_closure = _takes_closure(optimizer)
 
     def hook(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if not takes_closure:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from msam_analysis.momentum import gradients, loss_scale, momentum_buffers
+from msam_analysis.momentum import loss_scale, momentum_buffers, present_gradients
 from msam_analysis.monitor.attachment import Attachment
 from msam_analysis.monitor.records import RecordFile, Row, frame_of, read_records
 from msam_analysis.probes import Every, Finish, Probe, StepProbe
@@ -305,7 +305,7 @@ class Monitor:
             return
         if pending is not None and pending.finishes:
             with torch.no_grad():
-                grads = gradients(optimizer) if pending.gradients is None else pending.gradients
+                grads = present_gradients(optimizer) if pending.gradients is None else pending.gradients
                 for entry, finish in pending.finishes:
                     _add(pending.row, entry.timed(finish, grads))
         self.step += 1
@@ -343,7 +343,7 @@ class Monitor:
 def _copied(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     """Return copies of the gradients, without a loss scale: the step may write something else into ``.grad``."""
     scale = loss_scale(optimizer)
-    return {parameter: grad / scale for parameter, grad in gradients(optimizer).items()}
+    return {parameter: grad / scale for parameter, grad in present_gradients(optimizer).items()}
 
 
 def _add(row: Row, values: Mapping[str, float]) -> None:

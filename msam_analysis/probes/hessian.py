@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from msam_analysis.eigen import top_eigenvalues
-from msam_analysis.momentum import gradients, momentum_buffers, true_weights
+from msam_analysis.momentum import momentum_buffers, present_gradients, true_weights
 from msam_analysis.objective import Objective
 from msam_analysis.probes.base import ObjectiveSource, current
 from msam_analysis.spectrum import curvature_along
@@ -42,7 +42,7 @@ class Curvature:
         draw = gaussian(objective.size, 1, seed=seed, like=objective.point(), use="curvature")[:, 0]
         along = {
             "momentum": objective.vector(momentum_buffers(optimizer)),
-            "gradient": objective.vector(gradients(optimizer)),
+            "gradient": objective.vector(present_gradients(optimizer)),
             "random": draw,
         }
         return {f"curvature_{name}": curvature_along(hessian, vector) for name, vector in along.items()}

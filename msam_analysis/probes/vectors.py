@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from msam_analysis.alignment import Products, cosine, inner_products, total_products
-from msam_analysis.momentum import gradients, momentum_buffers, true_weights
+from msam_analysis.momentum import momentum_buffers, present_gradients, true_weights
 from msam_analysis.probes.base import By, Finish, check_by, layers_of
 
 Vector = Literal["weights", "gradient", "momentum", "step"]
@@ -56,8 +56,8 @@ class MomentumGradientCosine:
         check_by(self.by)
 
     def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> Mapping[str, float]:
-        """Return ``cosine``; NaN at the first step."""
-        return self._cosines("cosine", optimizer, gradients(optimizer))
+        """Return ``cosine``; NaN at the first step, and where there is no gradient."""
+        return self._cosines("cosine", optimizer, present_gradients(optimizer))
 
     def across(self, optimizer: torch.optim.Optimizer, step: int) -> Finish | None:
         """Return what gives ``cosine_after``, if it is wanted."""

@@ -421,6 +421,107 @@ def test_parameters_without_gradients_and_several_groups() -> None:
     assert frame["cosine/body"][1] == pytest.approx(frame["cosine"][1], abs=1e-13)
 
 
+class Inherited(torch.optim.SGD):
+    """A step that calls its parent's: torch hooks both of them, once a plain SGD has been made."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class InheritedStarred(torch.optim.SGD):
+    """The same, and the parent sees no closure of the caller's."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().step(*args, **kwargs)
+
+
+class InheritedMsam(msam.MSAM):
+    """The same of one of ours."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize(
+    ("child", "parent"),
+    [(Inherited, torch.optim.SGD), (InheritedStarred, torch.optim.SGD), (InheritedMsam, msam.MSAM)],
+)
+def test_a_step_that_calls_its_parents_is_one_step(child: Any, parent: Any) -> None:
+    found = {}
+    for kind in (parent, child):
+        weight = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+        optimizer = kind([weight], lr=LR, momentum=MU)
+        calls: list[int] = []
+
+        counted: Any = lambda _, step, calls=calls: calls.append(step) or {}  # noqa: E731 - one for each kind
+        with ma.Monitor(optimizer, [MomentumGradientCosine(after=True), counted], every=2) as monitor:
+            for step in range(5):
+                weight.grad = torch.tensor([1.0 + step, step - 3.0], dtype=torch.float64)
+                optimizer.step()
+        assert monitor.step == 5
+        assert calls == [0, 2, 4]
+        found[kind] = monitor.frame()
+    pd.testing.assert_frame_equal(found[child], found[parent])
+
+
+def test_a_step_that_failed_is_followed_by_one_that_counts() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=LR, momentum=MU)
+    with ma.Monitor(optimizer, [Norms()], every=1) as monitor:
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(lambda: 1.0 / 0.0)
+        weight.grad = torch.ones(2)
+        optimizer.step()
+    assert [row["gradient_norm"] for row in monitor.rows] == pytest.approx([math.sqrt(2)])
+
+
+def test_sparse_gradients_and_sparse_momentum() -> None:
+    """SGD keeps a sparse buffer of sparse gradients; the same numbers as from a dense embedding."""
+    frames = {}
+    for sparse in (False, True):
+        embedding = nn.Embedding(6, 3, sparse=sparse).double()
+        with torch.no_grad():
+            embedding.weight.copy_(normal(6, 3, seed=4))
+        optimizer = torch.optim.SGD(embedding.parameters(), lr=LR, momentum=MU)
+        with ma.Monitor(optimizer, [MomentumGradientCosine(after=True), Norms()], every=1) as monitor:
+            for step in range(4):
+                optimizer.zero_grad()
+                embedding(torch.tensor([1, 1, step])).square().sum().backward()
+                optimizer.step()
+        frames[sparse] = monitor.frame()
+    pd.testing.assert_frame_equal(frames[True], frames[False])
+    assert frames[True]["cosine"].iloc[1:].abs().min() > 0.01
+
+
+def test_a_step_without_gradients_has_no_angle() -> None:
+    """Torch lets it pass, and so does a monitor: alternating optimizers, branches that were not taken."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=LR, momentum=MU)
+    with ma.Monitor(optimizer, [MomentumGradientCosine(after=True), Norms()], every=1) as monitor:
+        optimizer.step()
+        weight.grad = torch.tensor([1.0, 2.0])
+        optimizer.step()
+        weight.grad = None
+        optimizer.step()
+    table = monitor.frame()
+    assert table["cosine_after"].isna().tolist() == [True, False, True]
+    assert table["cosine"].isna().all()
+    assert table["gradient_norm"].isna().tolist() == [True, False, True]
+    assert table["step_norm"].tolist()[::2] == [0.0, 0.0]
+
+
+def test_complex_parameters_count_with_both_parts() -> None:
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.complex128))
+    optimizer = torch.optim.SGD([weight], lr=LR, momentum=MU)
+    grads = [torch.tensor([1 + 2j, -1j]), torch.tensor([2 - 1j, 3 + 1j])]
+    with ma.Monitor(optimizer, [MomentumGradientCosine()], every=1) as monitor:
+        for grad in grads:
+            weight.grad = grad.to(torch.complex128)
+            optimizer.step()
+    first, second = (torch.view_as_real(grad.to(torch.complex128)).flatten() for grad in grads)
+    assert monitor.rows[1]["cosine"] == pytest.approx(float(first @ second / first.norm() / second.norm()))
+
+
 def test_autocast_around_the_step_changes_nothing() -> None:
     rows = []
     for enabled in (False, True):
