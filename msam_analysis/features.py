@@ -104,8 +104,8 @@ def feature_rank(
     -----
     The definition of Andriushchenko et al. 2023 (arXiv 2305.16292, section 2), who count the principal components that
     explain 99 % of the variance. Others call "rank" the numerical one, or one of the smooth measures reported beside
-    it; the numerical rank is full wherever there is noise. All features are held in float64 at once: 8 N D bytes. Ranks
-    grow with N up to D: compare networks on the same samples.
+    it; the numerical rank is full wherever there is noise. All features are held in float64 at once, 8 N D bytes,
+    beside a matrix of min(N, D)². Ranks grow with N up to D: compare networks on the same samples.
 
     Examples
     --------
@@ -118,7 +118,7 @@ def feature_rank(
     if model is None:
         if not isinstance(data, Tensor):
             raise TypeError(f"expected features as a tensor, got {type(data).__name__}: pass the model as well")
-        features = data.detach().flatten(1).double()
+        features = data.detach().flatten(1).to(torch.float64, copy=True)
     else:
         features = _collected(unwrap(model), data, "features" if layer is None else layer)
     if len(features) < 2 or not features.isfinite().all():
@@ -136,9 +136,10 @@ def _collected(model: nn.Module, data: object, layer: str) -> Tensor:
     caught: list[object] = []
     modules[layer].register_forward_hook(lambda _, __, output: caught.append(output))
     device = next((tensor.device for tensor in private.parameters()), torch.device("cpu"))
-    rows = []
+    batches = Batches(data, device=device, dtype=None)
+    features, done = torch.empty(0, 0, dtype=torch.float64), 0
     with torch.no_grad():
-        for batch in Batches(data, device=device, dtype=None):
+        for batch in batches:
             inputs = batch[0] if isinstance(batch, tuple | list) else batch
             caught.clear()
             private(inputs)
@@ -148,19 +149,26 @@ def _collected(model: nn.Module, data: object, layer: str) -> Tensor:
                     f"expected layer {layer!r} to return a tensor of one entry a sample, got "
                     f"{tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__}: name another"
                 )
-            rows.append(output.flatten(1).double().cpu())
-    return torch.cat(rows)
+            rows = output.flatten(1)
+            if done == 0:
+                # All at once, and not a list of parts: there is room for one copy of them only.
+                features = torch.empty(sum(batches.sizes), rows.shape[1], dtype=torch.float64)
+            features[done : done + len(rows)] = rows
+            done += len(rows)
+    return features
 
 
 def _ranks(features: Tensor, threshold: float, settings: dict[str, str | int | float | bool | None]) -> FeatureRank:
+    """Return the ranks of features, which are overwritten."""
     samples, dimension = features.shape
-    centred = features - features.mean(dim=0)
+    largest = max(abs(float(end)) for end in features.aminmax())
+    centred = features.sub_(features.mean(dim=0))
     gram = centred @ centred.T if samples <= dimension else centred.T @ centred
     squares = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0.0)
     values, total = squares.sqrt(), float(squares.sum())
     resolution = float(values[0]) * math.sqrt(_EPS * max(samples, dimension))
     # Features that are equal but for rounding do not vary.
-    if total <= len(squares) * (_EPS * float(features.abs().max()) * samples) ** 2:
+    if total <= len(squares) * (_EPS * largest * samples) ** 2:
         values, squares, total = values * 0, squares * 0, 0.0
     known = values[values > resolution]
     shares = known / known.sum()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -123,13 +124,16 @@ def measure(
     -----
     Names: ``lanczos``, ``power``, ``ball-<radius>``, ``line-<direction>``, ``plane``; ``features``,
     ``robustness-<attack>``, ``lambda1`` where an exhibit asks. Where a solver's budget ended
-    first its result says so in ``converged``; that is recorded in the tables, not printed.
+    first its result says so in ``converged``; that is recorded in the tables, not printed. A network whose loss is not
+    finite has no results.
     """
     objective = Objective(trained.model, workload.criterion(), some(workload.train(), protocol.samples))
     results: dict[str, Result] = {}
     wanted = set(measured)
     if not wanted <= MEASURES.keys():
         raise ValueError(f"unknown measure {min(wanted - MEASURES.keys())!r}: expected some of {sorted(MEASURES)}")
+    if wanted and not math.isfinite(scores(workload, trained.model)["train_loss"]):
+        return results
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         for name in (name for name in MEASURES if name in wanted):
@@ -180,9 +184,9 @@ def _slices(trainee: Trainee, protocol: Protocol) -> dict[str, Result]:
     return results
 
 
-def _features(trainee: Trainee, _: Protocol) -> dict[str, Result]:
-    layer = last_block(trainee.trained.model)
-    return {"features": feature_rank(trainee.trained.model, trainee.workload.train(), layer=layer)}
+def _features(trainee: Trainee, protocol: Protocol) -> dict[str, Result]:
+    model, data = trainee.trained.model, some(trainee.workload.train(), protocol.samples)
+    return {"features": feature_rank(model, data, layer=last_block(model))}
 
 
 def last_block(model: nn.Module) -> str:
@@ -198,19 +202,37 @@ def last_block(model: nn.Module) -> str:
     return names[names.index(ends[0] if ends else names[-1]) - 1]
 
 
+class _FromShares(nn.Module):
+    """A network for inputs as shares of the range that the training inputs have, channel by channel."""
+
+    low: Tensor
+    span: Tensor
+
+    def __init__(self, network: nn.Module, low: Tensor, high: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("low", low)
+        self.register_buffer("span", high - low)
+
+    def forward(self, shares: Tensor) -> Tensor:
+        outputs: Tensor = self.network(self.low + shares * self.span)
+        return outputs
+
+
 def _robustness(trainee: Trainee, _: Protocol) -> dict[str, Result]:
-    pixels = torch.cat([inputs.flatten() for inputs, _ in trainee.workload.train()])
-    low, high = float(pixels.min()), float(pixels.max())
-    results: dict[str, Result] = {}
-    for attack, shares in DISTURBANCES.items():
-        results[f"robustness-{attack}"] = robust_accuracy(
-            trainee.trained.model,
-            trainee.workload.test(),
-            attack,
-            [share * (high - low) for share in shares],
-            bounds=None if attack == "noise" else (low, high),
+    # Pixels of 0 to 1 again, whatever standardised them: a share is the same change of any channel.
+    inputs = torch.cat([batch for batch, _ in trainee.workload.train()])
+    dims = [dim for dim in range(inputs.ndim) if inputs.ndim < 3 or dim != 1]
+    low, high = inputs.amin(dims, keepdim=True)[0], inputs.amax(dims, keepdim=True)[0]
+    model = _FromShares(trainee.trained.model, low, high)
+    device = next(trainee.trained.model.parameters()).device
+    test = [((batch - low) / (high - low), labels) for batch, labels in trainee.workload.test()]
+    return {
+        f"robustness-{attack}": robust_accuracy(
+            model.to(device), test, attack, shares, bounds=None if attack == "noise" else (0.0, 1.0)
         )
-    return results
+        for attack, shares in DISTURBANCES.items()
+    }
 
 
 def _top_of_some(trainee: Trainee, _: Protocol) -> dict[str, Result]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,14 @@ def gather(wanted: Iterable[Run]) -> dict[str, Run]:
     return gathered
 
 
+def _toolbox() -> str | None:
+    """Return the version of what makes the strongest attack, if it is installed."""
+    try:
+        return version("adversarial-robustness-toolbox")
+    except PackageNotFoundError:
+        return None
+
+
 def place(run: Run, folder: Path, protocol: Protocol, every: int, computing: Computing = PLAIN) -> Task:
     """Return the task of a run; another device or precision, or other settings of probes, have another place."""
     fingerprint = run.workload.fingerprint(
@@ -121,6 +130,7 @@ def place(run: Run, folder: Path, protocol: Protocol, every: int, computing: Com
         every,
         computing.identity,
         torch.__version__,
+        _toolbox() if "robustness" in run.measured else None,
     )
     name = f"control-{run.optimizer}" if run.replacement else run.optimizer
     return Task(run, store.run_directory(folder, name, run.seed, fingerprint), protocol, every, computing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,23 @@ except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _SUMMARY = "scores.json"
+
+
+class DivergedError(Exception):
+    """A result is asked for of a network that has none, as its loss is not finite."""
+
+
+class _Results(dict[str, Result]):
+    """Results by name; of a diverged network, none."""
+
+    def __init__(self, found: Mapping[str, Result], network: str) -> None:
+        super().__init__(found)
+        self.network = network
+
+    def __missing__(self, name: str) -> Result:
+        raise DivergedError(f"{self.network} diverged: its loss is not finite, and {name} is not measured")
+
+
 _UNFINISHED = ".unfinished"
 
 
@@ -82,11 +100,13 @@ def write_run(directory: Path, trained: Trained, scores: Mapping[str, float], me
 
 def read_run(directory: Path, optimizer: str, seed: int, settings: Mapping[str, Any] | None = None) -> FinishedRun:
     """Read a finished run; the numbers are those that were written, to the bit."""
-    measured = {path.stem: results.load(path) for path in sorted(directory.glob("*.safetensors"), key=_natural)}
+    found = {path.stem: results.load(path) for path in sorted(directory.glob("*.safetensors"), key=_natural)}
+    reached = _summary(directory)["scores"]
+    measured = found if math.isfinite(reached["train_loss"]) else _Results(found, f"{optimizer}, seed {seed},")
     return FinishedRun(
         optimizer=optimizer,
         seed=seed,
-        scores=_summary(directory)["scores"],
+        scores=reached,
         steps=_read_numbers(directory / "steps.csv"),
         results=measured,
         settings=settings or {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -33,6 +34,7 @@ from msam_analysis.studies.exhibits import EXHIBITS, Evidence, Exhibit, Finding,
 from msam_analysis.studies.measuring import Protocol, measure, scores
 from msam_analysis.studies.ranks import Ranks
 from msam_analysis.studies.runs import Run, Task, gather, place
+from msam_analysis.studies.store import DivergedError
 from msam_analysis.studies.tables import FinishedRun, Tables, write_table
 from msam_analysis.studies.training import Tick, train
 from msam_analysis.studies.workloads import Recipe, Workload, formula, workload
@@ -151,11 +153,11 @@ def run_study(
         store.sweep(root / "runs")
         _make_share(list(tasks.values()), ranks, jobs, progress)
         evidence = Evidence(problem, seeds, {identity: _read(task) for identity, task in tasks.items()})
-        findings = {exhibit: exhibit.study(evidence) for exhibit in chosen}
-        tables = evidence.tables if any(exhibit.main for exhibit in chosen) else None
+        findings = {exhibit: _find(exhibit, evidence) for exhibit in chosen}
+        tables = _tables(evidence) if any(exhibit.main for exhibit in chosen) else None
         _write_tables(findings, tables, root / "tables")
         pictures = _draw(findings, root / "figures")
-        setting = Setting(problem, protocol, computing, seeds)
+        setting = Setting(problem, protocol, computing, seeds, _diverged(evidence))
         page = report.write(_compose(setting, findings, tables, pictures), root)[0]
         if figures is not None:
             copies = _copy(findings, pictures, Path(figures))
@@ -333,6 +335,28 @@ def make_run(task: Task, tick: Tick) -> None:
     store.forget_state(task.directory)
 
 
+def _find(exhibit: Exhibit, evidence: Evidence) -> Finding:
+    """Return what an exhibit finds; nothing where it needs what a diverged network does not have."""
+    try:
+        return exhibit.study(evidence)
+    except DivergedError as error:
+        claims = [replace(claim, compare=lambda _: []).judge(None) for claim in exhibit.claims]
+        return Finding(None, claims=[replace(claim, measured=f"not measured: {error}") for claim in claims])
+
+
+def _tables(evidence: Evidence) -> Tables | None:
+    try:
+        return evidence.tables
+    except DivergedError:
+        return None
+
+
+def _diverged(evidence: Evidence) -> str:
+    """Name the networks whose loss is not finite; empty where there are none."""
+    found = [run for run in evidence.finished.values() if not math.isfinite(run.scores["train_loss"])]
+    return ", ".join(sorted({f"{run.settings['workload']} {run.optimizer} seed {run.seed}" for run in found}))
+
+
 def _write_tables(findings: Mapping[Exhibit, Finding], tables: Tables | None, folder: Path) -> None:
     if tables is not None:
         tables.write(folder)
@@ -357,6 +381,7 @@ def _draw(findings: Mapping[Exhibit, Finding], folder: Path) -> dict[Exhibit, Pa
     return {
         exhibit: plots.save(finding.draw(), folder / exhibit.name, close=True)[0]
         for exhibit, finding in findings.items()
+        if finding.draw is not None
     }
 
 
@@ -368,6 +393,7 @@ class Setting:
     protocol: Protocol
     computing: Computing
     seeds: int
+    diverged: str
 
 
 def _compose(
@@ -377,7 +403,9 @@ def _compose(
     sections = [report.Section("What was run", _setup(setting), _summary_tables(tables, setting.protocol, seeds))]
     for exhibit, finding in findings.items():
         label = f"{', '.join(exhibit.ids)}: " if exhibit.ids else ""
-        items: list[report.Figure | report.Table] = [report.Figure(pictures[exhibit], exhibit.caption, exhibit.title)]
+        items: list[report.Figure | report.Table] = []
+        if exhibit in pictures:
+            items.append(report.Figure(pictures[exhibit], exhibit.caption, exhibit.title))
         if finding.shown is not None:
             items.append(report.Table(finding.shown, f"Mean over {seeds} seeds ± half width of the 68 % interval"))
         sections.append(report.Section(f"{label}{exhibit.title}", finding.note, items))
@@ -387,7 +415,7 @@ def _compose(
     return report.Report(
         title=f"{_listed(problem.perturbations)} on {problem.name}",
         summary=(
-            f"{trained}{verdicts}\n\n{_departures(problem)}\n\n"
+            f"{trained}{verdicts}\n\n{_departures(problem)}\n\n{_lost(setting.diverged)}\n\n"
             "Verdicts are computed from the tables: a claim holds where the 68 % interval over seeds of every quantity "
             "compared lies on the claim's side of its bound; it does not hold where some interval lies on the other "
             "side even at the level 1 − 0.32/m for m comparisons (Bonferroni), as of many quantities one is easily "
@@ -403,6 +431,10 @@ def _compose(
 def _departures(problem: Workload) -> str:
     """Say how the set-up is not that of the workload's source; nothing where it is."""
     return f"Not the paper's set-up: {'; '.join(problem.departures)}." if problem.departures else ""
+
+
+def _lost(diverged: str) -> str:
+    return f"Diverged, with a loss that is not finite and nothing measured: {diverged}." if diverged else ""
 
 
 def _coarser(protocol: Protocol) -> str:

@@ -341,8 +341,19 @@ def workload(
     if epochs < 1:
         raise ValueError(f"expected 1 or more epochs, got {epochs}")
     shorter = f"{epochs} epoch{'s' * (epochs > 1)} instead of {problem.recipe.epochs}"
-    recipe = dataclasses.replace(problem.recipe, epochs=epochs)
-    return dataclasses.replace(problem, recipe=recipe, departures=(*problem.departures, shorter))
+    if problem.relatives:
+        shorter += ", other problems in proportion"
+    share = epochs / problem.recipe.epochs
+    relatives = {name: _trained_for(relative, share) for name, relative in problem.relatives.items()}
+    departures = (*problem.departures, shorter)
+    return dataclasses.replace(_trained_for(problem, share), relatives=relatives, departures=departures)
+
+
+def _trained_for(problem: Workload, share: float) -> Workload:
+    """Return a workload that is trained for a share of its epochs, or several times as long."""
+    recipe = problem.recipe
+    epochs, warmup = max(1, round(share * recipe.epochs)), round(share * recipe.warmup)
+    return dataclasses.replace(problem, recipe=dataclasses.replace(recipe, epochs=epochs, warmup=warmup))
 
 
 def _cifar100(name: str, source: cifar100.Source) -> Workload:

@@ -147,3 +147,10 @@ def test_refusals() -> None:
     for features in (normal(1, 3), normal(4, 3) * torch.nan):
         with pytest.raises(ValueError, match="expected finite features of at least two samples"):
             feature_rank(None, features)
+
+
+def test_given_features_stay_as_they_are() -> None:
+    features = normal(20, 5, seed=3).double()
+    before = features.clone()
+    feature_rank(None, features)
+    assert torch.equal(features, before)

@@ -174,7 +174,10 @@ def test_departures_are_told(files: Path) -> None:
     assert workload("cifar100", data=files, checksum="any").departures == (unchecked,)
     few = "the first 30 training and 20 test images only"
     assert problem(files, limit=30).departures == (unchecked, few, "2 epochs instead of 200")
-    assert workload("digits", epochs=1).departures == ("1 epoch instead of 40",)
+    short = workload("digits", epochs=8)
+    assert short.departures == ("8 epochs instead of 40, other problems in proportion",)
+    recipes = {name: (one.recipe.epochs, one.recipe.warmup) for name, one in short.relatives.items()}
+    assert recipes == {"perceptron": (8, 0), "transformer": (8, 1), "text": (3, 0), "table": (8, 0)}
     assert workload("digits", epochs=40).departures == workload("digits").departures == ()
 
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import types
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from msam import Perturbation, normalization_layers
+from msam_analysis.studies import measuring, runs
 from msam_analysis.studies.exhibits import EXHIBITS
 from msam_analysis.studies.runs import Run, gather, place, variant
 from msam_analysis.studies.watching import WATCHES, Scene, watch
@@ -104,3 +110,51 @@ def test_filters_travel() -> None:
     run = Run(variant(TOY, "MSAM", Perturbation(direction="momentum", rho=0.3, subset=subset)), "MSAM", 0)
     assert pickle.loads(pickle.dumps(run)).identity == run.identity  # noqa: S301 - our own bytes
     assert run.settings["subset"] == "some"
+
+
+def test_another_release_of_the_attack_is_another_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, attacked = (
+        Run(TOY, "MSAM", 0, measured=frozenset(measured)) for measured in (["balls"], ["balls", "robustness"])
+    )
+    before = [place(run, tmp_path, COARSE, 4).directory for run in (plain, attacked)]
+    monkeypatch.setattr(runs, "version", lambda _: "0.0")
+    after = [place(run, tmp_path, COARSE, 4).directory for run in (plain, attacked)]
+    assert before[0] == after[0]
+    assert before[1] != after[1]
+
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(runs, "version", missing)
+    assert place(attacked, tmp_path, COARSE, 4).directory not in (before[1], after[1])
+
+
+class OneChannel(nn.Module):
+    """Class 1 where the mean of one channel is above a border."""
+
+    def __init__(self, channel: int, border: float) -> None:
+        super().__init__()
+        self.channel, self.border = channel, nn.Parameter(torch.tensor(border))
+
+    def forward(self, x: Tensor) -> Tensor:
+        margin = x[:, self.channel].mean(dim=(1, 2)) - self.border
+        return torch.stack([-margin, margin], dim=1)
+
+
+def test_a_disturbance_is_a_share_of_the_range_of_its_own_channel() -> None:
+    """Two channels hold the same picture, one of them stretched and moved: both networks are disturbed alike."""
+    shares = torch.rand(400, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    shares[0], shares[1] = 0.0, 1.0
+    inputs = torch.cat([shares, 50.0 * shares - 7.0], dim=1)
+    labels = (shares.mean(dim=(1, 2, 3)) > 0.5).long()
+    problem = dataclasses.replace(TOY, train=lambda: [(inputs, labels)], test=lambda: [(inputs, labels)])
+    found = []
+    for channel, border in ((0, 0.5), (1, 18.0)):
+        trained: Any = types.SimpleNamespace(model=OneChannel(channel, border))
+        objective: Any = None
+        measured: Any = measuring.MEASURES["robustness"].of(measuring.Trainee(problem, trained, objective), COARSE)
+        found.append({name: result.accuracies.tolist() for name, result in measured.items()})
+    for attack in ("fgsm", "pgd"):
+        ours = found[0][f"robustness-{attack}"]
+        assert ours == pytest.approx(found[1][f"robustness-{attack}"], abs=0.011)
+        assert ours[0] > 0.9 > ours[-1] + 0.2

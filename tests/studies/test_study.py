@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from msam import Perturbation
 from msam_analysis.report import Verdict
 from msam_analysis.studies import study as module
 from msam_analysis.studies.exhibits import EXHIBITS
@@ -355,3 +356,19 @@ def test_no_folder_for_the_output(toy: Workload, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="out"):
         study(tmp_path / "out")
     assert (tmp_path / "out").read_text() == "a file of the user's"
+
+
+def test_a_diverged_network_is_named_and_the_rest_is_reported(
+    inline: None, toy: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strong = Perturbation(direction="momentum", normalize="none", rho=1e30)
+    diverging = dataclasses.replace(toy, perturbations={**toy.perturbations, "NAG": strong}, controls=(), frugal=True)
+    monkeypatch.setattr(module, "workload", lambda *_, **__: diverging)
+    page = study(tmp_path, exhibits=["A6r", "F1"])
+    text = page.with_suffix(".md").read_text()
+    assert "Diverged, with a loss that is not finite and nothing measured: toy NAG seed 0, toy NAG seed 1." in text
+    rank = next(line for line in text.splitlines() if line.startswith("| A6r"))
+    assert "not measured: NAG, seed 0, diverged: its loss is not finite" in rank
+    assert "Cannot tell" in rank
+    assert (tmp_path / "figures" / "one_step.png").is_file()
+    assert not (tmp_path / "figures" / "feature_rank.png").exists()

@@ -58,7 +58,7 @@ class Finding:
     Attributes
     ----------
     draw
-        Makes the figure; returns its axes.
+        Makes the figure; returns its axes. None where there is nothing to show.
     table
         Tidy: one row per run and quantity, or as the exhibit's page says. None where the main tables have it.
     claims
@@ -69,7 +69,7 @@ class Finding:
         What a reader must know to read it, for the report.
     """
 
-    draw: Callable[[], Any]
+    draw: Callable[[], Any] | None
     table: pd.DataFrame | None = None
     claims: Sequence[Claim] = ()
     shown: pd.DataFrame | None = None
