@@ -17,7 +17,7 @@ import pandas as pd
 
 from msam_analysis.report import Claim, Verdict, plus_minus
 from msam_analysis.statistics import LEVEL, Interval, mean_interval
-from msam_analysis.studies.tables import Tables
+from msam_analysis.studies.tables import Tables, cosines, negative_share, of_training
 
 Values = npt.NDArray[np.float64]
 
@@ -191,7 +191,7 @@ def times(label: str, larger: Values, smaller: Values, at_least: float = 1.0) ->
 
 def _per_seed(steps: pd.DataFrame, optimizer: str, statistic: Callable[[pd.DataFrame], float]) -> Values:
     part = steps[steps["optimizer"] == optimizer]
-    return np.array([statistic(run) for _, run in part.groupby("seed")], dtype=np.float64)
+    return np.array([of_training(run, statistic) for _, run in part.groupby("seed")], dtype=np.float64)
 
 
 def _accuracy(tables: Tables) -> list[Comparison]:
@@ -217,17 +217,14 @@ def _each(
 
 
 def _mostly_negative(steps: pd.DataFrame) -> list[Comparison]:
-    def share(run: pd.DataFrame) -> float:
-        return 100 * float((run["cosine"].dropna() < 0).mean())
-
-    return _each(steps, "steps with a negative cosine", share, unit="%", above=50.0)
+    return _each(steps, "steps with a negative cosine", lambda run: negative_share(cosines(run)), unit="%", above=50.0)
 
 
 def _fades_out(tables: Tables) -> list[Comparison]:
     last = int(tables.steps["epoch"].max())
 
     def size(run: pd.DataFrame, first: float, end: float) -> float:
-        return abs(float(run.loc[run["epoch"].between(first, end), "cosine"].mean()))
+        return abs(float(cosines(run)[run["epoch"].between(first, end)].mean(skipna=False)))
 
     def left(run: pd.DataFrame) -> float:
         return size(run, last, last)

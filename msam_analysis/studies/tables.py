@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 
 from msam_analysis.results import BallSharpness, Eigenpairs, Result, Slice1D, Slice2D, atomic_path
@@ -107,6 +109,31 @@ def recorded(runs: Sequence[FinishedRun]) -> pd.DataFrame:
     ]
     table: pd.DataFrame = pd.concat(frames, ignore_index=True)
     return table
+
+
+def of_training(steps: pd.DataFrame, statistic: Callable[[pd.DataFrame], float]) -> float:
+    """Return a statistic of a run's records; NaN where its loss, which every step records, was ever not finite.
+
+    Slow probes record NaN at the steps at which they are not asked, and a statistic may skip those. A run that diverged
+    records NaN from there on, and what came before is no statistic of its training.
+    """
+    return float(statistic(steps)) if np.isfinite(steps["train_batch_loss"]).all() else math.nan
+
+
+def cosines(steps: pd.DataFrame) -> pd.Series[float]:
+    """Return the cosine of momentum and gradient of every step but the first, at which there is no momentum."""
+    recorded: pd.Series[float] = steps["cosine"].iloc[1:]
+    return recorded
+
+
+def mean_cosine(steps: pd.DataFrame) -> float:
+    """Return the mean of :func:`cosines`."""
+    return float(cosines(steps).mean(skipna=False))
+
+
+def negative_share(values: pd.Series[float]) -> float:
+    """Return how many of some numbers are negative, in percent; NaN where one of them is."""
+    return math.nan if values.isna().any() or values.empty else 100 * float((values < 0).mean())
 
 
 def _apart(settings: Mapping[str, Any], steps: pd.DataFrame) -> dict[str, Any]:

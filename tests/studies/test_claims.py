@@ -80,6 +80,7 @@ def make_steps(seeds: int) -> pd.DataFrame:
                 row: dict[str, object] = {"optimizer": name, "seed": seed, "step": step, "epoch": epoch}
                 fading = 0.01 if epoch == EPOCHS - 1 else 0.3
                 # One step in six is positive.
+                row["train_batch_loss"] = 1.0
                 row["cosine"] = math.nan if step == 0 else -(1 if step % STEPS else -0.5) * fading * (1 + 50 * own)
                 slow = step % 3 == 0
                 row["rise"] = (0.0 if name == "SGD" else 0.5 + 10 * own) if slow else math.nan
@@ -289,6 +290,34 @@ def test_a_run_that_failed_decides_nothing(key: tuple[str, str]) -> None:
     for table in ("runs", "steps", "controls"):
         tables = change(tables, table, spoil)
     assert find(key).judge(tables).verdict == UNKNOWN
+
+
+@pytest.mark.parametrize("key", [key for key in FLIPS if key[0] in ("F2C", "A12", "A8")], ids="-".join)
+@pytest.mark.parametrize("last", [EPOCHS * STEPS - 3, 10, 0])
+def test_what_came_before_a_run_diverged_decides_nothing(key: tuple[str, str], last: int) -> None:
+    """Records that are NaN from a step on are no statistic of training, however the steps before it were."""
+
+    def spoil(frame: pd.DataFrame) -> None:
+        part = (frame["seed"] == 1) & (frame["step"] > last)
+        frame.loc[part, [c for c in frame.columns if frame[c].dtype == float]] = math.nan
+
+    tables = make_tables()
+    for table in ("steps", "controls"):
+        tables = change(tables, table, spoil)
+    claim = find(key)
+    assert all(math.isnan(comparison.interval.half_width) for comparison in claim.compare(tables))
+    assert claim.judge(tables).verdict == UNKNOWN
+
+
+def test_a_cosine_that_is_missing_is_not_skipped() -> None:
+    """But that of the first step, at which there is no momentum."""
+
+    def spoil(frame: pd.DataFrame) -> None:
+        frame.loc[(frame["seed"] == 1) & (frame["step"] == EPOCHS * STEPS - 1), "cosine"] = math.nan
+
+    tables = change(make_tables(), "steps", spoil)
+    for words in ("negative for most", "goes to 0"):
+        assert find(("F2C", words)).judge(tables).verdict == UNKNOWN
 
 
 def test_a_workload_without_controls() -> None:

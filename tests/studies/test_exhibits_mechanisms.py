@@ -24,6 +24,7 @@ from msam_analysis.studies.measuring import DISTURBANCES, last_block, measure
 from msam_analysis.studies.networks import mlp
 from msam_analysis.studies.runs import Run, gather, place
 from msam_analysis.studies.study import make_run
+from msam_analysis.studies.tables import FinishedRun
 from msam_analysis.studies.training import train
 from msam_analysis.studies.watching import OFFSETS
 from msam_analysis.studies.workloads import DIGITS, Recipe, Workload
@@ -71,7 +72,9 @@ def test_every_exhibit_has_a_table_a_figure_and_its_claims(exhibit: Exhibit, evi
     assert not finding.table.empty
     assert [claim.claim for claim in finding.claims] == [claim.sentence for claim in exhibit.claims]
     assert all(claim.measured != "not measured" for claim in finding.claims)
+    assert finding.draw is not None
     with mpl.rc_context({"backend": "agg"}):
+        assert finding.draw is not None
         axes = np.atleast_1d(np.asarray(finding.draw(), dtype=object)).ravel()
         assert all(ax.has_data() and ax.get_xlabel() for ax in axes)
         plt.close(axes[0].figure)
@@ -193,8 +196,8 @@ def test_the_trainings_momentum_on_held_out_batches() -> None:
 def test_angles(evidence: Evidence) -> None:
     table = table_of(mechanisms.ANGLE, evidence)
     assert set(table["best_rho"]) == {0.3}
-    per_run = table.groupby(["optimizer", "seed"])["epoch"].apply(list)
-    assert per_run.to_list() == [[1, 2]] * 2 * SEEDS, "one record an epoch, and none before there is momentum"
+    per_run = table.groupby(["optimizer", "seed"])["step"].apply(list)
+    assert per_run.to_list() == [[4, 8]] * 2 * SEEDS, "every record, and none before there is momentum"
     assert set(table["optimizer"]) == {"SGD", "MSAM"}
 
 
@@ -268,6 +271,48 @@ def test_unknown_measures() -> None:
     trained = train(TOY, "SGD", 0, every=None)
     with pytest.raises(ValueError, match="unknown measure 'taste': expected some of"):
         measure(TOY, trained, ["taste"], COARSE, lambda _: None)
+
+
+# -------------------------------------------------------------------------------------- runs that diverged
+
+
+def spoiled(evidence: Evidence, share: float) -> Evidence:
+    """Return the evidence with all that is recorded after a part of training NaN, for the runs of seed 1."""
+
+    def spoil(run: FinishedRun) -> FinishedRun:
+        known = run.steps["step"] <= share * run.steps["step"].max()
+        recorded = [name for name in run.steps if name not in ("step", "epoch", "lr")]
+        steps = run.steps.assign(**{str(name): run.steps[name].where(known) for name in recorded})
+        return dataclasses.replace(run, steps=steps) if run.seed == 1 else run
+
+    return Evidence(PROBLEM, SEEDS, {identity: spoil(run) for identity, run in evidence.finished.items()})
+
+
+@pytest.mark.parametrize("share", [0.9, 0.4, 0.0])
+@pytest.mark.parametrize("exhibit", mechanisms.MECHANISMS, ids=lambda exhibit: exhibit.name)
+def test_what_came_before_it_diverged_tells_nothing(exhibit: Exhibit, share: float, evidence: Evidence) -> None:
+    table = table_of(exhibit, spoiled(evidence, share))
+    for claim in exhibit.claims:
+        comparisons = claim.compare(table)
+        assert comparisons
+        assert all(math.isnan(comparison.interval.half_width) for comparison in comparisons), claim.sentence
+        assert {comparison.interval.n for comparison in comparisons} == {SEEDS}, "no seed is left out"
+        assert claim.judge(table).verdict == "cannot tell at this scale"
+
+
+def test_cosines_of_a_run_that_diverged_outside_vision(evidence: Evidence) -> None:
+    table = table_of(models.OUTSIDE_VISION, spoiled(evidence, 0.6))
+    known = table.groupby("seed")[["cosine", "negative"]].apply(lambda part: part.notna().all(axis=None))
+    assert known.to_dict() == {0: True, 1: False}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 3, -1])
+def test_no_minimum_of_a_curve_with_a_hole(bad: float, place: int) -> None:
+    offsets = sorted((*OFFSETS, 0.0))
+    changes = [(a - 0.5) ** 2 for a in offsets]
+    changes[place] = bad
+    assert math.isnan(mechanisms.minimum(offsets, changes))
 
 
 # -------------------------------------------------------------------------------------------------------- claims
@@ -345,7 +390,10 @@ def rises(value: float) -> pd.DataFrame:
 
 def roots(value: float) -> pd.DataFrame:
     frame = pd.concat(
-        [table(optimizer=["SGD"], rho_0=[value], best_rho=[3.0]).assign(epoch=epoch) for epoch in range(9)]
+        [
+            table(optimizer=["SGD"], rho_0=[value], best_rho=[3.0], finished=[True]).assign(epoch=epoch)
+            for epoch in range(9)
+        ]
     )
     lost = (frame["epoch"] == 0) & (frame["seed"] == 1)
     whole: pd.DataFrame = frame.assign(rho_0=frame["rho_0"].where(~lost))

@@ -40,6 +40,8 @@ def test_findings_are_whole(exhibit: object, evidence: Evidence) -> None:
     assert finding.table is not None
     assert finding.shown is not None
     assert len(finding.shown)
+    assert finding.draw is not None
+    assert finding.draw is not None
     assert all(ax.has_data() for ax in finding.draw())
     plt.close("all")
 
@@ -71,6 +73,16 @@ def test_the_cosine_of_a_run_made_again(setting: str, value: Any, replacement: b
 def test_the_middle_of_training() -> None:
     steps = pd.DataFrame({"cosine": [math.nan, 9.0, 9.0, 0.0, 2.0, 3.0, 4.0, 5.0, 10.0, 9.0, 9.0, 9.0]})
     assert stability.mid_training(steps) == 4.0
+
+
+def test_a_run_that_diverged_has_no_cosine(evidence: Evidence) -> None:
+    runs = evidence.of(stability.cosine_runs(TOY, 2))
+    last = runs[-1].steps
+    records = ["train_batch_loss", "cosine"]
+    broken = dataclasses.replace(runs[-1], steps=last.assign(**last[records].where(last["step"] < len(last) - 1)))
+    table = stability.cosine_table(TOY, [*runs[:-1], broken])
+    assert table["cosine"].isna().sum() == 1, "though the middle of training is there"
+    assert [claim.judge(table).verdict for claim in COSINES[-2:]][1] != HOLDS
 
 
 def test_every_setting_has_the_recipe_s_own_run(evidence: Evidence) -> None:

@@ -86,6 +86,8 @@ def test_findings_are_whole(exhibit: object, evidence: Evidence) -> None:
     assert finding.shown is not None
     assert finding.table.notna().any(axis=None)
     assert finding.note
+    assert finding.draw is not None
+    assert finding.draw is not None
     axes = finding.draw()
     assert all(ax.has_data() for ax in axes)
     plt.close("all")
@@ -235,6 +237,35 @@ def test_the_best_is_by_the_mean_and_the_smallest_of_equals() -> None:
         }
     )
     assert set(sweeps.best(frame)["rho"]) == {2.0}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_strength_at_which_a_seed_has_no_number_is_not_the_best(seed: int) -> None:
+    values = {1.0: [0.2, 0.4], 2.0: [0.9, 0.9]}
+    values[2.0][seed] = math.nan
+    rows = [(rho, seed, value) for rho, both in values.items() for seed, value in enumerate(both)]
+    frame = pd.DataFrame(rows, columns=["rho", "seed", "test_accuracy"])
+    assert set(sweeps.best(frame)["rho"]) == {1.0}
+    nothing = sweeps.best(frame.assign(test_accuracy=math.nan))
+    assert nothing["test_accuracy"].isna().all(), "what is best of nothing cannot be told"
+    assert len(nothing) == 2
+
+
+def test_a_train_loss_that_overflowed_is_not_the_lowest() -> None:
+    table = world()
+    lost = (table["step"] == "−ρ η v") & (table["rho"] == 90.0)
+    broken = table.assign(train_loss=table["train_loss"].where(~lost, 1e-9).mask(lost & (table["seed"] > 0)))
+    assert judged(STEPS, "Tying ρ", broken).measured == judged(STEPS, "Tying ρ", table[~lost]).measured
+
+
+def test_the_rise_of_a_run_that_diverged(evidence: Evidence) -> None:
+    runs = [run for run in evidence.of(strengths.strength_runs(TOY, 2)) if "rise" in run.steps][:1]
+    steps = runs[0].steps
+    broken = dataclasses.replace(
+        runs[0], steps=steps.assign(train_batch_loss=steps["train_batch_loss"].mask(steps["step"] == 7))
+    )
+    assert strengths.strength_table(runs)["rise"].notna().all()
+    assert strengths.strength_table([broken])["rise"].isna().all()
 
 
 def test_a_plateau_between_points() -> None:

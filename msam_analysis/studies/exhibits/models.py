@@ -16,7 +16,7 @@ from msam_analysis.studies.claims import Comparison, PaperClaim, difference, rat
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
 from msam_analysis.studies.exhibits.wanted import OUTSIDE, after_warmup, each, unperturbed
 from msam_analysis.studies.runs import Run
-from msam_analysis.studies.tables import FinishedRun
+from msam_analysis.studies.tables import FinishedRun, cosines, mean_cosine, negative_share, of_training
 from msam_analysis.studies.workloads import Workload
 
 _PERTURBED = ("SAM", "MSAM")
@@ -135,7 +135,6 @@ def _outside_study(evidence: Evidence) -> Finding:
     for name, one in _outside(evidence.problem).items():
         for run in evidence.of(_outside_part(one, evidence.seeds)):
             pairs = cast(Eigenpairs, run.results["lambda1"])
-            cosine = run.steps["cosine"].dropna()
             rows.append(
                 {
                     "problem": name,
@@ -143,8 +142,8 @@ def _outside_study(evidence: Evidence) -> Finding:
                     "lambda_1": float(pairs.values[0]),
                     "lambda_1_residual": float(pairs.residuals[0]),
                     "lambda_1_converged": pairs.converged,
-                    "cosine": float(cosine.mean()),
-                    "negative": 100 * float((cosine < 0).mean()),
+                    "cosine": of_training(run.steps, mean_cosine),
+                    "negative": of_training(run.steps, lambda steps: negative_share(cosines(steps))),
                 }
             )
     table: pd.DataFrame = pd.DataFrame(rows)

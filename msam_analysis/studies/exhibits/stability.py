@@ -16,7 +16,7 @@ from msam_analysis.studies.claims import Comparison, PaperClaim
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
 from msam_analysis.studies.exhibits.sweeps import SAME_ACCURACY, base, once, paired, scaled
 from msam_analysis.studies.runs import Run, variant
-from msam_analysis.studies.tables import FinishedRun, outcomes
+from msam_analysis.studies.tables import FinishedRun, of_training, outcomes
 from msam_analysis.studies.workloads import Workload
 
 _LR = (-18, -12, -6, -3, 0, 3)
@@ -70,7 +70,8 @@ def _recipes(problem: Workload) -> list[dict[str, Any]]:
 def mid_training(steps: pd.DataFrame) -> float:
     """Return the mean cosine over the middle half of the steps."""
     quarter = len(steps) // 4
-    return float(steps["cosine"].iloc[quarter : len(steps) - quarter].mean())
+    # At the first step there is no momentum.
+    return float(steps["cosine"].iloc[max(quarter, 1) : len(steps) - quarter].mean(skipna=False))
 
 
 def cosine_table(problem: Workload, runs: list[FinishedRun]) -> pd.DataFrame:
@@ -78,7 +79,8 @@ def cosine_table(problem: Workload, runs: list[FinishedRun]) -> pd.DataFrame:
 
     ``train_accuracy`` tells how far the run came.
     """
-    table = outcomes(runs)[[*_COLUMNS, "train_accuracy"]].assign(cosine=[mid_training(run.steps) for run in runs])
+    cosine = [of_training(run.steps, mid_training) for run in runs]
+    table = outcomes(runs)[[*_COLUMNS, "train_accuracy"]].assign(cosine=cosine)
     return _by_setting(problem, table, ["cosine", "train_accuracy"])
 
 

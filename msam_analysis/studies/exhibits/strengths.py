@@ -33,7 +33,7 @@ from msam_analysis.studies.exhibits.sweeps import (
     scaled,
 )
 from msam_analysis.studies.runs import Run
-from msam_analysis.studies.tables import FinishedRun, outcomes
+from msam_analysis.studies.tables import FinishedRun, of_training, outcomes
 from msam_analysis.studies.workloads import Batches, Workload
 
 _POSITIVE = (-9, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6)
@@ -72,7 +72,9 @@ def strength_runs(problem: Workload, seeds: int) -> list[Run]:
 
 def strength_table(runs: list[FinishedRun]) -> pd.DataFrame:
     """Return one row per run: ρ and its sign, accuracies, losses, and the mean rise L(w + ε) − L(w) where recorded."""
-    rises = [float(run.steps["rise"].mean()) if "rise" in run.steps else math.nan for run in runs]
+    rises = [
+        of_training(run.steps, lambda steps: steps["rise"].mean()) if "rise" in run.steps else math.nan for run in runs
+    ]
     table: pd.DataFrame = outcomes(runs)[_COLUMNS + _SCORES].assign(rise=rises)
     return table
 

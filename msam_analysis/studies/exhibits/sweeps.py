@@ -74,8 +74,12 @@ def once(runs: Iterable[Run]) -> list[Run]:
 
 
 def best(frame: pd.DataFrame, x: str = "rho", y: str = "test_accuracy") -> pd.DataFrame:
-    """Return the rows at the ``x`` with the largest mean of ``y`` over seeds, the smallest such ``x``."""
-    chosen: pd.DataFrame = frame[frame[x] == frame.groupby(x)[y].mean().idxmax()]
+    """Return the rows at the ``x`` with the largest mean of ``y`` over seeds, the smallest such ``x``.
+
+    A NaN of one seed is not outvoted by the others: where there is one, ``x`` comes last.
+    """
+    means = frame.groupby(x)[y].agg(lambda values: values.mean(skipna=False))
+    chosen: pd.DataFrame = frame[frame[x] == means.fillna(-math.inf).idxmax()]
     return chosen
 
 
