@@ -286,6 +286,8 @@ def _ordered(column: str) -> Callable[[Tables], list[Comparison]]:
 
 MUCH = 3.0
 """How many times larger counts as "much larger" where the paper gives no number."""
+FAR = 2.0
+"""So many points of accuracy count as "far above" where the paper gives no bound."""
 FADED = 0.05
 """A cosine smaller than this counts as gone to 0."""
 SAME_COST = 0.05

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from msam_analysis.studies.exhibits import choose
 from msam_analysis.studies.runs import Run, gather
-from msam_analysis.studies.study import _plan
+from msam_analysis.studies.study import _plan, run_study
+from msam_analysis.studies.workloads import Workload
 
 from .finished import finish
 from .toy import TOY
@@ -42,3 +44,12 @@ def test_what_is_kept_beside_a_perturbation_decides_nothing(key: str) -> None:
 def test_a_network_of_two_exhibits_is_one() -> None:
     own = gather(Run(TOY, name, 0) for name in ("SGD", "MSAM"))
     assert own.keys() <= _plan(choose(["F2AB"]), TOY, 1).keys()
+
+
+def test_a_report_without_anything_to_draw(toy: Workload, tmp_path: Path) -> None:
+    """The toy has no transformer beside it."""
+    assert not toy.relatives
+    page = run_study(toy.name, exhibits=["T2"], seeds=2, out=tmp_path, progress=False)
+    words = page.with_suffix(".md").read_text()
+    assert "Not asked: there is no vision transformer beside this workload." in words
+    assert words.count("not measured") == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from msam import Jump
 from msam_analysis.objective import Objective
 from msam_analysis.randomness import RandomStream
 from msam_analysis.studies import store
+from msam_analysis.studies.exhibits import EXHIBITS as ALL
 from msam_analysis.studies.exhibits import mechanisms, models, schematic, solutions, wanted
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.measuring import DISTURBANCES, last_block, measure
@@ -26,7 +28,7 @@ from msam_analysis.studies.runs import Run, gather, place
 from msam_analysis.studies.study import make_run
 from msam_analysis.studies.tables import FinishedRun
 from msam_analysis.studies.training import train
-from msam_analysis.studies.watching import OFFSETS
+from msam_analysis.studies.watching import OFFSETS, STRENGTHS
 from msam_analysis.studies.workloads import DIGITS, Recipe, Workload
 
 from .toy import COARSE, TOY
@@ -367,11 +369,11 @@ def valley(where: float) -> pd.DataFrame:
     return whole
 
 
-def warmup(late: float) -> pd.DataFrame:
+def warmup(late: float, msam: float = 66.0) -> pd.DataFrame:
     return table(
         perturbed=["throughout"] * 3 + ["after warm-up only"] * 2,
         optimizer=["AdamW", "SAM", "MSAM", "SAM", "MSAM"],
-        test_accuracy=[60.0, 65.0, 66.0, 65.5 + late, 66.5 + late],
+        test_accuracy=[60.0, 65.0, msam, 65.5 + late, 66.5 + late],
     )
 
 
@@ -401,7 +403,7 @@ def roots(value: float) -> pd.DataFrame:
 
 
 def cosines(negative: float, after: float) -> pd.DataFrame:
-    return table(problem=["toy"], optimizer=["SGD"], negative=[negative], after_update=[after])
+    return table(problem=["toy", "text"], optimizer=["SGD"] * 2, negative=[negative] * 2, after_update=[after] * 2)
 
 
 CASES: list[tuple[Exhibit, int, Callable[[], pd.DataFrame], Callable[[], pd.DataFrame]]] = [
@@ -439,12 +441,14 @@ CASES: list[tuple[Exhibit, int, Callable[[], pd.DataFrame], Callable[[], pd.Data
     (mechanisms.RISE_RATES, 0, lambda: rises(0.1), lambda: rises(-0.1)),
     (mechanisms.RISE_RATES, 1, lambda: rises(0.1), lambda: rises(-0.1)),
     (models.WARMUP, 0, lambda: warmup(1.0), lambda: warmup(1.0).replace({"AdamW": "MSAM", "MSAM": "AdamW"})),
+    (models.WARMUP, 0, lambda: warmup(1.0, 62.5), lambda: warmup(1.0, 61.5)),
     (models.WARMUP, 1, lambda: warmup(1.0), lambda: warmup(-1.0)),
     (models.WARMUP, 2, lambda: warmup(1.0), lambda: warmup(-1.0)),
     *((models.OUTSIDE_VISION, i, lambda: other_tasks(1.0, 3.0), lambda: other_tasks(3.0, 30.0)) for i in range(4)),
     (solutions.RANK, 0, lambda: ranks(90.0, 60.0, 50.0), lambda: ranks(90.0, 50.0, 60.0)),
     (solutions.RANK, 0, lambda: ranks(90.0, 60.0, 50.0), lambda: ranks(50.0, 60.0, 40.0)),
     (solutions.DISTURBED, 0, lambda: disturbed(20.0, 30.0), lambda: disturbed(30.0, 20.0)),
+    (solutions.DISTURBED, 0, lambda: disturbed(20.0, 22.5), lambda: disturbed(20.0, 21.5)),
     (solutions.DISTURBED, 1, lambda: disturbed(20.0, 30.0), lambda: disturbed(30.0, 20.0)),
 ]
 
@@ -466,3 +470,80 @@ def test_every_claim_is_tested() -> None:
 def test_without_a_warmup_nothing_is_told() -> None:
     bare = warmup(1.0).query("perturbed == 'throughout'")
     assert [claim.judge(bare).measured for claim in models.WARMUP.claims[1:]] == ["not measured"] * 2
+
+
+def test_how_far_is_far_is_said() -> None:
+    for claim, found in (
+        (models.WARMUP.claims[0], warmup(1.0)),
+        (solutions.DISTURBED.claims[0], disturbed(20.0, 30.0)),
+    ):
+        assert claim.judge(found).measured.endswith("required: gain more than 2 points")
+
+
+def test_how_other_problems_were_tuned_is_said(evidence: Evidence) -> None:
+    for exhibit in (models.WARMUP, models.OUTSIDE_VISION):
+        words = "chosen by the test accuracy of two other seeds"
+        assert all(words in claim.note for claim in exhibit.claims)
+        assert words in exhibit.study(evidence).note
+    assert all("favours" in claim.note for claim in models.WARMUP.claims[1:])
+
+
+# ------------------------------------------------------------------------------------------- other workloads
+
+
+@pytest.fixture
+def alone(evidence: Evidence) -> Evidence:
+    """The evidence of a workload that has no others beside it."""
+    return Evidence(dataclasses.replace(PROBLEM, relatives={}), SEEDS, evidence.finished)
+
+
+@pytest.mark.parametrize("exhibit", models.MODELS_AND_TASKS, ids=lambda exhibit: exhibit.name)
+def test_a_workload_without_relatives_is_not_taken_for_one(exhibit: Exhibit, alone: Evidence) -> None:
+    assert exhibit.runs(alone.problem, SEEDS) == []
+    finding = exhibit.study(alone)
+    assert finding.draw is None
+    assert finding.table is None
+    assert "beside this workload" in finding.note
+    assert [claim.claim for claim in finding.claims] == [claim.sentence for claim in exhibit.claims]
+    assert {(claim.measured, claim.verdict) for claim in finding.claims} == {
+        ("not measured", "cannot tell at this scale")
+    }
+
+
+def test_one_model_is_not_every_model(alone: Evidence) -> None:
+    finding = mechanisms.MODELS.study(alone)
+    assert finding.table is not None
+    assert set(finding.table["problem"]) == {"toy"}
+    assert [claim.measured != "not measured" for claim in finding.claims] == [False, True]
+    assert finding.draw is not None
+
+
+def test_no_exhibit_speaks_of_another_workload(alone: Evidence) -> None:
+    words = re.compile(
+        "digit|8[x×]8|here: a train|1,000|whose labels are as often|wrong labels included|labels are right,",
+        re.IGNORECASE,
+    )
+    for exhibit in ALL:
+        for text in (exhibit.title, exhibit.caption, *(claim.sentence + claim.note for claim in exhibit.claims)):
+            assert not words.search(text), text
+    for exhibit in EXHIBITS:
+        assert not words.search(exhibit.study(alone).note), exhibit.name
+
+
+# ------------------------------------------------------------------------------------------------ F3, by records
+
+
+def test_the_share_of_the_angle_is_over_records(evidence: Evidence) -> None:
+    """Of four records an epoch one has a root, and that is close: an epoch's mean of roots would be."""
+    rows = np.arange(40)
+    rho_0 = np.where(rows % 4 == 1, 0.3, math.nan)
+    steps = pd.DataFrame({"step": rows, "epoch": rows // 4, "rho_0": rho_0, "train_batch_loss": 1.0})
+    steps = steps.assign(**{f"sam_angle/{rho:g}": 10.0 for rho in (0.0, *STRENGTHS)})
+    finished = {
+        identity: dataclasses.replace(run, steps=steps.assign(rho_0=rho_0 + 0.001 * run.seed))
+        for identity, run in evidence.finished.items()
+    }
+    finding = mechanisms.ANGLE.study(Evidence(PROBLEM, SEEDS, finished))
+    (comparison, _) = mechanisms.ANGLE.claims[0].compare(finding.table)
+    assert comparison.interval.mean == pytest.approx(100 * 10 / 39)
+    assert finding.claims[0].verdict != "holds"

@@ -42,6 +42,7 @@ def test_findings_are_whole(exhibit: object, evidence: Evidence) -> None:
     assert finding.table is not None
     assert finding.shown is not None
     assert finding.table.notna().all(axis=None)
+    assert finding.draw is not None
     assert all(ax.has_data() for ax in finding.draw())
     plt.close("all")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -106,6 +106,11 @@ class Exhibit:
     study: Callable[[Evidence], Finding]
     main: bool = False
     claims: tuple[PaperClaim, ...] = field(default=(), compare=False)
+
+
+def untold(claims: Iterable[PaperClaim], why: str) -> Finding:
+    """Return what is found where a workload does not have what an exhibit is about: nothing, and why."""
+    return Finding(None, claims=[replace(claim, compare=lambda _: []).judge(None) for claim in claims], note=why)
 
 
 def networks(problem: Workload, seeds: int) -> list[Run]:

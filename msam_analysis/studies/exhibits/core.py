@@ -145,7 +145,8 @@ CORE: tuple[Exhibit, ...] = (
         ("T1",),
         "accuracy",
         "Where they end up",
-        "Train and test accuracy. Wrong labels can only be memorised: a train accuracy near 1 is overfitting here.",
+        "Train and test accuracy. Where some training labels are wrong, they can only be memorised: there, a train "
+        "accuracy near 1 is overfitting.",
         _accuracy,
         _scores,
         "Of the paper's seven optimizers LookSAM, ESAM and MESA are left out. None of them takes its gradient at one "

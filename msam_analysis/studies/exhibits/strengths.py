@@ -292,7 +292,7 @@ STEPS = (
         "test accuracy falls towards SGD's, train accuracy rises above it",
         _loses,
         note="The best test accuracy is more than a point lower, and at some ρ the train loss is lower than SGD's. "
-        "Train loss and not train accuracy, which has no room here.",
+        "Train loss and not train accuracy, which has no room where every sample is fitted.",
     ),
 )
 
@@ -375,7 +375,7 @@ def rule_runs(problem: Workload, seeds: int) -> list[Run]:
 
 
 RULES = {
-    "held out": "best accuracy on a held-out fifth of the training samples, wrong labels included",
+    "held out": "best accuracy on a held-out fifth of the training samples, with its labels as given",
     "held out, all seeds": "best mean accuracy over the seeds on that fifth",
     "rise": "mean rise L(w + ε) − L(w) closest to SAM's at SAM's best ρ",
     "tenfold": "ten times SAM's best ρ",
@@ -470,8 +470,8 @@ def rules(evidence: Evidence) -> Finding:
         found,
         [claim.judge(found) for claim in CHOICES],
         shown.assign(rule=shown["rule"].map(RULES)),
-        "A rule must not look at clean labels, which nobody has who needs it. The first two train on four fifths of "
-        "the samples and ask the last fifth, whose labels are as often wrong as the others. The rise and the factor of "
+        "A rule must not look at the test set. The first two train on four fifths of the samples and ask the last "
+        "fifth, with its labels as given: where some are wrong, they are as often so there. The rise and the factor of "
         "ten need no labels, but SAM's best ρ. That of the other seeds is what luck with the seeds leaves to gain or "
         "lose; the last is what the training loss would choose.",
     )
