@@ -35,8 +35,8 @@ _GAPS = 0.25  # of the new points, to fill gaps
 _HELD = 0.3
 _HELD_AT_LEAST = {1: 8, 2: 40}
 # What the error anywhere may be over that at the points held back. On the 48 surfaces of the tests (networks, kinks,
-# cliffs, dips) and tolerances of 5, 1 and 0.2 per cent the estimates then cover the true errors, on both scales, in 98 to
-# 99 % of cases, and on 96 lines through them in 97 %.
+# cliffs, dips) and tolerances of 5, 1 and 0.2 per cent the estimates cover the true errors, on both scales, in 98
+# to 99 % of cases, and on 96 lines through them in 97 %.
 _SAFETY = 2.0
 _PAYS = 0.7  # beyond this fraction of the grid interpolation saves nothing: measure the rest
 _SPAN = 10.0  # from this ratio of largest to smallest value on, pictures have a logarithmic scale
