@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from msam_analysis.studies.exhibits import choose
+from msam_analysis.studies.exhibits import EXHIBITS, choose
 from msam_analysis.studies.runs import Run, gather
 from msam_analysis.studies.study import _plan, run_study
 from msam_analysis.studies.workloads import Workload
@@ -53,3 +53,39 @@ def test_a_report_without_anything_to_draw(toy: Workload, tmp_path: Path) -> Non
     words = page.with_suffix(".md").read_text()
     assert "Not asked: there is no vision transformer beside this workload." in words
     assert words.count("not measured") == 3
+
+
+def test_an_exhibit_of_the_paper_is_found_by_its_claims() -> None:
+    """Whoever asks for one gets all that is tested about it; what is not in the paper may stand beside anything."""
+    for exhibit in EXHIBITS:
+        for claim in exhibit.claims:
+            assert claim.control or claim.exhibit in exhibit.ids, claim.sentence
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("A12", ["perturbation_rise", "rise_by_learning_rate"]),
+        ("A3", ["cosine_models"]),
+        ("A4", ["cosine_models", "cosine_conditions"]),
+        ("F1", ["one_step"]),
+    ],
+)
+def test_what_an_id_chooses(key: str, names: list[str]) -> None:
+    assert [exhibit.name for exhibit in choose([key])] == names
+
+
+def test_what_is_not_in_the_main_study_stays_out_of_it() -> None:
+    assert "rise_by_learning_rate" not in {exhibit.name for exhibit in choose(None)}
+
+
+def test_exhibits_are_in_the_report_s_order() -> None:
+    firsts = [exhibit.ids[0] for exhibit in EXHIBITS if exhibit.ids]
+    assert firsts[:3] == ["F1", "T1", "T2"]
+    assert firsts.index("A3") + 1 == firsts.index("A4") < firsts.index("A5") < firsts.index("A12") < firsts.index("A13")
+    assert all(not exhibit.ids for exhibit in EXHIBITS[len(firsts) :]), "those of no figure come last"
+
+
+def test_every_exhibit_of_the_paper_has_a_claim() -> None:
+    claimed = {claim.exhibit for exhibit in EXHIBITS for claim in exhibit.claims}
+    assert {key for exhibit in EXHIBITS for key in exhibit.ids} <= claimed

@@ -108,6 +108,48 @@ def test_one_step_of_every_optimizer_by_hand() -> None:
         assert to == pytest.approx(at - schematic.LR * (schematic.MOMENTUM * v + slope(*point))), name
 
 
+def drawn(**changes: dict[str, Any]) -> pd.DataFrame:
+    """Return the steps, with switches of some perturbations changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, switches in changes.items():
+            perturbation = schematic.PERTURBATIONS[name]
+            assert perturbation is not None
+            patch.setitem(schematic.PERTURBATIONS, name, dataclasses.replace(perturbation, **switches))
+        steps: pd.DataFrame = pd.DataFrame([schematic.one_step(name) for name in schematic.PERTURBATIONS])
+        return steps
+
+
+LATE = schematic.BEFORE
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: {"sign": -1}} for name in ("NAG", "SAM", "MSAM")),
+        *({name: {"rho": Jump(0.4, LATE)}} for name in ("NAG", "SAM", "MSAM")),
+        {"SAM": {"direction": "momentum"}},
+        {"MSAM": {"direction": "gradient"}},
+        {"MSAM": {"normalize": "none"}},
+        {"NAG": {"normalize": "none"}},
+        {"NAG": {"rho": Jump(0.0, LATE)}},
+    ],
+    ids=str,
+)
+def test_where_the_gradient_is_taken_is_judged_by_the_steps_drawn(changes: dict[str, dict[str, Any]]) -> None:
+    (claim,) = schematic.SCHEMATIC.claims
+    assert claim.judge(drawn()).verdict == "holds"
+    assert claim.judge(drawn(**changes)).verdict != "holds"
+    if "sign" in str(changes):
+        assert claim.judge(drawn(**changes)).verdict == "does not hold"
+
+
+def test_a_gradient_of_sgd_away_from_its_weights() -> None:
+    (claim,) = schematic.SCHEMATIC.claims
+    steps = drawn()
+    moved = steps["gradient_at_x"] + 0.1 * (steps["optimizer"] == "SGD")
+    assert claim.judge(steps.assign(gradient_at_x=moved)).verdict == "does not hold"
+
+
 # ------------------------------------------------------------------------------------------------------- A2 and A12
 
 
@@ -407,6 +449,7 @@ def cosines(negative: float, after: float) -> pd.DataFrame:
 
 
 CASES: list[tuple[Exhibit, int, Callable[[], pd.DataFrame], Callable[[], pd.DataFrame]]] = [
+    (schematic.SCHEMATIC, 0, drawn, lambda: drawn(MSAM={"sign": -1})),
     (mechanisms.ANGLE, 0, lambda: roots(2.5), lambda: roots(7.0)),
     (mechanisms.ANGLE, 0, lambda: roots(1.6), lambda: roots(1.4)),
     (mechanisms.ALONG, 0, lambda: valley(0.2), lambda: valley(-0.2)),

@@ -97,6 +97,19 @@ def test_every_setting_has_the_recipe_s_own_run(evidence: Evidence) -> None:
     assert row["test_accuracy"] == pytest.approx(reached["test_accuracy"])
 
 
+@pytest.mark.parametrize(
+    ("epochs", "expected"), [(40, [10, 20, 40, 80]), (10, [2, 4, 10, 20]), (6, [2, 4, 6, 12]), (30, [8, 16, 30, 60])]
+)
+def test_every_budget_is_compared(epochs: int, expected: list[int]) -> None:
+    """SAM's half of it is whole, so that none is dropped for want of a partner."""
+    problem = dataclasses.replace(TOY, recipe=dataclasses.replace(TOY.recipe, epochs=epochs))
+    spent: dict[str, set[int]] = {}
+    for run in stability.budget_runs(problem, 1):
+        cost = 2 if run.optimizer == "SAM" else 1
+        spent.setdefault(run.optimizer, set()).add(cost * run.workload.recipe.epochs)
+    assert spent == {name: set(expected) for name in ("SGD", "MSAM", "SAM")}
+
+
 def test_budgets_are_gradients(evidence: Evidence) -> None:
     runs = evidence.of(stability.budget_runs(TOY, 2))
     table = stability.budget_table(TOY, runs)

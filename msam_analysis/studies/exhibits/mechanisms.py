@@ -206,7 +206,7 @@ def _rates_study(evidence: Evidence) -> Finding:
 
 
 RISE_RATES = Exhibit(
-    (),
+    ("A12",),
     "rise_by_learning_rate",
     "The change of the loss itself, for several learning rates",
     "Mean over training of the change of the batch's loss under MSAM's perturbation; for SGD it is only evaluated.",
@@ -286,7 +286,7 @@ _A3 = (
 )
 
 MODELS = Exhibit(
-    ("A3",),
+    ("A3", "A4"),
     "cosine_models",
     "The cosine across models and tasks",
     "Cosine of momentum and the next gradient, of this workload and of the other networks and tasks that there are "

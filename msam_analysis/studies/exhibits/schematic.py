@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
 
 from msam import Jump, Perturbation, PerturbedSGD
 from msam_analysis import plots
+from msam_analysis.statistics import Interval
+from msam_analysis.studies.claims import Comparison, PaperClaim
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
 from msam_analysis.studies.runs import Run
 from msam_analysis.studies.workloads import Workload
@@ -16,13 +22,18 @@ from msam_analysis.studies.workloads import Workload
 LR, MOMENTUM, BEFORE = 0.12, 0.8, 4
 """Recipe of the schematic, and how many plain steps lead to the state that all optimizers share."""
 
+LENGTH = 0.45
+"""ρ of SAM and of MSAM, chosen to be seen."""
+EXACT = 1e-3
+"""A cosine or a ratio of lengths this close to 1 is 1."""
+
 PERTURBATIONS = {
     "SGD": None,
     "NAG": Perturbation(direction="momentum", normalize="lr", rho=Jump(MOMENTUM, BEFORE)),
-    "SAM": Perturbation(direction="gradient", rho=Jump(0.45, BEFORE)),
-    "MSAM": Perturbation(direction="momentum", rho=Jump(0.45, BEFORE)),
+    "SAM": Perturbation(direction="gradient", rho=Jump(LENGTH, BEFORE)),
+    "MSAM": Perturbation(direction="momentum", rho=Jump(LENGTH, BEFORE)),
 }
-"""The strengths are chosen to be seen; before the step that is drawn they are 0."""
+"""Before the step that is drawn their strengths are 0."""
 
 _START = (-1.55, 1.1)
 _POINTS = ("from", "at", "gradient_at", "to")
@@ -78,6 +89,56 @@ def surface(steps: pd.DataFrame, points: int = 61) -> pd.DataFrame:
     return frame
 
 
+def _places(steps: pd.DataFrame, name: str) -> tuple[npt.NDArray[np.float64], ...]:
+    """Return an optimizer's last step, how far from the weights it takes its gradient, and the gradient there."""
+    row = steps[steps["optimizer"] == name].iloc[0]
+    before, at, point = (row[[f"{key}_x", f"{key}_y"]].to_numpy(dtype=np.float64) for key in _POINTS[:3])
+    w = torch.tensor(at, requires_grad=True)
+    (gradient,) = torch.autograd.grad(loss(w), w)
+    return at - before, point - at, gradient.numpy()
+
+
+def _cosine(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
+    lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / lengths if lengths else math.nan
+
+
+def _counted(label: str, value: float, above: float = 1 - EXACT, below: float = math.inf) -> Comparison:
+    """Compare a number that no luck is in."""
+    return Comparison(label, Interval(value, 0.0 if math.isfinite(value) else math.nan, 1), above=above, below=below)
+
+
+def _where(steps: pd.DataFrame) -> Iterable[Comparison]:
+    """Yield, of the steps that are drawn, in what direction and how far from the weights each takes its gradient."""
+    length, cosine, one = np.linalg.norm, "cosine of ε with", {"above": 1 - EXACT, "below": 1 + EXACT}
+    _, moved, _ = _places(steps, "SGD")
+    yield _counted("SGD, ‖ε‖", float(length(moved)), above=-EXACT, below=EXACT)
+    last, moved, _ = _places(steps, "NAG")
+    yield _counted(f"NAG, {cosine} the last step", _cosine(moved, last))
+    yield _counted(
+        "NAG, ‖ε‖ over μ times the last step's length", float(length(moved) / length(last)) / MOMENTUM, **one
+    )
+    _, moved, gradient = _places(steps, "SAM")
+    yield _counted(f"SAM, {cosine} the gradient", _cosine(moved, gradient))
+    yield _counted("SAM, ‖ε‖/ρ", float(length(moved)) / LENGTH, **one)
+    last, moved, _ = _places(steps, "MSAM")
+    yield _counted(f"MSAM, {cosine} the last step", _cosine(moved, last))
+    yield _counted("MSAM, ‖ε‖/ρ", float(length(moved)) / LENGTH, **one)
+
+
+_F1 = (
+    PaperClaim(
+        "F1",
+        "SGD takes its gradient at the weights, SAM at distance ρ up the gradient, NAG and MSAM further along the last "
+        "step: NAG at a distance that shrinks with the step, MSAM at ρ.",
+        "a drawing",
+        lambda steps: [*_where(steps)],
+        note="Of the steps that are drawn, which the optimizers themselves make: no luck is in them, and they need no "
+        "interval.",
+    ),
+)
+
+
 def _runs(_: Workload, __: int) -> list[Run]:
     return []
 
@@ -88,6 +149,7 @@ def _study(_: Evidence) -> Finding:
     return Finding(
         lambda: plots.one_step(steps, grid),
         table=steps,
+        claims=[claim.judge(steps) for claim in _F1],
         note=f"A loss of two weights; {BEFORE} plain steps with momentum {MOMENTUM}, then one step of each optimizer "
         "from the same weights and the same momentum.",
     )
@@ -101,4 +163,5 @@ SCHEMATIC = Exhibit(
     "and MSAM go on along the last step, MSAM by a length of its own.",
     _runs,
     _study,
+    claims=_F1,
 )

@@ -294,7 +294,8 @@ def gains(evidence: Evidence) -> Finding:
 
 def budget_runs(problem: Workload, seeds: int) -> list[Run]:
     """Return SGD, MSAM and, with half the epochs, SAM, for budgets around the recipe's own."""
-    budgets = [max(2, round(problem.recipe.epochs * factor)) for factor in _BUDGETS]
+    # Even, so that SAM's half is whole.
+    budgets = [max(2, 2 * round(problem.recipe.epochs * factor / 2)) for factor in _BUDGETS]
     family = (("SGD", None, 1), ("MSAM", base(problem, "MSAM"), 1), ("SAM", base(problem, "SAM"), 2))
     return once(
         Run(among(problem, name, perturbation, epochs=budget // cost), name, seed)
