@@ -18,9 +18,10 @@ from matplotlib import pyplot as plt
 from msam import Jump
 from msam_analysis.objective import Objective
 from msam_analysis.randomness import RandomStream
+from msam_analysis.statistics import summarise
 from msam_analysis.studies import store
 from msam_analysis.studies.exhibits import EXHIBITS as ALL
-from msam_analysis.studies.exhibits import mechanisms, models, schematic, solutions, wanted
+from msam_analysis.studies.exhibits import core, mechanisms, models, schematic, solutions, wanted
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.measuring import DISTURBANCES, last_block, measure
 from msam_analysis.studies.networks import mlp
@@ -335,13 +336,31 @@ def spoiled(evidence: Evidence, share: float) -> Evidence:
 @pytest.mark.parametrize("share", [0.9, 0.4, 0.0])
 @pytest.mark.parametrize("exhibit", mechanisms.MECHANISMS, ids=lambda exhibit: exhibit.name)
 def test_what_came_before_it_diverged_tells_nothing(exhibit: Exhibit, share: float, evidence: Evidence) -> None:
-    table = table_of(exhibit, spoiled(evidence, share))
+    finding = exhibit.study(spoiled(evidence, share))
+    table = finding.table
+    assert table is not None
+    assert finding.draw is not None
+    with mpl.rc_context({"backend": "agg"}):
+        plt.close(np.atleast_1d(np.asarray(finding.draw(), dtype=object)).ravel()[0].figure)
     for claim in exhibit.claims:
         comparisons = claim.compare(table)
         assert comparisons
         assert all(math.isnan(comparison.interval.half_width) for comparison in comparisons), claim.sentence
         assert {comparison.interval.n for comparison in comparisons} == {SEEDS}, "no seed is left out"
         assert claim.judge(table).verdict == "cannot tell at this scale"
+
+
+def test_epochs_of_a_run_that_diverged_are_holes() -> None:
+    """Those after a seed diverged are no mean over the other seeds; those without a record are no holes."""
+    rows = np.arange(12)
+    whole = pd.DataFrame({"optimizer": "SGD", "seed": 0, "epoch": rows // 2, "step": rows, "train_batch_loss": 1.0})
+    whole["cosine"] = np.where(rows % 4 == 0, -0.5, math.nan)
+    broken = whole.assign(seed=1, **whole[["train_batch_loss", "cosine"]].where(whole["step"] < 7))
+    epochs = core._per_epoch(pd.concat([whole, broken]), "cosine")
+    assert epochs.loc[epochs["seed"] == 0, "epoch"].to_list() == [0, 2, 4]
+    table = summarise(epochs, ["optimizer", "epoch"], "cosine").set_index("epoch")["cosine"]
+    assert table[[0, 2]].to_list() == [-0.5, -0.5]
+    assert math.isnan(table[4])
 
 
 def test_cosines_of_a_run_that_diverged_outside_vision(evidence: Evidence) -> None:

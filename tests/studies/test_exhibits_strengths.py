@@ -356,6 +356,18 @@ def test_what_every_rule_chooses() -> None:
         assert row.lost == pytest.approx(100 * (best[row.seed] - row.test_accuracy))
 
 
+def test_a_rule_that_knows_nothing_of_a_seed_cannot_be_told() -> None:
+    """Where every run of a seed diverged, there is no rise to go by and no lowest train loss."""
+    table = world()
+    broken = table.assign(
+        rise=table["rise"].mask(table["seed"] == 1), train_loss=table["train_loss"].mask(table["seed"] == 1)
+    )
+    found = strengths.rule_table(broken, held())
+    lost = found[found["lost"].isna()]
+    assert {(row.rule, row.seed) for row in lost.itertuples()} == {("rise", 1), ("train loss", 1)}
+    assert judged(CHOICES, "closest to SAM's", found).verdict == "cannot tell at this scale"
+
+
 def test_claims_about_rules() -> None:
     found = strengths.rule_table(world(), held())
     assert judged(CHOICES, "ten times", found).verdict == HOLDS

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 
 from msam_analysis import plots
@@ -30,9 +32,16 @@ _EPOCH = ["optimizer", "seed", "epoch"]
 
 
 def _per_epoch(steps: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """Return the mean over what each epoch of each run recorded; epochs without a record have no row."""
-    means: pd.DataFrame = steps.groupby(_EPOCH, sort=False)[list(columns)].mean().dropna().reset_index()
-    return means
+    """Return the mean over what each epoch of each run recorded; epochs without a record have no row.
+
+    Those of a run that diverged have one, of NaN: its seed is not left out of a mean over seeds.
+    """
+    epochs = steps.assign(finite=np.isfinite(steps["train_batch_loss"])).groupby(_EPOCH, sort=False)
+    finite = epochs["finite"].all()
+    means = epochs[list(columns)].mean()
+    means.loc[~finite] = math.nan
+    kept: pd.DataFrame = means[means.notna().all(axis=1) | ~finite].reset_index()
+    return kept
 
 
 def _cosine(tables: Tables, _: Sequence[FinishedRun]) -> Any:

@@ -328,7 +328,7 @@ def _means(steps: pd.DataFrame, column: str) -> dict[str, float]:
 
 
 def _conditions_study(evidence: Evidence) -> Finding:
-    rows, curves = [], []
+    rows: list[dict[str, Any]] = []
     for schedule, one in _conditions(evidence.problem).items():
         for run in evidence.of(each(one, ("SGD", "MSAM"), evidence.seeds)):
             recorded = [name for name in _SERIES if name in run.steps]
@@ -342,8 +342,6 @@ def _conditions_study(evidence: Evidence) -> Finding:
                 }
                 for name in recorded
             ]
-            means = run.steps.groupby("epoch")[recorded].mean().reset_index()
-            curves.append(means.assign(optimizer=run.optimizer, seed=run.seed, schedule=schedule))
     table: pd.DataFrame = pd.DataFrame(rows)
     shown = table.assign(
         where=[
@@ -434,10 +432,11 @@ def _angle_study(evidence: Evidence) -> Finding:
         later = run.steps.iloc[1:]
         recorded = later[later.filter(like="sam_angle/").notna().any(axis=1)]
         whose = {"optimizer": run.optimizer, "seed": run.seed}
-        angles += [
-            {**whose, "rho": rho, "angle": float(recorded[f"sam_angle/{rho:g}"].median())} for rho in (0.0, *STRENGTHS)
-        ]
         whole = math.isfinite(of_training(run.steps, lambda _: 0.0)) and not recorded.empty
+        angles += [
+            {**whose, "rho": rho, "angle": recorded[f"sam_angle/{rho:g}"].median() if whole else math.nan}
+            for rho in (0.0, *STRENGTHS)
+        ]
         # A run without a record is not left out.
         rows = (run.steps.iloc[-1:] if recorded.empty else recorded)[["step", "epoch", "rho_0"]]
         roots.append(rows.assign(**whose, best_rho=best, finished=whole))

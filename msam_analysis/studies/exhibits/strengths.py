@@ -403,7 +403,7 @@ def rule_table(table: pd.DataFrame, validation: pd.DataFrame) -> pd.DataFrame:
     """
     msam, sam = part(table, "MSAM"), best(part(table, "SAM"))
     accuracy = msam.pivot_table(index="seed", columns="rho", values="test_accuracy")
-    losses, rises = (msam.pivot_table(index="seed", columns="rho", values=name) for name in ("train_loss", "rise"))
+    losses, rises = (msam.pivot(index="seed", columns="rho", values=name) for name in ("train_loss", "rise"))
     held = validation.pivot_table(index="seed", columns="rho", values="test_accuracy")
     goal = sam.set_index("seed")["rise"]
     tenfold = np.abs(np.log(accuracy.columns.to_numpy(dtype=np.float64) / (10 * sam["rho"].iloc[0])))
@@ -412,20 +412,26 @@ def rule_table(table: pd.DataFrame, validation: pd.DataFrame) -> pd.DataFrame:
         chosen = {
             "held out": held.loc[seed].idxmax(),
             "held out, all seeds": held.mean().idxmax(),
-            "rise": (rises.loc[seed] - goal[seed]).abs().idxmin(),
+            "rise": _least((rises.loc[seed] - goal[seed]).abs()),
             "tenfold": accuracy.columns[int(tenfold.argmin())],
-            "train loss": losses.loc[seed].idxmin(),
+            "train loss": _least(losses.loc[seed]),
         }
         others = accuracy.drop(index=seed)
         if len(others):
             chosen["other seeds"] = others.mean().idxmax()
         for rule in (rule for rule in RULES if rule in chosen):
             rho, best_rho = float(chosen[rule]), accuracy.mean().idxmax()
-            reached = float(accuracy.loc[seed, rho])
+            reached = math.nan if math.isnan(rho) else float(accuracy.loc[seed, rho])
             lost = 100 * (float(accuracy.loc[seed, best_rho]) - reached)
             rows.append({"rule": rule, "seed": seed, "rho": rho, "test_accuracy": reached, "lost": lost})
     found: pd.DataFrame = pd.DataFrame(rows)
     return found
+
+
+def _least(values: pd.Series[float]) -> float:
+    """Return where values are least; NaN where none is known."""
+    known = values.dropna()
+    return float(known.index[int(known.to_numpy().argmin())]) if len(known) else math.nan
 
 
 def _loses_little(rule: str) -> PaperClaim:
