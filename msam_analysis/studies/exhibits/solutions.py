@@ -10,6 +10,7 @@ import pandas as pd
 
 from msam_analysis import plots
 from msam_analysis.features import FeatureRank
+from msam_analysis.plots import Sweep
 from msam_analysis.robustness import RobustAccuracy
 from msam_analysis.studies.claims import FAR, Comparison, PaperClaim, difference, ratio
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
@@ -79,27 +80,20 @@ def _robust_study(evidence: Evidence) -> Finding:
     for run in evidence.of(_robust_runs(evidence.problem, evidence.seeds)):
         for attack, shares in DISTURBANCES.items():
             found = cast(RobustAccuracy, run.results[f"robustness-{attack}"])
-            for share, size, accuracy in zip(
-                (0.0, *shares), [0.0, *found.sizes.tolist()], [found.clean, *found.accuracies.tolist()], strict=True
-            ):
+            for share, accuracy in zip((0.0, *shares), [found.clean, *found.accuracies.tolist()], strict=True):
                 rows.append(
                     {
                         "optimizer": run.optimizer,
                         "seed": run.seed,
                         "attack": attack,
                         "share": share,
-                        "size": size,
                         "test_accuracy": 100 * accuracy,
                     }
                 )
     table: pd.DataFrame = pd.DataFrame(rows)
-    # The clean accuracy is the same for all of them, and shown once.
-    drawn = table[(table["share"] > 0) | (table["attack"] == next(iter(DISTURBANCES)))]
-    drawn = drawn.assign(
-        inputs=[_words(attack, share) for attack, share in zip(drawn["attack"], drawn["share"], strict=True)]
-    ).sort_values("share", kind="stable", key=lambda shares: shares > 0)
+    panels = {_title(attack): _against_size(table, attack) for attack in DISTURBANCES}
     return Finding(
-        lambda: plots.by_group(drawn, {"test_accuracy": "test accuracy (%)"}, "inputs"),
+        lambda: plots.sweep(panels, columns=len(panels), share_y=True),
         table=table,
         claims=[claim.judge(table) for claim in _TA4],
         note="Sizes are shares of the range of the training pixels: σ of Gaussian noise, ε of the largest change of a "
@@ -108,9 +102,17 @@ def _robust_study(evidence: Evidence) -> Finding:
     )
 
 
+def _title(attack: str) -> str:
+    return "noise" if attack == "noise" else attack.upper()
+
+
+def _against_size(table: pd.DataFrame, attack: str) -> Sweep:
+    mine = table[table["attack"] == attack]
+    x, label, factor = ("sigma", r"$\sigma$", 1) if attack == "noise" else ("epsilon", r"255 $\epsilon$", 255)
+    return Sweep(mine.assign(**{x: factor * mine["share"]}), x, "test_accuracy", label, "test accuracy (%)", log=False)
+
+
 def _words(attack: str, share: float) -> str:
-    if share == 0:
-        return "clean"
     return f"noise, σ = {share:g}" if attack == "noise" else f"{attack.upper()}, ε = {255 * share:.0f}/255"
 
 
