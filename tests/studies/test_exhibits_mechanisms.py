@@ -609,3 +609,8 @@ def test_the_share_of_the_angle_is_over_records(evidence: Evidence) -> None:
     (comparison, _) = mechanisms.ANGLE.claims[0].compare(finding.table)
     assert comparison.interval.mean == pytest.approx(100 * 10 / 39)
     assert finding.claims[0].verdict != "holds"
+
+
+def test_what_is_required_of_every_model_is_said_once() -> None:
+    required = mechanisms.MODELS.claims[1].judge(cosines(80.0, 0.4)).measured.partition("; required: ")[2]
+    assert required == "mean cos(v_t, g_t) between 0.25 and 0.5"

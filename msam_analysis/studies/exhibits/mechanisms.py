@@ -26,7 +26,7 @@ def _compared(table: pd.DataFrame, what: str, column: str, by: Sequence[str], **
     """Return one comparison of a column's values over seeds for every group of a table."""
     found = []
     for group, part in table.groupby([*by], sort=False):
-        whose = ", ".join(str(name) for name in group)
+        whose = " ".join(str(name) for name in group)
         values = part.sort_values("seed")[column].to_numpy(dtype=np.float64)
         found.append(Comparison(f"{whose}, {what}", mean_interval(values), **region))
     return found
