@@ -184,8 +184,8 @@ def refine_surfaces(optimizers: list[str], points: int, tolerance: float) -> lis
             print(
                 f"    {name:5s} {label:22s} loss {low:.3g} to {high:.4g}: {row['evaluations']} of {row['of']} points "
                 f"({row['fraction']:.1%}), largest error {row['largest_error_of_range']:.2%} of the range, estimated "
-                f"{row['estimated_error_of_range']:.2%}, of the logarithm {row['largest_error_of_logarithmic_range']:.2%} of "
-                f"its range; {row['seconds_refined']:.1f} s, "
+                f"{row['estimated_error_of_range']:.2%}, of the logarithm "
+                f"{row['largest_error_of_logarithmic_range']:.2%} of its range; {row['seconds_refined']:.1f} s, "
                 f"every point {row['seconds_dense']:.1f} s"
             )
     return table
