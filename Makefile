@@ -39,7 +39,7 @@ install: $(STAMP)  ## .venv with everything that study and test need
 study: $(STAMP)  ## train, measure and report on real data (STUDY_ARGS="..." to choose)
 	@$(BIN)/msam-analysis study $(STUDY_ARGS)
 
-figures: $(STAMP)  ## every exhibit of the paper into figures/, with its table (half an hour; finished runs are kept)
+figures: $(STAMP)  ## every exhibit of the paper into figures/, with its table (20 minutes; finished runs are kept)
 	@$(BIN)/msam-analysis study $(STUDY_ARGS) --exhibits all
 
 notebooks: $(STAMP)  ## execute the notebooks from their scripts

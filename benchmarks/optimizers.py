@@ -2,7 +2,7 @@
 
 ``python benchmarks/optimizers.py`` takes under four minutes on one core. ``--device cuda`` times the same table on a
 GPU, eager and replayed from a captured graph, and checks that no step waits for the device; no figures of it are kept
-here yet. ``pytorch_optimizer`` is compared with if it is installed; davda54/sam is not in the package index.
+here yet. ``pytorch_optimizer`` is compared with if it is installed; davda54/sam is not on PyPI.
 """
 
 from __future__ import annotations

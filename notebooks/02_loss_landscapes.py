@@ -361,3 +361,6 @@ assert end["projected_loss"] > 1.2 * end["loss"]
 # One colour scale for what is compared, the name of the directions on the axes, and beside the picture the numbers: the
 # eigenvalues, the error of the interpolation, the distance from the plane. The page `docs/landscapes.md` has the
 # options: large networks, several processes, interrupted runs, animations, and files for other programs.
+#
+# **Exercise.** Draw the plane of SGD's minimum again with `ma.directions.random(..., seed=2)` and `seed=3`, and with
+# `normalize="l2"` instead of filters: what stays of "a narrow pit", and what of its being narrower than MSAM's?

@@ -7,8 +7,8 @@
 # figure 2C) found it, and Momentum-SAM is built on it: if the step just taken went too far, a little further along it
 # the loss is higher, and SAM's climb costs no second gradient.
 #
-# This notebook asks why: first by hand for a parabola, then on a network, where four controls take the possible reasons
-# apart.
+# This notebook asks why: first by hand for a parabola, then on a network, where three controls take the possible
+# reasons apart.
 
 # %%
 import math
@@ -232,8 +232,8 @@ ax = ma.plots.over_training(moments, "cosine", label="cosine of momentum and gra
 
 # %% [markdown]
 # *What to see.* Measured before the update, the cosine is negative from the first tenth of the run on. Measured after
-# it, it is 0.4, which is little more than the gradient's own share in a buffer of about ten: $\sqrt{1 - \mu^2} = 0.44$
-# is what independent gradients would give.
+# it, it is 0.4, about the gradient's own share in a buffer of ten or so: independent gradients would give $\sqrt{1 -
+# \mu^2} = 0.44$.
 #
 # ### The controls
 
@@ -263,7 +263,8 @@ means.groupby(level=0, sort=False).mean().round(3)
 # the run is there on fresh held-out batches as well, and on a single one: about 0.02.
 #
 # *How far to trust it.* 0.02 is small, but the angle is one in 14,458 dimensions, where the cosine of two random
-# vectors is 0.008 by its standard deviation, and these are means of hundreds. On held-out batches there is a second
+# vectors is 0.008 by its standard deviation, and these are means over training; in most of the points drawn, of eight
+# records each, the held-out curves cannot be told from 0. On held-out batches there is a second
 # reason to be negative, which no control here removes: learning wrong labels by heart raises the held-out loss, with or
 # without overshooting. And at the end of the run with replacement the cosine is *positive*: there the rate is almost 0,
 # and section 2's average over a state that does not change does not hold.
@@ -293,9 +294,9 @@ axes = ma.plots.sweep(line)
 
 # %% [markdown]
 # *What to see.* With each sample once an epoch the valley leans: ahead the loss rises at once, and a step back it first
-# falls a little. With replacement it is even, like the cosine, which is near 0 on average. At MSAM's distances, here ρ
-# = 3, it hardly matters: the loss rises on both sides, twice as much ahead as behind. A climb of that length lives from
-# the *curvature* along the momentum more than from the slope, and goes uphill without asking for a gradient.
+# falls a little; at a distance of 1 it rises on both sides, twice as much ahead as behind. With replacement it is even,
+# like the cosine, which is near 0 on average. A climb of MSAM's length, here 3, lives from the *curvature* along the
+# momentum more than from the slope, and goes uphill without asking for a gradient.
 #
 # *How far to trust it.* These are means over many steps, with a single batch each. On one batch of one step the slope
 # is nearly as often of the other sign.

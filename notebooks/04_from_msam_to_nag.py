@@ -99,9 +99,9 @@ assert max(apart) < 1e-9
 assert float((plain[-1] - torchs[-1]).norm()) > 0.01 * float(torchs[-1].norm())
 
 # %% [markdown]
-# *How far to trust it.* The equality is exact where the learning rate is constant and there is no weight decay. A
-# schedule changes η between the two moments at which torch uses it, and weight decay acts at torch's displaced weights,
-# here at the true ones; both differences are small.
+# *How far to trust it.* The equality is exact where the learning rate is constant, with weight decay as well, which
+# `msam.NAG` lets act at the displaced weights, as torch does. A schedule changes η between the two moments at which
+# torch uses it; the difference is small.
 #
 # ## 3. How far is ε from the weights?
 #
@@ -152,8 +152,9 @@ chosen = courses[courses["rho"] == courses["optimizer"].map(longest)]
 ax = ma.plots.over_training(chosen, "epsilon_norm", log=True, label="length of ε")
 
 # %% [markdown]
-# *What to see.* Each kind at its largest ρ. Only the normalised one keeps its length. Without the normalisation the
-# length is that of the momentum, times η it goes to 0 with the rate: the last steps look at the loss where they are.
+# *What to see.* Each kind at its largest ρ. The normalised one has the same length at every step. Without the
+# normalisation it is that of the momentum, which settles within a few epochs here; times η it goes to 0 with the rate:
+# the last steps look at the loss where they are.
 
 # %%
 ends = table.set_index(["optimizer", "ρ"])

@@ -174,7 +174,7 @@ top.set_index(["optimizer", "index"])[["value", "residual"]]
 # run.
 #
 # *How far to trust it.* To the residuals, and as a statement about these 250 samples: those left out would move λ₁ by
-# some per cent. One seed, one network; `make study` has several of both.
+# some per cent. One seed, one network: `make study` has three seeds, and `make figures` other networks.
 
 # %%
 for name, pair in pairs.items():

@@ -208,6 +208,8 @@ def zero_angle(
             part = table[table["optimizer"] == optimizer].sort_values("rho")
             at, mean, half = (part[name].to_numpy(dtype=np.float64) for name in ("rho", "angle", "angle_half_width"))
             draw_curve(drawn[0], at, mean, half, appearance, optimizer)
+            # With the markers of the other panel, which have no name of their own.
+            drawn[0].lines[-1].set(marker=appearance.marker, markersize=3.2)
             found = roots[(roots["optimizer"] == optimizer) & np.isfinite(roots["rho_0"])]
             drawn[1].plot(
                 found["epoch"],

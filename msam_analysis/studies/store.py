@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from msam_analysis import results
-from msam_analysis.results import Result, atomic_folder
+from msam_analysis.results import Result, atomic_folder, atomic_path
 from msam_analysis.results.files import PARTIAL
 from msam_analysis.studies.tables import FinishedRun
 from msam_analysis.studies.training import Trained
@@ -111,6 +111,26 @@ def read_run(directory: Path, optimizer: str, seed: int, settings: Mapping[str, 
         results=measured,
         settings=settings or {},
     )
+
+
+def name_networks(named: Mapping[str, Path], folder: Path) -> None:
+    """Put the checkpoints of runs into a folder, under names that do not change with what decides a run.
+
+    Parameters
+    ----------
+    named
+        Name, without an ending, to the directory of a run.
+    folder
+        It is made; another checkpoint of that name is replaced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, directory in named.items():
+        with atomic_path(folder / f"{name}.pt") as partial:
+            partial.unlink(missing_ok=True)
+            try:
+                os.link(directory / "checkpoint.pt", partial)
+            except OSError:  # a file system without links
+                shutil.copyfile(directory / "checkpoint.pt", partial)
 
 
 def state_file(directory: Path) -> Path:

@@ -30,7 +30,7 @@ from msam_analysis import plots, report
 from msam_analysis.studies import store
 from msam_analysis.studies.cifar import Checksum
 from msam_analysis.studies.computing import PLAIN, Computing, repeatable
-from msam_analysis.studies.exhibits import EXHIBITS, Evidence, Exhibit, Finding, choose
+from msam_analysis.studies.exhibits import EXHIBITS, Evidence, Exhibit, Finding, choose, networks
 from msam_analysis.studies.measuring import Protocol, measure, scores
 from msam_analysis.studies.ranks import Ranks
 from msam_analysis.studies.runs import Run, Task, gather, place
@@ -156,8 +156,12 @@ def run_study(
         findings = {exhibit: _find(exhibit, evidence) for exhibit in chosen}
         tables = _tables(evidence) if any(exhibit.main for exhibit in chosen) else None
         _write_tables(findings, tables, root / "tables")
+        if tables is not None:
+            main = networks(problem, seeds)
+            named = {f"{run.optimizer}-seed{run.seed}": tasks[run.identity].directory for run in main}
+            store.name_networks(named, root / "networks")
         pictures = _draw(findings, root / "figures")
-        setting = Setting(problem, protocol, computing, seeds, _diverged(evidence))
+        setting = Setting(problem, protocol, computing, seeds, len(evidence.finished), _diverged(evidence))
         page = report.write(_compose(setting, findings, tables, pictures), root)[0]
         if figures is not None:
             copies = _copy(findings, pictures, Path(figures))
@@ -354,7 +358,11 @@ def _tables(evidence: Evidence) -> Tables | None:
 def _diverged(evidence: Evidence) -> str:
     """Name the networks whose loss is not finite; empty where there are none."""
     found = [run for run in evidence.finished.values() if not math.isfinite(run.scores["train_loss"])]
-    return ", ".join(sorted({f"{run.settings['workload']} {run.optimizer} seed {run.seed}" for run in found}))
+    kinds: dict[str, list[int]] = {}
+    for run in found:
+        strength = f"{'−' * (run.settings['sign'] < 0)}{run.settings['rho']}"
+        kinds.setdefault(f"{run.settings['workload']} {run.optimizer} at ρ = {strength}", []).append(run.seed)
+    return "; ".join(f"{kind}, seed {', '.join(map(str, sorted(kinds[kind])))}" for kind in sorted(kinds))
 
 
 def _write_tables(findings: Mapping[Exhibit, Finding], tables: Tables | None, folder: Path) -> None:
@@ -393,6 +401,7 @@ class Setting:
     protocol: Protocol
     computing: Computing
     seeds: int
+    networks: int
     diverged: str
 
 
@@ -411,7 +420,12 @@ def _compose(
         sections.append(report.Section(f"{label}{exhibit.title}", finding.note, items))
     claims = [claim for finding in findings.values() for claim in finding.claims]
     verdicts = f" {report.counted(claims)}." if claims else ""
-    trained = f"{len(tables.runs)} networks were trained and measured." if tables is not None else ""
+    trained = f"{setting.networks:,} networks were trained."
+    if tables is not None:
+        others = setting.networks - len(tables.runs)
+        trained = (
+            f"{len(tables.runs)} networks were trained and measured, {others:,} more for controls and comparisons."
+        )
     return report.Report(
         title=f"{_listed(problem.perturbations)} on {problem.name}",
         summary=(
@@ -434,7 +448,8 @@ def _departures(problem: Workload) -> str:
 
 
 def _lost(diverged: str) -> str:
-    return f"Diverged, with a loss that is not finite and nothing measured: {diverged}." if diverged else ""
+    words = "Diverged, with a loss that is not finite, and nothing measured but accuracies"
+    return f"{words}: {diverged}." if diverged else ""
 
 
 def _coarser(protocol: Protocol) -> str:

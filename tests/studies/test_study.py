@@ -115,7 +115,10 @@ def test_the_toy_is_importable_by_workers() -> None:
 
 
 def test_what_is_written(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} == {"runs", "tables", "figures", "report.html", "report.md"}
+    assert {path.name for path in finished.iterdir()} == {
+        *("runs", "networks", "tables", "figures"),
+        *("report.html", "report.md"),
+    }
     names = {*(field.name for field in dataclasses.fields(Tables)), *(exhibit.name for exhibit in MAIN)}
     assert {path.stem for path in (finished / "tables").iterdir()} == names
     pictures = {f"{exhibit.name}.png" for exhibit in MAIN}
@@ -126,6 +129,10 @@ def test_what_is_written(finished: Path) -> None:
     assert all((copies / name).read_bytes() == (finished / "figures" / name).read_bytes() for name in pictures)
     assert len(list((finished / "runs").iterdir())) == RUNS
     assert len(list((finished / "runs").glob("*/checkpoint.pt"))) == RUNS
+    named = {f"{name}-seed{seed}.pt" for name in TOY.perturbations for seed in range(SEEDS)}
+    assert {path.name for path in (finished / "networks").iterdir()} == named
+    (own,) = (path for path in (finished / "runs").glob("MSAM-seed1-*") if (path / "plane.safetensors").is_file())
+    assert (finished / "networks" / "MSAM-seed1.pt").read_bytes() == (own / "checkpoint.pt").read_bytes()
     assert hidden(finished) == []
 
 
@@ -366,7 +373,8 @@ def test_a_diverged_network_is_named_and_the_rest_is_reported(
     monkeypatch.setattr(module, "workload", lambda *_, **__: diverging)
     page = study(tmp_path, exhibits=["A6r", "F1"])
     text = page.with_suffix(".md").read_text()
-    assert "Diverged, with a loss that is not finite and nothing measured: toy NAG seed 0, toy NAG seed 1." in text
+    assert "Diverged, with a loss that is not finite, and nothing measured but accuracies: toy NAG at ρ = 1e+30" in text
+    assert "1e+30, seed 0, 1." in text
     rank = next(line for line in text.splitlines() if line.startswith("| A6r"))
     assert "not measured: NAG, seed 0, diverged: its loss is not finite" in rank
     assert "Cannot tell" in rank

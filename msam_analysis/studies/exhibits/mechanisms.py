@@ -97,8 +97,8 @@ _A2 = (
     ),
     PaperClaim(
         "A2",
-        "So it has for the other optimizers, at their true weights.",
-        "shown for one network",
+        "Control, not in the paper: so it has for the other optimizers, at their true weights.",
+        "shown for one optimizer",
         lambda table: _minima(table, "NAG", "SAM", "MSAM"),
         note="MSAM takes its gradient further along the step, and sees the overshoot of that point.",
         control=True,
@@ -175,8 +175,8 @@ _A12 = (
     ),
     PaperClaim(
         "A12",
-        "Also a small move further along the last step, by 0.1, raises the loss of the batch.",
-        "momentum is an ascent direction",
+        "Control, not in the paper: a small move further along the last step, by 0.1, also raises the batch's loss.",
+        "not tested",
         lambda table: _compared(table, "mean L(w − 0.1 v/‖v‖) − L(w)", "small_rise", ["optimizer", "learning_rate"]),
         note="A long perturbation may raise any loss, by curvature alone; a short one tells the slope.",
         control=True,
@@ -209,7 +209,8 @@ RISE_RATES = Exhibit(
     ("A12",),
     "rise_by_learning_rate",
     "The change of the loss itself, for several learning rates",
-    "Mean over training of the change of the batch's loss under MSAM's perturbation; for SGD it is only evaluated.",
+    "Mean over training of the change of the batch's loss under MSAM's perturbation, which for SGD is only evaluated, "
+    "at two lengths; and of the cosine of momentum and the next gradient.",
     _rates_runs,
     _rates_study,
     claims=_A12,
@@ -447,7 +448,8 @@ def _angle_study(evidence: Evidence) -> Finding:
         table=table,
         claims=[claim.judge(table) for claim in _F3],
         note=f"Angles at ρ = 0 to {max(STRENGTHS):g}, by the batch trained on; where the angle has no zero there, "
-        "there is no ρ₀. Drawn is the mean ρ₀ of every epoch.",
+        "there is no ρ₀. Drawn is the mean ρ₀ of every epoch that has a record, a point a seed. The recipe's ρ, "
+        f"{best:g}, stands for the best one.",
     )
 
 

@@ -213,8 +213,8 @@ def strength(evidence: Evidence) -> Finding:
         [claim.judge(table) for claim in STRENGTH],
         shown.drop(columns="tried"),
         "The best ρ of each sign by mean test accuracy, its accuracies, and the range of ρ in which the mean test "
-        "accuracy stays within a point of it. NAG's ρ is the factor of η v, and its axis not that of the others: "
-        "Nesterov's method is its smallest positive ρ.",
+        "accuracy stays within a point of it. NAG's ρ is the factor of η v, another quantity on the same "
+        "axis: Nesterov's method is its smallest positive ρ.",
     )
 
 
