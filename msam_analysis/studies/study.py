@@ -83,7 +83,7 @@ def run_study(
     seeds
         Seeds 0, 1, ..., ``seeds − 1`` for every optimizer. Default 3; one seed gives no interval and so no verdict.
     out
-        Output folder, default ``results/<name>``: ``tables/*.csv``, ``figures/*.png``, ``runs/*/checkpoint.pt``,
+        Output folder, default ``results/<name>``: ``tables/*.csv``, ``figures/*.png``, ``networks/*.pt``, ``runs``,
         ``report.md``, ``report.html``.
     figures
         A second folder for the pictures, each with its table beside it, and for ``report.md``.

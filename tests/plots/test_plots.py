@@ -638,8 +638,11 @@ def test_save_names_the_files_and_leaves_nothing_else(tmp_path: Path) -> None:
     files = plots.save(ax.figure, tmp_path / "new" / "ball_rho0.5", ["svg", "png"])
     assert [path.name for path in files] == ["ball_rho0.5.svg", "ball_rho0.5.png"]
     assert sorted((tmp_path / "new").iterdir()) == sorted(files)
-    assert plots.save([ax], tmp_path / "other.png") == [tmp_path / "other.png"]
-    assert plots.save(ax, str(tmp_path / "other"))[0].read_bytes() == files[1].read_bytes()
+    (named,) = plots.save([ax], tmp_path / "other.png")
+    assert named == tmp_path / "other.png"
+    content = named.read_bytes()
+    assert plots.save(ax, str(tmp_path / "other"))[0] == named
+    assert named.read_bytes() == content
 
 
 def test_files_have_no_date_and_no_version(tmp_path: Path) -> None:
