@@ -2,7 +2,7 @@
 PYTHON ?= python3
 WORKERS ?= 2
 STUDY_OUT ?= results/digits
-STUDY_ARGS ?= --workload digits --seeds 3 --out $(STUDY_OUT) --figures figures
+STUDY_ARGS ?= --workload digits --seeds 3 --out $(STUDY_OUT)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,7 +40,7 @@ study: $(STAMP)  ## train, measure and report on real data (STUDY_ARGS="..." to 
 	@$(BIN)/msam-analysis study $(STUDY_ARGS)
 
 figures: $(STAMP)  ## every exhibit of the paper into figures/, with its table (20 minutes; finished runs are kept)
-	@$(BIN)/msam-analysis study $(STUDY_ARGS) --exhibits all
+	@$(BIN)/msam-analysis study $(STUDY_ARGS) --exhibits all --figures figures
 
 notebooks: $(STAMP)  ## execute the notebooks from their scripts
 	@$(BIN)/python notebooks/build.py

@@ -78,10 +78,13 @@ class Task:
     @property
     def cost(self) -> float:
         """Rough cost in training steps, for the progress bar alone."""
-        steps = float(self.run.steps)
+        return self.run.steps * self.cost_of_a_step + measuring.cost(self.run.measured, self.protocol)
+
+    @property
+    def cost_of_a_step(self) -> float:
+        """Rough mean cost of a training step and of what is recorded at it, in steps without records."""
         watched = [watching.WATCHES[name] for name in self.run.watched]
-        records = sum(watch.cost * steps / (watch.every or self.every) for watch in watched)
-        return steps + records + measuring.cost(self.run.measured, self.protocol)
+        return 1.0 + sum(watch.cost / (watch.every or self.every) for watch in watched)
 
 
 def variant(problem: Workload, optimizer: str, perturbation: Perturbation | None, **recipe: Any) -> Workload:

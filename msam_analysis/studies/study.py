@@ -281,7 +281,8 @@ def _follow(futures: Sequence[Future[None]], ticks: Queue[float], bar: tqdm[Neve
                 bar.update(ticks.get_nowait())
         except queue.Empty:
             pass
-        bar.set_description_str(f"{total - len(pending)}/{total} runs")
+        # The bar says when it is time to draw it.
+        bar.set_description_str(f"{total - len(pending)}/{total} runs", refresh=False)
 
 
 # What a worker process reports to, set once when it starts; empty in the main process.
@@ -326,7 +327,7 @@ def make_run(task: Task, tick: Tick) -> None:
             every=task.every,
             watched=sorted(run.watched),
             replacement=run.replacement,
-            tick=tick,
+            tick=lambda steps: tick(steps * task.cost_of_a_step),
             samples=task.protocol.samples,
             computing=task.computing,
             state=None if task.computing.save_every is None else store.state_file(task.directory),

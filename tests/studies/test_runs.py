@@ -17,6 +17,7 @@ from msam import Perturbation, normalization_layers
 from msam_analysis.studies import measuring, runs
 from msam_analysis.studies.exhibits import EXHIBITS
 from msam_analysis.studies.runs import Run, gather, place, variant
+from msam_analysis.studies.study import make_run
 from msam_analysis.studies.watching import WATCHES, Scene, watch
 
 from .toy import COARSE, STEPS, TOY
@@ -158,3 +159,12 @@ def test_a_disturbance_is_a_share_of_the_range_of_its_own_channel() -> None:
         ours = found[0][f"robustness-{attack}"]
         assert ours == pytest.approx(found[1][f"robustness-{attack}"], abs=0.011)
         assert ours[0] > 0.9 > ours[-1] + 0.2
+
+
+@pytest.mark.parametrize("measured", [(), ("eigenvalues", "features")])
+def test_a_progress_bar_ends_at_its_end(measured: tuple[str, ...], tmp_path: Path) -> None:
+    run = Run(TOY, "SAM", 0, watched=frozenset({"rise", "held_out"}), measured=frozenset(measured))
+    task = place(run, tmp_path, COARSE, 4)
+    ticks: list[float] = []
+    make_run(task, ticks.append)
+    assert sum(ticks) == pytest.approx(task.cost)
