@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
@@ -212,6 +213,11 @@ class _Enemy:
             moved = torch.clamp(further, x - size, x + size).clamp(*self.bounds)
         return moved
 
+    @functools.cached_property
+    def _movable(self) -> nn.Module:
+        """A copy for the toolbox, which moves it to a device of its own choice."""
+        return copy.deepcopy(self.network)
+
     def _auto_pgd(self, x: Tensor, label: Tensor, size: float) -> Tensor:
         if label.ndim != 1:
             raise ValueError(f"attack 'apgd' needs labels of shape (N,), got {tuple(label.shape)}: choose 'pgd'")
@@ -221,7 +227,7 @@ class _Enemy:
         here = torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
         with RandomStream(self.seed), torch.enable_grad(), here:
             classifier = classification.PyTorchClassifier(
-                _InSinglePrecision(copy.deepcopy(self.network), x.dtype),
+                _InSinglePrecision(self._movable, x.dtype),
                 nn.CrossEntropyLoss(),
                 input_shape=tuple(x.shape[1:]),
                 nb_classes=self.network(x[:1]).shape[1],

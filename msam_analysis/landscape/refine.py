@@ -21,6 +21,8 @@ import numpy.typing as npt
 from scipy.interpolate import RBFInterpolator
 from scipy.spatial import cKDTree
 
+from msam_analysis.results.slices import LARGE_RANGE
+
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Kernel = Literal["cubic", "quintic", "thin_plate_spline", "linear"]
@@ -39,7 +41,6 @@ _HELD_AT_LEAST = {1: 8, 2: 40}
 # to 99 % of cases, and on 96 lines through them in 97 %.
 _SAFETY = 2.0
 _PAYS = 0.7  # beyond this fraction of the grid interpolation saves nothing: measure the rest
-_SPAN = 10.0  # from this ratio of largest to smallest value on, pictures have a logarithmic scale
 _NEAREST = 5  # neighbours by which a region that is not finite is told
 
 
@@ -84,7 +85,7 @@ class _Scales:
         if len(known) == 0:
             return cls(np.full(2, math.inf))
         low, high = float(known.min()), float(known.max())
-        counts = logarithm and low > 0 and high >= _SPAN * low
+        counts = logarithm and low > 0 and high >= LARGE_RANGE * low
         rounding = 1e-10 * max(abs(low), abs(high)) or 1.0
         return cls(np.array([high - low + rounding, math.log(high / low) if counts else math.inf]))
 

@@ -68,7 +68,8 @@ class Attachment:
         # The optimizer holds the hooks; they must not keep the listener, or the objectives in it, alive.
         this = weakref.ref(self)
 
-        inside = self.gradients_stay or _takes_closure(self.optimizer)
+        takes_closure = "closure" in inspect.signature(self.optimizer.step).parameters
+        inside = self.gradients_stay or takes_closure
 
         def opened(*_: object) -> None:
             attachment = this()
@@ -92,7 +93,7 @@ class Attachment:
         if self.gradients_stay:
             first = self.optimizer.register_gradient_hook(before)  # type: ignore[attr-defined]  # of msam's optimizers
         else:
-            first = self.optimizer.register_step_pre_hook(_inside_step(self.optimizer, before))
+            first = self.optimizer.register_step_pre_hook(_inside_step(before, takes_closure=takes_closure))
         self._ends = [opening.remove, first.remove, self.optimizer.register_step_post_hook(after).remove]
         if scaler is not None:
             self._ends.append(_watch(scaler, self.optimizer, this))
@@ -144,15 +145,8 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _takes_closure(optimizer: torch.optim.Optimizer) -> bool:
-    return "closure" in inspect.signature(optimizer.step).parameters
-
-
-def _inside_step(
-    optimizer: torch.optim.Optimizer, observe: Callable[[], None]
-) -> Callable[..., tuple[Any, Any] | None]:
+def _inside_step(observe: Callable[[], None], *, takes_closure: bool) -> Callable[..., tuple[Any, Any] | None]:
     """Return a step pre-hook that observes once the gradient is there: where the step calls its closure."""
-    takes_closure = _takes_closure(optimizer)
 
     def hook(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if not takes_closure:

@@ -35,13 +35,13 @@ from msam_analysis.plots.look import (
     style,
 )
 from msam_analysis.results import Slice1D, Slice2D
+from msam_analysis.results.slices import LARGE_RANGE
 from msam_analysis.statistics import LEVEL, bands, quantile_bands
 
 Slice = TypeVar("Slice", Slice1D, Slice2D)
 Curves = Slice1D | Sequence[Slice1D] | Mapping[str, Slice1D | Sequence[Slice1D]]
 
 _COLORMAP = "viridis"
-_LARGE_RANGE = 10.0  # from this ratio of largest to smallest loss on, the colour scale is logarithmic
 _CHARACTERS_PER_INCH = 18  # of a label of 8 points
 _FEWEST_LINES = 3  # labelled levels in a panel, where it has a range at all
 _ROUND = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
@@ -303,7 +303,7 @@ def scale_of(losses: Sequence[Array], limits: tuple[float, float] | None, log: b
     if limits is not None and not (np.isfinite(low) and np.isfinite(high) and low < high):
         raise ValueError(f"limits must be two finite numbers, the lower first, got {limits!r}")
     if log is None:
-        log = low > 0 and high / low >= _LARGE_RANGE
+        log = low > 0 and high / low >= LARGE_RANGE
     elif log and low <= 0:
         raise ValueError(f"a logarithmic scale needs positive losses, but it would start at {low:g}; pass limits")
     if log and limits is None and high / low > 10**_DECADES:
@@ -337,7 +337,7 @@ def _lines_within(scale: Scale, low: float, high: float) -> Array:
     between = scale.lines[(scale.lines > low) & (scale.lines < high)]
     if len(between) >= _FEWEST_LINES:
         return between
-    wide = scale.log and high >= _LARGE_RANGE * low
+    wide = scale.log and high >= LARGE_RANGE * low
     finer = _log_levels(low, high, False)[0] if wide else np.asarray(_ROUND.tick_values(low, high), dtype=np.float64)
     finer = finer[(finer > max(low, scale.low)) & (finer < min(high, scale.high))]
     return finer if len(finer) > len(between) else between

@@ -33,12 +33,12 @@ from msam_analysis.plots.look import (
 )
 from msam_analysis.plots.slices import as_array, slice_2d
 from msam_analysis.results import Projection, Slice2D
+from msam_analysis.results.slices import LARGE_RANGE
 
 Projections = Projection | Iterable[Projection] | Mapping[str, Projection]
 
 _LARGEST_CIRCLE = 95.0  # area in square points of the circle for the largest off-plane distance
 _CIRCLES = 10  # on one trajectory
-_LARGE_RANGE = 10.0  # from this ratio on, losses go on a logarithmic axis
 _HALO = [patheffects.withStroke(linewidth=2.6, foreground="white", alpha=0.85)]
 
 
@@ -361,7 +361,7 @@ def draw_losses(axes: AxesArray, several: Mapping[str, Projection], *, log: bool
     known = np.concatenate(values)
     known = known[np.isfinite(known)]
     if log is None:
-        log = bool(known.size) and known.min() > 0 and known.max() / known.min() >= _LARGE_RANGE
+        log = bool(known.size) and known.min() > 0 and known.max() / known.min() >= LARGE_RANGE
     if log:
         log_scale(axes[0], values)
     axes[0].set_ylabel("loss")

@@ -67,10 +67,7 @@ class MomentumGradientCosine:
         self, name: str, optimizer: torch.optim.Optimizer, grads: Mapping[Tensor, Tensor]
     ) -> Mapping[str, float]:
         buffers = momentum_buffers(optimizer)
-        if self.model is None:
-            return {name: cosine([total_products(buffers, grads)])}
-        products = inner_products(buffers, grads)
-        return {name: cosine(products.values())} | _by_layer(name, self.model, self.by, optimizer, products, cosine)
+        return _numbers(name, (buffers, grads), cosine, self.model, self.by, optimizer)
 
 
 @dataclass(frozen=True)
@@ -149,29 +146,27 @@ class Norms:
     def _norms(
         self, name: str, optimizer: torch.optim.Optimizer, vectors: Mapping[Tensor, Tensor]
     ) -> Mapping[str, float]:
-        if not vectors:
-            return {name: math.nan} | _by_layer(name, self.model, self.by, optimizer, {}, _norm)
-        if self.model is None:
-            return {name: _norm([total_products(vectors, {})])}
-        products = inner_products(vectors, {})
-        return {name: _norm(products.values())} | _by_layer(name, self.model, self.by, optimizer, products, _norm)
+        return _numbers(name, (vectors, {}), _norm, self.model, self.by, optimizer)
 
 
 def _norm(products: Iterable[Products]) -> float:
     return math.sqrt(sum(aa for _, aa, _ in products))
 
 
-def _by_layer(
+def _numbers(
     name: str,
+    vectors: tuple[Mapping[Tensor, Tensor], Mapping[Tensor, Tensor]],
+    number: Callable[[Iterable[Products]], float],
     model: nn.Module | None,
     by: By,
     optimizer: torch.optim.Optimizer,
-    products: Mapping[Tensor, Products],
-    number: Callable[[Iterable[Products]], float],
 ) -> dict[str, float]:
-    """Return a number for every layer from its inner products, NaN for one that has none."""
-    found = {}
-    for layer, parameters in layers_of(model, by, optimizer).items() if model is not None else ():
+    """Return a number of two vectors by their inner products, with a model that of every layer too; NaN of nothing."""
+    if model is None:
+        return {name: number([total_products(*vectors)]) if any(vectors) else math.nan}
+    products = inner_products(*vectors)
+    found = {name: number(products.values()) if products else math.nan}
+    for layer, parameters in layers_of(model, by, optimizer).items():
         rows = [products[parameter] for parameter in parameters if parameter in products]
         found[f"{name}/{layer}"] = number(rows) if rows else math.nan
     return found

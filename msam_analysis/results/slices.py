@@ -12,6 +12,9 @@ from torch import Tensor
 
 from msam_analysis.results.base import Result, column
 
+LARGE_RANGE = 10.0
+"""From this ratio of largest to smallest loss on, pictures have a logarithmic scale."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Points:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -124,16 +123,13 @@ def measure(
     -----
     Names: ``lanczos``, ``power``, ``ball-<radius>``, ``line-<direction>``, ``plane``; ``features``,
     ``robustness-<attack>``, ``lambda1`` where an exhibit asks. Where a solver's budget ended
-    first its result says so in ``converged``; that is recorded in the tables, not printed. A network whose loss is not
-    finite has no results.
+    first its result says so in ``converged``; that is recorded in the tables, not printed.
     """
     objective = Objective(trained.model, workload.criterion(), some(workload.train(), protocol.samples))
     results: dict[str, Result] = {}
     wanted = set(measured)
     if not wanted <= MEASURES.keys():
         raise ValueError(f"unknown measure {min(wanted - MEASURES.keys())!r}: expected some of {sorted(MEASURES)}")
-    if wanted and not math.isfinite(scores(workload, trained.model)["train_loss"]):
-        return results
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         for name in (name for name in MEASURES if name in wanted):
@@ -224,12 +220,12 @@ def _robustness(trainee: Trainee, _: Protocol) -> dict[str, Result]:
     inputs = torch.cat([batch for batch, _ in trainee.workload.train()])
     dims = [dim for dim in range(inputs.ndim) if inputs.ndim < 3 or dim != 1]
     low, high = inputs.amin(dims, keepdim=True)[0], inputs.amax(dims, keepdim=True)[0]
-    model = _FromShares(trainee.trained.model, low, high)
     device = next(trainee.trained.model.parameters()).device
+    model = _FromShares(trainee.trained.model, low, high).to(device)
     test = [((batch - low) / (high - low), labels) for batch, labels in trainee.workload.test()]
     return {
         f"robustness-{attack}": robust_accuracy(
-            model.to(device), test, attack, shares, bounds=None if attack == "noise" else (0.0, 1.0)
+            model, test, attack, shares, bounds=None if attack == "noise" else (0.0, 1.0)
         )
         for attack, shares in DISTURBANCES.items()
     }

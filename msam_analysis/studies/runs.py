@@ -50,7 +50,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.workload.recipe.steps(sum(len(labels) for _, labels in self.workload.train()))
+        return self.workload.recipe.steps(self.workload.training_samples)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -88,7 +88,10 @@ class Task:
 
 
 def variant(problem: Workload, optimizer: str, perturbation: Perturbation | None, **recipe: Any) -> Workload:
-    """Return a workload with one optimizer, and with fields of its recipe changed.
+    """Return a workload with another perturbation of one optimizer, other fields of its recipe, and no controls.
+
+    The other perturbations decide nothing of its run, and stay: a run may be that of several exhibits, and one of them
+    may have probes that look at another perturbation.
 
     Parameters
     ----------
@@ -100,7 +103,8 @@ def variant(problem: Workload, optimizer: str, perturbation: Perturbation | None
         Fields of :class:`~msam_analysis.studies.workloads.Recipe`.
     """
     changed = dataclasses.replace(problem.recipe, **recipe)
-    return dataclasses.replace(problem, recipe=changed, perturbations={optimizer: perturbation}, controls=())
+    perturbations = {**problem.perturbations, optimizer: perturbation}
+    return dataclasses.replace(problem, recipe=changed, perturbations=perturbations, controls=())
 
 
 def gather(wanted: Iterable[Run]) -> dict[str, Run]:

@@ -27,6 +27,7 @@ except ModuleNotFoundError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _SUMMARY = "scores.json"
+_UNFINISHED = ".unfinished"
 
 
 class DivergedError(Exception):
@@ -42,9 +43,6 @@ class _Results(dict[str, Result]):
 
     def __missing__(self, name: str) -> Result:
         raise DivergedError(f"{self.network} diverged: its loss is not finite, and {name} is not measured")
-
-
-_UNFINISHED = ".unfinished"
 
 
 @contextmanager

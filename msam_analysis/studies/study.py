@@ -30,7 +30,7 @@ from msam_analysis import plots, report
 from msam_analysis.studies import store
 from msam_analysis.studies.cifar import Checksum
 from msam_analysis.studies.computing import PLAIN, Computing, repeatable
-from msam_analysis.studies.exhibits import EXHIBITS, Evidence, Exhibit, Finding, choose, networks
+from msam_analysis.studies.exhibits import EXHIBITS, Evidence, Exhibit, Finding, choose, networks, untold
 from msam_analysis.studies.measuring import Protocol, measure, scores
 from msam_analysis.studies.ranks import Ranks
 from msam_analysis.studies.runs import Run, Task, gather, place
@@ -131,7 +131,7 @@ def run_study(
     jobs = jobs if jobs is not None else 1 if computing.device != "cpu" or ranks.count > 1 else _processors()
     if seeds < 1 or jobs < 1:
         raise ValueError(f"seeds and jobs must be at least 1, got seeds={seeds} and jobs={jobs}")
-    every = every if every is not None else max(1, _steps(problem) // _RECORDS)
+    every = every if every is not None else max(1, problem.recipe.steps(problem.training_samples) // _RECORDS)
     if every < 1:
         raise ValueError(f"every must be a positive integer, got {every}")
     protocol = protocol or Protocol()
@@ -188,10 +188,6 @@ def _terminable() -> Iterator[None]:
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)
-
-
-def _steps(problem: Workload) -> int:
-    return problem.recipe.steps(sum(len(labels) for _, labels in problem.train()))
 
 
 def _processors() -> int:
@@ -332,8 +328,10 @@ def make_run(task: Task, tick: Tick) -> None:
             computing=task.computing,
             state=None if task.computing.save_every is None else store.state_file(task.directory),
         )
-        measured = measure(run.workload, trained, run.measured, task.protocol, tick)
         reached = scores(run.workload, trained.model) | {"gradients_per_step": trained.gradients_per_step}
+        # There is nothing to measure of a network whose loss is not finite.
+        wanted = run.measured if math.isfinite(reached["train_loss"]) else ()
+        measured = measure(run.workload, trained, wanted, task.protocol, tick)
     if task.computing.amp == "float16":
         reached["skipped_steps"] = trained.skipped
     store.write_run(task.directory, trained, reached, measured)
@@ -345,8 +343,7 @@ def _find(exhibit: Exhibit, evidence: Evidence) -> Finding:
     try:
         return exhibit.study(evidence)
     except DivergedError as error:
-        claims = [replace(claim, compare=lambda _: []).judge(None) for claim in exhibit.claims]
-        return Finding(None, claims=[replace(claim, measured=f"not measured: {error}") for claim in claims])
+        return untold(exhibit.claims, measured=f"not measured: {error}")
 
 
 def _tables(evidence: Evidence) -> Tables | None:
@@ -466,7 +463,7 @@ def _coarser(protocol: Protocol) -> str:
 
 def _setup(setting: Setting) -> str:
     problem, seeds, samples = setting.problem, setting.seeds, setting.protocol.samples
-    whole = sum(len(labels) for _, labels in problem.train())
+    whole = problem.training_samples
     part = "the training set" if samples is None or samples >= whole else f"{samples:,} of the training samples"
     as_trained_on = "labels as trained on" if problem.augmented is None else "without augmentation"
     recipe = ", ".join(

@@ -121,6 +121,11 @@ class Workload:
     frugal: bool = False
     departures: tuple[str, ...] = field(default=(), compare=False)
 
+    @property
+    def training_samples(self) -> int:
+        """How many there are."""
+        return sum(len(labels) for _, labels in self.train())
+
     def optimizer(self, name: str, model: nn.Module) -> PerturbedOptimizer:
         """Return the named optimizer for a model.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding, controls, networks
+from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding, controls, networks, untold
 from msam_analysis.studies.exhibits.core import CORE
 from msam_analysis.studies.exhibits.mechanisms import MECHANISMS
 from msam_analysis.studies.exhibits.models import MODELS_AND_TASKS
@@ -59,4 +59,4 @@ def _names(ids: Sequence[str]) -> set[str]:
     return {*ids, *(key.rstrip("ABC") for key in ids if key[-1].isalpha() and key[:1] != "T")}
 
 
-__all__ = ["EXHIBITS", "Evidence", "Exhibit", "Finding", "choose", "controls", "networks"]
+__all__ = ["EXHIBITS", "Evidence", "Exhibit", "Finding", "choose", "controls", "networks", "untold"]

@@ -108,9 +108,10 @@ class Exhibit:
     claims: tuple[PaperClaim, ...] = field(default=(), compare=False)
 
 
-def untold(claims: Iterable[PaperClaim], why: str) -> Finding:
-    """Return what is found where a workload does not have what an exhibit is about: nothing, and why."""
-    return Finding(None, claims=[replace(claim, compare=lambda _: []).judge(None) for claim in claims], note=why)
+def untold(claims: Iterable[PaperClaim], why: str = "", measured: str = "not measured") -> Finding:
+    """Return what is found where there is nothing that an exhibit could be about: nothing, and why."""
+    judged = [replace(claim, compare=lambda _: []).judge(None) for claim in claims]
+    return Finding(None, claims=[replace(claim, measured=measured) for claim in judged], note=why)
 
 
 def networks(problem: Workload, seeds: int) -> list[Run]:

@@ -113,7 +113,7 @@ def _against_size(table: pd.DataFrame, attack: str) -> Sweep:
 
 
 def _words(attack: str, share: float) -> str:
-    return f"noise, σ = {share:g}" if attack == "noise" else f"{attack.upper()}, ε = {255 * share:.0f}/255"
+    return f"{_title(attack)} at " + (f"σ = {share:g}" if attack == "noise" else f"ε = {255 * share:.0f}/255")
 
 
 def _at(table: pd.DataFrame, attack: str, share: float) -> pd.DataFrame:
@@ -127,8 +127,8 @@ def _above_sgd(table: pd.DataFrame, place: int, by: float) -> list[Comparison]:
     for name in ("MSAM", "SAM"):
         for attack, shares in DISTURBANCES.items():
             gain = difference(_at(table, attack, shares[place]), "test_accuracy", name, "SGD", unit="points")
-            where = _words(attack, shares[place]).replace(", ", " at ")
-            found.append(dataclasses.replace(gain, label=f"{gain.label} ({where}), gain", above=by))
+            label = f"{gain.label} ({_words(attack, shares[place])}), gain"
+            found.append(dataclasses.replace(gain, label=label, above=by))
     return found
 
 

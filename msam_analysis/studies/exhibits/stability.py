@@ -14,8 +14,8 @@ from msam_analysis.plots import Sweep
 from msam_analysis.statistics import mean_interval, summarise
 from msam_analysis.studies.claims import Comparison, PaperClaim
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
-from msam_analysis.studies.exhibits.sweeps import SAME_ACCURACY, among, base, once, paired, scaled
-from msam_analysis.studies.runs import Run
+from msam_analysis.studies.exhibits.sweeps import SAME_ACCURACY, base, once, paired, scaled
+from msam_analysis.studies.runs import Run, variant
 from msam_analysis.studies.tables import FinishedRun, of_training, outcomes
 from msam_analysis.studies.workloads import Workload
 
@@ -50,7 +50,7 @@ def cosine_runs(problem: Workload, seeds: int) -> list[Run]:
     Larger batches get more epochs, for the same number of steps.
     """
     return once(
-        Run(among(problem, "SGD", None, **recipe), "SGD", seed, replacement=replacement)
+        Run(variant(problem, "SGD", None, **recipe), "SGD", seed, replacement=replacement)
         for recipe in _recipes(problem)
         for replacement in (False, True)
         for seed in range(seeds)
@@ -213,7 +213,7 @@ def gain_runs(problem: Workload, seeds: int) -> list[Run]:
     """Return SGD and MSAM, at the same ρ throughout, at every learning rate and momentum."""
     msam = base(problem, "MSAM")
     return once(
-        Run(among(problem, name, perturbation, **{setting: value}), name, seed)
+        Run(variant(problem, name, perturbation, **{setting: value}), name, seed)
         for setting in ("lr", "momentum")
         for value in values(problem)[setting]
         for name, perturbation in (("SGD", None), ("MSAM", msam))
@@ -298,7 +298,7 @@ def budget_runs(problem: Workload, seeds: int) -> list[Run]:
     budgets = [max(2, 2 * round(problem.recipe.epochs * factor / 2)) for factor in _BUDGETS]
     family = (("SGD", None, 1), ("MSAM", base(problem, "MSAM"), 1), ("SAM", base(problem, "SAM"), 2))
     return once(
-        Run(among(problem, name, perturbation, epochs=budget // cost), name, seed)
+        Run(variant(problem, name, perturbation, epochs=budget // cost), name, seed)
         for budget in budgets
         for name, perturbation, cost in family
         for seed in range(seeds)

@@ -46,18 +46,9 @@ def scaled(value: Any, sixths: int) -> float:
     return float(f"{value * 10 ** (sixths / 6):.3g}")
 
 
-def among(problem: Workload, name: str, perturbation: Perturbation | None, **recipe: Any) -> Workload:
-    """Return a variant, see :func:`~msam_analysis.studies.runs.variant`, that keeps the other perturbations.
-
-    They decide nothing of its run. But the run may be that of another exhibit too, whose probes look at them.
-    """
-    changed = variant(problem, name, perturbation, **recipe)
-    return dataclasses.replace(changed, perturbations={**problem.perturbations, **changed.perturbations})
-
-
 def plain(problem: Workload, seeds: int) -> list[Run]:
     """Return the runs without a perturbation."""
-    return [Run(among(problem, "SGD", None), "SGD", seed) for seed in range(seeds)]
+    return [Run(variant(problem, "SGD", None), "SGD", seed) for seed in range(seeds)]
 
 
 def grid(
@@ -71,7 +62,7 @@ def grid(
     """Return the runs of a perturbation at strengths around its own, in sixths of a decade."""
     strengths = [dataclasses.replace(perturbation, rho=scaled(perturbation.rho, sixth)) for sixth in sixths]
     return [
-        Run(among(problem, label, strength), label, seed, watched=watched)
+        Run(variant(problem, label, strength), label, seed, watched=watched)
         for strength in strengths
         for seed in range(seeds)
     ]

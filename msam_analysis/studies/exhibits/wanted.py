@@ -8,7 +8,7 @@ from typing import Any
 
 from msam import Jump, Perturbation
 from msam.schedules import as_schedule
-from msam_analysis.studies.runs import Run
+from msam_analysis.studies.runs import Run, variant
 from msam_analysis.studies.workloads import Workload
 
 RATES = (0.1, 1.0, 3.0)
@@ -49,10 +49,8 @@ def after_warmup(problem: Workload, name: str) -> Workload:
     perturbation = problem.perturbations[name]
     if perturbation is None:
         return problem
-    samples = sum(len(labels) for _, labels in problem.train())
-    waiting = Jump(constant(perturbation), problem.recipe.steps(samples, problem.recipe.warmup))
-    later: dict[str, Perturbation | None] = {name: dataclasses.replace(perturbation, rho=waiting)}
-    return dataclasses.replace(problem, perturbations=later, controls=())
+    warm = problem.recipe.steps(problem.training_samples, problem.recipe.warmup)
+    return variant(problem, name, dataclasses.replace(perturbation, rho=Jump(constant(perturbation), warm)))
 
 
 def constant(perturbation: Perturbation | None) -> float:
