@@ -28,7 +28,7 @@ from sharpness import kept
 from torch import nn
 
 import msam_analysis as ma
-from msam_analysis.statistics import mean_interval, paired_interval
+from msam_analysis.results.statistics import mean_interval, paired_interval
 from msam_analysis.studies.measuring import scores
 from msam_analysis.studies.training import train
 from msam_analysis.studies.workloads import DIGITS

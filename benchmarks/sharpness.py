@@ -35,9 +35,9 @@ from optimizers import Block
 from torch import Tensor, nn
 
 import msam_analysis as ma
-import msam_analysis.sharpness as balls
-from msam_analysis.operators import ScaledOperator, SymmetricOperator
-from msam_analysis.sharpness.geometry import Ball, Norm, scale_of
+import msam_analysis.measures as balls
+from msam_analysis.measures.geometry import Ball, Norm, scale_of
+from msam_analysis.objective.operators import ScaledOperator, SymmetricOperator
 from msam_analysis.studies.training import train
 from msam_analysis.studies.workloads import DIGITS
 

@@ -5,32 +5,41 @@ weights. Every measurement is a plain function of one and returns a frozen resul
 plain function of a result.
 """
 
-from msam_analysis import checkpoints, directions, export, plots, probes, results, trajectory
-from msam_analysis.alignment import momentum_gradient_cosine, sam_msam_angle
-from msam_analysis.directions import Direction
-from msam_analysis.eigen import top_eigenvalues
-from msam_analysis.features import feature_rank
-from msam_analysis.landscape import slice_1d, slice_2d
-from msam_analysis.layers import by_layer, layer_frame
-from msam_analysis.monitor import Monitor
-from msam_analysis.objective import Objective
-from msam_analysis.operators import MatrixOperator, SymmetricOperator
-from msam_analysis.resampling import data_interval
-from msam_analysis.results import ApproximationWarning, ConvergenceWarning
-from msam_analysis.robustness import robust_accuracy
-from msam_analysis.sharpness import (
+from msam_analysis import checkpoints, plots, results
+from msam_analysis.landscape import (
+    TrajectoryRecorder,
+    directions,
+    pca_plane,
+    project,
+    slice_1d,
+    slice_2d,
+    trajectory,
+)
+from msam_analysis.measures import (
     average_sharpness,
     ball_sharpness,
+    by_layer,
     certify,
+    curvature_along,
+    data_interval,
     directional_sharpness,
+    feature_rank,
     fisher_rao_norm,
+    layer_frame,
     m_sharpness,
+    measure,
+    momentum_gradient_cosine,
     one_step_sharpness,
     relative_flatness,
+    robust_accuracy,
+    sam_msam_angle,
 )
-from msam_analysis.spectrum import curvature_along, spectral_density, trace
-from msam_analysis.trajectory import TrajectoryRecorder, pca_plane, project
-from msam_analysis.vectors import normalization_layers
+from msam_analysis.monitor import Monitor, probes
+from msam_analysis.objective import MatrixOperator, Objective, SymmetricOperator
+from msam_analysis.objective.direction import Direction
+from msam_analysis.objective.vectors import normalization_layers
+from msam_analysis.results import ApproximationWarning, ConvergenceWarning, export
+from msam_analysis.spectra import spectral_density, top_eigenvalues, trace
 
 __all__ = [
     "ApproximationWarning",
@@ -55,6 +64,7 @@ __all__ = [
     "fisher_rao_norm",
     "layer_frame",
     "m_sharpness",
+    "measure",
     "momentum_gradient_cosine",
     "normalization_layers",
     "one_step_sharpness",
@@ -73,3 +83,7 @@ __all__ = [
     "trace",
     "trajectory",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -12,6 +12,8 @@
 # 4. the *five largest eigenvalues* of both networks, certified.
 
 # %%
+from contextlib import nullcontext
+
 import pandas as pd
 import torch
 from torch import nn
@@ -68,7 +70,8 @@ def train(name: str) -> tuple[pd.DataFrame, dict[str, ma.Objective]]:
                 optimizer.step()
                 schedule.step()
             if epoch + 1 in (EPOCHS // 2, EPOCHS):
-                weights = nn.utils.parameters_to_vector(ma.momentum.true_weights(optimizer).values())
+                with optimizer.unperturbed() if name == "MSAM" else nullcontext():
+                    weights = loss.point().clone()
                 moments["half way" if "half way" not in moments else "end"] = loss.with_weights(weights)
     table = monitor.frame().assign(optimizer=name, seed=0, epoch=lambda rows: rows["step"] / 16)
     return table, moments

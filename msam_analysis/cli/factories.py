@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from msam_analysis.batchnorm import Policy
-from msam_analysis.checkpoints import load_model
-from msam_analysis.objective import Objective
+from msam_analysis.checkpoints.loading import load_model
+from msam_analysis.objective.batchnorm import Policy
+from msam_analysis.objective.objective import Objective
 
 
 def load_objectives(

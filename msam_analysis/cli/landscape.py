@@ -12,12 +12,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from msam_analysis import landscape, trajectory
+from msam_analysis import landscape
 from msam_analysis.cli.factories import load_object, load_objectives
 from msam_analysis.cli.names import distinct_names
 from msam_analysis.cli.pictures import FORMATS, check_formats, write_all
 from msam_analysis.cli.processes import group, own_device, rank
 from msam_analysis.cli.views import AROUND, THROUGH, Course, View, open_trajectories, views
+from msam_analysis.landscape import trajectory
 from msam_analysis.landscape.ranks import Ranks
 from msam_analysis.results import Projection, Trajectory
 

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from msam_analysis.cli.factories import load_objectives
 from msam_analysis.cli.names import distinct_names
-from msam_analysis.measure import DEFAULT_METRICS, METRICS, RADII, Metrics, measure
-from msam_analysis.objective import Objective
+from msam_analysis.measures.summary import DEFAULT_METRICS, METRICS, RADII, Metrics, measure
+from msam_analysis.objective.objective import Objective
 from msam_analysis.results import atomic_folder
 
 _METRICS = "metrics.csv"

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from msam_analysis import export, plots
+from msam_analysis import plots
 from msam_analysis.cli.views import View
-from msam_analysis.results import Projection, Result, Slice1D
+from msam_analysis.results import Projection, Result, Slice1D, export
 
 PICTURES = ("png", "pdf", "svg")
 FILMS = ("gif", "mp4")

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from msam_analysis import directions, trajectory
 from msam_analysis.cli.names import distinct_names
-from msam_analysis.directions import Direction
-from msam_analysis.landscape import between
-from msam_analysis.objective import Objective
+from msam_analysis.landscape import between, directions, trajectory
+from msam_analysis.objective.direction import Direction
+from msam_analysis.objective.objective import Objective
 from msam_analysis.results import Trajectory, load_trajectory
 
 AROUND = ("random", "gradient", "eigenvectors")

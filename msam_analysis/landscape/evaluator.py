@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msam_analysis.batchnorm import batchnorm_layers, collect_statistics
 from msam_analysis.landscape.metrics import Metric, OutputMetric
 from msam_analysis.landscape.sampling import standard_error
 from msam_analysis.landscape.watch import Watch
-from msam_analysis.nested import Batch, count_samples
-from msam_analysis.objective import Objective
-from msam_analysis.randomness import RandomStream, same_state
-from msam_analysis.skeleton import mean_and_weight
-from msam_analysis.vectors import widest
+from msam_analysis.objective.batchnorm import batchnorm_layers, collect_statistics
+from msam_analysis.objective.nested import Batch, count_samples
+from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.randomness import RandomStream, same_state
+from msam_analysis.objective.skeleton import mean_and_weight
+from msam_analysis.objective.vectors import widest
 
 ERRORS = ("standard_error", "rise_error")
 

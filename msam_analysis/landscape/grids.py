@@ -81,7 +81,7 @@ def between(points: int = 51, margin: float = 0.25) -> Tensor:
     -------
     Tensor
         Shape ``(points,)``, float64; for the argument ``coordinates`` of a slice along
-        :func:`msam_analysis.directions.interpolation`.
+        :func:`msam_analysis.landscape.directions.interpolation`.
 
     Raises
     ------

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msam_analysis.directions import Direction
-from msam_analysis.nested import tensors_of
-from msam_analysis.objective import Objective
+from msam_analysis.objective.direction import Direction
+from msam_analysis.objective.nested import tensors_of
+from msam_analysis.objective.objective import Objective
 
 _DIGITS = 16
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")

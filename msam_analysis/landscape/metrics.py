@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from msam_analysis.eigen import top_eigenvalues
-from msam_analysis.objective import Objective
+from msam_analysis.objective.objective import Objective
+from msam_analysis.spectra.top import top_eigenvalues
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from msam_analysis.objective import Objective
-from msam_analysis.skeleton import LossFunction
+from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.skeleton import LossFunction
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msam_analysis.directions import Direction, as_direction
 from msam_analysis.landscape import grids
 from msam_analysis.landscape.evaluator import ERRORS, Evaluator
 from msam_analysis.landscape.identity import identity, of_code
@@ -27,7 +26,8 @@ from msam_analysis.landscape.refine import Surface, refine_grid
 from msam_analysis.landscape.sampling import drawn
 from msam_analysis.landscape.sweep import Sweep
 from msam_analysis.landscape.together import Together, fastest
-from msam_analysis.objective import Objective
+from msam_analysis.objective.direction import Direction, as_direction
+from msam_analysis.objective.objective import Objective
 from msam_analysis.results import Settings, Slice1D, Slice2D
 
 Path = str | os.PathLike[str]
@@ -114,7 +114,7 @@ def slice_2d(
         The loss; its current weights are the centre.
     directions
         ``(d1, d2)``, each applied as it is: the cosine between them is reported, not removed; see
-        :func:`msam_analysis.directions.orthogonalized`.
+        :func:`msam_analysis.landscape.directions.orthogonalized`.
     radius
         One for both axes or one each; see :func:`slice_1d`.
     points

@@ -12,8 +12,8 @@ from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from msam_analysis.landscape.evaluator import Evaluator
-from msam_analysis.nested import Batch
-from msam_analysis.skeleton import mean_and_weight
+from msam_analysis.objective.nested import Batch
+from msam_analysis.objective.skeleton import mean_and_weight
 
 _SIZES = (8, 32, 128)
 # What a batch of points must gain before it is taken: less is within what a busy machine's clock is off by.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from msam_analysis.landscape.metrics import Metric, OutputMetric
 from msam_analysis.landscape.sampling import per_sample
-from msam_analysis.nested import count_samples
+from msam_analysis.objective.nested import count_samples
 
 
 class Watch:

@@ -1,5 +1,9 @@
-"""Record probes while a training loop runs."""
+"""Probes of running training, and the monitor that asks them step by step and keeps what they return.
 
+This room may import everything that measures: ``landscape``, ``measures``, ``spectra``, ``objective``, ``results``.
+"""
+
+from msam_analysis.monitor import probes
 from msam_analysis.monitor.monitor import Monitor
 
-__all__ = ["Monitor"]
+__all__ = ["Monitor", "probes"]

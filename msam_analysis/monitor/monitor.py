@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from msam_analysis.momentum import loss_scale, momentum_buffers, present_gradients
+from msam_analysis.measures.momentum import loss_scale, momentum_buffers, present_gradients
 from msam_analysis.monitor.attachment import Attachment
+from msam_analysis.monitor.probes import Every, Finish, Probe, StepProbe
+from msam_analysis.monitor.probes.base import check_period
 from msam_analysis.monitor.records import RecordFile, Row, frame_of, read_records
-from msam_analysis.probes import Every, Finish, Probe, StepProbe
-from msam_analysis.probes.base import check_period
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,8 +67,8 @@ class Monitor:
     optimizer
         Any ``torch.optim`` optimizer; wrappers of Lightning and accelerate are looked through.
     probes
-        Functions of ``(optimizer, step)`` that return named numbers, see :mod:`msam_analysis.probes`; one in
-        :class:`~msam_analysis.probes.Every` has a period of its own.
+        Functions of ``(optimizer, step)`` that return named numbers, see :mod:`msam_analysis.monitor.probes`; one in
+        :class:`~msam_analysis.monitor.probes.Every` has a period of its own.
     every
         Record at steps ``0, every, 2 every, ...``. Default 50, the paper's choice for exhibit A8.
     path
@@ -129,7 +129,7 @@ class Monitor:
         check_period("every", every)
         if not probes:
             raise ValueError(
-                "probes is empty: expected at least one, e.g. msam_analysis.probes.MomentumGradientCosine()"
+                "probes is empty: expected at least one, e.g. msam_analysis.monitor.probes.MomentumGradientCosine()"
             )
         self._entries = [
             _Entry(each.probe, each.period, _described(each.probe))

@@ -22,7 +22,7 @@ from msam_analysis.plots.look import (
     require_columns,
     style,
 )
-from msam_analysis.statistics import LEVEL, summarise
+from msam_analysis.results.statistics import LEVEL, summarise
 
 _LARGE_RANGE = 20.0  # from this ratio on, eigenvalues go on a logarithmic axis
 

@@ -93,7 +93,7 @@ def look(names: Iterable[str]) -> dict[str, Look]:
 
 @functools.cache
 def _style_settings() -> dict[str, Any]:
-    path = Path(__file__).resolve().parent.parent / "style.mplstyle"
+    path = Path(__file__).resolve().parent / "style.mplstyle"
     settings: Any = mpl.rc_params_from_file(path, use_default_template=False)
     return dict(settings)
 

@@ -23,7 +23,7 @@ from msam_analysis.plots.look import (
     require_columns,
     style,
 )
-from msam_analysis.statistics import LEVEL, summarise
+from msam_analysis.results.statistics import LEVEL, summarise
 
 _ZERO: dict[str, Any] = {"color": "#4d4d4d", "linewidth": 0.7, "zorder": 1.5}
 _GREY = "#8c8c8c"

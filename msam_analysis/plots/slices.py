@@ -36,7 +36,7 @@ from msam_analysis.plots.look import (
 )
 from msam_analysis.results import Slice1D, Slice2D
 from msam_analysis.results.slices import LARGE_RANGE
-from msam_analysis.statistics import LEVEL, bands, quantile_bands
+from msam_analysis.results.statistics import LEVEL, bands, quantile_bands
 
 Slice = TypeVar("Slice", Slice1D, Slice2D)
 Curves = Slice1D | Sequence[Slice1D] | Mapping[str, Slice1D | Sequence[Slice1D]]

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from msam_analysis.plots.look import Array, Look, draw_curve, look, name_curves, one_panel, ordered, style
 from msam_analysis.results import SpectralDensity
-from msam_analysis.statistics import LEVEL, bands
+from msam_analysis.results.statistics import LEVEL, bands
 
 _TICK = 7.0  # points: length of the tick at an eigenvalue that is known
 

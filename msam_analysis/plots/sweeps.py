@@ -26,7 +26,7 @@ from msam_analysis.plots.look import (
     style,
     words,
 )
-from msam_analysis.statistics import LEVEL, summarise
+from msam_analysis.results.statistics import LEVEL, summarise
 
 
 @dataclass(frozen=True, eq=False)

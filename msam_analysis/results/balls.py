@@ -186,7 +186,7 @@ class Certificate(Result):
     """What is known of a displacement as a local maximum of the loss in its ball.
 
     In coordinates ``e = D z`` in which the ball is plain, with the slope ``q = D∇L`` and ``A = D∇²L D`` at the
-    displacement; see :func:`msam_analysis.sharpness.certify`.
+    displacement; see :func:`msam_analysis.measures.certify`.
 
     Attributes
     ----------

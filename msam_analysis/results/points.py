@@ -184,7 +184,7 @@ def read_notes(folder: Path, step: int) -> tuple[dict[str, Any], dict[str, Tenso
 
 
 def load_trajectory(folder: str | os.PathLike[str]) -> Trajectory:
-    """Open a trajectory that a :class:`~msam_analysis.trajectory.TrajectoryRecorder` wrote, also while it still does.
+    """Open a trajectory that a :class:`~msam_analysis.TrajectoryRecorder` wrote, also while it still does.
 
     Parameters
     ----------

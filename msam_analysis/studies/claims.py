@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from msam_analysis.report import Claim, Verdict, plus_minus
-from msam_analysis.statistics import LEVEL, Interval, mean_interval
+from msam_analysis.report.page import Claim, Verdict, plus_minus
+from msam_analysis.results.statistics import LEVEL, Interval, mean_interval
 from msam_analysis.studies.tables import Tables, cosines, negative_share, of_training
 
 Values = npt.NDArray[np.float64]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import msam
 import msam_analysis
-from msam_analysis.randomness import RandomStream
+from msam_analysis.objective.randomness import RandomStream
 
 # They only read runs that are finished: a change in them leaves those as they are.
 _READERS = ("cli", "report.py", "statistics.py", "plots", "claims.py", "exhibits", "tables.py")

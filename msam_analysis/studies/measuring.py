@@ -10,14 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from msam_analysis import directions
-from msam_analysis.eigen import top_eigenvalues
-from msam_analysis.features import feature_rank
-from msam_analysis.landscape import slice_1d, slice_2d
-from msam_analysis.objective import Objective
+from msam_analysis.landscape import directions, slice_1d, slice_2d
+from msam_analysis.measures.ball import ball_sharpness
+from msam_analysis.measures.features import feature_rank
+from msam_analysis.measures.robustness import Attack, robust_accuracy
+from msam_analysis.objective.objective import Objective
 from msam_analysis.results import ConvergenceWarning, Result
-from msam_analysis.robustness import Attack, robust_accuracy
-from msam_analysis.sharpness import ball_sharpness
+from msam_analysis.spectra.top import top_eigenvalues
 from msam_analysis.studies.training import Tick, Trained, some
 from msam_analysis.studies.workloads import Workload
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from msam_analysis.results import BallSharpness, Eigenpairs, Result, Slice1D, Slice2D, atomic_path
-from msam_analysis.statistics import summarise
+from msam_analysis.results.statistics import summarise
 from msam_analysis.studies.measuring import LINES
 
 

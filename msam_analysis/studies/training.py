@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from msam import PerturbedOptimizer, frozen_batchnorm_statistics, update_batchnorm_statistics
 from msam_analysis.monitor import Monitor
-from msam_analysis.objective import Objective
-from msam_analysis.randomness import RandomStream
+from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.studies import saving
 from msam_analysis.studies.augmentation import stream
 from msam_analysis.studies.computing import PLAIN, Computing

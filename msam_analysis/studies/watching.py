@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from msam.schedules import as_schedule
-from msam_analysis.alignment import cosine, inner_products
-from msam_analysis.momentum import true_weights
+from msam_analysis.measures.alignment import cosine, inner_products
+from msam_analysis.measures.momentum import true_weights
 from msam_analysis.monitor import Monitor
-from msam_analysis.objective import Objective
-from msam_analysis.probes import (
+from msam_analysis.monitor.probes import (
     Curvature,
     HeldOutCosine,
     LossAlongMomentum,
@@ -24,6 +23,7 @@ from msam_analysis.probes import (
     Probe,
     SamAngle,
 )
+from msam_analysis.objective.objective import Objective
 from msam_analysis.studies.workloads import Workload
 
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import msam_analysis as ma
-from msam_analysis import alignment
-from msam_analysis.alignment import cosine, inner_products, sam_msam_angle, total_products
+from msam_analysis.measures import alignment
+from msam_analysis.measures.alignment import cosine, inner_products, sam_msam_angle, total_products
 from msam_analysis.results import SamMsamAngle, load
 
 from .cases import CONVNET, MLP, Quadratic, normal

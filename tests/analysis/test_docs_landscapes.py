@@ -11,7 +11,7 @@ import torch
 from matplotlib import pyplot as plt
 
 import msam_analysis as ma
-from msam_analysis.directions import Normalization
+from msam_analysis.landscape.directions import Normalization
 
 PAGE = Path(__file__).parents[2] / "docs" / "landscapes.md"
 TEXT = PAGE.read_text(encoding="utf-8")

@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import msam_analysis as ma
-from msam_analysis.eigen import Chain, Goal, Subspace
-from msam_analysis.eigen.beyond import Inside, look_beyond
-from msam_analysis.peers import pyhessian_trace
 from msam_analysis.results import ConvergenceWarning, Eigenpairs
+from msam_analysis.spectra.beyond import Inside, look_beyond
+from msam_analysis.spectra.chain import Chain
+from msam_analysis.spectra.goal import Goal
+from msam_analysis.spectra.peers import pyhessian_trace
+from msam_analysis.spectra.subspace import Subspace
 
 from . import cases
 from .cases import CASES, CONVNET, MLP, WITH_POLICY, Case, concatenate, normal
@@ -500,7 +502,7 @@ def test_too_little_memory_is_an_error_that_says_what_is_needed(method: Any, k: 
 
 
 def test_without_a_budget_of_its_own_a_huge_model_gets_the_smallest_basis(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("msam_analysis.eigen.top.MEMORY_BYTES", 1)
+    monkeypatch.setattr("msam_analysis.spectra.top.MEMORY_BYTES", 1)
     matrix = symmetric(REPEATED["twice the last"], seed=3)
     for method in METHODS:
         pairs = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=5, method=method)  # type: ignore[arg-type]
@@ -607,7 +609,7 @@ def test_no_mass_is_hidden_by_a_recurrence(spectrum: list[int], shares: list[flo
 @pytest.mark.parametrize("hidden", [2.1, -2.1])
 def test_a_look_beyond_fails_as_seldom_as_it_says(hidden: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set to one chance in four, it misses a value by those starts alone that have too little of its vector."""
-    monkeypatch.setattr("msam_analysis.eigen.beyond._FAILURE", 0.25)
+    monkeypatch.setattr("msam_analysis.spectra.beyond._FAILURE", 0.25)
     size = 60
     operator = ma.MatrixOperator(torch.diag(torch.tensor([2.0, hidden, *np.linspace(1, -1, size - 2)]).double()))
     goal = Goal(1, "magnitude", 1e-4, 1e-14)

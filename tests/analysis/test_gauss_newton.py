@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import msam_analysis as ma
-from msam_analysis.gauss_newton import GaussNewtonOperator
+from msam_analysis.objective.gauss_newton import GaussNewtonOperator
 
 from . import cases
 from .cases import CONVNET, MLP, PARTIAL, TAGGER, WITH_POLICY, Case, concatenate, normal

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import msam
 import msam_analysis as ma
 from msam_analysis import probes
-from msam_analysis.probes import Every, MomentumGradientCosine, Norms
+from msam_analysis.monitor.probes import Every, MomentumGradientCosine, Norms
 
 from .cases import CONVNET, MLP, PARTIAL, normal
 from .oracles import flatten, reference_loss

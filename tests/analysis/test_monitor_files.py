@@ -19,8 +19,8 @@ from torch.nn import functional as F
 import msam
 import msam_analysis as ma
 from msam_analysis import probes
+from msam_analysis.monitor.probes import Every, MomentumGradientCosine, Norms
 from msam_analysis.monitor.records import RecordFile
-from msam_analysis.probes import Every, MomentumGradientCosine, Norms
 
 from .cases import MLP
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import msam_analysis as ma
-from msam_analysis import graphs
-from msam_analysis.operators import ScaledOperator
+from msam_analysis.objective import graphs
+from msam_analysis.objective.operators import ScaledOperator
 
 from .cases import CONVNET, MLP, WITH_POLICY, Case, normal
 from .oracles import dense_hessian, dense_symmetric, flatten, reference_loss

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import msam
 import msam_analysis as ma
 from msam_analysis import probes
-from msam_analysis.alignment import sam_msam_angle
+from msam_analysis.measures.alignment import sam_msam_angle
 
 from .cases import MLP
 from .oracles import dense_hessian, flatten, reference_loss

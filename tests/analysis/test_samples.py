@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import msam_analysis as ma
-from msam_analysis.batches import Batches
-from msam_analysis.nested import tensors_of
+from msam_analysis.objective.batches import Batches
+from msam_analysis.objective.nested import tensors_of
 
 from . import cases
 from .cases import CASES, CONVNET, MLP, TAGGER, Case, concatenate, normal, split

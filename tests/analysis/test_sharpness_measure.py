@@ -13,7 +13,7 @@ from torch import nn
 
 import msam_analysis as ma
 from msam_analysis import cli
-from msam_analysis.measure import DEFAULT_METRICS, METRICS, Metrics, measure
+from msam_analysis.measures.summary import DEFAULT_METRICS, METRICS, Metrics, measure
 
 from .cases import MLP, Quadratic, mean_output
 
@@ -73,7 +73,7 @@ def test_each_metric_alone(name: str, everything: Metrics, objective: ma.Objecti
 
 
 def test_many_samples_are_drawn_from(monkeypatch: pytest.MonkeyPatch, objective: ma.Objective) -> None:
-    module = sys.modules["msam_analysis.measure"]
+    module = sys.modules["msam_analysis.measures.summary"]
     for constant, size in (("BATCH", 4), ("FEW_BATCHES", 2), ("FEW_SAMPLES", 5)):
         monkeypatch.setattr(module, constant, size)
     few = measure(objective, metrics=("batches", "fisher-rao"), radii=(0.3,), seed=3)

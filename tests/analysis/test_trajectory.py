@@ -22,8 +22,8 @@ from torch.nn import functional as F
 import msam
 import msam_analysis as ma
 from msam_analysis import plots, results
+from msam_analysis.landscape.trajectory import grid, load, planes
 from msam_analysis.results import points as storage
-from msam_analysis.trajectory import grid, load, planes
 
 from . import cases
 from .cases import CONVNET, MLP, Quadratic, mean_output, normal

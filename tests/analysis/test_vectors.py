@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from msam_analysis.vectors import gaussian, orthonormalize
+from msam_analysis.objective.vectors import gaussian, orthonormalize
 
 
 @pytest.mark.parametrize("order", [[0, 0, 1], [0, 0, 0, 1], [0, 1, 0, 2, 1]])

@@ -13,10 +13,19 @@ import pytest
 import torch
 
 import msam_analysis as ma
-from msam_analysis import sharpness
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "sharpness.md").read_text(encoding="utf-8")
+DEFINITIONS = [
+    "average_sharpness",
+    "ball_sharpness",
+    "certify",
+    "directional_sharpness",
+    "fisher_rao_norm",
+    "m_sharpness",
+    "one_step_sharpness",
+    "relative_flatness",
+]
 
 
 def figures(name: str) -> dict[str, Any]:
@@ -37,9 +46,9 @@ def test_tables_are_the_ones_generated(script: str, results: dict[str, Any], mon
 
 
 def test_every_definition_is_on_the_page() -> None:
-    for name in sharpness.__all__:
+    for name in DEFINITIONS:
         assert f"ma.{name}(" in PAGE, name
-        assert getattr(ma, name) is getattr(sharpness, name)
+        assert callable(getattr(ma, name))
 
 
 def test_examples_run_in_their_order(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from msam_analysis import plots
 from msam_analysis.results import Slice1D, Slice2D
-from msam_analysis.statistics import mean_interval, summarise
+from msam_analysis.results.statistics import mean_interval, summarise
 from tests.plots.cases import OPTIMIZERS, SHARPNESS, line, plane, projection, table, with_loss, with_surface
 
 EPOCHS = [1.0, 2.0, 3.0]

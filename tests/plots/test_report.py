@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from msam_analysis.report import Claim, Figure, Report, Section, Table, Verdict, counted, plus_minus, write
-from msam_analysis.statistics import summarise
+from msam_analysis.report.page import Claim, Figure, Report, Section, Table, Verdict, counted, plus_minus, write
+from msam_analysis.results.statistics import summarise
 
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

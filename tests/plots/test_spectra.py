@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 
 from msam_analysis import plots
 from msam_analysis.results import SpectralDensity
-from msam_analysis.statistics import mean_interval
+from msam_analysis.results.statistics import mean_interval
 
 SIGMA = 0.05
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from msam_analysis.statistics import bands, mean_interval, paired_interval, quantile_bands, summarise
+from msam_analysis.results.statistics import bands, mean_interval, paired_interval, quantile_bands, summarise
 
 GENERATOR = np.random.default_rng(1)
 

@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 
 from msam_analysis import plots
 from msam_analysis.plots import Sweep
-from msam_analysis.statistics import mean_interval
+from msam_analysis.results.statistics import mean_interval
 from tests.plots.cases import table
 
 STRENGTHS = [0.1, 1.0, 10.0]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from msam_analysis.report import Claim
+from msam_analysis.report.page import Claim
 from msam_analysis.studies.claims import PaperClaim
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.measuring import scores

@@ -14,8 +14,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from msam_analysis.report import Claim
-from msam_analysis.statistics import Interval, mean_interval
+from msam_analysis.report.page import Claim
+from msam_analysis.results.statistics import Interval, mean_interval
 from msam_analysis.studies.claims import CLAIMS, FADED, MUCH, Comparison, PaperClaim, difference, ratio, verdict
 from msam_analysis.studies.tables import Tables
 

@@ -24,11 +24,11 @@ from torch import nn
 
 import msam_analysis as ma
 from msam_analysis import cli, results
-from msam_analysis.checkpoints import load_model
+from msam_analysis.checkpoints.loading import load_model
 from msam_analysis.cli import measure as cli_measure
 from msam_analysis.cli import study as cli_study
 from msam_analysis.cli.names import distinct_names
-from msam_analysis.measure import RADII, measure
+from msam_analysis.measures.summary import RADII, measure
 from msam_analysis.results import Result
 from msam_analysis.studies import study
 
@@ -355,7 +355,7 @@ def test_what_did_not_converge_is_said(bench: Path, command: Command, monkeypatc
     def impatient(*arguments: Any, **options: Any) -> results.BallSharpness:
         return dataclasses.replace(ma.ball_sharpness(*arguments, **options), converged=False)
 
-    monkeypatch.setattr(sys.modules["msam_analysis.measure"], "ball_sharpness", impatient)
+    monkeypatch.setattr(sys.modules["msam_analysis.measures.summary"], "ball_sharpness", impatient)
     outcome = command(*GOOD)
     assert outcome.out.count("NOT converged") == len(RADII)
     table = pd.read_csv(next((bench / "out").rglob("metrics.csv"))).set_index("metric")["converged"]

@@ -20,8 +20,8 @@ import msam_analysis as ma
 from msam_analysis import cli, results
 from msam_analysis.cli import landscape as cli_landscape
 from msam_analysis.cli.processes import own_device
+from msam_analysis.landscape.trajectory import TrajectoryRecorder
 from msam_analysis.results import Result, Slice1D, Slice2D
-from msam_analysis.trajectory import TrajectoryRecorder
 
 MODULE = "lookout"
 SOURCE = '''

@@ -16,9 +16,9 @@ import torch
 from matplotlib import pyplot as plt
 
 from msam import Jump
-from msam_analysis.objective import Objective
-from msam_analysis.randomness import RandomStream
-from msam_analysis.statistics import summarise
+from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.randomness import RandomStream
+from msam_analysis.results.statistics import summarise
 from msam_analysis.studies import store
 from msam_analysis.studies.exhibits import EXHIBITS as ALL
 from msam_analysis.studies.exhibits import core, mechanisms, models, schematic, solutions, wanted

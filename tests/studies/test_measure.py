@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import msam_analysis as ma
-from msam_analysis.measure import RADII, SIGMA, Metrics, measure
+from msam_analysis.measures.summary import RADII, SIGMA, Metrics, measure
 from msam_analysis.results import BallSharpness, Eigenpairs, Estimate, Slice1D, Slice2D
 from msam_analysis.studies import measuring
 from msam_analysis.studies.measuring import scores

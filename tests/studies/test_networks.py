@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import msam_analysis as ma
-from msam_analysis.randomness import RandomStream
+from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.studies.networks import Network, char_transformer, mlp, resnet50, vit, vit_small, wide_resnet
 
 

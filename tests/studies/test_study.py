@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 from msam import Perturbation
-from msam_analysis.report import Verdict
+from msam_analysis.report.page import Verdict
 from msam_analysis.studies import study as module
 from msam_analysis.studies.exhibits import EXHIBITS
 from msam_analysis.studies.study import run_study

@@ -314,7 +314,7 @@ def test_balls_are_read_in_the_order_of_their_radii(trained: Trained, tmp_path: 
 
 def test_the_checkpoint_of_a_run_can_be_loaded(trained: Trained, tmp_path: Path) -> None:
     """At the true weights, by the loader that runs nothing from the file."""
-    from msam_analysis.checkpoints import load_model
+    from msam_analysis.checkpoints.loading import load_model
 
     store.write_run(tmp_path / "run", trained, scores(), {})
     model = load_model(tmp_path / "run" / "checkpoint.pt", TOY.network)

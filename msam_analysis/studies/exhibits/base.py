@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from msam_analysis.report import Claim
+from msam_analysis.report.page import Claim
 from msam_analysis.studies.claims import PaperClaim
 from msam_analysis.studies.measuring import SHARPNESS
 from msam_analysis.studies.runs import Run

@@ -12,7 +12,7 @@ import pandas as pd
 
 from msam_analysis import plots
 from msam_analysis.results import Slice1D, Slice2D
-from msam_analysis.statistics import summarise
+from msam_analysis.results.statistics import summarise
 from msam_analysis.studies.claims import CLAIMS
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding, controls, networks
 from msam_analysis.studies.measuring import LINES

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from msam_analysis import plots
-from msam_analysis.statistics import mean_interval
+from msam_analysis.results.statistics import mean_interval
 from msam_analysis.studies.claims import Comparison, PaperClaim
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
 from msam_analysis.studies.exhibits.wanted import RATES, constant, each, unperturbed, with_recipe

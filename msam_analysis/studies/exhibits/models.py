@@ -11,7 +11,7 @@ import pandas as pd
 
 from msam_analysis import plots
 from msam_analysis.results import Eigenpairs
-from msam_analysis.statistics import mean_interval
+from msam_analysis.results.statistics import mean_interval
 from msam_analysis.studies.claims import FAR, Comparison, PaperClaim, difference, ratio
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding, untold
 from msam_analysis.studies.exhibits.wanted import OUTSIDE, after_warmup, each, unperturbed

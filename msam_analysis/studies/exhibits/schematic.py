@@ -13,7 +13,7 @@ from torch import Tensor
 
 from msam import Jump, Perturbation, PerturbedSGD
 from msam_analysis import plots
-from msam_analysis.statistics import Interval
+from msam_analysis.results.statistics import Interval
 from msam_analysis.studies.claims import Comparison, PaperClaim
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
 from msam_analysis.studies.runs import Run

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from msam_analysis import plots
-from msam_analysis.features import FeatureRank
+from msam_analysis.measures.features import FeatureRank
+from msam_analysis.measures.robustness import RobustAccuracy
 from msam_analysis.plots import Sweep
-from msam_analysis.robustness import RobustAccuracy
 from msam_analysis.studies.claims import FAR, Comparison, PaperClaim, difference, ratio
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
 from msam_analysis.studies.exhibits.wanted import each

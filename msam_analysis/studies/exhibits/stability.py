@@ -11,7 +11,7 @@ import pandas as pd
 
 from msam_analysis import plots
 from msam_analysis.plots import Sweep
-from msam_analysis.statistics import mean_interval, summarise
+from msam_analysis.results.statistics import mean_interval, summarise
 from msam_analysis.studies.claims import Comparison, PaperClaim
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
 from msam_analysis.studies.exhibits.sweeps import SAME_ACCURACY, base, once, paired, scaled

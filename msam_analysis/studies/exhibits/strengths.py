@@ -16,7 +16,7 @@ from torch import Tensor
 from msam import Perturbation
 from msam_analysis import plots
 from msam_analysis.plots import Sweep
-from msam_analysis.statistics import mean_interval, summarise
+from msam_analysis.results.statistics import mean_interval, summarise
 from msam_analysis.studies.cifar100 import Augmented
 from msam_analysis.studies.claims import Comparison, PaperClaim, Values, times
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding

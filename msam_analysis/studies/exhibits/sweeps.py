@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from msam import Perturbation
-from msam_analysis.statistics import mean_interval, summarise
+from msam_analysis.results.statistics import mean_interval, summarise
 from msam_analysis.studies.claims import Comparison
 from msam_analysis.studies.runs import Run, gather, variant
 from msam_analysis.studies.workloads import Workload

@@ -9,8 +9,8 @@ import pandas as pd
 
 from msam import NamedSubset, Perturbation, normalization_layers
 from msam_analysis import plots
+from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.plots import Sweep
-from msam_analysis.randomness import RandomStream
 from msam_analysis.studies.claims import Comparison, PaperClaim
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
 from msam_analysis.studies.exhibits.sweeps import (

@@ -2,7 +2,7 @@
 
 Every function returns an untrained :class:`Network`: ``network(x)`` are the logits, ``network.features(x)`` the last
 block's features before pooling, and ``network.head`` makes logits of them. Initial weights come from torch's global
-generator: put a stream of your own behind it with :class:`msam_analysis.randomness.RandomStream`.
+generator: put a stream of your own behind it with :class:`msam_analysis.objective.randomness.RandomStream`.
 """
 
 from __future__ import annotations

@@ -1,0 +1,8 @@
+"""Checkpoints: weights that somebody saved, read without ever running what is in the file.
+
+This room knows torch and formats of files. It may import ``results``.
+"""
+
+from msam_analysis.checkpoints.loading import load_model, load_weights
+
+__all__ = ["load_model", "load_weights"]

@@ -1,0 +1,304 @@
+"""Directions in weight space: where a slice goes, what a curvature is measured along.
+
+A :class:`Direction` is a flat vector with a name that says how it was made and normalised. Filter normalisation follows
+Li et al., *Visualizing the Loss Landscape of Neural Nets* (2018), section 4. Every direction covers the parameters that
+its objective selects, in their order, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from msam_analysis.measures.momentum import momentum_buffers
+from msam_analysis.objective.direction import Direction, Normalization, as_direction, label, normalized, wide
+from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.vectors import Layout, gaussian, orthonormalize
+from msam_analysis.spectra.top import top_eigenvalues
+
+__all__ = [
+    "Direction",
+    "Normalization",
+    "Plane",
+    "as_direction",
+    "eigenvector",
+    "gradient",
+    "interpolation",
+    "last_update",
+    "momentum",
+    "normalized",
+    "orthogonalized",
+    "plane_through",
+    "random",
+    "restricted",
+]
+
+
+def random(
+    objective: Objective, seed: int = 0, normalize: Normalization = "filter", *, one_d: bool = False
+) -> Direction:
+    """Return a standard Gaussian direction, filter-normalised by default (exhibits F4C and A13).
+
+    Parameters
+    ----------
+    objective
+        Gives the shapes and the weights to normalise by.
+    seed
+        Of the draw; the global generators are untouched.
+    normalize, one_d
+        See :func:`normalized`.
+    """
+    weights = objective.point()
+    draw = gaussian(objective.size, 1, seed=seed, like=weights)[:, 0]
+    vector = normalized(draw, objective.layout, weights, normalize, one_d=one_d)
+    return Direction(vector, f"random {seed}, {label(normalize, one_d, objective.layout)}")
+
+
+def gradient(objective: Objective, normalize: Normalization = "none") -> Direction:
+    """Return ``∇L(w)`` on all the objective's data, uphill (exhibit F4A)."""
+    return _finish(objective, objective.gradient(), "gradient", normalize)
+
+
+def momentum(
+    optimizer: torch.optim.Optimizer, objective: Objective | None = None, normalize: Normalization = "none"
+) -> Direction:
+    """Return the momentum buffer ``v`` (exhibit F4B); the step just taken was along ``−v``.
+
+    Parameters
+    ----------
+    optimizer
+        Any optimizer with ``momentum_buffer`` or ``exp_avg`` in its state.
+    objective
+        Whose parameter order and subset to follow. Without it, the order of the optimizer's parameters is used, which
+        is the objective's if both were made from ``model.parameters()`` with nothing frozen.
+    normalize
+        See :func:`normalized`; only ``"none"`` and ``"l2"`` without an objective.
+
+    Raises
+    ------
+    RuntimeError
+        The optimizer keeps no momentum, or has not taken a step.
+    """
+    buffers = momentum_buffers(optimizer)
+    if not buffers:
+        raise RuntimeError("the optimizer has no momentum yet: take at least one step before asking for its direction")
+    if objective is not None:
+        return _finish(objective, objective.vector(buffers), "momentum", normalize)
+    if normalize not in ("none", "l2"):
+        raise ValueError(f"normalize={normalize!r} needs the weights: pass objective=..., or use 'none' or 'l2'")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    pieces = [buffers.get(parameter, torch.zeros_like(parameter)).detach() for parameter in parameters]
+    layout = Layout(tuple(map(str, range(len(pieces)))), tuple(piece.shape for piece in pieces))
+    vector = layout.flatten(pieces)
+    vector = normalized(vector, layout, vector, normalize)
+    return Direction(vector, "momentum" if normalize == "none" else f"momentum, {label(normalize, False, layout)}")
+
+
+def last_update(objective: Objective, before: Tensor, normalize: Normalization = "none") -> Direction:
+    """Return ``w − before``: the last step, of any optimizer, forward in time (exhibit A2 goes along ``−v``).
+
+    Parameters
+    ----------
+    objective
+        At the weights after the step.
+    before
+        Its ``point()`` before the step, shape ``(size,)``.
+    normalize
+        See :func:`normalized`.
+
+    Raises
+    ------
+    ValueError
+        Another shape, or the weights have not moved.
+    """
+    objective.layout.check(before, "point before the step")
+    step = objective.point() - before.to(objective.point())
+    if not bool(step.any()):
+        raise ValueError("the weights are where they were: expected the point before the step; take it before step()")
+    return _finish(objective, step, "last update", normalize)
+
+
+def eigenvector(objective: Objective, index: int = 0, *, seed: int = 0) -> Direction:
+    """Return the unit eigenvector of the Hessian's eigenvalue number ``index`` from the top (0: the largest).
+
+    Its sign, which mathematics leaves open, is fixed so that its entry of largest magnitude is positive.
+
+    Raises
+    ------
+    ValueError
+        ``index`` is negative or not below ``objective.size``.
+    """
+    if not 0 <= index < objective.size:
+        raise ValueError(f"index must be from 0 (the largest) to {objective.size - 1}, got {index}")
+    pairs = top_eigenvalues(objective, index + 1, seed=seed)
+    vector = pairs.vectors[:, index]
+    return Direction(vector * vector[vector.abs().argmax()].sign(), f"eigenvector {index + 1}")
+
+
+def interpolation(objective: Objective, other: Tensor) -> Direction:
+    """Return ``other − w``: coordinate 0 is the current weights, coordinate 1 the other point (shape ``(size,)``).
+
+    Buffers do not move along: between checkpoints of a network with BatchNorm, use the policies ``"recalibrate"`` or
+    ``"batch"``.
+    """
+    objective.layout.check(other, "point")
+    return Direction(other.to(objective.point()) - objective.point(), "interpolation")
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """The plane through the current weights and two other points.
+
+    Attributes
+    ----------
+    directions
+        What spans it; for :func:`~msam_analysis.slice_2d`.
+    points
+        Shape ``(3, 2)``, float64: coordinates of the current weights, ``a`` and ``b`` along the two directions.
+    """
+
+    directions: tuple[Direction, Direction]
+    points: Tensor
+
+    def coordinates(self, points: int = 51, margin: float = 0.25) -> tuple[Tensor, Tensor]:
+        """Return axes that hold the three points, for the argument ``coordinates`` of a slice; 0 is on both.
+
+        Parameters
+        ----------
+        points
+            Along each axis, at least 2. Default 51.
+        margin
+            Added on either side, as a fraction of the extent. Default 0.25.
+
+        Raises
+        ------
+        ValueError
+            Fewer than two points, or a negative margin.
+        """
+        if points < 2 or not margin >= 0:
+            raise ValueError(f"expected at least 2 points and a margin of at least 0, got {points!r} and {margin!r}")
+        low, high = self.points.min(0).values, self.points.max(0).values
+        low, high = low - margin * (high - low), high + margin * (high - low)
+        steps = (high - low) / (points - 1)
+        origins = torch.round(-low / steps)  # 0 is a multiple of the step away from every coordinate
+        x, y = (
+            (torch.arange(points, dtype=torch.float64) - origin) * s for origin, s in zip(origins, steps, strict=True)
+        )
+        return x, y
+
+
+def plane_through(objective: Objective, a: Tensor, b: Tensor, *, orthonormal: bool = True) -> Plane:
+    """Return the plane through the current weights ``w`` and two other points.
+
+    Parameters
+    ----------
+    objective
+        At ``w``.
+    a, b
+        Shape ``(size,)``: two checkpoints, for example.
+    orthonormal
+        Span it by ``u = (a − w)/‖a − w‖`` and the unit vector of what is left of ``b − w`` without its part along
+        ``u``, so that distances on the plane are distances between weights (Garipov et al. 2018, section 4). ``False``:
+        by ``a − w`` and ``b − w`` as they are; then ``a`` lies at (1, 0) and ``b`` at (0, 1).
+
+    Raises
+    ------
+    ValueError
+        The three points lie on one line, or one has another shape.
+
+    Notes
+    -----
+    Buffers do not move along; see :func:`interpolation`.
+    """
+    first, second = (interpolation(objective, other) for other in (a, b))
+    u, v = _double(first.vector), _double(second.vector)
+    along = float(u @ v / (u @ u)) if bool(u.any()) else 0.0
+    rest = v - along * u
+    if not float(rest.norm()) > _parallel(first.vector) * float(v.norm()) or not bool(u.any()):
+        raise ValueError(
+            "the three points lie on one line: expected three that span a plane; use interpolation instead"
+        )
+    if not orthonormal:
+        spanning = (replace(first, name="to the first point"), replace(second, name="to the second point"))
+        return Plane(spanning, torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
+    length, height = float(u.norm()), float(rest.norm())
+    unit = Direction((u / length).to(first.vector), "to the first point, unit length")
+    # Rounding to the objective's precision may leave a part along the first.
+    other = orthogonalized(Direction((rest / height).to(first.vector), ""), unit)
+    other = replace(other, name="to the second point, orthogonal to the first, unit length")
+    points = torch.tensor([[0.0, 0.0], [length, 0.0], [along * length, height]], dtype=torch.float64)
+    return Plane((unit, other), points)
+
+
+def orthogonalized(direction: Direction, against: Direction | Sequence[Direction]) -> Direction:
+    """Return what is left of a direction without its parts along others; it is not rescaled.
+
+    Computed in float64 by two passes of Gram-Schmidt, so that also what remains of nearly parallel directions is
+    orthogonal.
+
+    Parameters
+    ----------
+    direction
+        The one that gives way.
+    against
+        One or several, of any lengths and angles.
+
+    Raises
+    ------
+    ValueError
+        Nothing is left: the direction lies in the span of the others.
+    """
+    others = [against] if isinstance(against, Direction) else list(against)
+    vector = _double(direction.vector)
+    basis = orthonormalize(torch.stack([_double(other.vector) for other in others], dim=1))
+    rest = vector
+    for _ in range(2):
+        rest = rest - basis @ (basis.T @ rest)
+    if not float(rest.norm()) > _parallel(direction.vector) * float(vector.norm()):
+        raise ValueError(
+            f"the direction {direction.name!r} lies in the span of {', '.join(repr(other.name) for other in others)}: "
+            "expected one that leads out of it; choose another seed or another direction"
+        )
+    name = f"{direction.name}, orthogonal to {' and '.join(other.name for other in others)}"
+    return Direction(rest.to(direction.vector), name)
+
+
+def restricted(direction: Direction, objective: Objective, part: Objective) -> Direction:
+    """Return the entries of a direction that belong to the parameters of another objective of the same model.
+
+    Parameters
+    ----------
+    direction
+        Made with ``objective``.
+    part
+        As from :meth:`Objective.with_parameters`.
+
+    Raises
+    ------
+    ValueError
+        ``part`` has a parameter that ``objective`` has not.
+    """
+    views = objective.layout.views(direction.vector)
+    missing = [name for name in part.layout.names if name not in views]
+    if missing:
+        raise ValueError(
+            f"the direction has no entries for {missing[0]!r}: expected a part of its objective's parameters"
+        )
+    return Direction(part.layout.flatten(views[name] for name in part.layout.names), direction.name)
+
+
+def _finish(objective: Objective, vector: Tensor, name: str, normalize: Normalization) -> Direction:
+    direction = Direction(vector, name)
+    return direction if normalize == "none" else direction.normalized(objective, normalize)
+
+
+def _double(vector: Tensor) -> Tensor:
+    return vector.detach().to(wide(vector))
+
+
+def _parallel(vector: Tensor) -> float:
+    """Return the sine of an angle that rounding alone makes."""
+    return 100 * torch.finfo(vector.dtype).eps

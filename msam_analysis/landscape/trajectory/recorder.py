@@ -1,0 +1,399 @@
+"""Record the true weights while a training loop runs, so that nothing recorded is ever lost."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.skeleton import unwrap
+from msam_analysis.objective.vectors import Layout, Selection, select
+from msam_analysis.results import Trajectory, load_trajectory, points
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class TrajectoryRecorder:
+    """Writes the true weights of a model to a folder, one file for each recorded step, while it is trained.
+
+    A file appears only when it is complete: a run that is killed keeps what it had recorded, and a recorder that is
+    made again for the same folder goes on behind it. Optimizers of :mod:`msam` hold displaced weights between steps;
+    with ``optimizer`` given, the true ones are recorded.
+
+    Parameters
+    ----------
+    path
+        The folder; parents are made. One writer at a time.
+    model
+        The module that is trained, or an objective of it, whose parameters are then the recorded ones.
+    optimizer
+        What trains it. Without it the parameters are recorded as they stand.
+    every
+        Record steps that are multiples of this. Default 1: every step that :meth:`record` is called for.
+    dtype
+        ``None`` (default): weights are stored exactly. ``torch.float16``: as differences to the first point, scaled to
+        fill float16's range, so that the error is near 2·10⁻⁴ of the distance moved; it is measured and reported as
+        ``rounding``. Half the disk of float32.
+    parameters
+        Which parameters, as for :class:`~msam_analysis.objective.objective.Objective`; default: every one with
+        ``requires_grad``.
+    buffers
+        Whether to record the model's buffers too (default): with them a point is a whole network again, BatchNorm's
+        running statistics as they were then.
+    max_points
+        Thin the recording to at most this many points: when they are there, the stride doubles and the points in
+        between are deleted. ``None`` (default): keep all. Points recorded with ``keep=True`` are neither counted nor
+        deleted.
+    label
+        Whose trajectory it is; default: the name of the optimizer's class, else the folder's.
+
+    Attributes
+    ----------
+    stride
+        Distance of recorded steps: ``every``, doubled as often as the recording was thinned.
+    step
+        Steps of the optimizer that were seen since :meth:`attach`, counted from its ``start``.
+
+    Raises
+    ------
+    TypeError
+        ``model`` is neither a module nor an objective.
+    ValueError
+        ``every``, ``dtype`` or ``max_points`` make no sense, or the folder holds the trajectory of another model.
+
+    Examples
+    --------
+    >>> recorder = TrajectoryRecorder("runs/msam", model, optimizer, every=10)  # doctest: +SKIP
+    >>> for step, batch in enumerate(loader):
+    ...     recorder.record(step, loss=train(batch))  # doctest: +SKIP
+    >>> recorder.record(step + 1, keep=True)  # the last weights, whatever the stride  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        model: nn.Module | Objective,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        every: int = 1,
+        dtype: torch.dtype | None = None,
+        parameters: Selection = None,
+        buffers: bool = True,
+        max_points: int | None = None,
+        label: str | None = None,
+    ) -> None:
+        _check_positive("every", every, 1)
+        if max_points is not None:
+            _check_positive("max_points", max_points, 2)
+        if dtype not in (None, torch.float16):
+            raise ValueError(f"dtype must be None (exact) or torch.float16, got {dtype}: choose one of the two")
+        if isinstance(model, Objective):
+            self._model = model.model
+            chosen = model.parameters
+        elif isinstance(model, nn.Module):
+            self._model = unwrap(model)
+            chosen = select(self._model, parameters)
+        else:
+            raise TypeError(f"model must be a module or an Objective, got {type(model).__name__}: pass the network")
+        self.path = Path(path)
+        self.optimizer = optimizer
+        self.label = label or (type(optimizer).__name__ if optimizer is not None else self.path.name)
+        self.stride = every
+        self.max_points = max_points
+        self._names, self._dtype, self._buffers = tuple(chosen), dtype, buffers
+        self._layout = Layout(self._names, tuple(parameter.shape for parameter in chosen.values()))
+        self._origin: Tensor | None = None
+        self._begun = False
+        self._steps: list[int] = []
+        self._kept: set[int] = set()
+        self.step = 0
+        self._handle: Any = None
+        if self.path.is_dir():
+            self._take_up()
+
+    # ------------------------------------------------------------------------------------------------------- recording
+
+    def record(self, step: int, *, keep: bool = False, **metrics: float) -> bool:
+        """Write the weights of now, if the step is due.
+
+        Parameters
+        ----------
+        step
+            How many steps the optimizer has taken, or any other count that grows.
+        keep
+            Record it whatever the stride, and never thin it out: for the last weights, or the end of an epoch.
+        **metrics
+            Numbers to keep with the point, such as ``loss=0.3``.
+
+        Returns
+        -------
+        bool
+            Whether the point was written.
+
+        Raises
+        ------
+        ValueError
+            The step is negative, or not after the last one recorded; or a metric is called ``step`` or ``rounding``.
+        """
+        last = self._steps[-1] if self._steps else -1
+        if step <= last:
+            raise ValueError(
+                f"expected a step after {last}, the last one in {self.path}, got {step}: choose a new folder for a new "
+                "run, or call recorder.rewind(step) to go on from an earlier checkpoint"
+                if self._steps
+                else f"expected a step of 0 or more, got {step}: count from 0"
+            )
+        if "rounding" in metrics:
+            raise ValueError("a metric cannot be called 'rounding', which is recorded anyway: choose another name")
+        if not keep and not self._due(step):
+            return False
+        with self._true_weights(), torch.no_grad():
+            vector = self._vector()
+            buffers = self._current_buffers()
+        if not self._begun:
+            self._begin(vector)
+        notes = {
+            "metrics": {name: float(value) for name, value in metrics.items()},
+            "keep": keep,
+            "stride": self.stride,
+        }
+        points.write_point(self.path, step, vector, self._origin, buffers, notes)
+        self._steps.append(step)
+        if keep:
+            self._kept.add(step)
+        return True
+
+    def rewind(self, step: int) -> int:
+        """Forget what was recorded after ``step``, to go on from a checkpoint of that step.
+
+        Returns
+        -------
+        int
+            How many points were deleted.
+        """
+        return self._delete([recorded for recorded in self._steps if recorded > step])
+
+    def trajectory(self) -> Trajectory:
+        """Return what was recorded so far; see :func:`~msam_analysis.landscape.trajectory.load`."""
+        return load_trajectory(self.path)
+
+    # ------------------------------------------------------------------------------------------------------- attaching
+
+    def attach(self, start: int = 0) -> Self:
+        """Record by the optimizer's own hook, after its steps; the loop does not change.
+
+        The weights of now are recorded as step ``start``, unless that was recorded already. SAM's ``first_step()`` and
+        ``second_step()`` count as the one step they are.
+
+        Parameters
+        ----------
+        start
+            How many steps the optimizer has taken: 0 for a new run, the checkpoint's count for one that goes on.
+
+        Returns
+        -------
+        TrajectoryRecorder
+            Itself, for a ``with`` block: leaving it detaches the recorder, after recording the last weights, kept, if
+            they were not. :meth:`close` only detaches.
+
+        Raises
+        ------
+        ValueError
+            There is no optimizer, or the folder has steps after ``start``.
+        """
+        if self.optimizer is None:
+            raise ValueError(
+                "attach needs an optimizer to listen to: expected optimizer=... when the recorder was made"
+            )
+        self.close()
+        self.step = start
+        if start not in self._steps[-1:]:
+            self.record(start)
+        # The optimizer holds the hook; the hook must not keep the recorder alive.
+        this = weakref.ref(self)
+
+        def after_step(*_: object) -> None:
+            recorder = this()
+            if recorder is not None:
+                recorder.step += 1
+                recorder.record(recorder.step)
+
+        self._handle = self.optimizer.register_step_post_hook(after_step)
+        return self
+
+    def close(self) -> None:
+        """Detach from the optimizer; what was recorded stays. Safe to call twice."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def __enter__(self) -> Self:
+        """Return the recorder itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Record the last weights if all went well, and detach."""
+        attached = self._handle is not None
+        self.close()
+        if attached and kind is None and self.step not in self._steps[-1:]:
+            self.record(self.step, keep=True)
+
+    # --------------------------------------------------------------------------------------------------------- private
+
+    def _due(self, step: int) -> bool:
+        """Whether to record a step, after making room for it."""
+        if step % self.stride:
+            return False
+        while self.max_points is not None and len(self._steps) - len(self._kept) >= self.max_points:
+            self.stride *= 2
+            self._delete([old for old in self._steps if old % self.stride and old not in self._kept])
+        return step % self.stride == 0
+
+    def _delete(self, steps: Iterable[int]) -> int:
+        gone = set(steps)
+        for step in sorted(gone, reverse=True):  # the latest first: an interrupted rewind leaves no gap
+            points.point_path(self.path, step).unlink(missing_ok=True)
+        self._steps = [step for step in self._steps if step not in gone]
+        self._kept -= gone
+        return len(gone)
+
+    def _true_weights(self) -> AbstractContextManager[None]:
+        unperturbed = getattr(self.optimizer, "unperturbed", None)
+        return nullcontext() if unperturbed is None else unperturbed()
+
+    def _vector(self) -> Tensor:
+        parameters = dict(self._model.named_parameters())
+        return self._layout.flatten(parameters[name].detach() for name in self._names).cpu()
+
+    def _current_buffers(self) -> dict[str, Tensor]:
+        if not self._buffers:
+            return {}
+        saved = self._model.state_dict().keys()  # without those that a model rebuilds by itself, such as masks
+        named = {name: value for name, value in self._model.named_buffers() if name in saved}
+        return {
+            name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in named.items()
+        }
+
+    def _begin(self, vector: Tensor) -> None:
+        if self._dtype is not None:
+            self._origin = vector
+        fields = {**self._identity(vector.dtype), "label": self.label, "settings": self._settings()}
+        points.write_header(self.path, self._origin, fields)
+        self._begun = True
+
+    def _settings(self) -> dict[str, str]:
+        stored = "exact" if self._dtype is None else "float16 differences to the first point"
+        return {"recorded with": type(self.optimizer).__name__, "stored as": stored}
+
+    def _identity(self, dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "names": list(self._names),
+            "shapes": [list(shape) for shape in self._layout.shapes],
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+
+    def _take_up(self) -> None:
+        """Go on behind what the folder holds."""
+        for leftover in [*self.path.glob(".step-*.safetensors"), *self.path.glob(".trajectory.*.safetensors")]:
+            leftover.unlink(missing_ok=True)  # half a file of a run that was killed
+        try:
+            fields, origin = points.read_header(self.path)
+        except FileNotFoundError:
+            return
+        parameters = dict(self._model.named_parameters())
+        mine = self._identity(reduce(torch.promote_types, (parameters[name].dtype for name in self._names)))
+        different = [name for name, value in mine.items() if fields[name] != value]
+        if (origin is None) != (self._dtype is None):
+            different.append("storage (dtype=...)")
+        if different:
+            raise ValueError(
+                f"{self.path} holds a trajectory with other {' and '.join(different)}: expected one of this model, "
+                "recorded in the same way; choose another folder"
+            )
+        self._origin, self._begun = origin, True
+        self._steps = points.stored_steps(self.path)
+        for step in self._steps:
+            notes, _ = points.read_notes(self.path, step)
+            if notes["keep"]:
+                self._kept.add(step)
+            if self.max_points is not None:
+                self.stride = max(self.stride, notes["stride"])
+
+
+def _check_positive(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of {least} or more, got {value!r}: choose another")
+
+
+def from_weights(
+    objective: Objective,
+    weights: Iterable[Tensor | Mapping[str, Tensor]],
+    steps: Sequence[int] | None = None,
+    *,
+    label: str = "",
+) -> Trajectory:
+    """Return the trajectory through weights that are there already, such as the checkpoints of a run.
+
+    Parameters
+    ----------
+    objective
+        Whose parameters make up a point.
+    weights
+        In order: flat vectors of shape ``(size,)``, or state dicts, such as
+        :func:`~msam_analysis.checkpoints.loading.load_weights` returns. All are held in memory.
+    steps
+        When each was taken, increasing. Default: 0, 1, 2, ...
+    label
+        Name for legends.
+
+    Returns
+    -------
+    Trajectory
+        Exact, and without buffers.
+
+    Raises
+    ------
+    ValueError
+        There are no weights, a vector or a tensor in a state dict has another shape or is missing, or the steps do not
+        increase or are as many as the weights.
+    """
+    vectors = [_flat(objective, item, place) for place, item in enumerate(weights)]
+    if not vectors:
+        raise ValueError("expected at least one vector or state dict, got none: pass the weights in order")
+    at = torch.arange(len(vectors)) if steps is None else torch.as_tensor(list(steps), dtype=torch.int64)
+    if len(at) != len(vectors) or bool((at.diff() <= 0).any()):
+        raise ValueError(
+            f"steps must be {len(vectors)} increasing integers, one for each of the weights, got {at.tolist()}: "
+            "sort the weights by their step"
+        )
+    return Trajectory(
+        label=label,
+        steps=at,
+        points=torch.stack(vectors),
+        rounding=torch.zeros(len(vectors), dtype=torch.float64),
+        names=objective.layout.names,
+        shapes=tuple(tuple(shape) for shape in objective.layout.shapes),
+        settings=objective.settings,
+    )
+
+
+def _flat(objective: Objective, weights: Tensor | Mapping[str, Tensor], place: int) -> Tensor:
+    if isinstance(weights, Tensor):
+        objective.layout.check(weights, f"point number {place}")
+        return weights.detach().cpu().clone()
+    missing = [name for name in objective.layout.names if name not in weights]
+    if missing:
+        raise ValueError(
+            f"state dict number {place} has no {missing[0]!r}: expected every parameter of the objective; "
+            "pass state dicts of the same model"
+        )
+    return objective.vector({name: weights[name] for name in objective.layout.names}).cpu()

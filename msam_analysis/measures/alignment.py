@@ -1,0 +1,253 @@
+"""How momentum and gradients point to one another: the overshooting cosine, and the angle of MSAM to SAM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from msam_analysis.measures.momentum import gradients, momentum_buffers
+from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.vectors import widest
+from msam_analysis.results import SamMsamAngle
+
+_BLOCK = 2**15
+
+Products = tuple[float, float, float]
+"""``⟨a, b⟩``, ``‖a‖²`` and ``‖b‖²``."""
+
+
+def momentum_gradient_cosine(optimizer: torch.optim.Optimizer) -> float:
+    r"""Return ``cos(v_{t−1}, g_t) = ⟨v, g⟩ / (‖v‖ ‖g‖)`` over all parameters together (exhibit F2C).
+
+    Call it after ``loss.backward()`` and before ``optimizer.step()``: then ``.grad`` holds the new gradient and the
+    buffer is still the one that the last step was taken along. A negative value says that the last step overshot: going
+    on along ``−v`` raises the loss of the new batch.
+
+    Parameters
+    ----------
+    optimizer
+        Any optimizer of :mod:`msam`, or of torch's SGD and Adam families. Nothing is changed.
+
+    Returns
+    -------
+    float
+        In [−1, 1]; NaN before the first step, when there is no momentum yet, if either vector is zero, or if one is not
+        finite.
+
+    Raises
+    ------
+    RuntimeError
+        No parameter has a gradient, or the optimizer keeps no momentum.
+
+    Notes
+    -----
+    Parameters without a gradient, or without a buffer, count as zeros. In groups with ``maximize=True`` the gradient is
+    that of ``−f``, as in their buffers.
+    """
+    grads, buffers = gradients(optimizer), momentum_buffers(optimizer)
+    return cosine([total_products(buffers, grads)]) if buffers else math.nan
+
+
+def inner_products(first: Mapping[Tensor, Tensor], second: Mapping[Tensor, Tensor]) -> dict[Tensor, Products]:
+    """Return the inner products of two vectors that are given by parameter, one row for each parameter of either.
+
+    They are accumulated in float64 (float32 where a device has none), and fetched all at once: a training loop that is
+    watched must not wait for the device at every parameter.
+
+    Parameters
+    ----------
+    first, second
+        Parameter to tensor of its shape; a parameter that is missing counts as zeros.
+    """
+    parameters = list(dict.fromkeys((*first, *second)))
+    numbers = _numbers(parameters, first, second, apart=True)
+    return dict(zip(parameters, zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True), strict=True))
+
+
+def total_products(first: Mapping[Tensor, Tensor], second: Mapping[Tensor, Tensor]) -> Products:
+    """Return the inner products of two vectors over all parameters together: the sum of :func:`inner_products`.
+
+    Cheaper than these where parameters are many and small.
+    """
+    numbers = _numbers(list(dict.fromkeys((*first, *second))), first, second, apart=False)
+    return sum(numbers[::3]), sum(numbers[1::3]), sum(numbers[2::3])
+
+
+def cosine(products: Iterable[Products]) -> float:
+    """Return the cosine of two vectors from the inner products of their parts; NaN if one is zero or not finite."""
+    rows = list(products)
+    ab, aa, bb = (sum(row[place] for row in rows) for place in range(3))
+    norms = math.sqrt(aa) * math.sqrt(bb)
+    if not 0 < norms < math.inf:
+        return math.nan
+    return max(-1.0, min(1.0, ab / norms))
+
+
+def _numbers(
+    parameters: Sequence[Tensor], first: Mapping[Tensor, Tensor], second: Mapping[Tensor, Tensor], *, apart: bool
+) -> list[float]:
+    """Return three inner products for every parameter, or (not ``apart``) for every few of them."""
+    if not parameters:
+        return []
+    zero = torch.zeros((), dtype=widest(parameters[0].device), device=parameters[0].device)
+    numbers: list[Tensor] = []
+    for together in _packs(parameters):
+        if together[0].numel() > _BLOCK:
+            numbers += _products(first.get(together[0]), second.get(together[0]), zero)
+            continue
+        a, b = (_packed(together, vector, zero) for vector in (first, second))
+        sizes = [len(_flat(parameter)) for parameter in together] if apart else [len(a)]
+        for x, y in zip(a.split(sizes), b.split(sizes), strict=True):
+            numbers += (x @ y, x @ x, y @ y)
+    found: list[float] = torch.stack(numbers).tolist()
+    return found
+
+
+def _packs(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the parameters in their order: small ones in groups on one device, large ones each by itself."""
+    together: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        if together and (size + parameter.numel() > _BLOCK or parameter.device != together[0].device):
+            yield together
+            together, size = [], 0
+        together.append(parameter)
+        size += parameter.numel()
+    yield together
+
+
+def _packed(parameters: Sequence[Tensor], vector: Mapping[Tensor, Tensor], zero: Tensor) -> Tensor:
+    """Return parts of a vector in one, converted all at once: for small parts calls cost more than numbers."""
+    parts = [
+        _flat(vector[p].to(p.device)) if p in vector else zero.new_zeros(len(_flat(p)), device=p.device)
+        for p in parameters
+    ]
+    return torch.cat(parts).to(zero)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Return the numbers in a tensor; of a complex one both parts."""
+    tensor = tensor.detach()
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
+
+
+def _products(first: Tensor | None, second: Tensor | None, zero: Tensor) -> list[Tensor]:
+    """Return the three inner products of a pair on the device of ``zero``; a tensor that is missing is zeros."""
+    sums = [zero, zero, zero]
+    for a, b in zip(_blocks(first, second), _blocks(second, first), strict=True):
+        pairs = ((a, b), (a, a), (b, b))
+        sums = [
+            total if x is None or y is None else total + (x @ y.to(x)).to(zero)
+            for total, (x, y) in zip(sums, pairs, strict=True)
+        ]
+    return sums
+
+
+def _blocks(tensor: Tensor | None, other: Tensor | None) -> Iterator[Tensor | None]:
+    """Yield a tensor piece by piece in the widest precision; ``None`` as often if only the other one is there."""
+    parts = [None if each is None else _flat(each) for each in (tensor, other)]
+    size = max(1, *(len(each) for each in parts if each is not None))
+    # On a CPU, pieces that stay in its cache; on a GPU, where it is launches that count, the whole.
+    length = _BLOCK if all(each is None or each.device.type == "cpu" for each in (tensor, other)) else size
+    flat = parts[0]
+    for start in range(0, size, length):
+        yield None if flat is None else flat[start : start + length].to(widest(flat.device))
+
+
+def sam_msam_angle(
+    objective: Objective, momentum: Tensor, rhos: Sequence[float], *, rho_sam: float, w: Tensor | None = None
+) -> SamMsamAngle:
+    r"""Return the angle of MSAM's gradient to SAM's, over the strength of MSAM's perturbation (exhibit F3).
+
+    With ``g_SGD = ∇L(w)``, ``g_SAM = ∇L(w + ρ_SAM g_SGD/‖g_SGD‖)`` and ``g_MSAM(ρ) = ∇L(w − ρ v/‖v‖)``, the last is
+    projected into ``span(g_SAM, g_SGD)``. Its angle there is counted from ``g_SAM``, positive on the side of ``g_SGD``:
+    at ρ = 0 it is the angle between SAM's gradient and the plain one, and where it is 0, at ``ρ_0``, MSAM does in this
+    plane what SAM does.
+
+    Costs one gradient, one more for SAM, and one for each ρ other than 0.
+
+    Parameters
+    ----------
+    objective
+        The loss, as a rule that of the batch a step is taken with.
+    momentum
+        The buffer ``v``, shape ``(size,)``; its length does not matter.
+    rhos
+        Strengths of MSAM's perturbation; 0 is added. Negative ones perturb along ``+v``.
+    rho_sam
+        Radius of SAM's displacement, positive.
+    w
+        Shape ``(size,)``; default: the current weights.
+
+    Returns
+    -------
+    SamMsamAngle
+        Angles in degrees, and ``rho_0`` with the bracket that is known to hold it.
+
+    Raises
+    ------
+    ValueError
+        ``rho_sam`` is not positive, ``rhos`` are none or not finite, or a vector has another shape.
+
+    Notes
+    -----
+    Becker et al., arXiv 2401.12033, figure 3. The two gradients count as parallel, and the plane as unknown, where they
+    differ by less than 100 units of rounding.
+    """
+    if not (math.isfinite(rho_sam) and rho_sam > 0):
+        raise ValueError(f"rho_sam must be a positive number, got {rho_sam!r}: pass the radius SAM would be run with")
+    if not rhos or not all(math.isfinite(rho) for rho in rhos):
+        raise ValueError(f"rhos must be finite and at least one, got {list(rhos)}: pass e.g. [0.5, 1, 2, 4]")
+    objective.layout.check(momentum, "momentum")
+    w = objective.point() if w is None else w
+    at = sorted({0.0, *(float(rho) for rho in rhos)})
+    unit = _unit(momentum.to(w))
+    plain = objective.gradient(w)
+    sam = _unit(objective.gradient(w + rho_sam * _unit(plain)).double())
+    beside = plain.double() - (sam @ plain.double()) * sam
+    beside = beside - (sam @ beside) * sam  # once more, as what is left may be mostly rounding
+    known = beside.norm() > 100 * torch.finfo(objective.precision).eps * plain.double().norm()
+    beside = _unit(beside) if known else torch.full_like(sam, math.nan)
+    angles, shares = [], []
+    for rho in at:
+        if rho == 0:
+            gradient = plain
+        else:
+            gradient = objective.gradient(w - rho * unit) if bool(unit.isfinite().all()) else plain * math.nan
+        x, y, length = (
+            float(number) for number in (gradient.double() @ sam, gradient.double() @ beside, gradient.norm())
+        )
+        finite = math.isfinite(x) and math.isfinite(y)
+        angles.append(math.degrees(math.atan2(y, x)) if finite else math.nan)
+        shares.append(min(1.0, math.hypot(x, y) / length) if finite else math.nan)
+    root, bracket = _root(at, angles)
+    return SamMsamAngle(
+        rhos=torch.tensor(at, dtype=torch.float64),
+        angles=torch.tensor(angles, dtype=torch.float64),
+        shares=torch.tensor(shares, dtype=torch.float64),
+        rho_0=root,
+        bracket=bracket,
+        rho_sam=float(rho_sam),
+        settings=objective.settings,
+    )
+
+
+def _unit(vector: Tensor) -> Tensor:
+    """Return the vector of unit length; NaN for the one that has none."""
+    unit: Tensor = vector / vector.norm()
+    return unit
+
+
+def _root(at: Sequence[float], angles: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Return the first zero of the piecewise linear curve, and between which points it is; NaN where there is none."""
+    for low, high, a, b in zip(at, at[1:], angles, angles[1:], strict=False):
+        # Through ±180 degrees the sign changes as well: there the gradient points the other way.
+        if a * b <= 0 and abs(a - b) < 180:
+            return low + (high - low) * (a / (a - b) if a != b else 0.0), (low, high)
+    return math.nan, (math.nan, math.nan)
+
+
+__all__ = ["cosine", "inner_products", "momentum_gradient_cosine", "sam_msam_angle"]

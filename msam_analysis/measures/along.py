@@ -1,0 +1,56 @@
+"""Curvature along given directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from msam_analysis.objective.direction import Direction
+from msam_analysis.objective.operators import SymmetricOperator
+from msam_analysis.objective.vectors import no_autocast
+from msam_analysis.spectra.top import HasHessian, as_operator
+
+
+@overload
+def curvature_along(target: SymmetricOperator | HasHessian, direction: Direction | Tensor) -> float: ...
+
+
+@overload
+def curvature_along(target: SymmetricOperator | HasHessian, direction: Sequence[Direction | Tensor]) -> Tensor: ...
+
+
+def curvature_along(
+    target: SymmetricOperator | HasHessian, direction: Direction | Tensor | Sequence[Direction | Tensor]
+) -> float | Tensor:
+    """Return ``dᵀ A d / dᵀ d``, the curvature per unit length along ``d`` (exhibit A8), at one product each.
+
+    Parameters
+    ----------
+    target
+        A symmetric operator, or an objective (its Hessian).
+    direction
+        Shape ``(size,)``; its length does not matter. Or several of them: their products share what they can.
+
+    Returns
+    -------
+    float or Tensor
+        For several directions, shape ``(directions,)``, float64 on the CPU. NaN for a direction that is zero, which has
+        no curvature, or not finite.
+    """
+    operator = as_operator(target)
+    several = not isinstance(direction, Direction | Tensor)
+    given: Sequence[Direction | Tensor] = direction if several else [direction]  # type: ignore[assignment, list-item]
+    found = torch.full((len(given),), math.nan, dtype=torch.float64)
+    vectors = [item.vector if isinstance(item, Direction) else item for item in given]
+    vectors = [vector.to(dtype=operator.dtype, device=operator.device) for vector in vectors]
+    lengths = [float(vector.norm()) for vector in vectors]
+    known = [index for index, length in enumerate(lengths) if 0 < length < math.inf]
+    if known:
+        with no_autocast(operator.device):
+            units = torch.stack([vectors[index] / lengths[index] for index in known], dim=1)
+            found[known] = (units * operator.matmat(units)).sum(dim=0).cpu().double()
+    return found if several else float(found[0])

@@ -1,0 +1,67 @@
+"""How much the loss rises on average under noise."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from msam_analysis.measures.geometry import Adaptive, scale_of
+from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.vectors import gaussian
+from msam_analysis.results import Estimate
+
+
+def average_sharpness(
+    objective: Objective, sigma: float, *, adaptive: Adaptive = False, draws: int = 50, seed: int = 0
+) -> Estimate:
+    r"""Return the mean loss rise under Gaussian noise, ``E[L(w + σ D ε)] − L(w)`` with ``ε ~ N(0, I)``.
+
+    Each draw is antithetic (``±ε``), which cancels the gradient term; to second order the mean is ``σ²/2 tr(D H D)``.
+    ``D = 1``, or ``|w|`` elementwise when adaptive. Source: Andriushchenko et al., *A Modern Look at the Relationship
+    between Sharpness and Generalization* (2023), average-case sharpness, where ``ρ`` is the ``σ`` here.
+
+    Parameters
+    ----------
+    objective
+        The loss.
+    sigma
+        Standard deviation of the noise per entry, in the unit of the weights (adaptive: relative).
+    adaptive
+        Scale the noise: ``True`` by ``|w|``, ``"filter"`` by the norm of every filter.
+    draws
+        Pairs of evaluations. Default 50.
+    seed
+        Of the noise.
+
+    Returns
+    -------
+    Estimate
+        Mean and standard error over pairs; NaN or infinite if the loss is.
+
+    Raises
+    ------
+    ValueError
+        ``sigma`` negative or not finite, fewer than 2 draws, or ``adaptive`` unknown.
+    """
+    if not (math.isfinite(sigma) and sigma >= 0):
+        raise ValueError(f"sigma must be a number >= 0, got {sigma!r}")
+    if draws < 2:
+        raise ValueError(f"draws must be at least 2, so that an error can be given; got {draws}")
+    center = objective.point()
+    scale = scale_of(objective, adaptive)
+    base = float(objective.loss(center))
+    rises = []
+    for draw in range(draws):
+        noise = sigma * gaussian(objective.size, 1, seed=seed, like=center, use=f"noise {draw}")[:, 0]
+        step = noise if scale is None else scale * noise
+        rises.append((float(objective.loss(center + step)) + float(objective.loss(center - step))) / 2 - base)
+    sample = torch.tensor(rises, dtype=torch.float64)
+    return Estimate(
+        quantity="average sharpness (adaptive)" if adaptive else "average sharpness",
+        value=float(sample.mean()),
+        standard_error=float(sample.std() / math.sqrt(draws)),
+        draws=draws,
+        evaluations=2 * draws + 1,
+        settings={**objective.settings, "sigma": float(sigma)},
+    )

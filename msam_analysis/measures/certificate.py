@@ -1,0 +1,204 @@
+"""Whether the displacement of a ball sharpness is at least a local maximum: first and second order conditions."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from msam_analysis.measures.geometry import Ball, euclidean, scale_of
+from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.operators import ScaledOperator, SymmetricOperator
+from msam_analysis.results import BallSharpness, Certificate, ConvergenceWarning
+from msam_analysis.results.balls import Verdict
+from msam_analysis.spectra.top import top_eigenvalues
+
+
+def certify(
+    ball: BallSharpness,
+    objective: Objective,
+    *,
+    tolerance: float = 1e-3,
+    max_hvps: int = 300,
+    seed: int = 0,
+) -> Certificate:
+    r"""Examine whether the displacement of a :func:`ball_sharpness` is a local maximum of the loss in its ball.
+
+    In the coordinates ``e = D z`` of the ball, with the slope ``q = D∇L(w + e)`` and the curvature
+    ``A = D∇²L(w + e)D``, a maximum on the surface of an ``l2`` ball satisfies
+
+    - ``q = λ z`` with ``λ ≥ 0`` (Karush-Kuhn-Tucker); the multiplier is ``λ = ⟨q, z⟩/ρ²`` and what is left of ``q`` is
+      the residual;
+    - ``A − λ I`` has no positive curvature along the surface, the tangent space ``v ⟂ z``. Its largest eigenvalue there
+      comes from Lanczos on that space itself, ``size − 1`` dimensions reached by one Householder reflection.
+
+    Inside the ball ``λ = 0`` and the space is whole. On the surface of an ``l∞`` ball the entries that the slope pushes
+    against their bounds are held, each by a multiplier of its own; residual and curvature are those of the others.
+    Sources: Nocedal and Wright (2006), theorems 12.1, 12.5 and 12.6.
+
+    Necessary for a maximum is a residual of 0 and no positive curvature; sufficient is that the curvature is negative.
+    No search ends with a residual of exactly 0, and that of a ReLU network, which is not smooth where a unit switches,
+    stays at about 1e-2 of the slope; ``gain`` says how much such remains can hide, and is what the verdict goes by.
+
+    Parameters
+    ----------
+    ball
+        What was found; its displacement is examined.
+    objective
+        The loss it was found on.
+    tolerance
+        Gain, relative to the sharpness, that a local maximum may leave. Default 1e-3.
+    max_hvps
+        Most Hessian-vector products. Default 300; about 15 to 60 are usual.
+    seed
+        Of the start of Lanczos.
+
+    Returns
+    -------
+    Certificate
+        Residual, multiplier, curvature with its own residual, and a verdict.
+
+    Raises
+    ------
+    ValueError
+        The displacement does not fit the objective, or ``tolerance`` or ``max_hvps`` is out of range.
+
+    Warns
+    -----
+    ConvergenceWarning
+        The curvature did not converge; unless it is already seen to be positive, the verdict is "undecided".
+    """
+    objective.layout.check(ball.displacement, "displacement of the ball")
+    if not (math.isfinite(tolerance) and tolerance > 0):
+        raise ValueError(f"tolerance must be a positive number, got {tolerance!r}: 1e-3 is the default")
+    if ball.rho == 0:
+        raise ValueError("the ball has radius 0, and its centre is all there is: expected a positive radius")
+    region = Ball(ball.rho, "linf" if ball.norm == "linf" else "l2", scale_of(objective, ball.adaptive))
+    displacement = ball.displacement.to(objective.point())
+    point, z = objective.point() + displacement, region.coordinates(displacement)
+    slope = region.displacement(objective.gradient(point))
+    length = euclidean(slope)
+    if not math.isfinite(length):
+        raise ValueError(
+            f"the gradient at the displacement has norm {length}: expected a finite one; where the loss is infinite "
+            "there is nothing to certify"
+        )
+    multiplier = region.multiplier(z, slope) if region.norm == "l2" else 0.0
+    uphill = region.uphill(z, slope)
+    residual = euclidean(uphill)
+    curvature = _largest_curvature(_Surface(objective.hessian(point), region, z, slope, multiplier), max_hvps, seed)
+    # Inside the ball the slope vanishes at a maximum: compare it with slopes elsewhere.
+    level = length if region.holds_back(z) else max(ball.sharpness / ball.rho, abs(curvature.value) * ball.rho)
+    relative = residual / level if level > 0 else (0.0 if residual == 0 else math.inf)
+    # A slope that points into an l2 ball leads out of the directions whose curvature is known.
+    inward = region.norm == "l2" and region.holds_back(z) and multiplier == 0 and residual > 0
+    gain = _gain(region, z, uphill, math.inf if inward else curvature.value + curvature.residual)
+    if not curvature.converged:
+        warnings.warn(
+            f"certify: after {curvature.hvps} Hessian-vector products the largest curvature is {curvature.value:.3g} "
+            f"with a residual of {curvature.residual:.1e}: expected a smaller one; raise max_hvps",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    return Certificate(
+        verdict=_verdict(curvature, multiplier, gain <= tolerance * ball.sharpness, torch.finfo(objective.dtype).eps),
+        multiplier=multiplier,
+        residual=residual,
+        relative_residual=relative,
+        curvature=curvature.value,
+        curvature_residual=curvature.residual,
+        gain=gain,
+        on_surface=region.holds_back(z),
+        dimensions=curvature.dimensions,
+        converged=curvature.converged,
+        tolerance=tolerance,
+        hvps=curvature.hvps,
+        settings=objective.settings,
+    )
+
+
+class _Surface(SymmetricOperator):
+    """``A − λ I`` on the directions that lead nowhere out of the ball, to first order.
+
+    They are the entries that can move and are not held, without the normal ``z`` of an l2 surface: one Householder
+    reflection takes the first axis to the normal, and the other axes to an orthonormal basis of the tangent space.
+    """
+
+    def __init__(self, hessian: SymmetricOperator, region: Ball, z: Tensor, slope: Tensor, multiplier: float) -> None:
+        self.hessian = hessian if region.scale is None else ScaledOperator(hessian, region.scale)
+        free = torch.ones_like(z, dtype=torch.bool) if region.scale is None else region.scale > 0
+        surface = region.holds_back(z)
+        if surface and region.norm == "linf":
+            free = free & ~region.held(z, slope)
+        self.free = free
+        self.multiplier = multiplier
+        self.mirror = _mirror(z[free]) if surface and region.norm == "l2" else None
+        size = int(free.sum()) - (self.mirror is not None)
+        super().__init__(size, dtype=hessian.dtype, device=hessian.device, settings=hessian.settings)
+
+    def _apply(self, vector: Tensor) -> Tensor:
+        tangent = vector if self.mirror is None else _reflected(torch.cat([vector.new_zeros(1), vector]), self.mirror)
+        whole = torch.zeros_like(self.free, dtype=vector.dtype)
+        whole[self.free] = tangent
+        bent = self.hessian.matvec(whole)[self.free]
+        back = bent if self.mirror is None else _reflected(bent, self.mirror)[1:]
+        return back - self.multiplier * vector
+
+
+def _mirror(normal: Tensor) -> Tensor:
+    """Return the unit vector ``u`` for which ``I − 2 u uᵀ`` exchanges the first axis and ``± normal``."""
+    axis = normal / euclidean(normal)
+    axis[0] += 1.0 if float(axis[0]) >= 0 else -1.0
+    return axis / euclidean(axis)
+
+
+def _reflected(vector: Tensor, mirror: Tensor) -> Tensor:
+    return vector - 2 * mirror * mirror.dot(vector)
+
+
+@dataclass(frozen=True)
+class _Curvature:
+    value: float
+    residual: float
+    converged: bool
+    dimensions: int
+    hvps: int
+
+
+def _largest_curvature(surface: _Surface, max_hvps: int, seed: int) -> _Curvature:
+    if surface.size == 0:
+        return _Curvature(-math.inf, 0.0, converged=True, dimensions=0, hvps=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        # The sign is what is asked for.
+        pairs = top_eigenvalues(surface, 1, tolerance=0.05, max_hvps=max_hvps, seed=seed)
+    value, residual = float(pairs.values[0]), float(pairs.residuals[0])
+    return _Curvature(value, residual, converged=pairs.converged, dimensions=surface.size, hvps=pairs.hvps)
+
+
+def _gain(region: Ball, z: Tensor, uphill: Tensor, curvature: float) -> float:
+    """Bound the rise of ``⟨uphill, s⟩ + ½ curvature ‖s‖²`` over the steps ``s`` that stay in the ball."""
+    residual = euclidean(uphill)
+    if region.norm == "linf":
+        reach = (region.radius + z.abs()).masked_fill(uphill == 0, 0.0)
+        first, second = float(uphill.abs().dot(reach)), euclidean(reach) ** 2
+    else:
+        first, second = 2 * region.radius * residual, (2 * region.radius) ** 2
+    if curvature >= 0:
+        return first + curvature * second / 2
+    return min(first, residual**2 / (-2 * curvature))
+
+
+def _verdict(curvature: _Curvature, multiplier: float, small: bool, eps: float) -> Verdict:
+    slack = 30 * eps * max(multiplier, abs(curvature.value)) if curvature.dimensions else 0.0
+    # A Ritz value is never above the largest eigenvalue: a positive one is proof, converged or not.
+    if curvature.value > slack:
+        return "not a local maximum"
+    if not curvature.converged:
+        return "undecided"
+    if curvature.value + curvature.residual < -slack or not small:
+        return "local maximum" if small else "not a local maximum"
+    return "undecided"

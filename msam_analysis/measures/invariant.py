@@ -1,0 +1,129 @@
+"""Sharpness in units that a rescaling of the weights without effect on the function does not change.
+
+A ReLU layer can be multiplied by ``a > 0`` and the next one divided by it: the network computes the same function, and
+every plain sharpness can be made as large as one likes (Dinh et al. 2017). These measures stay as they are, as do the
+adaptive ball and average-case sharpness.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from msam_analysis.objective.objective import Objective
+from msam_analysis.results import Estimate
+
+_NO_NORMALIZATION = "no BatchNorm"
+
+
+def relative_flatness(objective: Objective, layer: str, *, draws: int = 30, seed: int = 0) -> Estimate:
+    r"""Return the relative flatness of one layer, ``κ = Σ_{s,s'} ⟨w_s, w_s'⟩ tr(H_{s,s'})``.
+
+    ``w_s`` are the rows of the layer's weight matrix (neurons, or flattened filters) and ``H_{s,s'}`` is the block of
+    second derivatives with respect to ``w_s`` and ``w_s'``. With a factor ``F Fᵀ = W Wᵀ`` and a matrix ``Ξ`` of random
+    signs, ``κ = E⟨F Ξ, H (F Ξ)⟩``, at one Hessian-vector product of this layer a draw. The larger, the sharper; it is
+    unchanged when the layer is scaled and another one inversely. Source: Petzka, Kamp, Adilova, Sminchisescu and Boley,
+    *Relative Flatness and Generalization* (NeurIPS 2021, arXiv 2001.00939), the trace variant; its theory is about the
+    layer that acts on the features, such as the last weight matrix.
+
+    Parameters
+    ----------
+    objective
+        The loss.
+    layer
+        Name of a parameter with at least two dimensions, such as ``"fc.weight"``; the first dimension counts neurons.
+        It may be outside of the objective's selection.
+    draws
+        Products spent. Default 30.
+    seed
+        Of the signs.
+
+    Returns
+    -------
+    Estimate
+        With its standard error over draws.
+
+    Raises
+    ------
+    ValueError
+        Fewer than 2 draws; the name is that of no parameter, of several, or of a vector.
+    """
+    if draws < 2:
+        raise ValueError(f"draws must be at least 2, so that an error can be given; got {draws}")
+    alone = objective.with_parameters(layer)
+    if len(alone.layout.names) != 1 or len(alone.layout.shapes[0]) < 2:
+        found = ", ".join(f"{n!r} {tuple(s)}" for n, s in zip(alone.layout.names, alone.layout.shapes, strict=True))
+        raise ValueError(f"layer must name one weight with at least two dimensions, {layer!r} is {found[:200]}")
+    weight = alone.point().reshape(alone.layout.shapes[0][0], -1)
+    left, singular, _ = torch.linalg.svd(
+        weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False
+    )
+    factor = left * singular
+    hessian = alone.hessian()
+    generator = torch.Generator().manual_seed(seed)
+    sample = torch.empty(draws, dtype=torch.float64)
+    for draw in range(draws):
+        signs = 2 * torch.randint(2, (factor.shape[1], weight.shape[1]), generator=generator) - 1
+        mixed = (factor @ signs.to(factor)).reshape(-1)
+        sample[draw] = float(mixed.dot(hessian.matvec(mixed).to(mixed)))
+    return _estimate("relative flatness", sample, objective, layer=layer)
+
+
+def fisher_rao_norm(objective: Objective, *, samples: int | None = None, seed: int = 0) -> Estimate:
+    r"""Return the squared Fisher–Rao norm, ``‖w‖²_fr = wᵀ F w = E_i ⟨w, ∇ℓ_i(w)⟩²``.
+
+    ``F = E_i ∇ℓ_i ∇ℓ_iᵀ`` over the samples of the data, with their labels; ``⟨w, ∇ℓ_i⟩`` is the derivative of a
+    sample's loss when all weights are scaled together. It is a capacity measure rather than a sharpness: unchanged by
+    rescaled layers, and small where either the weights or the gradients of the single samples are. Source: Liang,
+    Poggio, Rakhlin and Stokes, *Fisher-Rao Metric, Geometry, and Complexity of Neural Networks* (AISTATS 2019, arXiv
+    1711.01530).
+
+    Parameters
+    ----------
+    objective
+        The loss; one sample is one row of its batches. BatchNorm's statistics must not depend on who shares a batch:
+        the policy ``"eval"``.
+    samples
+        Measure on so many, drawn at random without replacement; default: all. Each costs the gradient of one sample.
+    seed
+        Of the choice of samples.
+
+    Returns
+    -------
+    Estimate
+        Mean and standard error over samples.
+
+    Raises
+    ------
+    ValueError
+        ``samples`` out of range, or another BatchNorm policy.
+    """
+    if objective.batchnorm != "eval" and objective.settings["batchnorm"] != _NO_NORMALIZATION:
+        raise ValueError(
+            f"the Fisher-Rao norm is a mean over single samples, which batchnorm={objective.batchnorm!r} does not "
+            "leave single: use batchnorm='eval'"
+        )
+    if samples is not None and not 2 <= samples <= objective.samples:
+        raise ValueError(f"samples must be between 2 and {objective.samples}, got {samples}")
+    count = objective.samples if samples is None else samples
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(objective.samples, generator=generator)[:count].sort().values
+    point = objective.point()
+    squares = torch.empty(count, dtype=torch.float64)
+    for place, index in enumerate(chosen):
+        gradient = objective.with_samples(index[None], batch_size=1).gradient(point)
+        squares[place] = float(point.double().dot(gradient.double())) ** 2
+    return _estimate("squared Fisher-Rao norm", squares, objective)
+
+
+def _estimate(quantity: str, sample: Tensor, objective: Objective, **labels: str) -> Estimate:
+    return Estimate(
+        quantity=quantity,
+        value=float(sample.mean()),
+        standard_error=float(sample.std() / math.sqrt(len(sample))) if len(sample) > 1 else math.nan,
+        draws=len(sample),
+        evaluations=len(sample),
+        settings={**objective.settings, **labels},
+    )

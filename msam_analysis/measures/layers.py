@@ -1,0 +1,140 @@
+"""One measurement for every layer, block or tensor of a network, all others held still."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal, TypeVar, get_args
+
+import pandas as pd
+
+from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.vectors import ParameterFilter, Selection
+from msam_analysis.results import Result
+
+Grouping = Literal["tensor", "layer", "block"]
+Measured = TypeVar("Measured", bound=Result)
+
+
+def by_layer(
+    objective: Objective,
+    measure: Callable[[Objective], Measured],
+    *,
+    groups: Grouping | Mapping[str, Selection] = "layer",
+) -> dict[str, Measured]:
+    """Measure the loss as a function of one group of parameters at a time, the others at their current values.
+
+    The Hessian of a group is a diagonal block of the Hessian: its largest eigenvalue is at most that of all, and the
+    traces of groups that cover every parameter once add up.
+
+    Parameters
+    ----------
+    objective
+        Its parameters are grouped; its data is not copied.
+    measure
+        Objective in, result out: for example ``lambda part: ma.top_eigenvalues(part, k=1)``, ``ma.trace``,
+        ``ma.spectral_density`` or ``lambda part: ma.ball_sharpness(part, rho=0.05)``. What asks for ``k`` eigenvalues
+        asks for no more than ``min(k, part.size)``.
+    groups
+        ``"tensor"``: every parameter by itself. ``"layer"`` (default): the parameters that one module holds itself,
+        such as weight and bias. ``"block"``: those whose names agree up to the first number in them (``layer1.0`` of a
+        ResNet, ``encoder.layers.3``), or, where there is none, in the first part after what all names begin with. Or a
+        mapping of names to selections as in :class:`~msam_analysis.Objective`, which may overlap and leave out some.
+
+    Returns
+    -------
+    dict
+        Name of the group to result, in the order of the parameters or of the mapping.
+
+    Raises
+    ------
+    ValueError
+        ``groups`` is none of these or empty, or the measurement raises a ``ValueError``, which then names the group: a
+        group that the loss does not depend on, for example.
+
+    Examples
+    --------
+    >>> import torch, msam_analysis as ma
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)).double()
+    >>> data = (torch.eye(2).double(), torch.ones(2, 1).double())
+    >>> objective = ma.Objective(model, torch.nn.functional.mse_loss, data)
+    >>> traces = ma.by_layer(objective, ma.trace)
+    >>> ma.layer_frame(traces)[["layer", "quantity"]].values.tolist()
+    [['0', 'trace'], ['2', 'trace']]
+    """
+    return {
+        name: _measured(name, objective.with_parameters(selection), measure)
+        for name, selection in _selections(objective, groups).items()
+    }
+
+
+def layer_frame(results: Mapping[str, Result], *, name: str = "layer") -> pd.DataFrame:
+    """Return the tables of all groups below one another, the group's name in the first column.
+
+    Parameters
+    ----------
+    results
+        What :func:`by_layer` returned.
+    name
+        Of the first column.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Rows and other columns as in the results' own ``to_frame()``.
+
+    Raises
+    ------
+    ValueError
+        There are no results.
+    """
+    if not results:
+        raise ValueError("there are no results to put into a table: expected those of by_layer")
+    frames = [result.to_frame() for result in results.values()]
+    for group, frame in zip(results, frames, strict=True):
+        frame.insert(0, name, group)
+    return pd.concat(frames, ignore_index=True)
+
+
+def _measured(name: str, part: Objective, measure: Callable[[Objective], Measured]) -> Measured:
+    try:
+        return measure(part)
+    except ValueError as error:
+        raise ValueError(f"in the group {name!r}: {error}") from error
+
+
+def _selections(objective: Objective, groups: Grouping | Mapping[str, Selection]) -> dict[str, Selection]:
+    if isinstance(groups, Mapping):
+        if not groups:
+            raise ValueError("groups is empty: expected at least one name with a selection of parameters")
+        return dict(groups)
+    if groups not in get_args(Grouping):
+        raise ValueError(
+            f"groups must be one of {get_args(Grouping)} or a mapping of names to selections, got {groups!r}"
+        )
+    names = objective.layout.names
+    members: dict[str, set[str]] = {}
+    shared = _shared_parts(names)
+    for name in names:
+        members.setdefault(_group(name, groups, shared), set()).add(name)
+    return {group: _only(inside) for group, inside in members.items()}
+
+
+def _only(names: set[str]) -> ParameterFilter:
+    # Not by patterns: a name may hold what means something in one.
+    return lambda name, _: name in names
+
+
+def _group(name: str, grouping: Grouping, shared: int) -> str:
+    module = name.split(".")[:-1]
+    if grouping == "tensor" or not module:
+        return name
+    if grouping == "block":
+        number = next((index for index, part in enumerate(module) if part.isdigit()), shared)
+        module = module[: number + 1]
+    return ".".join(module)
+
+
+def _shared_parts(names: tuple[str, ...]) -> int:
+    """Return how many leading parts all names agree in."""
+    parts = zip(*(name.split(".") for name in names), strict=False)
+    return next((index for index, part in enumerate(parts) if len(set(part)) > 1), 0)

@@ -1,0 +1,131 @@
+"""How much the loss rises along one direction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msam_analysis.measures.geometry import Adaptive, Ball, Norm, check_norm, check_radius, scale_of
+from msam_analysis.objective.direction import Direction, as_direction
+from msam_analysis.objective.objective import Objective
+from msam_analysis.results import DirectionalSharpness
+
+
+def one_step_sharpness(
+    objective: Objective, rho: float, *, norm: Norm = "l2", adaptive: Adaptive = False
+) -> DirectionalSharpness:
+    r"""Return the loss rise after the single ascent step of SAM, ``L(w + e) − L(w)``, with the gradient of all data.
+
+    ========= ============ ===================== ===============================================================
+    ``norm``  ``adaptive`` ``e``                 source
+    ========= ============ ===================== ===============================================================
+    l2        False        ``ρ g / ‖g‖``         SAM, Foret et al. (2021), equation 2
+    l2        True         ``ρ T² g / ‖T g‖``    ASAM, Kwon et al. (2021), ``T = |w|`` elementwise
+    l2        "filter"     ``ρ T² g / ‖T g‖``    ASAM, ``T`` the norm of each entry's filter
+    linf      any          ``ρ T sign(g)``       the same maximum of the linearised loss in an l∞ ball
+    ========= ============ ===================== ===============================================================
+
+    It is a lower bound of :func:`ball_sharpness` in the same ball, often by a factor.
+
+    Parameters
+    ----------
+    objective
+        The loss.
+    rho
+        Radius of the ball.
+    norm, adaptive
+        As for :func:`ball_sharpness`.
+
+    Returns
+    -------
+    DirectionalSharpness
+        At one coordinate, ``rho``. A zero gradient gives 0.
+
+    Raises
+    ------
+    ValueError
+        ``rho``, ``norm`` or ``adaptive`` out of range.
+    """
+    check_radius(rho)
+    check_norm(norm)
+    ball = Ball(float(rho), norm, scale_of(objective, adaptive))
+    center = objective.point()
+    loss, gradient = objective.loss_and_gradient(center)
+    step = ball.displacement(ball.ascend(ball.displacement(gradient)))
+    name = "gradient" if adaptive is False else f"gradient, adaptive ({'elements' if adaptive is True else 'filters'})"
+    coordinates = torch.tensor([float(rho)], dtype=torch.float64)
+    return _along(objective, float(loss), [center + step], coordinates, step, f"{name}, {norm}", float(rho))
+
+
+def directional_sharpness(
+    objective: Objective, direction: Direction | Tensor, rho: float, *, points: int = 11
+) -> DirectionalSharpness:
+    r"""Return the loss rise along a given direction, ``L(w + ρ d/‖d‖) − L(w)``, and the largest in ``[−ρ, ρ]``.
+
+    Source: Becker, Altrock and Risse (arXiv 2401.12033), figure 4, for gradient, momentum and random directions. The
+    perturbations of their appendix A.7 are the direction ``|w| ⊙ d``.
+
+    Parameters
+    ----------
+    objective
+        The loss.
+    direction
+        ``d``, a direction or a flat tensor of shape ``(size,)``; its length does not matter.
+    rho
+        Distance, in the unit of the weights.
+    points
+        Equidistant points of ``[−ρ, ρ]`` that are looked at, ends and 0 among them: odd. Default 11. The largest rise
+        is that of the highest of these.
+
+    Returns
+    -------
+    DirectionalSharpness
+        With the rise at every point; NaN or infinite where the loss is.
+
+    Raises
+    ------
+    ValueError
+        ``rho`` or ``points`` out of range, or ``d`` is zero or has another shape.
+    """
+    check_radius(rho)
+    if points < 3 or points % 2 == 0:
+        raise ValueError(f"points must be odd and at least 3, so that 0 and both ends are among them; got {points}")
+    line = as_direction(direction, objective)
+    unit = line.normalized(objective, "l2").vector
+    center = objective.point()
+    half = torch.linspace(0, 1, (points + 1) // 2, dtype=torch.float64)[1:]
+    coordinates = float(rho) * torch.cat([-half.flip(0), torch.zeros(1, dtype=torch.float64), half])
+    places = [center + float(coordinate) * unit if coordinate else None for coordinate in coordinates]
+    base = float(objective.loss(center))
+    return _along(objective, base, places, coordinates, float(rho) * unit, line.name, float(rho))
+
+
+def _along(
+    objective: Objective,
+    base: float,
+    places: list[Tensor] | list[Tensor | None],
+    coordinates: Tensor,
+    displacement: Tensor,
+    direction: str,
+    rho: float,
+) -> DirectionalSharpness:
+    """Evaluate the rise at every place; ``None`` is the centre."""
+    values = [base if place is None else float(objective.loss(place)) for place in places]
+    losses = torch.tensor(values, dtype=torch.float64)
+    rises = losses - base
+    highest = int(rises.argmax())  # NaN counts as the largest
+    eps = torch.finfo(objective.dtype).eps
+    return DirectionalSharpness(
+        sharpness=float(rises[-1]),
+        largest=float(rises[highest]),
+        at=float(coordinates[highest]),
+        coordinates=coordinates,
+        rises=rises,
+        resolution=eps * (abs(base) + abs(float(losses[-1]))),
+        loss=base,
+        displacement=displacement,
+        direction=direction,
+        rho=rho,
+        evaluations=1 + sum(place is not None for place in places),
+        settings=objective.settings,
+    )

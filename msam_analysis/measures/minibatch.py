@@ -1,0 +1,132 @@
+"""The largest loss rise batch by batch."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from msam_analysis.measures.ball import ball_sharpness
+from msam_analysis.measures.geometry import Adaptive, Norm
+from msam_analysis.measures.starts import Start
+from msam_analysis.objective.objective import Objective
+from msam_analysis.results import BallSharpness, BatchSharpness, ConvergenceWarning
+
+
+def m_sharpness(
+    objective: Objective,
+    rho: float,
+    m: int,
+    *,
+    batches: int | None = None,
+    norm: Norm = "l2",
+    adaptive: Adaptive = False,
+    starts: Sequence[Start | Tensor] = ("gradient", "krylov", "eigenvector"),
+    iterations: int = 40,
+    krylov_hvps: int = 100,
+    tolerance: float = 1e-4,
+    seed: int = 0,
+) -> BatchSharpness:
+    r"""Return the m-sharpness, ``Σ_b n_b max_{‖e‖ ≤ ρ} [L_b(w + e) − L_b(w)] / Σ_b n_b`` over batches of ``m`` samples.
+
+    Every batch has a maximum of its own, so that the m-sharpness exceeds the sharpness of all data, the more the
+    smaller ``m`` is. SAM minimises it with ``m`` its batch size (per device). Source: Foret et al. (2021), section 4.1;
+    with ball maxima in place of single steps, Andriushchenko et al. (2023).
+
+    Parameters
+    ----------
+    objective
+        The loss; its samples are cut into consecutive batches of ``m`` in the order of its data, and the last batch
+        holds what is left and weighs what it holds. Data sorted by class make batches of one class: shuffle them once
+        beforehand.
+    rho
+        Radius of each ball.
+    m
+        Samples per batch.
+    batches
+        Measure only so many, drawn at random without replacement; default: all.
+    norm, adaptive, starts, iterations, krylov_hvps, tolerance
+        Of every ball; see :func:`ball_sharpness`. All batches together cost as much as one ball on all data.
+    seed
+        Of the choice of batches and of the balls.
+
+    Returns
+    -------
+    BatchSharpness
+        Mean and standard error over batches, and every batch's maximum.
+
+    Raises
+    ------
+    ValueError
+        ``m`` or ``batches`` out of range; or as :func:`ball_sharpness`.
+
+    Warns
+    -----
+    ConvergenceWarning
+        Once, with the number of batches whose ball did not converge.
+    """
+    if isinstance(m, bool) or not isinstance(m, int) or not 1 <= m <= objective.samples:
+        raise ValueError(f"m must be between 1 and the number of samples ({objective.samples}), got {m!r}")
+    parts = torch.arange(objective.samples).split(m)
+    if batches is not None and not 1 <= batches <= len(parts):
+        raise ValueError(f"batches must be between 1 and {len(parts)}, the batches of {m} samples; got {batches}")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(parts), generator=generator)[:batches].sort().values if batches else range(len(parts))
+    balls: list[BallSharpness] = []
+    sizes: list[int] = []
+    for index in order:
+        part = objective.with_samples(parts[int(index)], batch_size=m)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            balls.append(
+                ball_sharpness(
+                    part,
+                    rho,
+                    norm=norm,
+                    adaptive=adaptive,
+                    starts=starts,
+                    iterations=iterations,
+                    krylov_hvps=krylov_hvps,
+                    tolerance=tolerance,
+                    seed=seed,
+                )
+            )
+        sizes.append(part.samples)
+    unconverged = sum(not ball.converged for ball in balls)
+    if unconverged:
+        warnings.warn(
+            f"m_sharpness: {unconverged} of {len(balls)} batches reached no maximum in their ball; measure one with "
+            "ball_sharpness(objective.with_samples(...)) to see why, or raise iterations",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    rises = torch.tensor([ball.sharpness for ball in balls], dtype=torch.float64)
+    weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+    mean = float(weights @ rises)
+    return BatchSharpness(
+        value=mean,
+        standard_error=_standard_error(rises, weights, mean),
+        rises=rises,
+        one_steps=torch.tensor([ball.one_step for ball in balls], dtype=torch.float64),
+        sizes=torch.tensor(sizes),
+        m=m,
+        rho=float(rho),
+        norm=norm,
+        adaptive=adaptive,
+        batches=len(parts),
+        converged=not unconverged,
+        gradients=sum(ball.gradients for ball in balls),
+        hvps=sum(ball.hvps for ball in balls),
+        settings=objective.settings,
+    )
+
+
+def _standard_error(rises: Tensor, weights: Tensor, mean: float) -> float:
+    count = len(rises)
+    if count < 2:
+        return math.nan
+    variance = float(weights @ (rises - mean) ** 2) * count / (count - 1)
+    return math.sqrt(variance / count) if math.isfinite(variance) else math.nan

@@ -1,0 +1,45 @@
+"""Probes of a training step: what a :class:`~msam_analysis.monitor.Monitor` records.
+
+A probe is called with the optimizer and the step number at the one moment when the step's gradient is in ``.grad``, the
+momentum is still the last step's and no weight has moved. It returns named numbers and changes nothing. One that also
+wants to see what the step did has a method ``across``, see :class:`StepProbe`. In a column of one layer, ``/`` and the
+layer's name follow the name.
+
+=============================== ========================================== ============================================
+probe                           columns                                    costs
+=============================== ========================================== ============================================
+:class:`MomentumGradientCosine` ``cosine``, ``cosine_after``               nothing but inner products
+:class:`Norms`                  ``weights_norm``, ``gradient_norm``,       nothing but inner products
+                                ``momentum_norm``, ``step_norm``
+:class:`PerturbationRise`       ``loss_before``, ``loss_after``, ``rise``, 2 losses
+                                ``epsilon_norm``
+:class:`LossAlongMomentum`      ``loss_along/<offset>``                    a loss for each offset
+:class:`HeldOutCosine`          ``held_out_cosine``                        1 gradient
+:class:`SamAngle`               ``sam_angle/<rho>``, ``rho_0``, ...        2 gradients, and 1 for each rho
+:class:`Curvature`              ``curvature_momentum``, ``_gradient``,     3 Hessian-vector products
+                                ``_random``
+:class:`TopEigenvalues`         ``lambda_1``, ..., ``lambda_residual``     about 20 Hessian-vector products, tracked 3
+=============================== ========================================== ============================================
+"""
+
+from msam_analysis.monitor.probes.base import By, Every, Finish, Probe, StepProbe
+from msam_analysis.monitor.probes.gradients import HeldOutCosine, SamAngle
+from msam_analysis.monitor.probes.hessian import Curvature, TopEigenvalues
+from msam_analysis.monitor.probes.losses import LossAlongMomentum, PerturbationRise
+from msam_analysis.monitor.probes.vectors import MomentumGradientCosine, Norms
+
+__all__ = [
+    "By",
+    "Curvature",
+    "Every",
+    "Finish",
+    "HeldOutCosine",
+    "LossAlongMomentum",
+    "MomentumGradientCosine",
+    "Norms",
+    "PerturbationRise",
+    "Probe",
+    "SamAngle",
+    "StepProbe",
+    "TopEigenvalues",
+]

@@ -1,0 +1,123 @@
+"""What costs gradients of its own: other data, and other points."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from msam_analysis.measures.alignment import sam_msam_angle
+from msam_analysis.measures.momentum import momentum_buffers, true_weights
+from msam_analysis.monitor.probes.base import ObjectiveSource, current
+from msam_analysis.objective.objective import Objective
+
+
+@dataclass(eq=False)
+class HeldOutCosine:
+    """``held_out_cosine``: of momentum and the gradient on other data, ``cos(v_{t−1}, ∇L(w_t))`` (exhibits A3 and A4).
+
+    ``w_t`` are the true weights. One gradient over the objective's data, or over one batch of them.
+
+    Parameters
+    ----------
+    objective
+        The loss on held-out data, or a function that returns it. With one fixed batch as its data, and ``in_turn``
+        left out, that batch is asked every time.
+    in_turn
+        Ask one batch of the objective's data at a time, the next one at every record, from the first again after the
+        last: a fresh batch each time if there are as many batches as records.
+
+    Raises
+    ------
+    TypeError
+        ``in_turn`` with a function for an objective.
+
+    Notes
+    -----
+    With ``batchnorm="batch"`` the statistics are those of the batch asked. Which batch is next is part of the state
+    that :meth:`Monitor.state_dict() <msam_analysis.monitor.Monitor.state_dict>` saves.
+    """
+
+    objective: ObjectiveSource
+    in_turn: bool = False
+    _turn: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Check that there is something to take turns in."""
+        if self.in_turn and not isinstance(self.objective, Objective):
+            raise TypeError(
+                f"in_turn takes the batches of an Objective in turn, got {type(self.objective).__name__}: pass the "
+                "objective itself, or let the function choose"
+            )
+
+    def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> Mapping[str, float]:
+        """Return ``held_out_cosine``; NaN at the first step, when there is no momentum."""
+        objective = self._next() if self.in_turn else current(self.objective)
+        momentum = objective.vector(momentum_buffers(optimizer)).double()
+        gradient = objective.gradient(objective.vector(true_weights(optimizer))).double()
+        norms = float(momentum.norm()) * float(gradient.norm())
+        known = 0 < norms < math.inf
+        return {"held_out_cosine": max(-1.0, min(1.0, float(momentum @ gradient) / norms)) if known else math.nan}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which batch is next."""
+        return {"turn": self._turn}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the batch that was next."""
+        self._turn = int(state["turn"])
+
+    def _next(self) -> Objective:
+        """Return the objective over the batch whose turn it is."""
+        whole = current(self.objective)
+        sizes = whole.batches.sizes
+        index = self._turn % len(sizes)
+        self._turn += 1
+        stop = list(accumulate(sizes))[index]
+        return whole.with_samples(torch.arange(stop - sizes[index], stop))
+
+
+@dataclass(frozen=True)
+class SamAngle:
+    """Where MSAM's gradient points seen from SAM's, over MSAM's perturbation strength, and ``rho_0`` (exhibit F3).
+
+    See :func:`~msam_analysis.sam_msam_angle`, at the true weights and with ``v_{t−1}``. It needs no MSAM: any
+    optimizer with momentum can be asked. Costs two gradients, and one for each ρ.
+
+    Parameters
+    ----------
+    objective
+        The loss, or a function that returns it: for the paper's exhibit over the batch now being trained on.
+    rhos
+        Strengths of MSAM's perturbation; 0, the plain gradient, is added. The root is looked for between them.
+    rho_sam
+        Radius of SAM's displacement.
+
+    Raises
+    ------
+    ValueError
+        At the first record: ``rho_sam`` is not positive, ``rhos`` are none or not finite.
+    """
+
+    objective: ObjectiveSource
+    rhos: Sequence[float]
+    rho_sam: float
+
+    def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> Mapping[str, float]:
+        """Return ``sam_angle/<rho>`` in degrees, ``rho_0``, and its bracket ``rho_0_low`` and ``rho_0_high``.
+
+        NaN at the first step, when there is no momentum, except for ``sam_angle/0``, which needs none.
+        """
+        objective = current(self.objective)
+        weights = objective.vector(true_weights(optimizer))
+        momentum = objective.vector(momentum_buffers(optimizer))
+        found = sam_msam_angle(objective, momentum, self.rhos, rho_sam=self.rho_sam, w=weights)
+        angles = {
+            f"sam_angle/{rho:g}": angle for rho, angle in zip(found.rhos.tolist(), found.angles.tolist(), strict=True)
+        }
+        low, high = found.bracket
+        return {**angles, "rho_0": found.rho_0, "rho_0_low": low, "rho_0_high": high}

@@ -1,0 +1,84 @@
+"""What the loss does where the optimizer perturbs, and along its momentum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from msam_analysis.measures.momentum import momentum_buffers, true_weights
+from msam_analysis.monitor.probes.base import ObjectiveSource, current
+
+
+@dataclass(frozen=True)
+class PerturbationRise:
+    """``loss_before`` and ``loss_after`` the optimizer's own perturbation: ``L(w)`` and ``L(w + ε)`` (exhibit A12).
+
+    ``w`` are the true weights and ``ε`` the displacement at which this step's training gradient is evaluated; 0, and
+    so no rise, for optimizers that do not perturb. Two forward passes over the objective's data.
+
+    Parameters
+    ----------
+    objective
+        The loss, or a function that returns it (for example one over the batch now being trained on).
+    """
+
+    objective: ObjectiveSource
+
+    def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> Mapping[str, float]:
+        """Return ``loss_before``, ``loss_after``, ``rise`` and the perturbation's length ``epsilon_norm``."""
+        objective = current(self.objective)
+        weights = objective.vector(true_weights(optimizer))
+        displacements: Mapping[Tensor, Tensor] = getattr(optimizer, "displacement", dict)()
+        displacement = objective.vector(displacements)
+        before = float(objective.loss(weights))
+        length = float(displacement.norm())
+        after = float(objective.loss(weights + displacement)) if length > 0 else before
+        return {"loss_before": before, "loss_after": after, "rise": after - before, "epsilon_norm": length}
+
+
+@dataclass(frozen=True)
+class LossAlongMomentum:
+    """``loss_along/<a>``: the loss at ``w + a v_{t−1}/‖v_{t−1}‖`` for every offset ``a`` (exhibit A2).
+
+    With an objective of the batch now being trained on: along the step just taken, seen by the next batch. ``w`` are
+    the true weights; the last step went along ``−v``, so that a minimum at ``a > 0`` says that it overshot. One forward
+    pass for each offset.
+
+    Parameters
+    ----------
+    objective
+        The loss, or a function that returns it (for example one over the batch now being trained on).
+    offsets
+        Distances ``a`` in the space of the weights; 0, the true point, is always among them.
+
+    Raises
+    ------
+    ValueError
+        An offset is not finite.
+    """
+
+    objective: ObjectiveSource
+    offsets: Sequence[float]
+
+    def __post_init__(self) -> None:
+        """Check the offsets, and put them in order."""
+        if not all(math.isfinite(offset) for offset in self.offsets):
+            raise ValueError(f"offsets must be finite, got {list(self.offsets)}: pass e.g. [-0.5, 0.5]")
+        object.__setattr__(self, "offsets", tuple(sorted({0.0, *map(float, self.offsets)})))
+
+    def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> Mapping[str, float]:
+        """Return the losses; but for ``loss_along/0`` NaN at the first step, when there is no momentum."""
+        objective = current(self.objective)
+        weights = objective.vector(true_weights(optimizer))
+        momentum = objective.vector(momentum_buffers(optimizer))
+        length = momentum.norm()
+        found = {}
+        for offset in self.offsets:
+            known = offset == 0 or length > 0
+            moved = weights if offset == 0 else weights + offset * (momentum / length)
+            found[f"loss_along/{offset:g}"] = float(objective.loss(moved)) if known else math.nan
+        return found

@@ -1,0 +1,354 @@
+"""Data as a fixed sequence of batches: the same samples, in the same order, at every evaluation.
+
+A loss over data that shuffles or augments is another function at every pass, and no probe of it means anything; so such
+data is refused here, with what to do. Reading never touches the caller's random state.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
+from torch.utils.data.distributed import DistributedSampler
+
+from msam_analysis.objective.nested import Batch, count_samples, fields_of, is_record, map_tensors, tensors_of
+from msam_analysis.objective.randomness import RandomStream
+
+CACHE_BYTES = 2**30
+_END = object()
+
+
+class Batches:
+    """Batches on a device, checked to be the same at every pass.
+
+    Parameters
+    ----------
+    data
+        A loader that does not shuffle, a list of batches, or a single batch: a tuple or list of tensors such as
+        ``(x, y)``, or a mapping or data class of tensors. A re-iterable of any other kind also works.
+    device
+        Where batches are moved.
+    dtype
+        Floating-point tensors are cast to it; ``None`` leaves them.
+    cache_bytes
+        Copies of the batches are kept on the device up to this size in all; beyond it, and if they turn out to have
+        been written to, batches are read again at every pass. Default 1 GiB.
+
+    Attributes
+    ----------
+    sizes
+        Number of samples of every batch.
+    nbytes
+        Of all batches together, on the device.
+
+    Raises
+    ------
+    TypeError
+        The data is not batches: a data set, an iterator that can be read once, a bare tensor.
+    ValueError
+        The data is empty, shuffles, or differs between two passes.
+    """
+
+    def __init__(
+        self,
+        data: object,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        self._source = _as_source(data)
+        self._device = device
+        self._dtype = dtype
+        self._cached: list[Batch] | None = []
+        self._alike = False
+        self.cache_bytes = cache_bytes
+        self.nbytes, self.sizes, sums = 0, [], []
+        for raw in _read(self._source):
+            self.sizes.append(count_samples(raw))
+            batch = self._move(raw)
+            if not isinstance(self._source, list | _Samples):
+                sums.append(_fingerprint(raw))
+            self.nbytes += sum(tensor.nbytes for tensor in tensors_of(batch))
+            if self._cached is not None:
+                self._cached.append(batch)
+                if self.nbytes > cache_bytes:
+                    self._cached = None
+        self._versions = self._written()
+        if not self.sizes or sum(self.sizes) == 0:
+            raise ValueError("the data is empty: expected at least one batch with at least one sample")
+        if not isinstance(self._source, list | _Samples):
+            self._check_repeats(sums)
+
+    @property
+    def samples(self) -> int:
+        """Samples in all batches together."""
+        return sum(self.sizes)
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self.sizes)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Iterate over batches on the device, which whoever gets them may write to."""
+        return self.read(range(len(self)))
+
+    def read(self, wanted: Sequence[int]) -> Iterator[Batch]:
+        """Iterate over some batches only, given by increasing numbers."""
+        if self._written() != self._versions:
+            self._cached = None  # a model that works in place
+        if self._cached is not None:
+            for index in wanted:
+                # In containers of its own: loss functions pop their labels.
+                yield map_tensors(self._cached[index], lambda tensor: tensor)
+        else:
+            chosen = set(wanted)
+            for index, raw in enumerate(_read(self._source)):
+                if index in chosen:
+                    yield self._move(raw)
+
+    def take(self, indices: Tensor, batch_size: int | None = None) -> Batches:
+        """Return batches of chosen samples.
+
+        Parameters
+        ----------
+        indices
+            Shape ``(n,)``, integers; samples are counted over all batches in order. They come in this order, as often
+            as they occur here.
+        batch_size
+            Default: the size of the largest batch of these. The last one holds what is left.
+
+        Returns
+        -------
+        Batches
+            On the same device, with a cache budget of the same size.
+
+        Raises
+        ------
+        TypeError
+            ``indices`` are no tensor of integers.
+        ValueError
+            ``indices`` are empty or not flat, ``batch_size`` is not positive, or samples of these batches cannot be
+            told apart or put together: a tensor without the sample dimension, items that differ between batches.
+        IndexError
+            There is no such sample.
+        """
+        _check_indices(indices, self.samples)
+        size = max(self.sizes) if batch_size is None else batch_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"batch_size must be a positive integer, got {size!r}")
+        if not self._alike:
+            _check_alike(self)
+            self._alike = True
+        source = _Samples(self, indices.detach().cpu().long(), size)
+        return Batches(source, device=self._device, dtype=self._dtype, cache_bytes=self.cache_bytes)
+
+    def _written(self) -> list[int]:
+        """Return how often every cached tensor has been written to."""
+        return [tensor._version for batch in self._cached or () for tensor in tensors_of(batch)]
+
+    def _move(self, batch: Batch) -> Batch:
+        """Return a copy on the device: what a model does to its input in place, it does not do to the caller's."""
+
+        def convert(tensor: Tensor) -> Tensor:
+            dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
+            return tensor.detach().to(device=self._device, dtype=dtype, copy=True)
+
+        with torch.inference_mode(mode=False):  # tensors made inside of it could not be used outside
+            return map_tensors(batch, convert)
+
+    def _check_repeats(self, sums: list[tuple[float, ...]]) -> None:
+        # Another seed: what depends on the random state shows.
+        again = [_fingerprint(raw) for raw in _read(self._source, seed=1)]
+        if again != sums:
+            raise ValueError(
+                "the data differs between two passes (it shuffles, or augments at random): expected the same batches; "
+                "use DataLoader(..., shuffle=False) without random augmentation, or list(loader) to freeze one pass"
+            )
+
+
+class _Samples:
+    """Chosen samples of batches, as batches of their own that can be read again.
+
+    One pass over the original serves as many new batches as its cache budget holds.
+    """
+
+    def __init__(self, batches: Batches, indices: Tensor, size: int) -> None:
+        self._batches = batches
+        self._chunks = indices.split(size)
+        self._starts = torch.tensor([0, *itertools.accumulate(batches.sizes)])
+        self._at_once = max(1, batches.cache_bytes * batches.samples // max(1, batches.nbytes * size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for first in range(0, len(self._chunks), self._at_once):
+            yield from self._gather(self._chunks[first : first + self._at_once])
+
+    def _gather(self, chunks: tuple[Tensor, ...]) -> Iterator[Batch]:
+        indices = torch.cat(chunks)
+        owners = torch.searchsorted(self._starts, indices, right=True) - 1
+        order = owners.argsort(stable=True)
+        counts = owners.bincount(minlength=len(self._batches))
+        rows = (indices - self._starts[owners])[order].split(counts.tolist())
+        wanted = counts.nonzero()[:, 0].tolist()
+        pieces = [
+            map_tensors(batch, partial(_rows, rows=rows[index]))
+            for index, batch in zip(wanted, self._batches.read(wanted), strict=True)
+        ]
+        columns = list(zip(*(tensors_of(piece) for piece in pieces), strict=True))
+        if all(_alike(column) for column in columns):
+            joined = [torch.cat(column) if column[0].ndim else column[0] for column in columns]
+            for places in order.argsort().split([len(chunk) for chunk in chunks]):
+                yield _filled(pieces[0], [_rows(tensor, places) for tensor in joined])
+        elif len(chunks) > 1:
+            for chunk in chunks:  # batches padded to lengths of their own: alike where they stay apart
+                yield from self._gather((chunk,))
+        else:
+            shapes = sorted({tuple(part.shape[1:]) for column in columns if not _alike(column) for part in column})
+            raise ValueError(
+                f"samples of different shapes cannot be one batch (got {shapes}): expected tensors alike in all "
+                "batches; pad them to one length, or use batch_size=1"
+            )
+
+
+def _rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    return tensor[rows.to(tensor.device)] if tensor.ndim else tensor
+
+
+def _filled(batch: Batch, tensors: list[Tensor]) -> Batch:
+    """Return a batch of the same structure with other tensors."""
+    rest = iter(tensors)
+    return map_tensors(batch, lambda _: next(rest))
+
+
+def _alike(column: tuple[Tensor, ...]) -> bool:
+    return len({part.shape[1:] for part in column}) == 1
+
+
+def _check_indices(indices: Tensor, samples: int) -> None:
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"indices must be a tensor of integers, got {type(indices).__name__}: pass torch.tensor(...)")
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise TypeError(
+            f"indices must be integers, got {indices.dtype}: they count samples; for a mask use mask.nonzero()[:, 0]"
+        )
+    if indices.ndim != 1 or not len(indices):
+        raise ValueError(f"indices must be flat and name at least one sample, got shape {tuple(indices.shape)}")
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0 or high >= samples:
+        raise IndexError(f"no sample {low if low < 0 else high}: expected indices from 0 to {samples - 1}")
+
+
+def _check_alike(batches: Batches) -> None:
+    """Raise ``ValueError`` unless every batch is rows of the same tensors, and all else is equal in all batches."""
+    first: Any = None
+    for batch, size in zip(batches, batches.sizes, strict=True):
+        for tensor in tensors_of(batch):
+            if tensor.ndim and len(tensor) != size:
+                raise ValueError(
+                    f"a batch of {size} samples holds a tensor of shape {tuple(tensor.shape)}: expected tensors whose "
+                    "first dimension counts samples; leave out what is not data of one sample, or make it 0-dimensional"
+                )
+        constant = _constants(batch)
+        first = constant if first is None else first
+        if constant != first:
+            raise ValueError(
+                "batches differ in what is not rows of a tensor (keys, numbers, strings, 0-dimensional tensors): "
+                "expected it equal in all batches; make it a tensor whose first dimension counts samples"
+            )
+
+
+def _constants(batch: Batch) -> Any:
+    """Return what must be equal in all batches, in a form that can be compared; tensors of rows count as one mark."""
+    if isinstance(batch, Tensor):
+        return (batch.dtype, _END if batch.ndim else batch.item())
+    if isinstance(batch, Mapping):
+        return {key: _constants(value) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return [_constants(value) for value in batch]
+    return _constants(fields_of(batch)) if is_record(batch) else batch
+
+
+def _read(source: Iterable[Batch], seed: int = 0) -> Iterator[Batch]:
+    """Read one pass from a random stream of its own; a loader's own generator is given back as it was."""
+    if isinstance(source, list | _Samples):
+        yield from source
+        return
+    stream = RandomStream(seed)
+    generators = _generators(source)
+    states = [generator.get_state() for generator in generators]
+    try:
+        with stream:
+            for generator in generators:
+                generator.manual_seed(seed)
+            iterator = iter(source)
+        while True:
+            with stream:
+                item = next(iterator, _END)
+            if item is _END:
+                return
+            yield item
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _generators(source: object) -> list[torch.Generator]:
+    holders = (source, getattr(source, "sampler", None), getattr(source, "batch_sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+
+def _as_source(data: object) -> Iterable[Batch]:
+    if isinstance(data, _Samples):
+        return data
+    if isinstance(data, DataLoader):
+        _refuse_shuffling(data)
+        return data
+    if isinstance(data, Tensor):
+        raise TypeError("data is a bare tensor: expected batches; pass one batch as a tuple (inputs, targets)")
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise TypeError(
+            f"data is a data set ({type(data).__name__}): expected batches; wrap it in DataLoader(data, batch_size=256)"
+        )
+    if isinstance(data, Mapping) or (is_record(data) and not isinstance(data, Iterable)):
+        return [data]
+    if isinstance(data, list | tuple):
+        return [data] if data and all(isinstance(item, Tensor) for item in data) else list(data)
+    if not isinstance(data, Iterable):
+        raise TypeError(
+            f"data must be batches that can be iterated, got {type(data).__name__}: pass a loader or a list"
+        )
+    if iter(data) is data:
+        raise TypeError("data is an iterator, which can be read only once: pass list(data), or a loader")
+    return data
+
+
+def _refuse_shuffling(loader: DataLoader[Any]) -> None:
+    samplers = [loader.sampler, getattr(loader.batch_sampler, "sampler", None)]
+    for sampler in samplers:
+        shuffles = isinstance(sampler, RandomSampler | WeightedRandomSampler) or (
+            isinstance(sampler, DistributedSampler) and sampler.shuffle
+        )
+        if shuffles:
+            raise ValueError(
+                f"the loader shuffles (its sampler is a {type(sampler).__name__}): expected the same batches at "
+                "every pass; use DataLoader(..., shuffle=False)"
+            )
+
+
+def _fingerprint(batch: Batch) -> tuple[float, ...]:
+    """Return numbers that change when the content or the order of a batch changes."""
+    marks: list[float] = []
+    for tensor in tensors_of(batch):
+        flat = tensor.detach().reshape(-1)
+        if flat.is_complex():
+            flat = torch.view_as_real(flat).reshape(-1)
+        flat = flat.cpu().double()
+        weights = torch.arange(1, flat.numel() + 1, dtype=torch.float64).sqrt()
+        marks += [float(flat.numel()), float(torch.nan_to_num(flat).dot(weights))]
+    return tuple(marks)

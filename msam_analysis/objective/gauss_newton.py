@@ -1,0 +1,120 @@
+"""The generalised Gauss-Newton matrix of a loss over batches, as an operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from msam_analysis.objective.graphs import (
+    BatchLoss,
+    DifferentiableLoss,
+    GraphOperator,
+    MissingDerivativeError,
+    Product,
+    loss_gradients,
+    missing_derivatives,
+    pull_back,
+)
+from msam_analysis.objective.randomness import RandomStream
+from msam_analysis.objective.vectors import no_autocast
+
+
+class GaussNewtonOperator(GraphOperator):
+    """``G = Σ_b n_b J_bᵀ H_b J_b / Σ_b n_b``, the Hessian without the curvature of the model itself.
+
+    ``J_b`` is the derivative of the model's output on batch ``b`` with respect to the parameters, ``H_b`` the Hessian
+    of the batch's mean loss in that output (Schraudolph 2002; Martens 2010, section 4). Positive semi-definite for
+    losses that are convex in the output; the Hessian itself for models that are linear in their parameters; the Fisher
+    information for cross-entropy of logits and for squared errors, up to the latter's factor.
+
+    ``J v`` is the derivative of ``Jᵀ u`` with respect to ``u``; its graph is kept as that of a Hessian is. Where a
+    layer of the model has no second derivative, ``J v`` is a central difference of the output instead.
+
+    Parameters
+    ----------
+    loss, w, keep_bytes
+        See :class:`~msam_analysis.objective.graphs.GraphOperator`.
+
+    Raises
+    ------
+    ValueError
+        At the first product, if the loss is no function of what the model puts out: because the model computes it
+        itself, because ``loss_fn`` does not call the model, or because it uses the parameters beside it.
+    """
+
+    _cut = True
+
+    def __init__(self, loss: DifferentiableLoss, w: Tensor | None, *, keep_bytes: int) -> None:
+        super().__init__(loss, w, keep_bytes=keep_bytes)
+        self.settings["matrix"] = "Gauss-Newton"
+
+    def _product(self, loss: BatchLoss) -> Product:
+        leaves = list(self._leaves.values())
+        used, slopes = self._opened(loss)
+        outputs, cuts = [loss.outputs[index] for index in used], [loss.cuts[index] for index in used]
+        # Jᵀu is linear in u: its derivative is J, whatever u.
+        probes = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+        pulled = torch.autograd.grad(outputs, [*leaves, *loss.cuts], probes, create_graph=True, allow_unused=True)
+        if any(piece is not None for piece in pulled[len(leaves) :]):
+            raise ValueError(
+                "the model is called on its own output: expected a loss of independent calls; put the loop into the "
+                "model's forward"
+            )
+        ends = [torch.zeros_like(leaf) if end is None else end for end, leaf in zip(pulled, leaves, strict=False)]
+
+        def product(pieces: list[Tensor], together: bool, keep: bool) -> list[Tensor]:
+            pushed = pull_back(ends, probes, pieces, together=together)
+            bent = pull_back(slopes, cuts, pushed, together=together)
+            return pull_back(outputs, leaves, bent, together=together, keep=keep)
+
+        return product
+
+    def _difference(self, ahead: Tensor, behind: Tensor) -> Tensor:
+        leaves = list(self._leaves.values())
+        total, weight_sum = torch.zeros_like(ahead), 0.0
+        derivatives = self._loss.kernels(twice=False)
+        with torch.enable_grad(), no_autocast(self.device), derivatives, RandomStream(self._loss.seed) as stream:
+            here, first, second = (
+                self._loss.batch_losses(point, self._constants, stream, cut=True)
+                for point in (self._leaves, self._loss.leaves(ahead), self._loss.leaves(behind))
+            )
+            for loss, plus, minus in zip(here, first, second, strict=True):
+                used, slopes = self._opened(loss)
+                pushed = [(plus.outputs[index] - minus.outputs[index]).detach() for index in used]
+                bent = self._bent(slopes, [loss.cuts[index] for index in used], pushed)
+                pulled = pull_back([loss.outputs[index] for index in used], leaves, bent, together=False)
+                total.add_(self._loss.layout.flatten(pulled), alpha=loss.weight)
+                weight_sum += loss.weight
+        return total / weight_sum
+
+    def _opened(self, loss: BatchLoss) -> tuple[list[int], list[Tensor]]:
+        """Return which outputs the loss uses and its derivatives in them; ``ValueError`` if it uses anything else."""
+        if not loss.value.requires_grad:
+            loss_gradients(loss.value, self._leaves)  # says why
+        inputs = [*loss.cuts, *self._leaves.values()]
+        found = torch.autograd.grad(loss.value, inputs, create_graph=True, allow_unused=True)
+        if any(gradient is not None for gradient in found[len(loss.cuts) :]):
+            raise ValueError(
+                "the loss uses the parameters beside the model's output: expected loss_fn to call the model itself, "
+                "not its layers or methods, and to use nothing but tensors that it puts out; leave out penalties on "
+                "the weights, whose curvature is known"
+            )
+        slopes = {index: slope for index, slope in enumerate(found[: len(loss.cuts)]) if slope is not None}
+        linear = [loss.cuts[index].ndim for index, slope in slopes.items() if not slope.requires_grad]
+        if 0 in linear or len(linear) == len(slopes):
+            raise ValueError(
+                "the loss is linear in what the model puts out, so that the Gauss-Newton matrix says nothing: expected "
+                "predictions and a loss_fn that compares them with targets; if the model computes the loss itself, "
+                "compute it in loss_fn from its logits"
+            )
+        return list(slopes), list(slopes.values())
+
+    def _bent(self, slopes: list[Tensor], cuts: list[Tensor], pushed: list[Tensor]) -> list[Tensor]:
+        try:
+            with missing_derivatives():
+                return pull_back(slopes, cuts, pushed, together=False)
+        except MissingDerivativeError as missing:
+            raise ValueError(
+                f"the loss has no second derivative in the model's output ({missing}): expected one that has; use "
+                "another version of it, or the Hessian, which can do with differences of the gradient"
+            ) from missing

@@ -1,0 +1,229 @@
+"""One flat vector and the tensors it stands for.
+
+Every point, gradient and direction in this package is a flat 1-D tensor. A :class:`Layout` says which slice of it
+belongs to which parameter and gives views, never copies.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+ParameterFilter = Callable[[str, nn.Parameter], bool]
+Selection = str | Iterable[str] | ParameterFilter | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of the tensors that a flat vector is made of, in order.
+
+    Parameters
+    ----------
+    names
+        One name for each tensor, as in ``model.named_parameters()``.
+    shapes
+        Their shapes.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of elements of each tensor."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def size(self) -> int:
+        """Length of the flat vector."""
+        return sum(self.sizes)
+
+    def views(self, vector: Tensor) -> dict[str, Tensor]:
+        """Split a vector into named views that share its memory.
+
+        Parameters
+        ----------
+        vector
+            Shape ``(size,)``.
+
+        Returns
+        -------
+        dict
+            Name to view, each of its parameter's shape.
+
+        Raises
+        ------
+        ValueError
+            The vector has another shape.
+        """
+        self.check(vector)
+        pieces = torch.split(vector, list(self.sizes))
+        return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
+
+    def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
+        """Concatenate tensors, given in the layout's order, to a new flat vector of shape ``(size,)``."""
+        return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+    def check(self, vector: Tensor, what: str = "vector") -> None:
+        """Raise ``ValueError`` unless ``vector`` is flat and of the right length."""
+        if not isinstance(vector, Tensor) or vector.shape != (self.size,):
+            came = f"shape {tuple(vector.shape)}" if isinstance(vector, Tensor) else type(vector).__name__
+            raise ValueError(
+                f"expected a flat {what} of shape ({self.size},), one entry per selected parameter element; "
+                f"got {came}: build it with objective.vector(...) or a function of msam_analysis.landscape.directions"
+            )
+
+
+def select(model: nn.Module, parameters: Selection) -> dict[str, nn.Parameter]:
+    """Return the parameters of ``model`` that a selection names, in the model's order, tied ones once.
+
+    Parameters
+    ----------
+    model
+        The module.
+    parameters
+        ``None`` for every parameter with ``requires_grad``; a shell pattern (``"layer1.*"``) or several; or a predicate
+        ``f(name, parameter) -> bool``. A pattern or predicate may name frozen parameters: then they are measured too.
+
+    Returns
+    -------
+    dict
+        Name to parameter.
+
+    Raises
+    ------
+    ValueError
+        Nothing is selected.
+    TypeError
+        The selection is of another kind.
+    """
+    named = dict(model.named_parameters())
+    if parameters is None:
+        chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        if not chosen:
+            raise ValueError(
+                f"the model has no parameter with requires_grad=True among its {len(named)}: "
+                "unfreeze some, or select frozen ones by name with parameters=..."
+            )
+        return chosen
+    if callable(parameters):
+        chosen = {name: parameter for name, parameter in named.items() if parameters(name, parameter)}
+    else:
+        patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(
+                "parameters must be None, name patterns such as 'layer1.*', or a predicate f(name, parameter); "
+                f"got {[type(pattern).__name__ for pattern in patterns]}: pass names, not tensors"
+            )
+        unmatched = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in named)]
+        if unmatched:
+            raise ValueError(
+                f"no parameter is named {unmatched[0]!r}: expected a pattern that matches one of {_some(named)}"
+            )
+        chosen = {
+            name: parameter
+            for name, parameter in named.items()
+            if any(fnmatchcase(name, pattern) for pattern in patterns)
+        }
+    if not chosen:
+        raise ValueError(f"parameters selects nothing: expected at least one of {_some(named)}")
+    return chosen
+
+
+def normalization_layers(model: nn.Module) -> ParameterFilter:
+    """Return the selection of every normalisation layer's own parameters (Batch-, Layer-, Group-, Instance-, RMSNorm).
+
+    Parameters
+    ----------
+    model
+        The module whose layers are looked at.
+
+    Returns
+    -------
+    callable
+        A predicate for the ``parameters`` argument of an objective.
+    """
+    kinds = (
+        nn.modules.batchnorm._NormBase,
+        nn.LayerNorm,
+        nn.GroupNorm,
+        *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []),
+    )
+    inside = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, kinds)
+        for parameter in module.parameters(recurse=False)
+    }
+    return lambda _name, parameter: id(parameter) in inside
+
+
+def orthonormalize(vectors: Tensor, against: Tensor | None = None) -> Tensor:
+    """Return an orthonormal basis of the columns of ``vectors`` after removing their parts in span(``against``).
+
+    Two passes of classical Gram-Schmidt against ``against`` ("twice is enough", Giraud et al. 2005), then a
+    rank-revealing QR. Directions that are dependent to working precision are dropped.
+
+    Parameters
+    ----------
+    vectors
+        Shape ``(size, p)``.
+    against
+        Shape ``(size, m)`` with orthonormal columns, or ``None``.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(size, q)``, ``q <= p``.
+    """
+    scale = vectors.norm(dim=0)
+    vectors = vectors[:, scale > 0] / scale[scale > 0]
+    for _ in range(2):
+        if against is not None and against.shape[1]:
+            vectors = vectors - against @ (against.T @ vectors)
+    if vectors.shape[1] == 0:
+        return vectors
+    q, r = torch.linalg.qr(vectors)
+    # The singular vectors of the small factor tell dependent columns apart wherever they stand.
+    left, singular, _ = torch.linalg.svd(r, full_matrices=False)
+    q, keep = q @ left, singular > 100 * torch.finfo(vectors.dtype).eps
+    if against is not None and against.shape[1]:
+        # A column that was nearly inside span(against) is mostly rounding error: clean what QR scaled up.
+        q = q - against @ (against.T @ q)
+        q = q / q.norm(dim=0).clamp_min(torch.finfo(q.dtype).tiny)
+    kept: Tensor = q[:, keep]
+    return kept
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 for a device that has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """Return the context in which a caller's autocast does not reach what is computed."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def gaussian(size: int, columns: int, *, seed: int, like: Tensor, use: str = "") -> Tensor:
+    """Draw a ``(size, columns)`` standard Gaussian matrix from a private generator seeded with ``seed`` and ``use``.
+
+    Drawn in float64 on the CPU, so that every device and data type sees the same numbers. What is drawn for another
+    ``use`` is independent, also from the same seed.
+    """
+    # The generator looks at 32 bits of its seed only: hash all of it into these.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {use}".encode()) if use else seed)
+    draw = torch.randn(size, columns, generator=generator, dtype=torch.float64)
+    return draw.to(device=like.device, dtype=like.dtype)
+
+
+def _some(names: Mapping[str, object] | Sequence[str], limit: int = 6) -> str:
+    names = list(names)
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown}, ... ({len(names)} in all)"
