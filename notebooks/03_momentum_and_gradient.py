@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import msam_analysis as ma
-from msam_analysis.studies import digits
+from msam_analysis.studies import digits, pictures
 
 torch.set_num_threads(1)
 
@@ -228,7 +228,7 @@ moments = curves(
         "after the update": ("each once an epoch", "cosine_after"),
     }
 )
-ax = ma.plots.over_training(moments, "cosine", label="cosine of momentum and gradient")
+ax = pictures.over_training(moments, "cosine", label="cosine of momentum and gradient")
 
 # %% [markdown]
 # *What to see.* Measured before the update, the cosine is negative from the first tenth of the run on. Measured after
@@ -247,7 +247,7 @@ controls = curves(
         "held out, one batch": (once, "fixed"),
     }
 )
-ax = ma.plots.over_training(controls, "cosine", label="cosine with v of the last step")
+ax = pictures.over_training(controls, "cosine", label="cosine with v of the last step")
 
 # %%
 late = {name: table[table["step"] >= 2 * EPOCHS] for name, table in runs.items()}  # without the first eighth
@@ -289,8 +289,8 @@ for name, table in late.items():
         rise = (known[f"loss_along/{a:g}"] - known["loss_along/0"]).groupby(known["seed"]).mean()
         lines.append(pd.DataFrame({"optimizer": name, "seed": rise.index, "a": a, "rise": rise.to_numpy()}))
 along = pd.concat(lines)
-line = ma.plots.Sweep(along, "a", "rise", "distance a along v", "rise of the batch's loss", log=False, zero_line=True)
-axes = ma.plots.sweep(line)
+line = pictures.Sweep(along, "a", "rise", "distance a along v", "rise of the batch's loss", log=False, zero_line=True)
+axes = pictures.sweep(line)
 
 # %% [markdown]
 # *What to see.* With each sample once an epoch the valley leans: ahead the loss rises at once, and a step back it first

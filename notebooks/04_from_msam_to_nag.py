@@ -21,9 +21,8 @@ import torch
 from torch import nn
 
 import msam
-import msam_analysis as ma
 from msam import PRESETS, Perturbation
-from msam_analysis.studies import digits
+from msam_analysis.studies import digits, pictures
 from msam_analysis.studies.runs import variant
 from msam_analysis.studies.training import train
 from msam_analysis.studies.workloads import DIGITS
@@ -149,7 +148,7 @@ table.set_index(["optimizer", "ρ", "seed"]).round(3)
 longest = {name: rhos[-1] for name, (_, rhos) in KINDS.items()}
 courses = pd.concat(course for course, _ in made)
 chosen = courses[courses["rho"] == courses["optimizer"].map(longest)]
-ax = ma.plots.over_training(chosen, "epsilon_norm", log=True, label="length of ε")
+ax = pictures.over_training(chosen, "epsilon_norm", log=True, label="length of ε")
 
 # %% [markdown]
 # *What to see.* Each kind at its largest ρ. The normalised one has the same length at every step. Without the
@@ -168,8 +167,8 @@ assert (ends.loc["normalised", "length of ε at the end"] > 0.9 * ends.loc["norm
 
 # %%
 against = table.rename(columns={"mean length of ε": "length"})
-panel = ma.plots.Sweep(against, "length", "test_accuracy", "mean length of ε", "test accuracy (%)", percent=True)
-axes = ma.plots.sweep(panel)
+panel = pictures.Sweep(against, "length", "test_accuracy", "mean length of ε", "test accuracy (%)", percent=True)
+axes = pictures.sweep(panel)
 
 # %% [markdown]
 # *What to see.* Against the length of ε the three kinds fall on nearly one curve: it rises to a length of about 3,

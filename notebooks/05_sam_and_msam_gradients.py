@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import msam
 import msam_analysis as ma
-from msam_analysis.studies import digits
+from msam_analysis.studies import digits, pictures
 
 torch.set_num_threads(1)
 
@@ -160,11 +160,11 @@ angles = medians.melt(var_name="rho", value_name="angle", ignore_index=False).re
 asked["fifth"] = 1 + asked["epoch"] * 5 // EPOCHS
 roots = asked.groupby(["optimizer", "seed", "fifth"], as_index=False)["rho_0"].mean()
 figure, (left, right) = ma.plots.panels(2)
-turned = ma.plots.Sweep(
+turned = pictures.Sweep(
     angles, "rho", "angle", "ρ of MSAM", "angle from SAM's gradient, degrees", log=False, zero_line=True
 )
-ma.plots.sweep(turned, left)
-ma.plots.over_training(roots, "rho_0", right, x="fifth", label="ρ₀, where there is one", legend=False)
+pictures.sweep(turned, left)
+pictures.over_training(roots, "rho_0", right, x="fifth", label="ρ₀, where there is one", legend=False)
 with ma.plots.style():
     right.set_xlabel("fifth of the run")
 
@@ -210,8 +210,8 @@ full = pd.concat(
     )
     for step, found in answers.items()
 )
-whole = ma.plots.Sweep(full, "rho", "cosine", "ρ of MSAM", "cosine with SAM's gradient", log=False, zero_line=True)
-axes = ma.plots.sweep(whole)
+whole = pictures.Sweep(full, "rho", "cosine", "ρ of MSAM", "cosine with SAM's gradient", log=False, zero_line=True)
+axes = pictures.sweep(whole)
 
 # %% [markdown]
 # *What to see.* The cosine falls with ρ from the start. The plain gradient, 40 degrees away, is *nearer* to SAM's than

@@ -20,7 +20,7 @@ from torch import nn
 
 import msam
 import msam_analysis as ma
-from msam_analysis.studies import digits
+from msam_analysis.studies import digits, pictures
 
 torch.set_num_threads(1)
 
@@ -84,7 +84,7 @@ recorded = pd.concat(table for table, _ in trained.values())
 # ## 1. The largest eigenvalue
 
 # %%
-ax = ma.plots.over_training(recorded, "lambda_1", log=True, label="λ₁ of the training loss")
+ax = pictures.over_training(recorded, "lambda_1", log=True, label="λ₁ of the training loss")
 
 # %% [markdown]
 # *What to see.* Both optimizers leave the sharply curved place where they began within an epoch. Then they part: SGD's
@@ -105,7 +105,7 @@ assert last.loc["SGD", "lambda_1"] > 1.5 * last.loc["MSAM", "lambda_1"]
 
 # %%
 directions = {"curvature_momentum": "momentum", "curvature_gradient": "gradient", "curvature_random": "random"}
-axes = ma.plots.over_training(recorded, directions, log=True, label="curvature d'Hd/d'd")
+axes = pictures.over_training(recorded, directions, log=True, label="curvature d'Hd/d'd")
 
 # %% [markdown]
 # *What to see.* A random direction is flat: its curvature is the mean of 14,458 eigenvalues, nearly all of them close
@@ -169,7 +169,7 @@ assert right["end"]["MSAM"] < 0.5 * min(right["end"]["SGD"], right["start"]["SGD
 # %%
 pairs = {name: ma.top_eigenvalues(moments["end"], k=5) for name, (_, moments) in trained.items()}
 top = pd.concat({name: found.to_frame() for name, found in pairs.items()}, names=["optimizer"]).reset_index(level=0)
-ax = ma.plots.eigenvalues(top.assign(seed=0))
+ax = pictures.eigenvalues(top.assign(seed=0))
 top.set_index(["optimizer", "index"])[["value", "residual"]]
 
 # %% [markdown]

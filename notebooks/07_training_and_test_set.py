@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import msam_analysis as ma
 from msam import Perturbation
+from msam_analysis.studies import pictures
 from msam_analysis.studies.runs import variant
 from msam_analysis.studies.training import train
 from msam_analysis.studies.workloads import DIGITS
@@ -68,7 +69,7 @@ envelope = parabola.assign(
 )
 figure, axes = ma.plots.panels(2, share_y=True)
 for ax, (h, table) in zip(axes, envelope.groupby("h"), strict=True):
-    ma.plots.over_training(table, "distance", ax, x="step", log=True, label="largest |w| of 12 steps")
+    pictures.over_training(table, "distance", ax, x="step", log=True, label="largest |w| of 12 steps")
     with ma.plots.style():
         ax.set_title(f"h = {h}, η = 0.1, μ = 0.9")
 
@@ -163,7 +164,7 @@ outcomes = pd.DataFrame([row for _, row in found])
 figure, axes = ma.plots.panels(2)
 for ax, kind in zip(axes, LABELS, strict=True):
     table = courses[courses["labels"] == kind]
-    ma.plots.over_training(table, "loss_before", ax, log=kind == "right labels", label="training loss")
+    pictures.over_training(table, "loss_before", ax, log=kind == "right labels", label="training loss")
     with ma.plots.style():
         ax.set_title(kind)
 
@@ -173,7 +174,7 @@ for ax, kind in zip(axes, LABELS, strict=True):
 # %%
 figure, axes = ma.plots.panels(2)
 for ax, kind in zip(axes, LABELS, strict=True):
-    ma.plots.accuracy(outcomes[outcomes["labels"] == kind], ax, legend=False)
+    pictures.accuracy(outcomes[outcomes["labels"] == kind], ax, legend=False)
     ax.set_xlabel("accuracy (%), filled: test, open: train")
     with ma.plots.style():
         ax.set_title(kind)

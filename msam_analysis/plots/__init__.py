@@ -13,15 +13,11 @@ intervals of the mean over seeds, as in the paper. NaN and infinity are drawn as
 """
 
 from msam_analysis.plots.animation import animate_trajectory
-from msam_analysis.plots.comparison import accuracy, ball_sharpness, eigenvalues
 from msam_analysis.plots.interactive import interactive_surface
 from msam_analysis.plots.live import LivePlot, live, recorded
 from msam_analysis.plots.look import COLUMN_WIDTH, PAGE_WIDTH, Look, look, panels, save, style
-from msam_analysis.plots.mechanisms import along_momentum, by_group, one_step, zero_angle
 from msam_analysis.plots.slices import slice_1d, slice_1d_panels, slice_2d, surface_3d
 from msam_analysis.plots.spectra import spectral_density
-from msam_analysis.plots.sweeps import Sweep, both_signs, sweep
-from msam_analysis.plots.training import over_training, perturbation_rise
 from msam_analysis.plots.trajectories import trajectory, trajectory_losses, trajectory_panels
 
 __all__ = [
@@ -29,21 +25,11 @@ __all__ = [
     "PAGE_WIDTH",
     "LivePlot",
     "Look",
-    "Sweep",
-    "accuracy",
-    "along_momentum",
     "animate_trajectory",
-    "ball_sharpness",
-    "both_signs",
-    "by_group",
-    "eigenvalues",
     "interactive_surface",
     "live",
     "look",
-    "one_step",
-    "over_training",
     "panels",
-    "perturbation_rise",
     "recorded",
     "save",
     "slice_1d",
@@ -52,9 +38,7 @@ __all__ = [
     "spectral_density",
     "style",
     "surface_3d",
-    "sweep",
     "trajectory",
     "trajectory_losses",
     "trajectory_panels",
-    "zero_angle",
 ]

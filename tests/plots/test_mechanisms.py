@@ -13,7 +13,7 @@ import pytest
 mpl.use("agg")
 from matplotlib import pyplot as plt
 
-from msam_analysis import plots
+from msam_analysis.studies import pictures
 
 POINTS = ("from", "at", "gradient_at", "to")
 STEPS = pd.DataFrame(
@@ -68,7 +68,7 @@ def closed() -> Any:
 
 
 def test_one_step() -> None:
-    axes = plots.one_step(STEPS, GRID)
+    axes = pictures.one_step(STEPS, GRID)
     assert [ax.get_title() for ax in axes] == ["SGD", "MSAM"]
     for ax in axes:
         (weights,) = [line for line in ax.lines if line.get_marker() == "o"]
@@ -79,14 +79,14 @@ def test_one_step() -> None:
 
 
 def test_along_momentum() -> None:
-    ax = plots.along_momentum(ALONG)
+    ax = pictures.along_momentum(ALONG)
     curve = next(line for line in ax.lines if line.get_label() == "SGD")
     assert curve.get_xdata() == pytest.approx([-1.0, 0.0, 0.1, 1.0])
     assert curve.get_ydata() == pytest.approx([1.5 * (a - 0.1) ** 2 for a in (-1.0, 0.0, 0.1, 1.0)])
 
 
 def test_zero_angle() -> None:
-    left, right = plots.zero_angle(ANGLES, ROOTS, 3.0)
+    left, right = pictures.zero_angle(ANGLES, ROOTS, 3.0)
     assert left.lines[0].get_ydata() == pytest.approx([10.5, 9.5, 8.5])
     (points,) = [line for line in right.lines if line.get_linestyle() == "None"]
     assert points.get_xydata() == pytest.approx(np.array([[0, 2.0], [1, 3.0], [2, 4.0]])), "no point without a root"
@@ -94,7 +94,7 @@ def test_zero_angle() -> None:
 
 
 def test_by_group() -> None:
-    score, size = plots.by_group(GROUPS, {"score": "score (%)", "size": "size"}, "task", log=["size"])
+    score, size = pictures.by_group(GROUPS, {"score": "score (%)", "size": "size"}, "task", log=["size"])
     assert [label.get_text() for label in score.get_yticklabels()] == ["text", "table"]
     assert (score.get_xlabel(), size.get_xscale()) == ("score (%)", "log")
     means = {bar.get_label(): bar.lines[0].get_xdata() for bar in score.containers}
@@ -105,12 +105,12 @@ def test_by_group() -> None:
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: plots.one_step(STEPS.drop(columns="to_x"), GRID),
-        lambda: plots.one_step(STEPS, GRID.drop(columns="loss")),
-        lambda: plots.along_momentum(ALONG.drop(columns="change")),
-        lambda: plots.zero_angle(ANGLES.drop(columns="angle"), ROOTS, 3.0),
-        lambda: plots.zero_angle(ANGLES, ROOTS.drop(columns="rho_0"), 3.0),
-        lambda: plots.by_group(GROUPS, {"colour": "colour"}, "task"),
+        lambda: pictures.one_step(STEPS.drop(columns="to_x"), GRID),
+        lambda: pictures.one_step(STEPS, GRID.drop(columns="loss")),
+        lambda: pictures.along_momentum(ALONG.drop(columns="change")),
+        lambda: pictures.zero_angle(ANGLES.drop(columns="angle"), ROOTS, 3.0),
+        lambda: pictures.zero_angle(ANGLES, ROOTS.drop(columns="rho_0"), 3.0),
+        lambda: pictures.by_group(GROUPS, {"colour": "colour"}, "task"),
     ],
 )
 def test_missing_columns(draw: Callable[[], object]) -> None:
@@ -121,9 +121,9 @@ def test_missing_columns(draw: Callable[[], object]) -> None:
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda ax: plots.one_step(STEPS, GRID, [ax]),
-        lambda ax: plots.zero_angle(ANGLES, ROOTS, 3.0, [ax]),
-        lambda ax: plots.by_group(GROUPS, {"score": "", "size": ""}, "task", [ax]),
+        lambda ax: pictures.one_step(STEPS, GRID, [ax]),
+        lambda ax: pictures.zero_angle(ANGLES, ROOTS, 3.0, [ax]),
+        lambda ax: pictures.by_group(GROUPS, {"score": "", "size": ""}, "task", [ax]),
     ],
 )
 def test_too_few_axes(draw: Callable[[Any], object]) -> None:

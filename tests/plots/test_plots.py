@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from msam_analysis import plots
 from msam_analysis.results import Slice1D, Slice2D
 from msam_analysis.results.statistics import mean_interval, summarise
+from msam_analysis.studies import pictures
 from tests.plots.cases import OPTIMIZERS, SHARPNESS, line, plane, projection, table, with_loss, with_surface
 
 EPOCHS = [1.0, 2.0, 3.0]
@@ -56,13 +57,13 @@ EVERY_KIND: dict[str, Callable[[], Any]] = {
     "trajectory_losses": lambda: plots.trajectory_losses(SEEN),
     "trajectory_panels": lambda: plots.trajectory_panels(plane(), SEEN),
     "trajectory_panels one": lambda: plots.trajectory_panels(holes(), projection(), filled=False, log=True),
-    "eigenvalues": lambda: plots.eigenvalues(EIGENVALUES),
-    "ball_sharpness": lambda: plots.ball_sharpness(BALLS),
-    "accuracy": lambda: plots.accuracy(RUNS),
-    "over_training": lambda: plots.over_training(COSINES, "cosine"),
-    "over_training several": lambda: plots.over_training(STEPS, ["curvature", "loss_before"], log=True),
-    "perturbation_rise": lambda: plots.perturbation_rise(STEPS),
-    "perturbation_rise six": lambda: plots.perturbation_rise(
+    "eigenvalues": lambda: pictures.eigenvalues(EIGENVALUES),
+    "ball_sharpness": lambda: pictures.ball_sharpness(BALLS),
+    "accuracy": lambda: pictures.accuracy(RUNS),
+    "over_training": lambda: pictures.over_training(COSINES, "cosine"),
+    "over_training several": lambda: pictures.over_training(STEPS, ["curvature", "loss_before"], log=True),
+    "perturbation_rise": lambda: pictures.perturbation_rise(STEPS),
+    "perturbation_rise six": lambda: pictures.perturbation_rise(
         table(["loss_before", "loss_after"], optimizers=[*OPTIMIZERS, "AdamW", "ASAM"], seeds=1, epoch=EPOCHS), log=True
     ),
 }
@@ -130,7 +131,7 @@ def test_figures_fit_a_column_or_a_page_and_their_text_is_readable(kind: Callabl
 
 
 def test_the_style_holds_when_the_figure_is_drawn_later() -> None:
-    for ax in (plots.ball_sharpness(BALLS), plots.slice_2d(PLANES)[3], plots.panels(1)[1][0]):
+    for ax in (pictures.ball_sharpness(BALLS), plots.slice_2d(PLANES)[3], plots.panels(1)[1][0]):
         ax.figure.canvas.draw()
         labels = [*ax.get_xticklabels(), *ax.get_yticklabels()]
         assert {text.get_fontsize() for text in labels} == {7.0}
@@ -144,10 +145,10 @@ DRAWN_ON_ONE: dict[str, Callable[[Axes], Any]] = {
     "slice_2d holes": lambda ax: plots.slice_2d(holes(), ax),
     "slice_2d lines": lambda ax: plots.slice_2d(plane(), ax, filled=False),
     "trajectory": lambda ax: plots.trajectory(SEEN, ax),
-    "eigenvalues": lambda ax: plots.eigenvalues(EIGENVALUES, ax),
-    "ball_sharpness": lambda ax: plots.ball_sharpness(BALLS, ax),
-    "accuracy": lambda ax: plots.accuracy(RUNS, ax),
-    "over_training": lambda ax: plots.over_training(STEPS, "curvature", ax),
+    "eigenvalues": lambda ax: pictures.eigenvalues(EIGENVALUES, ax),
+    "ball_sharpness": lambda ax: pictures.ball_sharpness(BALLS, ax),
+    "accuracy": lambda ax: pictures.accuracy(RUNS, ax),
+    "over_training": lambda ax: pictures.over_training(STEPS, "curvature", ax),
 }
 
 
@@ -165,9 +166,9 @@ def test_panels_are_drawn_on_the_axes_given() -> None:
     figure = Figure()
     axes = figure.subplots(1, 4)
     assert plots.slice_2d(PLANES, axes).tolist() == axes.tolist()
-    assert plots.perturbation_rise(STEPS, axes).tolist() == axes.tolist()
+    assert pictures.perturbation_rise(STEPS, axes).tolist() == axes.tolist()
     assert plots.slice_1d_panels({"a": CURVES, "b": CURVES}, axes).tolist() == axes[:2].tolist()
-    assert plots.over_training(STEPS, ["curvature"], axes).tolist() == axes[:1].tolist()
+    assert pictures.over_training(STEPS, ["curvature"], axes).tolist() == axes[:1].tolist()
     axes = figure.subplots(1, 5)
     assert plots.trajectory_losses(SEEN, axes[3:]).tolist() == axes[3:].tolist()
     assert plots.trajectory_panels(plane(), SEEN, axes).tolist() == axes[:3].tolist()
@@ -522,7 +523,7 @@ def test_long_names_of_directions_are_explained_once_below_surfaces() -> None:
 
 def test_over_training_draws_the_mean_of_each_optimizer() -> None:
     shuffled = COSINES.sample(frac=1.0, random_state=0)
-    ax = plots.over_training(shuffled, "cosine")
+    ax = pictures.over_training(shuffled, "cosine")
     drawn = curves(ax)
     assert list(drawn) == list(OPTIMIZERS)
     for name, vertices in drawn.items():
@@ -535,14 +536,14 @@ def test_over_training_draws_the_mean_of_each_optimizer() -> None:
     ("shift", "given", "drawn"), [(0, None, True), (99, None, False), (99, True, True), (0, False, False)]
 )
 def test_zero_line(shift: float, given: bool | None, drawn: bool) -> None:
-    ax = plots.over_training(COSINES.assign(cosine=COSINES.cosine + shift), "cosine", zero_line=given)
+    ax = pictures.over_training(COSINES.assign(cosine=COSINES.cosine + shift), "cosine", zero_line=given)
     zeros = [item for item in ax.lines if np.size(item.get_ydata()) == 2 and not np.any(item.get_ydata())]
     assert bool(zeros) == drawn
 
 
 def test_over_training_takes_steps_and_several_quantities() -> None:
     frame = STEPS.rename(columns={"epoch": "step"})
-    axes = plots.over_training(frame, {"curvature": "along momentum", "loss_after": "after"}, label="value")
+    axes = pictures.over_training(frame, {"curvature": "along momentum", "loss_after": "after"}, label="value")
     assert [ax.get_title() for ax in axes] == ["along momentum", "after"]
     assert [ax.get_ylabel() for ax in axes] == ["value", ""]
     assert {ax.get_xlabel() for ax in axes} == {"step"}
@@ -552,14 +553,14 @@ def test_over_training_takes_steps_and_several_quantities() -> None:
 def test_over_training_leaves_holes() -> None:
     frame = STEPS.copy()
     frame.loc[(frame.optimizer == "SGD") & (frame.seed == 0) & (frame.epoch == 2.0), "curvature"] = np.nan
-    vertices = curves(plots.over_training(frame, "curvature", log=True))["SGD"]
+    vertices = curves(pictures.over_training(frame, "curvature", log=True))["SGD"]
     assert np.isnan(vertices[:, 1]).tolist() == [False, True, False]
 
 
 def test_eigenvalues_of_two_methods_agree_where_rings_are_centred() -> None:
     frame = EIGENVALUES[EIGENVALUES["method"] == "lanczos"]
     frame = pd.concat([frame.assign(method="power"), frame])
-    ax = plots.eigenvalues(frame)
+    ax = pictures.eigenvalues(frame)
     markers = [
         item for item in ax.lines if item.get_marker() not in ("_", "|", "None") and np.size(item.get_xdata()) == 3
     ]
@@ -574,14 +575,14 @@ def test_eigenvalues_of_two_methods_agree_where_rings_are_centred() -> None:
 
 def test_eigenvalues_take_a_log_axis_only_where_they_can() -> None:
     frame = EIGENVALUES.assign(value=10.0 ** EIGENVALUES["index"])
-    assert plots.eigenvalues(frame).get_yscale() == "log"
-    assert plots.eigenvalues(frame.assign(value=-frame["value"])).get_yscale() == "linear"
-    assert plots.eigenvalues(frame, log=False).get_yscale() == "linear"
-    assert plots.eigenvalues(frame.drop(columns="method").drop_duplicates(["optimizer", "seed", "index"])).lines
+    assert pictures.eigenvalues(frame).get_yscale() == "log"
+    assert pictures.eigenvalues(frame.assign(value=-frame["value"])).get_yscale() == "linear"
+    assert pictures.eigenvalues(frame, log=False).get_yscale() == "linear"
+    assert pictures.eigenvalues(frame.drop(columns="method").drop_duplicates(["optimizer", "seed", "index"])).lines
 
 
 def test_ball_sharpness_draws_the_means_on_two_log_axes() -> None:
-    ax = plots.ball_sharpness(BALLS, value="one_step", label="one step")
+    ax = pictures.ball_sharpness(BALLS, value="one_step", label="one step")
     assert (ax.get_xscale(), ax.get_yscale(), ax.get_ylabel()) == ("log", "log", "one step")
     for name, vertices in drawn_means(ax).items():
         expected = BALLS[BALLS["optimizer"] == name].groupby("rho")["one_step"].mean()
@@ -596,7 +597,7 @@ def drawn_means(ax: Axes) -> dict[str, npt.NDArray[np.float64]]:
 
 
 def test_accuracy_draws_means_intervals_and_seeds() -> None:
-    ax = plots.accuracy(RUNS)
+    ax = pictures.accuracy(RUNS)
     points = np.concatenate([np.asarray(item.get_xdata(), dtype=np.float64) for item in ax.lines])
     for column in ("train_accuracy", "test_accuracy"):
         for name in OPTIMIZERS:
@@ -609,12 +610,12 @@ def test_accuracy_draws_means_intervals_and_seeds() -> None:
 
 
 def test_accuracy_of_one_seed_has_no_interval() -> None:
-    ax = plots.accuracy(RUNS[RUNS["seed"] == 0])
+    ax = pictures.accuracy(RUNS[RUNS["seed"] == 0])
     assert len(ax.lines) == 2 * len(OPTIMIZERS)
 
 
 def test_perturbation_rise_draws_before_and_after() -> None:
-    axes = plots.perturbation_rise(STEPS)
+    axes = pictures.perturbation_rise(STEPS)
     assert [ax.get_title() for ax in axes] == list(OPTIMIZERS)
     assert len({ax.get_ylim() for ax in axes}) == 1
     for ax, name in zip(axes, OPTIMIZERS, strict=True):
@@ -626,7 +627,7 @@ def test_perturbation_rise_draws_before_and_after() -> None:
 
 def test_the_paper_comes_first_and_others_in_order_of_appearance() -> None:
     frame = table(["curvature"], optimizers=["Z", "MSAM", "A", "SGD"], epoch=EPOCHS)
-    assert list(curves(plots.over_training(frame, "curvature"))) == ["SGD", "MSAM", "Z", "A"]
+    assert list(curves(pictures.over_training(frame, "curvature"))) == ["SGD", "MSAM", "Z", "A"]
 
 
 # --------------------------------------------------------------------------------------------------- files and refusals
@@ -697,12 +698,12 @@ THIN = with_surface(np.arange(1.0), np.arange(3.0), np.ones((1, 3)), ("u", "v"))
         (lambda: plots.slice_2d(plane(), limits=(0.0, 1.0), log=True), "positive"),
         (lambda: plots.surface_3d(plane(), plt.figure().subplots()), "projection='3d'"),
         (lambda: plots.panels(0), "at least one panel"),
-        (lambda: plots.eigenvalues(RUNS), r"no column \['index', 'value'\]"),
-        (lambda: plots.ball_sharpness(BALLS.iloc[:0]), "no rows"),
-        (lambda: plots.ball_sharpness(pd.concat([BALLS, BALLS])), "one seed several times"),
-        (lambda: plots.over_training(STEPS, "cosine"), r"no column \['cosine'\]"),
-        (lambda: plots.perturbation_rise(STEPS, before="loss"), r"no column \['loss'\]"),
-        (lambda: plots.accuracy(RUNS.assign(test_accuracy=95.0)), "between 0 and 1, got 95"),
+        (lambda: pictures.eigenvalues(RUNS), r"no column \['index', 'value'\]"),
+        (lambda: pictures.ball_sharpness(BALLS.iloc[:0]), "no rows"),
+        (lambda: pictures.ball_sharpness(pd.concat([BALLS, BALLS])), "one seed several times"),
+        (lambda: pictures.over_training(STEPS, "cosine"), r"no column \['cosine'\]"),
+        (lambda: pictures.perturbation_rise(STEPS, before="loss"), r"no column \['loss'\]"),
+        (lambda: pictures.accuracy(RUNS.assign(test_accuracy=95.0)), "between 0 and 1, got 95"),
         (lambda: plots.save(plt.figure(), "a", ["gif"]), "formats must be among"),
         (lambda: plots.save(plt.figure(), "a", []), "formats must be among"),
     ],

@@ -16,8 +16,9 @@ from matplotlib.collections import FillBetweenPolyCollection
 from matplotlib.colors import to_hex
 
 from msam_analysis import plots
-from msam_analysis.plots import Sweep
 from msam_analysis.results.statistics import mean_interval
+from msam_analysis.studies import pictures
+from msam_analysis.studies.pictures import Sweep
 from tests.plots.cases import table
 
 STRENGTHS = [0.1, 1.0, 10.0]
@@ -43,7 +44,7 @@ def curve(ax: Axes, optimizer: str) -> tuple[list[float], list[float]]:
 
 
 def draw(panel: Sweep, **options: Any) -> Axes:
-    (ax,) = plots.sweep(panel, **options)
+    (ax,) = pictures.sweep(panel, **options)
     assert isinstance(ax, Axes)
     return ax
 
@@ -118,18 +119,18 @@ def test_a_zero_line() -> None:
 
 
 def test_labels_of_neighbours_are_not_repeated() -> None:
-    same = plots.sweep([PANEL, PANEL])
+    same = pictures.sweep([PANEL, PANEL])
     assert [ax.get_ylabel() for ax in same] == ["value", ""]
     assert [ax.get_xlabel() for ax in same] == ["rho", "rho"]
-    stacked = plots.sweep([PANEL, dataclasses.replace(PANEL, y="other", label_x="ρ")], columns=1)
+    stacked = pictures.sweep([PANEL, dataclasses.replace(PANEL, y="other", label_x="ρ")], columns=1)
     assert [ax.get_ylabel() for ax in stacked] == ["value", "other"]
     assert [ax.get_xlabel() for ax in stacked] == ["rho", "ρ"]
-    stacked = plots.sweep([PANEL, PANEL], columns=1)
+    stacked = pictures.sweep([PANEL, PANEL], columns=1)
     assert [ax.get_xlabel() for ax in stacked] == ["", "rho"]
 
 
 def test_titles_and_one_look_in_all_panels() -> None:
-    axes = plots.sweep({"left": dataclasses.replace(PANEL, frame=GRID), "right": PANEL}, share_y=True)
+    axes = pictures.sweep({"left": dataclasses.replace(PANEL, frame=GRID), "right": PANEL}, share_y=True)
     assert [ax.get_title() for ax in axes] == ["left", "right"]
     assert axes[0].get_ylim() == axes[1].get_ylim()
     names = [f"setting {index}" for index in range(2)]
@@ -139,7 +140,7 @@ def test_titles_and_one_look_in_all_panels() -> None:
     )
     looks = [
         {line.get_label(): to_hex(line.get_color()) for line in ax.lines if line.get_label() in names}
-        for ax in plots.sweep([left, right])
+        for ax in pictures.sweep([left, right])
     ]
     assert looks[0] == looks[1]
     assert len(set(looks[0].values())) == 2
@@ -155,7 +156,7 @@ def test_the_legend_names_every_curve_once(legend: bool) -> None:
 def test_a_user_s_axes() -> None:
     _, ax = plt.subplots()
     settings = mpl.rcParams.copy()
-    assert plots.sweep(PANEL, ax)[0] is ax
+    assert pictures.sweep(PANEL, ax)[0] is ax
     assert mpl.rcParams == settings
     assert ax.get_legend() is not None
 
@@ -164,7 +165,7 @@ def test_a_user_s_axes() -> None:
 
 
 def test_both_signs_meet_in_the_middle() -> None:
-    negative, positive, *_ = axes = plots.both_signs(SIGNED, {"value": "v", "other": "o"}, percent=False)
+    negative, positive, *_ = axes = pictures.both_signs(SIGNED, {"value": "v", "other": "o"}, percent=False)
     assert len(axes) == 4
     assert curve(positive, "MSAM")[1] == pytest.approx([interval(ALL, "MSAM", rho)[0] for rho in STRENGTHS])
     assert curve(negative, "MSAM")[1] == pytest.approx([interval(ALL, "MSAM", rho)[0] / 40 for rho in STRENGTHS])
@@ -179,7 +180,7 @@ def test_both_signs_meet_in_the_middle() -> None:
 
 def test_both_signs_on_given_axes() -> None:
     _, given = plt.subplots(1, 2)
-    axes = plots.both_signs(SIGNED, {"value": "v"}, given, legend=False)
+    axes = pictures.both_signs(SIGNED, {"value": "v"}, given, legend=False)
     assert list(axes) == list(given)
     assert given[0].get_legend() is None
 
@@ -190,14 +191,14 @@ def test_both_signs_on_given_axes() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: plots.sweep([]), "at least one panel"),
-        (lambda: plots.sweep(Sweep(ALL, "rho", "colour")), r"no column \['colour'\]"),
-        (lambda: plots.sweep(Sweep(ALL.iloc[:0], "rho", "value")), "no rows"),
-        (lambda: plots.sweep(Sweep(pd.concat([GRID, GRID]), "rho", "value")), "one seed several times"),
-        (lambda: plots.sweep(Sweep(SGD, "rho", "value")), r"needs values of 'rho' above 0, got \[0.0\]"),
-        (lambda: plots.sweep([PANEL, PANEL], plt.subplots()[1]), "2 panels need 2 axes, got 1"),
-        (lambda: plots.both_signs(ALL, {"value": "v"}), r"no column \['sign'\]"),
-        (lambda: plots.both_signs(SIGNED[SIGNED["sign"] == 1], {"value": "v"}), r"both signs of 'rho' .* has \[1\]"),
+        (lambda: pictures.sweep([]), "at least one panel"),
+        (lambda: pictures.sweep(Sweep(ALL, "rho", "colour")), r"no column \['colour'\]"),
+        (lambda: pictures.sweep(Sweep(ALL.iloc[:0], "rho", "value")), "no rows"),
+        (lambda: pictures.sweep(Sweep(pd.concat([GRID, GRID]), "rho", "value")), "one seed several times"),
+        (lambda: pictures.sweep(Sweep(SGD, "rho", "value")), r"needs values of 'rho' above 0, got \[0.0\]"),
+        (lambda: pictures.sweep([PANEL, PANEL], plt.subplots()[1]), "2 panels need 2 axes, got 1"),
+        (lambda: pictures.both_signs(ALL, {"value": "v"}), r"no column \['sign'\]"),
+        (lambda: pictures.both_signs(SIGNED[SIGNED["sign"] == 1], {"value": "v"}), r"both signs of 'rho' .* has \[1\]"),
     ],
 )
 def test_errors(call: Any, message: str) -> None:

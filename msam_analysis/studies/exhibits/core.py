@@ -13,6 +13,7 @@ import pandas as pd
 from msam_analysis import plots
 from msam_analysis.results import Slice1D, Slice2D
 from msam_analysis.results.statistics import summarise
+from msam_analysis.studies import pictures
 from msam_analysis.studies.claims import CLAIMS
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding, controls, networks
 from msam_analysis.studies.measuring import LINES
@@ -24,7 +25,7 @@ Draw = Callable[[Tables, Sequence[FinishedRun]], Any]
 
 
 def _accuracy(tables: Tables, _: Sequence[FinishedRun]) -> Any:
-    return plots.accuracy(tables.runs)
+    return pictures.accuracy(tables.runs)
 
 
 CURVATURES = tuple(f"curvature_{name}" for name in ("momentum", "gradient", "random"))
@@ -51,27 +52,27 @@ def _cosine(tables: Tables, _: Sequence[FinishedRun]) -> Any:
         control = _per_epoch(tables.controls, "cosine").rename(columns={"cosine": "control"})
         per_epoch = per_epoch.merge(control, on=_EPOCH, how="left")
         quantities["control"] = "control: samples drawn with replacement"
-    return plots.over_training(
+    return pictures.over_training(
         per_epoch, quantities, x="epoch", zero_line=True, label=r"$\cos(v_{t-1},\, g_t)$, mean per epoch"
     )
 
 
 def _rise(tables: Tables, _: Sequence[FinishedRun]) -> Any:
-    return plots.perturbation_rise(_per_epoch(tables.steps, "loss_before", "loss_after"), x="epoch")
+    return pictures.perturbation_rise(_per_epoch(tables.steps, "loss_before", "loss_after"), x="epoch")
 
 
 def _curvature(tables: Tables, _: Sequence[FinishedRun]) -> Any:
     quantities = {name: name.replace("curvature_", "along ") for name in CURVATURES}
     recorded = _per_epoch(tables.steps, *quantities)
-    return plots.over_training(recorded, quantities, x="epoch", log=True, label=r"$d^\top H d \,/\, d^\top d$")
+    return pictures.over_training(recorded, quantities, x="epoch", log=True, label=r"$d^\top H d \,/\, d^\top d$")
 
 
 def _eigenvalues(tables: Tables, _: Sequence[FinishedRun]) -> Any:
-    return plots.eigenvalues(tables.eigenvalues)
+    return pictures.eigenvalues(tables.eigenvalues)
 
 
 def _balls(tables: Tables, _: Sequence[FinishedRun]) -> Any:
-    return plots.ball_sharpness(tables.balls)
+    return pictures.ball_sharpness(tables.balls)
 
 
 def _lines(_: Tables, runs: Sequence[FinishedRun]) -> Any:

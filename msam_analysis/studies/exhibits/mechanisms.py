@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from msam_analysis import plots
 from msam_analysis.results.statistics import mean_interval
+from msam_analysis.studies import pictures
 from msam_analysis.studies.claims import Comparison, PaperClaim
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
 from msam_analysis.studies.exhibits.wanted import RATES, constant, each, unperturbed, with_recipe
@@ -112,7 +112,7 @@ def _along_runs(problem: Workload, seeds: int) -> list[Run]:
 
 def _along_study(evidence: Evidence) -> Finding:
     table = _along(evidence.of(_along_runs(evidence.problem, evidence.seeds)))
-    return Finding(lambda: plots.along_momentum(table), table=table, claims=[claim.judge(table) for claim in _A2])
+    return Finding(lambda: pictures.along_momentum(table), table=table, claims=[claim.judge(table) for claim in _A2])
 
 
 ALONG = Exhibit(
@@ -199,7 +199,7 @@ def _rates_study(evidence: Evidence) -> Finding:
         "cosine": r"$\cos(v_{t-1},\, g_t)$",
     }
     return Finding(
-        lambda: plots.by_group(table, quantities, "learning_rate"),
+        lambda: pictures.by_group(table, quantities, "learning_rate"),
         table=table,
         claims=[claim.judge(table) for claim in _A12],
     )
@@ -256,7 +256,7 @@ def _models_study(evidence: Evidence) -> Finding:
         "after_update": r"$\cos(v_t,\, g_t)$, mean",
     }
     return Finding(
-        lambda: plots.by_group(table, quantities, "problem"),
+        lambda: pictures.by_group(table, quantities, "problem"),
         table=table,
         claims=[claim.judge(table) for claim in _A3],
         note=". ".join(f"{name}: {one.description}" for name, one in _problems(evidence.problem).items()) + ".",
@@ -351,7 +351,7 @@ def _conditions_study(evidence: Evidence) -> Finding:
         ]
     )
     return Finding(
-        lambda: plots.by_group(
+        lambda: pictures.by_group(
             shown, {"mean": "cosine, mean over training", "last_quarter": "in the last quarter"}, "where"
         ),
         table=table,
@@ -444,7 +444,7 @@ def _angle_study(evidence: Evidence) -> Finding:
     table: pd.DataFrame = pd.concat(roots, ignore_index=True)
     per_epoch = table.groupby(["optimizer", "seed", "epoch"], sort=False)["rho_0"].mean().reset_index()
     return Finding(
-        lambda: plots.zero_angle(pd.DataFrame(angles), per_epoch, best),
+        lambda: pictures.zero_angle(pd.DataFrame(angles), per_epoch, best),
         table=table,
         claims=[claim.judge(table) for claim in _F3],
         note=f"Angles at ρ = 0 to {max(STRENGTHS):g}, by the batch trained on; where the angle has no zero there, "

@@ -9,9 +9,9 @@ from typing import cast
 import numpy as np
 import pandas as pd
 
-from msam_analysis import plots
 from msam_analysis.results import Eigenpairs
 from msam_analysis.results.statistics import mean_interval
+from msam_analysis.studies import pictures
 from msam_analysis.studies.claims import FAR, Comparison, PaperClaim, difference, ratio
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding, untold
 from msam_analysis.studies.exhibits.wanted import OUTSIDE, after_warmup, each, unperturbed
@@ -62,7 +62,7 @@ def _warmup_study(evidence: Evidence) -> Finding:
     )
     quantities = {"test_accuracy": "test accuracy (%)", "train_accuracy": "train accuracy (%)"}
     return Finding(
-        lambda: plots.by_group(table, quantities, "perturbed"),
+        lambda: pictures.by_group(table, quantities, "perturbed"),
         table=table,
         claims=[claim.judge(table) for claim in _TA2],
         note=f"AdamW has no perturbation and stands in the first row only. {_CHOSEN} {_THROUGHOUT}",
@@ -164,7 +164,7 @@ def _outside_study(evidence: Evidence) -> Finding:
         "cosine": r"$\cos(v_{t-1},\, g_t)$",
     }
     return Finding(
-        lambda: plots.by_group(table, quantities, "problem", log=("lambda_1",)),
+        lambda: pictures.by_group(table, quantities, "problem", log=("lambda_1",)),
         table=table,
         claims=[claim.judge(table) for claim in _OUTSIDE],
         note=f"λ₁ is of the loss on the first {SOME} training samples. {_CHOSEN}",

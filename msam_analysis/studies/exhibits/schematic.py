@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from msam import Jump, Perturbation, PerturbedSGD
-from msam_analysis import plots
 from msam_analysis.results.statistics import Interval
+from msam_analysis.studies import pictures
 from msam_analysis.studies.claims import Comparison, PaperClaim
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
 from msam_analysis.studies.runs import Run
@@ -147,7 +147,7 @@ def _study(_: Evidence) -> Finding:
     steps = pd.DataFrame([one_step(name) for name in PERTURBATIONS])
     grid = surface(steps)
     return Finding(
-        lambda: plots.one_step(steps, grid),
+        lambda: pictures.one_step(steps, grid),
         table=steps,
         claims=[claim.judge(steps) for claim in _F1],
         note=f"A loss of two weights; {BEFORE} plain steps with momentum {MOMENTUM}, then one step of each optimizer "

@@ -8,14 +8,14 @@ from typing import cast
 import numpy as np
 import pandas as pd
 
-from msam_analysis import plots
 from msam_analysis.measures.features import FeatureRank
 from msam_analysis.measures.robustness import RobustAccuracy
-from msam_analysis.plots import Sweep
+from msam_analysis.studies import pictures
 from msam_analysis.studies.claims import FAR, Comparison, PaperClaim, difference, ratio
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
 from msam_analysis.studies.exhibits.wanted import each
 from msam_analysis.studies.measuring import DISTURBANCES
+from msam_analysis.studies.pictures import Sweep
 from msam_analysis.studies.runs import Run
 from msam_analysis.studies.workloads import Workload
 
@@ -41,7 +41,7 @@ def _rank_study(evidence: Evidence) -> Finding:
     }
     drawn = table.assign(features=f"of {dimension}")
     return Finding(
-        lambda: plots.by_group(drawn, quantities, "features"),
+        lambda: pictures.by_group(drawn, quantities, "features"),
         table=table,
         claims=[claim.judge(table) for claim in _A6R],
         note=f"Features of the last block before pooling, {dimension} numbers of each of {samples:,} training samples.",
@@ -93,7 +93,7 @@ def _robust_study(evidence: Evidence) -> Finding:
     table: pd.DataFrame = pd.DataFrame(rows)
     panels = {_title(attack): _against_size(table, attack) for attack in DISTURBANCES}
     return Finding(
-        lambda: plots.sweep(panels, columns=len(panels), share_y=True),
+        lambda: pictures.sweep(panels, columns=len(panels), share_y=True),
         table=table,
         claims=[claim.judge(table) for claim in _TA4],
         note="Sizes are shares of the range of the training pixels: σ of Gaussian noise, ε of the largest change of a "

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from msam_analysis import plots
-from msam_analysis.plots import Sweep
 from msam_analysis.results.statistics import mean_interval, summarise
+from msam_analysis.studies import pictures
 from msam_analysis.studies.claims import Comparison, PaperClaim
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
 from msam_analysis.studies.exhibits.sweeps import SAME_ACCURACY, base, once, paired, scaled
+from msam_analysis.studies.pictures import Sweep
 from msam_analysis.studies.runs import Run, variant
 from msam_analysis.studies.tables import FinishedRun, of_training, outcomes
 from msam_analysis.studies.workloads import Workload
@@ -196,7 +196,7 @@ def cosines(evidence: Evidence) -> Finding:
     percent = table.sort_values(["setting", "value"]).assign(train_accuracy=100 * table["train_accuracy"])
     shown = summarise(percent, ["setting", "value", "replacement"], ["cosine", "train_accuracy"]).drop(columns="count")
     return Finding(
-        lambda: plots.sweep(panels, share_y=True),
+        lambda: pictures.sweep(panels, share_y=True),
         table,
         [claim.judge(table) for claim in COSINES],
         shown.assign(replacement=shown["replacement"].map(order)),
@@ -281,7 +281,7 @@ def gains(evidence: Evidence) -> Finding:
     wide = (100 * wide).assign(gain=lambda frame: frame["MSAM"] - frame["SGD"]).reset_index()
     shown = summarise(wide, ["setting", "value"], ["SGD", "MSAM", "gain"]).drop(columns="count")
     return Finding(
-        lambda: plots.sweep(panels, share_y=True),
+        lambda: pictures.sweep(panels, share_y=True),
         table,
         [claim.judge(table) for claim in GAINS],
         shown,
@@ -353,7 +353,7 @@ def budgets(evidence: Evidence) -> Finding:
         for name, label in (("test_accuracy", "test accuracy (%)"), ("train_accuracy", "train accuracy (%)"))
     ]
     return Finding(
-        lambda: plots.sweep(panels),
+        lambda: pictures.sweep(panels),
         table,
         [claim.judge(table) for claim in BUDGETS],
         shown.drop(columns="count"),

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from msam import Perturbation
-from msam_analysis import plots
-from msam_analysis.plots import Sweep
 from msam_analysis.results.statistics import mean_interval, summarise
+from msam_analysis.studies import pictures
 from msam_analysis.studies.cifar100 import Augmented
 from msam_analysis.studies.claims import Comparison, PaperClaim, Values, times
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
@@ -32,6 +31,7 @@ from msam_analysis.studies.exhibits.sweeps import (
     plateau,
     scaled,
 )
+from msam_analysis.studies.pictures import Sweep
 from msam_analysis.studies.runs import Run
 from msam_analysis.studies.tables import FinishedRun, of_training, outcomes
 from msam_analysis.studies.workloads import Batches, Workload
@@ -208,7 +208,9 @@ def strength(evidence: Evidence) -> Finding:
         _range_in_words(part(table, *key)) for key in zip(shown.optimizer, shown.sign, strict=True)
     ]
     return Finding(
-        lambda: plots.both_signs(table, {"test_accuracy": "test accuracy (%)", "train_accuracy": "train accuracy (%)"}),
+        lambda: pictures.both_signs(
+            table, {"test_accuracy": "test accuracy (%)", "train_accuracy": "train accuracy (%)"}
+        ),
         table,
         [claim.judge(table) for claim in STRENGTH],
         shown.drop(columns="tried"),
@@ -312,7 +314,7 @@ def steps(evidence: Evidence) -> Finding:
         )
     }
     return Finding(
-        lambda: plots.sweep(list(panels.values())),
+        lambda: pictures.sweep(list(panels.values())),
         table,
         [claim.judge(table) for claim in STEPS],
         best_of_each(table, ["step"]),
@@ -472,7 +474,7 @@ def rules(evidence: Evidence) -> Finding:
     percent = found.assign(test_accuracy=100 * found["test_accuracy"])
     shown = summarise(percent, ["rule"], ["rho", "test_accuracy", "lost"]).drop(columns="count")
     return Finding(
-        lambda: plots.sweep(panels),
+        lambda: pictures.sweep(panels),
         found,
         [claim.judge(found) for claim in CHOICES],
         shown.assign(rule=shown["rule"].map(RULES)),

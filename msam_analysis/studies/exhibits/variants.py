@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import pandas as pd
 
 from msam import NamedSubset, Perturbation, normalization_layers
-from msam_analysis import plots
 from msam_analysis.objective.randomness import RandomStream
-from msam_analysis.plots import Sweep
+from msam_analysis.studies import pictures
 from msam_analysis.studies.claims import Comparison, PaperClaim
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
 from msam_analysis.studies.exhibits.sweeps import (
@@ -24,6 +23,7 @@ from msam_analysis.studies.exhibits.sweeps import (
     paired,
     plain,
 )
+from msam_analysis.studies.pictures import Sweep
 from msam_analysis.studies.runs import Run
 from msam_analysis.studies.tables import FinishedRun, outcomes
 from msam_analysis.studies.workloads import Workload
@@ -129,7 +129,7 @@ def variants(evidence: Evidence) -> Finding:
         for family, own in table[table["variant"] != ""].groupby("optimizer", sort=False)
     }
     return Finding(
-        lambda: plots.sweep(panels, share_y=True),
+        lambda: pictures.sweep(panels, share_y=True),
         table,
         [claim.judge(table) for claim in VARIANT],
         best_of_each(table, ["optimizer", "variant"]),
@@ -216,7 +216,7 @@ def others(evidence: Evidence) -> Finding:
         for scale, title in (("absolute", "absolute"), ("relative", "relative to the weights"))
     }
     return Finding(
-        lambda: plots.sweep(panels, share_y=True),
+        lambda: pictures.sweep(panels, share_y=True),
         table,
         [claim.judge(table) for claim in OTHER],
         best_of_each(table, ["kind", "scale"]),
