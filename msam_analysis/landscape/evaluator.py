@@ -17,11 +17,11 @@ from msam_analysis.landscape.metrics import Metric, OutputMetric
 from msam_analysis.landscape.sampling import standard_error
 from msam_analysis.landscape.watch import Watch
 from msam_analysis.objective.batchnorm import batchnorm_layers, collect_statistics
-from msam_analysis.objective.nested import Batch, count_samples
+from msam_analysis.objective.nested import Batch
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.randomness import RandomStream, same_state
-from msam_analysis.objective.skeleton import mean_and_weight
 from msam_analysis.objective.vectors import widest
+from msam_analysis.objective.weighing import mean_and_weight
 
 ERRORS = ("standard_error", "rise_error")
 
@@ -66,7 +66,9 @@ class Evaluator:
         self.weights = objective.point()
         self.at = self.weights.clone()
         self._row, self._head = self.weights, [0.0] * (len(directions) - 1)
-        self.module = objective.scratch()
+        self.evaluation = objective.evaluation
+        self.module = self.evaluation.private_copy(own=True)
+        self._sums = self.evaluation.findings.weighing.sums
         self._copies = self._bind()
         self._buffers = _Buffers(self.module)
         self._watch = Watch(self.module, self.metrics, losses=fraction is not None)
@@ -91,7 +93,7 @@ class Evaluator:
         coordinates
             ``c_k`` of every point.
         """
-        with self.objective.evaluating() as stream:
+        with self.evaluation.evaluating() as stream:
             quick = self._quickly(coordinates, stream)
             if quick is not None:
                 return quick
@@ -121,14 +123,14 @@ class Evaluator:
     def warn_of_rounding(self, point: Sequence[float]) -> None:
         """Let the objective warn if weights in half precision are too coarse for a point."""
         if self._copies:
-            self.objective.leaves(self.move(point))
+            self.evaluation.leaves(self.move(point))
 
-    def batches(self) -> Iterable[tuple[Batch, int]]:
-        """Iterate over the batches and their numbers of samples, counted before a loss takes them apart."""
+    def batches(self) -> Iterable[tuple[Batch, float]]:
+        """Iterate over the batches and their weights."""
         if self._unread():
             return self._held or []
         self._held = None  # written to by a forward pass: only a new reading helps
-        return ((batch, count_samples(batch)) for batch in self.objective.batches)
+        return zip(self.objective.batches, self.evaluation.weights, strict=True)
 
     # ----------------------------------------------------------------------------------------------------------- inside
 
@@ -144,12 +146,13 @@ class Evaluator:
                 copies.append((parameter, view))
         return copies
 
-    def _hold(self) -> list[tuple[tuple[Tensor, Tensor], int]] | None:
+    def _hold(self) -> list[tuple[tuple[Tensor, Tensor], float]] | None:
         """Return the batches where they fit the cache and are pairs of tensors, which nobody can take apart."""
         batches = self.objective.batches
         if batches.nbytes > batches.cache_bytes:
             return None
-        pairs = [(batch, size) for batch, size in zip(batches, batches.sizes, strict=True) if _is_pair(batch)]
+        weighed = zip(batches, self.evaluation.weights, strict=True)
+        pairs = [(batch, weight) for batch, weight in weighed if _is_pair(batch)]
         return pairs if len(pairs) == len(batches) else None
 
     def _wide(self, value: Tensor) -> Tensor:
@@ -158,11 +161,13 @@ class Evaluator:
     def _first(self) -> Tensor:
         origin = [0.0] * len(self.directions)
         start = time.monotonic()
-        with self.objective.evaluating() as stream:
+        with self.evaluation.evaluating() as stream:
             row = self._forward(origin, stream)
         self.seconds = time.monotonic() - start
         # Only the loss is wanted, as one number from a pair of tensors, and nothing happens on the way.
         alone = not self.metrics and self.fraction is None
+        alone = alone and not self._sums and self.module.redirect is None and self.module.fresh is None
+        alone = alone and not self.evaluation.findings.with_gradients
         self._quick = alone and self._unread() and self._direct and self.objective.batchnorm != "recalibrate"
         return self._stacked([row], [origin])[0]
 
@@ -179,14 +184,15 @@ class Evaluator:
             return None
         model, number, held = self.module.model, self._number, self._held or []
         loss_fn: Any = self.module.loss_fn
-        weight_sum = float(sum(samples for _, samples in held))
+        weight_sum = sum(weight for _, weight in held)
         losses: list[Any] = []
         before = stream.state
         for point in coordinates:
             self.move(point)
             total: Any = 0.0
-            for (inputs, targets), samples in held:
-                total = total + number(loss_fn(model(inputs), targets)) * samples
+            for (inputs, targets), weight in held:
+                if weight:
+                    total = total + number(loss_fn(model(inputs), targets)) * weight
             losses.append(total / weight_sum)
         self._quick = self._unread() and not self._buffers.written and same_state(before, stream.state)
         if not self._quick:
@@ -203,14 +209,16 @@ class Evaluator:
         total: Any = 0.0
         weight_sum = 0.0
         values, weights = [], []
-        for index, (batch, samples) in enumerate(self.batches()):
+        for index, (batch, held) in enumerate(self.batches()):
+            if not held:
+                continue
             # Every batch has its own seed and fresh buffers: none sees what another drew or wrote.
             stream.restart(self.objective.seed + index)
             self._buffers.restore()
             returned = self.module(batch)
             self._direct = isinstance(returned, Tensor) and returned.ndim == 0
-            mean, weight = mean_and_weight(returned, samples)
-            value = self._number(mean)
+            mean, weight = mean_and_weight(returned, held, sums=self._sums)
+            value = self._number(mean.detach())
             total = total + value * weight
             weight_sum += weight
             values.append(value)
@@ -235,10 +243,11 @@ class Evaluator:
             layer.reset_running_stats()
         seen = 0
         try:
-            for index, (batch, samples) in enumerate(self.batches()):
+            batches = self.objective.batches
+            for index, (batch, size) in enumerate(zip(batches, batches.sizes, strict=True)):
                 stream.restart(self.objective.seed + index)
-                seen += samples
-                collect_statistics(self.module, share=samples / seen if seen else 0.0)
+                seen += size
+                collect_statistics(self.module, share=size / seen if seen else 0.0)
                 self.module(batch)
         finally:
             collect_statistics(self.module, share=None)

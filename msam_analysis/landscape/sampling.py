@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from msam_analysis.objective.objective import Objective
-from msam_analysis.objective.skeleton import LossFunction
+from msam_analysis.objective.private import LossFunction
+from msam_analysis.objective.weighing import with_reduction
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -37,17 +35,7 @@ def drawn(objective: Objective, samples: int, seed: int) -> Objective:
 
 def per_sample(loss_fn: LossFunction) -> Criterion | None:
     """Return a criterion that gives every sample's loss, or ``None`` if ``loss_fn`` offers no ``reduction``."""
-    if isinstance(loss_fn, nn.Module):
-        if not isinstance(getattr(loss_fn, "reduction", None), str):
-            return None
-        unreduced: Any = copy.copy(loss_fn)
-        unreduced.reduction = "none"
-        return cast(Criterion, unreduced)
-    try:
-        offered = "reduction" in inspect.signature(loss_fn).parameters
-    except ValueError:  # a builtin
-        return None
-    return cast(Criterion, functools.partial(loss_fn, reduction="none")) if offered else None
+    return cast("Criterion | None", with_reduction(loss_fn, "none"))
 
 
 def standard_error(values: Tensor, weights: Tensor, fraction: float) -> float:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from msam_analysis.landscape.evaluator import Evaluator
 from msam_analysis.objective.nested import Batch
-from msam_analysis.objective.skeleton import mean_and_weight
+from msam_analysis.objective.weighing import mean_and_weight
 
 _SIZES = (8, 32, 128)
 # What a batch of points must gain before it is taken: less is within what a busy machine's clock is off by.
@@ -65,7 +65,7 @@ class Together:
         """Return the losses, shape ``(points, 1)``, ``size`` points at a time."""
         groups = [coordinates[start : start + self.size] for start in range(0, len(coordinates), self.size)]
         # Fused attention has no rule for a batch of points.
-        with self.evaluator.objective.evaluating(), sdpa_kernel(SDPBackend.MATH):
+        with self.evaluator.evaluation.evaluating(), sdpa_kernel(SDPBackend.MATH):
             return torch.cat([self._group(group) for group in groups])
 
     def _group(self, coordinates: Sequence[Sequence[float]]) -> Tensor:
@@ -77,15 +77,16 @@ class Together:
             points.addcmul_(column[:, None], direction)
         dtypes = {name: parameter.dtype for name, parameter in evaluator.module.named_parameters()}
 
-        def loss(point: Tensor, batch: Batch, samples: int) -> tuple[Tensor, Tensor]:
+        def loss(point: Tensor, batch: Batch, weight: float) -> tuple[Tensor, Tensor]:
             views = {f"model.{name}": view for name, view in layout.views(point).items()}
             tensors = {name: view.to(dtypes[name]) for name, view in views.items()}
-            mean, weight = mean_and_weight(functional_call(evaluator.module, tensors, (batch,)), samples)
-            return mean, torch.as_tensor(weight, dtype=torch.float64)
+            returned = functional_call(evaluator.module, tensors, (batch,))
+            mean, weight = mean_and_weight(returned, weight, sums=evaluator.evaluation.findings.weighing.sums)
+            return mean.detach(), torch.as_tensor(weight, dtype=torch.float64)
 
         total = weight_sum = torch.zeros(self.size, dtype=torch.float64)
-        for batch, samples in evaluator.batches():
-            means, weights = vmap(partial(loss, batch=batch, samples=samples))(points)
+        for batch, held in evaluator.batches():
+            means, weights = vmap(partial(loss, batch=batch, weight=held))(points)
             total = total + means.cpu().double() * weights
             weight_sum = weight_sum + weights
         return (total / weight_sum)[: len(coordinates), None]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from msam_analysis.objective.batches import Batches
+from msam_analysis.objective.private import unwrap
 from msam_analysis.objective.randomness import RandomStream
-from msam_analysis.objective.skeleton import unwrap
 from msam_analysis.objective.vectors import gaussian
 from msam_analysis.results import Result
 from msam_analysis.results.base import column

@@ -85,6 +85,16 @@ class Batches:
         if not isinstance(self._source, list | _Samples):
             self._check_repeats(sums)
 
+    @classmethod
+    def of(cls, batches: Sequence[Batch], *, device: torch.device, dtype: torch.dtype | None) -> Batches:
+        """Return these batches as they are, whatever they hold."""
+        return cls(_Given(batches), device=device, dtype=dtype)
+
+    @property
+    def fits(self) -> bool:
+        """Whether copies of all batches are kept on the device."""
+        return self._cached is not None
+
     @property
     def samples(self) -> int:
         """Samples in all batches together."""
@@ -170,6 +180,10 @@ class Batches:
                 "the data differs between two passes (it shuffles, or augments at random): expected the same batches; "
                 "use DataLoader(..., shuffle=False) without random augmentation, or list(loader) to freeze one pass"
             )
+
+
+class _Given(list[Batch]):
+    """Batches, and not one batch that is a list."""
 
 
 class _Samples:
@@ -304,7 +318,7 @@ def _generators(source: object) -> list[torch.Generator]:
 
 
 def _as_source(data: object) -> Iterable[Batch]:
-    if isinstance(data, _Samples):
+    if isinstance(data, _Samples | _Given):
         return data
     if isinstance(data, DataLoader):
         _refuse_shuffling(data)

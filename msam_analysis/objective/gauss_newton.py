@@ -5,18 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msam_analysis.objective.graphs import (
-    BatchLoss,
-    DifferentiableLoss,
-    GraphOperator,
-    MissingDerivativeError,
-    Product,
-    loss_gradients,
-    missing_derivatives,
-    pull_back,
-)
+from msam_analysis.objective.evaluation import BatchLoss, Evaluation
+from msam_analysis.objective.graphs import GraphOperator, Product, loss_gradients, pull_back
 from msam_analysis.objective.randomness import RandomStream
+from msam_analysis.objective.second_derivatives import MissingDerivativeError, missing_derivatives
 from msam_analysis.objective.vectors import no_autocast
+from msam_analysis.results import Settings
 
 
 class GaussNewtonOperator(GraphOperator):
@@ -32,7 +26,7 @@ class GaussNewtonOperator(GraphOperator):
 
     Parameters
     ----------
-    loss, w, keep_bytes
+    loss, w, keep_bytes, settings
         See :class:`~msam_analysis.objective.graphs.GraphOperator`.
 
     Raises
@@ -44,8 +38,8 @@ class GaussNewtonOperator(GraphOperator):
 
     _cut = True
 
-    def __init__(self, loss: DifferentiableLoss, w: Tensor | None, *, keep_bytes: int) -> None:
-        super().__init__(loss, w, keep_bytes=keep_bytes)
+    def __init__(self, loss: Evaluation, w: Tensor | None, *, keep_bytes: int, settings: Settings) -> None:
+        super().__init__(loss, w, keep_bytes=keep_bytes, settings=settings)
         self.settings["matrix"] = "Gauss-Newton"
 
     def _product(self, loss: BatchLoss) -> Product:

@@ -8,162 +8,31 @@ vectors share what is rebuilt, and small graphs take them all at once.
 from __future__ import annotations
 
 import abc
-import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from msam_analysis.objective.evaluation import BatchLoss, Evaluation
+from msam_analysis.objective.examination import ExaminationError
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.randomness import RandomStream
-from msam_analysis.objective.vectors import Layout, no_autocast, widest
-from msam_analysis.results import ApproximationWarning, Settings
+from msam_analysis.objective.second_derivatives import (
+    MissingDerivativeError,
+    check_twice_differentiable,
+    difference_step,
+    missing_derivatives,
+)
+from msam_analysis.objective.vectors import no_autocast, widest
+from msam_analysis.results import Settings
 
-Wish = Literal["auto", "exact", "central"]
 Product = Callable[[list[Tensor], bool, bool], list[Tensor]]
 
-_ONCE = once_differentiable(len).__code__  # of the wrapper, the same for every function
-_MISSING = re.compile(
-    r"derivative for .* not implemented|once_differentiable|[Dd]ouble[ -]backward|not .*twice differentiable"
-)
 # Vectors go through a graph together where its nodes are so small that their number is what costs. On a CPU, graphs of
 # 14 KiB to 5 MiB (perceptrons, a convolutional network, transformers) with 4 to 32 vectors were 1.1 to 8 times faster
 # within these limits; beyond them anything from twice as fast to 1.6 times slower. Not measured on a GPU.
 _SMALL_GRAPH, _TOGETHER, _FEWEST = 512 * 2**10, 4 * 2**20, 4
-# Of the step, relative to eps^(1/3) of the weights' norm: the third derivative along the stiffest directions of trained
-# networks is large. Measured in float32, it balances their truncation against the rounding along random directions.
-_STEP = 0.03
-
-
-class BatchLoss(NamedTuple):
-    """The loss of one batch, as a function of the leaves.
-
-    Attributes
-    ----------
-    value
-        Mean loss, 0-dimensional.
-    weight
-        What the batch weighs in the mean over all.
-    outputs, cuts
-        If asked for: the tensors that the model put out, and the leaves that took their place in the loss.
-    """
-
-    value: Tensor
-    weight: float
-    outputs: tuple[Tensor, ...] = ()
-    cuts: tuple[Tensor, ...] = ()
-
-
-class SecondDerivatives:
-    """Whether second derivatives are exact or differences: one finding for an objective and all its operators.
-
-    Parameters
-    ----------
-    wish
-        ``"exact"``, ``"central"``, or ``"auto"``: exact, and central differences once a layer turns out to have none.
-
-    Attributes
-    ----------
-    central
-        Whether they are central differences.
-    error
-        Of the first difference: how far it was from one of twice the step, relative to itself.
-
-    Raises
-    ------
-    ValueError
-        ``wish`` is none of these.
-    """
-
-    def __init__(self, wish: Wish) -> None:
-        if wish not in get_args(Wish):
-            raise ValueError(f"second_derivatives must be one of {get_args(Wish)}, got {wish!r}")
-        self._wish = wish
-        self._reason = ""
-        self.central = wish == "central"
-        self.error: float | None = None
-
-    @property
-    def settings(self) -> Settings:
-        """What results are labelled with; nothing for exact derivatives."""
-        if not self.central:
-            return {}
-        error: Settings = {} if self.error is None else {"error of differences": self.error}
-        return {"second derivatives": "central differences", **error}
-
-    def give_up(self, reason: str) -> None:
-        """Turn to central differences; ``ValueError`` where exact derivatives were asked for."""
-        if self._wish == "exact":
-            raise ValueError(
-                f"the loss cannot be differentiated twice ({reason}): expected layers with second derivatives; use "
-                "another version of that layer, or second_derivatives='auto'"
-            )
-        self.central, self._reason = True, reason
-
-    def found(self, error: float) -> None:
-        """Keep the error of the first difference, and warn of it where differences were not asked for."""
-        self.error = error
-        if self._reason:
-            warnings.warn(
-                f"second derivatives are central differences of the gradient, since there are no others "
-                f"({self._reason}): two steps differ by {error:.1e} of the product; use a layer with a second "
-                "derivative, or dtype=torch.float64, or accept them by second_derivatives='central'",
-                ApproximationWarning,
-                stacklevel=2,
-            )
-
-
-class MissingDerivativeError(RuntimeError):
-    """A layer has no second derivative."""
-
-
-class DifferentiableLoss(Protocol):
-    """A loss over batches, such as an objective."""
-
-    layout: Layout
-    dtype: torch.dtype
-    device: torch.device
-    second_derivatives: SecondDerivatives
-
-    @property
-    def settings(self) -> Settings:
-        """What operators are labelled with."""
-
-    @property
-    def seed(self) -> int:
-        """Where the stream that a stochastic forward pass draws from starts."""
-
-    @property
-    def precision(self) -> torch.dtype:
-        """The coarsest data type that takes part in an evaluation."""
-
-    @property
-    def batches(self) -> Sized:
-        """The data."""
-
-    def leaves(self, w: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the tensors that make up a point, requiring gradients."""
-
-    def constants(self, w: Tensor | None = None) -> dict[str, Tensor]:
-        """Return everything else that the loss depends on, at a point."""
-
-    def kernels(self, *, twice: bool) -> AbstractContextManager[object]:
-        """Return the context that avoids kernels without the derivatives that are asked for."""
-
-    def batch_losses(
-        self,
-        point: dict[str, Tensor],
-        constants: dict[str, Tensor],
-        stream: RandomStream,
-        *,
-        skip: int = 0,
-        cut: bool = False,
-    ) -> Iterator[BatchLoss]:
-        """Yield the loss of every batch after the first ``skip``."""
 
 
 class GraphOperator(SymmetricOperator):
@@ -177,6 +46,8 @@ class GraphOperator(SymmetricOperator):
         The point, shape ``(size,)``; ``None``: the current weights.
     keep_bytes
         Memory for kept graphs.
+    settings
+        Label of the objective.
 
     Attributes
     ----------
@@ -186,15 +57,20 @@ class GraphOperator(SymmetricOperator):
 
     _cut = False  # whether the graph is that of a loss cut off from the model's output
 
-    def __init__(self, loss: DifferentiableLoss, w: Tensor | None, *, keep_bytes: int) -> None:
-        super().__init__(loss.layout.size, dtype=loss.dtype, device=loss.device, settings=loss.settings)
+    def __init__(self, loss: Evaluation, w: Tensor | None, *, keep_bytes: int, settings: Settings) -> None:
+        super().__init__(loss.layout.size, dtype=loss.dtype, device=loss.device, settings=settings)
+        for refusal in (loss.findings.refusal, loss.second_derivatives.refusal):
+            if refusal:
+                raise ExaminationError(refusal)
         self._loss = loss
         self._leaves = loss.leaves(w)
         self._constants = loss.constants(w)
         self._room = keep_bytes
         self._graphs: list[tuple[Product, float, int]] = []
         self._full = False
+        self._complete = False  # whether every batch's graph is kept
         self._checked = False
+        self._passed = False
         self._together = True
         self._central = loss.second_derivatives.central
 
@@ -245,9 +121,11 @@ class GraphOperator(SymmetricOperator):
             weight_sum += weight
 
         kept = self.kept
+        # A checkpointed part of the model is run again at every product: it must find this point's tensors.
+        self._loss.settle(self._leaves, self._constants)
         for graph in self._graphs:
             add(*graph)
-        if kept < len(self._loss.batches):
+        if not self._complete:
             with torch.enable_grad(), self._loss.kernels(twice=True), RandomStream(self._loss.seed) as stream:
                 losses = self._loss.batch_losses(self._leaves, self._constants, stream, skip=kept, cut=self._cut)
                 for graph in self._build(losses, together=len(rows) >= _FEWEST):
@@ -261,13 +139,15 @@ class GraphOperator(SymmetricOperator):
         meter = _GraphMeter()
         # Metering slows graphs of small nodes down, and nobody asks for the size of one that serves a single vector.
         metered = meter if together or not self._full else nullcontext()
+        total = torch.zeros((), device=self.device)
         while True:
             with metered:
                 loss = next(losses, None)
                 if loss is None:
                     break
+                total = total + loss.value.detach()
                 if not self._checked:
-                    check_twice_differentiable(loss)
+                    check_twice_differentiable((loss.value, *loss.outputs))
                     self._checked = True
                 product = self._product(loss)
             graph = (product, loss.weight, meter.bytes)
@@ -279,7 +159,13 @@ class GraphOperator(SymmetricOperator):
                 self._full = True
             yield graph
             del graph, product, loss
-        self._full = True
+        first, self._passed = not self._passed, True
+        self._full, self._complete = True, not self._full
+        if first and not bool(torch.isfinite(total)):
+            raise ValueError(
+                f"the loss is {float(total)} at these weights: expected a finite one, of which there are derivatives; "
+                "look for the batch that makes it so"
+            )
 
     def _width(self, count: int, nbytes: int) -> int:
         """Return how many vectors go through a graph of this size together."""
@@ -314,30 +200,10 @@ class GraphOperator(SymmetricOperator):
         return narrow
 
 
-def difference_step(precision: torch.dtype) -> float:
-    """Return the step of a central difference, relative to ``1 + ‖w‖``: ``0.03 eps^(1/3)``.
-
-    ``eps^(1/3)`` balances the rounding of a difference against its truncation if the third derivative is of the order
-    of the first; along the stiffest directions of trained networks it is far larger.
-
-    Raises
-    ------
-    ValueError
-        In half precision, which has too few digits for differences.
-    """
-    eps = torch.finfo(precision).eps
-    if eps > torch.finfo(torch.float32).eps:
-        raise ValueError(
-            f"central differences of a gradient in {str(precision).removeprefix('torch.')} are all rounding error: "
-            "expected at least float32; make the objective with dtype=torch.float32 and without autocast"
-        )
-    return float(_STEP * eps ** (1 / 3))
-
-
-def mean_gradient(
-    loss: DifferentiableLoss, leaves: dict[str, Tensor], constants: dict[str, Tensor]
-) -> tuple[Tensor, Tensor]:
+def mean_gradient(loss: Evaluation, leaves: dict[str, Tensor], constants: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the mean loss and its gradient, from one forward and one backward pass over every batch."""
+    if loss.findings.refusal:
+        raise ExaminationError(loss.findings.refusal)
     total = torch.zeros((), dtype=widest(loss.device), device=loss.device)
     gradient = torch.zeros(loss.layout.size, dtype=loss.dtype, device=loss.device)
     weight_sum = 0.0
@@ -374,7 +240,11 @@ def loss_gradients(value: Tensor, leaves: dict[str, Tensor], *, create_graph: bo
             "and that nothing detaches or runs under no_grad"
         )
     return [
-        torch.zeros_like(leaf) if gradient is None else gradient
+        torch.zeros_like(leaf)
+        if gradient is None
+        else gradient
+        if gradient.layout == leaf.layout
+        else gradient.to_dense()
         for gradient, leaf in zip(found, leaves.values(), strict=True)
     ]
 
@@ -420,32 +290,6 @@ def pull_back(
 
 def _relative(difference: Tensor, reference: Tensor) -> float:
     return float(difference.norm()) / max(float(reference.norm()), torch.finfo(reference.dtype).tiny)
-
-
-@contextmanager
-def missing_derivatives() -> Iterator[None]:
-    """Tell a layer without a second derivative from other errors."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, MissingDerivativeError) or not _MISSING.search(str(error)):
-            raise
-        raise MissingDerivativeError(str(error).split("\n", maxsplit=1)[0]) from error
-
-
-def check_twice_differentiable(loss: BatchLoss) -> None:
-    """Raise if a function marked ``once_differentiable`` took part; autograd would leave it out."""
-    seen: set[Any] = set()
-    waiting = [tensor.grad_fn for tensor in (loss.value, *loss.outputs)]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        function = getattr(node, "_forward_cls", type(node))  # of functions written in Python
-        if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE:
-            raise MissingDerivativeError(f"{function.__name__} is marked once_differentiable")
-        waiting.extend(parent for parent, _ in node.next_functions)
 
 
 class _GraphMeter:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from msam_analysis.objective.graphs import BatchLoss, GraphOperator, Product, loss_gradients, mean_gradient, pull_back
+from msam_analysis.objective.evaluation import BatchLoss
+from msam_analysis.objective.graphs import GraphOperator, Product, loss_gradients, mean_gradient, pull_back
 
 
 class HessianOperator(GraphOperator):
@@ -24,7 +25,7 @@ class HessianOperator(GraphOperator):
 
     Parameters
     ----------
-    loss, w, keep_bytes
+    loss, w, keep_bytes, settings
         See :class:`~msam_analysis.objective.graphs.GraphOperator`.
 
     Raises

@@ -7,39 +7,28 @@ nothing has to be restored afterwards, whatever is raised.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import warnings
-from collections.abc import Iterator, Mapping
-from functools import reduce
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from msam_analysis.objective.batches import CACHE_BYTES, Batches
-from msam_analysis.objective.batchnorm import (
-    Policy,
-    blank_statistics,
-    check_policy,
-    collect_statistics,
-    describe_policy,
-    use_batch_statistics,
-)
+from msam_analysis.objective.batchnorm import Policy, check_policy, describe_policy
+from msam_analysis.objective.evaluation import Evaluation
+from msam_analysis.objective.examination import Examination
+from msam_analysis.objective.examine import examine as examination_of
 from msam_analysis.objective.gauss_newton import GaussNewtonOperator
-from msam_analysis.objective.graphs import BatchLoss, SecondDerivatives, Wish, mean_gradient
+from msam_analysis.objective.graphs import mean_gradient
 from msam_analysis.objective.hessian import HessianOperator
-from msam_analysis.objective.nested import Batch, count_samples
-from msam_analysis.objective.randomness import RandomStream
-from msam_analysis.objective.skeleton import LossFunction, LossModule, mean_and_weight, unwrap, use_dropout
+from msam_analysis.objective.private import LossFunction, LossModule, unwrap
+from msam_analysis.objective.second_derivatives import SecondDerivatives, Wish
 from msam_analysis.objective.vectors import Layout, Selection, select, widest
-from msam_analysis.results import ApproximationWarning, Settings
+from msam_analysis.objective.weighing import SAMPLES
+from msam_analysis.results import Settings
 
 _GRAPH_BYTES = 2 * 2**30
-# The part of a displacement that rounding may take before it is told.
-_ROUNDED = 0.1
 
 
 class Objective:
@@ -94,14 +83,12 @@ class Objective:
         Memory that copies of the batches may take on the device; default 1 GiB. Data that is larger is read again at
         every pass.
     seed
-        Of the private random stream that a stochastic forward pass draws from, the same at every evaluation.
+        Seed of the private random stream that a stochastic forward pass draws from, the same at every evaluation.
+    examine
+        Whether the loss is examined at its first use; see :meth:`examine`. Default: it is. Without it results say so.
 
     Attributes
     ----------
-    layout
-        Names and shapes behind the flat vector.
-    batches
-        The data.
     settings
         The choices above in plain values; printed with every result.
 
@@ -138,41 +125,32 @@ class Objective:
         graph_bytes: int = _GRAPH_BYTES,
         cache_bytes: int = CACHE_BYTES,
         seed: int = 0,
+        examine: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: pass the network itself")
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}: pass e.g. nn.CrossEntropyLoss()")
         check_policy(batchnorm)
-        self.model = unwrap(model)
         self.loss_fn = loss_fn
-        self.batchnorm = batchnorm
-        self.autocast = autocast
-        self.dropout = dropout
-        self.seed = seed
-        self.second_derivatives = SecondDerivatives(second_derivatives)
-        self._cast = dtype
-        chosen = self._choose(parameters)
-        self.device = torch.device(device) if device is not None else next(iter(chosen.values())).device
+        self._examines = examine
         self._graph_bytes = graph_bytes
+        original = LossModule(unwrap(model), unwrap(loss_fn))
+        first = next(iter(select(original.model, parameters).values()))
+        placed = torch.device(device) if device is not None else first.device
+        self._evaluation = Evaluation(
+            original,
+            Batches(data, device=placed, dtype=dtype, cache_bytes=cache_bytes),
+            device=placed,
+            cast=dtype,
+            batchnorm=batchnorm,
+            autocast=autocast,
+            dropout=dropout,
+            seed=seed,
+            second_derivatives=SecondDerivatives(second_derivatives),
+        )
+        self._evaluation.choose(parameters)
         _check_autocast(autocast, self.dtype)
-        self.batches = Batches(data, device=self.device, dtype=dtype, cache_bytes=cache_bytes)
-        self._original = LossModule(self.model, unwrap(loss_fn) if isinstance(loss_fn, nn.Module) else loss_fn)
-        self._skeleton = self._original.private_copy().eval()
-        if batchnorm == "batch":
-            use_batch_statistics(self._skeleton)
-        if dropout:
-            use_dropout(self._skeleton)
-        # cuDNN's recurrent layers have no gradient in evaluation mode, and no second derivative in any.
-        self._recurrent = any(isinstance(module, nn.RNNBase) for module in self._skeleton.modules())
-
-    def _choose(self, parameters: Selection) -> dict[str, nn.Parameter]:
-        chosen = select(self.model, parameters)
-        self.layout = Layout(tuple(chosen), tuple(p.shape for p in chosen.values()))
-        self._dtypes = {name: self._cast or p.dtype for name, p in chosen.items()}
-        self.dtype = reduce(torch.promote_types, self._dtypes.values(), torch.float32)
-        self._warned = False
-        return chosen
 
     def with_parameters(self, selection: Selection) -> Objective:
         """Return the same loss on the same data as a function of other parameters; all others are constants.
@@ -196,8 +174,8 @@ class Objective:
         TypeError
             The selection is of another kind.
         """
-        other = copy.copy(self)
-        other._choose(selection)
+        other = self._viewed()
+        other._evaluation.choose(selection)
         return other
 
     def with_samples(self, indices: Tensor, *, batch_size: int | None = None) -> Objective:
@@ -230,9 +208,7 @@ class Objective:
         IndexError
             There is no such sample.
         """
-        other = copy.copy(self)
-        other.batches = self.batches.take(indices, batch_size)
-        return other
+        return self._viewed(batches=self.batches.take(indices, batch_size))
 
     def with_weights(self, w: Tensor) -> Objective:
         """Return the same loss with ``w`` as its current weights: the centre of its slices, the point of its measures.
@@ -260,16 +236,84 @@ class Objective:
             id(parameter): nn.Parameter(views[name].to(parameter, copy=True), requires_grad=parameter.requires_grad)
             for name, parameter in self.parameters.items()
         }
+        original = self._evaluation.original.private_copy(lambda tensor: moved.get(id(tensor), tensor))
+        return self._viewed(original=original)
+
+    def _viewed(self, **changes: object) -> Objective:
         other = copy.copy(self)
-        other._original = self._original.private_copy(lambda tensor: moved.get(id(tensor), tensor))
-        other.model = other._original.model
+        other._evaluation = self._evaluation.view(**changes)
         return other
+
+    @property
+    def model(self) -> nn.Module:
+        """The network, without wrappers."""
+        return self._evaluation.original.model
+
+    @property
+    def batches(self) -> Batches:
+        """The data."""
+        return self._evaluation.batches
+
+    @property
+    def layout(self) -> Layout:
+        """Names and shapes behind the flat vector."""
+        return self._evaluation.layout
+
+    @property
+    def device(self) -> torch.device:
+        """Where the loss is evaluated."""
+        return self._evaluation.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of flat vectors."""
+        return self._evaluation.dtype
+
+    @property
+    def batchnorm(self) -> Policy:
+        """The policy for BatchNorm."""
+        return self._evaluation.batchnorm
+
+    @property
+    def seed(self) -> int:
+        """Seed of the private random stream."""
+        return self._evaluation.seed
+
+    @property
+    def evaluation(self) -> Evaluation:
+        """How the loss is evaluated, examined at the first use: for solvers and landscapes that need its parts."""
+        evaluation = self._evaluation
+        evaluation.follow()
+        if evaluation.dropout and evaluation.findings.drawing is None:
+            evaluation.find_randomness()
+        if self._examines and evaluation.findings.examination is None:
+            examination_of(evaluation)
+        return evaluation
+
+    def examine(self) -> Examination:
+        """Say whether the loss is a function, this model's, and a mean, and whether its derivatives are right.
+
+        It is examined once, at the first use, on a part of the first batch: the value twice, and with gradients and
+        without; where its graph ends; a batch against its halves; gradient and Hessian product against differences in
+        float64. What can be evaluated rightly in another way is, and the examination says how.
+
+        Returns
+        -------
+        Examination
+            The checks with their answers, and what rounding leaves of a digit.
+
+        Raises
+        ------
+        ExaminationError
+            The loss cannot be evaluated, is no function of the weights, or is no mean over samples.
+        """
+        found = self.evaluation.findings.examination
+        return examination_of(self._evaluation) if found is None else found
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The selected parameters, by name, that the model has now."""
-        current = dict(self.model.named_parameters())
-        return {name: current[name] for name in self.layout.names}
+        return self._evaluation.parameters
 
     @property
     def size(self) -> int:
@@ -284,27 +328,37 @@ class Objective:
     @property
     def settings(self) -> Settings:
         """What every result made from this objective is labelled with."""
-        hooks = self._original.foreign_hooks
-        own = sorted({str(dtype).removeprefix("torch.") for dtype in self._dtypes.values()})
+        evaluation = self._evaluation
+        findings, hooks = evaluation.findings, evaluation.original.foreign_hooks
+        own = sorted({str(dtype).removeprefix("torch.") for dtype in evaluation.dtypes.values()})
         name = str(self.dtype).removeprefix("torch.")
         special: dict[str, str | int | float | bool | None] = {}
         if own != [name]:
             special["weights"] = ", ".join(own)
-        if self.autocast is not None:
-            special["autocast"] = str(self.autocast).removeprefix("torch.")
-        if self.dropout:
-            special["dropout"] = True
+        if evaluation.autocast is not None:
+            special["autocast"] = str(evaluation.autocast).removeprefix("torch.")
+        if evaluation.dropout:
+            drawing = findings.drawing
+            special["dropout"] = True if drawing is None else ", ".join(drawing) or "nothing in this model drops"
         if hooks:
             special["hooks left out"] = hooks
+        if findings.weighing is not SAMPLES:
+            special["weighed by"] = findings.weighing.counts
+        if findings.with_gradients:
+            special["values"] = "with gradients enabled"
+        if not self._examines:
+            special["examination"] = "left out"
+        elif findings.examination is not None and findings.examination.verdict != "passed":
+            special["examination"] = findings.examination.verdict
         return {
-            "batchnorm": describe_policy(self._skeleton, self.batchnorm),
+            "batchnorm": describe_policy(evaluation.copy, self.batchnorm),
             "samples": self.samples,
             "batches": len(self.batches),
             "parameters": self.size,
             "dtype": name,
             "device": self.device.type,
             **special,
-            **self.second_derivatives.settings,
+            **evaluation.second_derivatives.settings,
         }
 
     def __repr__(self) -> str:
@@ -315,15 +369,11 @@ class Objective:
     @property
     def precision(self) -> torch.dtype:
         """The coarsest data type that takes part in an evaluation."""
-        own = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
-        taking_part = ({self._cast} if self._cast is not None else own) | ({self.autocast} if self.autocast else set())
-        coarsest: torch.dtype = max(taking_part, key=lambda dtype: torch.finfo(dtype).eps)
-        return coarsest
+        return self._evaluation.precision
 
     def point(self) -> Tensor:
         """Return a copy of the model's current weights, shape ``(size,)``."""
-        flat = self.layout.flatten(p.detach() for p in self.parameters.values())
-        return flat.to(device=self.device, dtype=self.dtype)
+        return self._evaluation.point()
 
     def vector(self, tensors: Mapping[Any, Tensor]) -> Tensor:
         """Return the flat vector of tensors keyed by parameter (the object) or by its name; zeros where there is none.
@@ -378,11 +428,14 @@ class Objective:
         ValueError
             ``w`` has another shape, or the loss is not a scalar.
         """
+        evaluation = self.evaluation
         total = torch.zeros((), dtype=widest(self.device), device=self.device)
         weight_sum = 0.0
-        with self.evaluating() as stream:
-            for batch in self.batch_losses(self._views(w), self.constants(w), stream):
-                total += batch.value.to(total.dtype) * batch.weight
+        point = evaluation.leaves(w) if evaluation.findings.with_gradients else evaluation.views(w)
+        constants = evaluation.constants(w)
+        with evaluation.evaluating() as stream:
+            for batch in evaluation.batch_losses(point, constants, stream):
+                total += batch.value.detach().to(total.dtype) * batch.weight
                 weight_sum += batch.weight
         return total / weight_sum
 
@@ -398,7 +451,8 @@ class Objective:
         ValueError
             Also if the loss depends on none of the selected parameters.
         """
-        return mean_gradient(self, self.leaves(w), self.constants(w))
+        evaluation = self.evaluation
+        return mean_gradient(evaluation, evaluation.leaves(w), evaluation.constants(w))
 
     def hvp(self, v: Tensor, w: Tensor | None = None) -> Tensor:
         """Return the Hessian-vector product ``∇²L(w) v``.
@@ -423,7 +477,7 @@ class Objective:
             Also if a layer has no second derivative, and ``second_derivatives="exact"`` was asked for.
         """
         self.layout.check(v, "direction v")
-        return HessianOperator(self, w, keep_bytes=0).matvec(v)
+        return HessianOperator(self.evaluation, w, keep_bytes=0, settings=self.settings).matvec(v)
 
     def hessian(self, w: Tensor | None = None) -> HessianOperator:
         """Return ``∇²L(w)`` as an operator that keeps the gradient's graph within ``graph_bytes``.
@@ -440,7 +494,7 @@ class Objective:
         HessianOperator
             With ``@``, ``matmat`` and ``to_scipy()``.
         """
-        return HessianOperator(self, w, keep_bytes=self._graph_bytes)
+        return HessianOperator(self.evaluation, w, keep_bytes=self._graph_bytes, settings=self.settings)
 
     def gauss_newton(self, w: Tensor | None = None) -> GaussNewtonOperator:
         """Return the generalised Gauss-Newton matrix at ``w`` as an operator; otherwise as :meth:`hessian`.
@@ -459,174 +513,7 @@ class Objective:
             Its first product raises if the loss is no function of the model's output;
             see :class:`~msam_analysis.objective.gauss_newton.GaussNewtonOperator`.
         """
-        return GaussNewtonOperator(self, w, keep_bytes=self._graph_bytes)
-
-    def scratch(self) -> LossModule:
-        """Return the loss as a module, batch in and loss out, with tensors of its own that may be written to.
-
-        Called inside :meth:`evaluating` it computes what this objective does, in the same modes and precision. Its
-        tensors are named ``model.*`` and ``loss_fn.*``.
-        """
-
-        def own(tensor: Tensor) -> Tensor:
-            copied = self._converted(tensor).clone()
-            return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
-
-        module = self._original.private_copy(own).eval()
-        if self.batchnorm == "batch":
-            use_batch_statistics(module)
-        if self.dropout:
-            use_dropout(module)
-        return module
-
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[RandomStream]:
-        """Inside, forward passes without gradients run as this objective's do.
-
-        Yields
-        ------
-        RandomStream
-            To be restarted with ``seed + index`` before batch number ``index``.
-        """
-        half = self.autocast
-        autocast = torch.autocast(self.device.type, dtype=half, enabled=half is not None, cache_enabled=False)
-        with torch.no_grad(), autocast, RandomStream(self.seed) as stream, self.kernels(twice=False):
-            yield stream
-
-    def _flat(self, w: Tensor | None) -> Tensor:
-        if w is None:
-            return self.point()
-        self.layout.check(w, "point w")
-        return w.detach().to(device=self.device, dtype=self.dtype)
-
-    def _views(self, w: Tensor | None) -> dict[str, Tensor]:
-        flat = self._flat(w)
-        views = {name: view.to(self._dtypes[name]) for name, view in self.layout.views(flat).items()}
-        if w is not None and not self._warned and any(dtype.itemsize < 4 for dtype in self._dtypes.values()):
-            self._warn_of_rounding(flat, views)
-        return views
-
-    def _warn_of_rounding(self, flat: Tensor, views: dict[str, Tensor]) -> None:
-        lost, distance = (self.layout.flatten(views.values()) - flat).norm(), (flat - self.point()).norm()
-        if bool(lost > _ROUNDED * distance):
-            self._warned = True
-            warnings.warn(
-                f"the weights are evaluated in half precision, whose rounding moves the point by {float(lost):.1e}, "
-                f"where it is {float(distance):.1e} away from the current weights: measure a smooth function with "
-                "dtype=torch.float32",
-                ApproximationWarning,
-                stacklevel=2,
-            )
-
-    def leaves(self, w: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the tensors that make up a point, by name, in the precision of evaluation, requiring gradients.
-
-        Parameters
-        ----------
-        w
-            Shape ``(size,)``; default: the current weights.
-        """
-        # Views of one vector would each send back a vector of full length; leaves send back their own piece.
-        return {name: view.detach().clone().requires_grad_() for name, view in self._views(w).items()}
-
-    def constants(self, w: Tensor | None = None) -> dict[str, Tensor]:
-        """Return everything else that the loss depends on at a point, by its name in the skeleton.
-
-        Parameters outside the selection, those of the criterion, and buffers; with the policy ``"recalibrate"``, the
-        statistics of BatchNorm at ``w``, for which the data is read once.
-
-        Parameters
-        ----------
-        w
-            Shape ``(size,)``; default: the current weights.
-        """
-        selected = {f"model.{name}" for name in self.layout.names}
-        fixed = {name: self._converted(p) for name, p in self._original.named_parameters() if name not in selected}
-        buffers = {name: self._converted(buffer) for name, buffer in self._original.named_buffers()}
-        if self.batchnorm == "recalibrate":
-            point = {f"model.{name}": view for name, view in self._views(w).items()}
-            buffers = self._recalibrated(point | fixed, buffers)
-        return fixed | buffers
-
-    def _converted(self, tensor: Tensor) -> Tensor:
-        dtype = self._cast if self._cast is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.detach().to(device=self.device, dtype=dtype)
-
-    def batch_losses(
-        self,
-        point: dict[str, Tensor],
-        constants: dict[str, Tensor],
-        stream: RandomStream,
-        *,
-        skip: int = 0,
-        cut: bool = False,
-    ) -> Iterator[BatchLoss]:
-        """Yield the mean loss and the weight of every batch after the first ``skip``.
-
-        Parameters
-        ----------
-        point, constants
-            Tensors in place of the selected parameters, and what :meth:`constants` returned.
-        stream
-            What a stochastic forward pass draws from; entered by the caller.
-        skip
-            Number of batches to leave out.
-        cut
-            Whether to cut the loss off from the parameters where the model puts out its tensors, and return both ends.
-        """
-        tensors = {f"model.{name}": tensor for name, tensor in point.items()} | constants
-        buffers = [name for name, _ in self._skeleton.named_buffers()]
-        for index, batch in enumerate(self.batches):
-            if index < skip:
-                continue
-            # Every batch has its own seed and fresh buffers: none sees what another drew or wrote.
-            stream.restart(self.seed + index)
-            fresh = {name: tensors[name].clone() for name in buffers}
-            if cut:
-                with self._skeleton.cut_outputs() as pairs:
-                    value, weight = self._evaluate(tensors | fresh, batch)
-                yield BatchLoss(value, weight, *(zip(*pairs, strict=True) if pairs else ((), ())))
-            else:
-                yield BatchLoss(*self._evaluate(tensors | fresh, batch))
-
-    @contextlib.contextmanager
-    def kernels(self, *, twice: bool) -> Iterator[None]:
-        """Return the context in which passes avoid kernels that lack derivatives.
-
-        Parameters
-        ----------
-        twice
-            Whether what is evaluated is differentiated twice.
-        """
-        with contextlib.ExitStack() as stack:
-            if twice or self.dropout:  # fused attention has no second derivative, and draws its dropout differently
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if self._recurrent:
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            yield
-
-    def _evaluate(self, tensors: dict[str, Tensor], batch: Batch) -> tuple[Tensor, float]:
-        samples = count_samples(batch)  # before loss_fn, which may take it apart
-        if self.autocast is None:
-            return mean_and_weight(functional_call(self._skeleton, tensors, (batch,)), samples)
-        # Without its cache, which would tie the graphs of batches to each other.
-        with torch.autocast(self.device.type, dtype=self.autocast, cache_enabled=False):
-            return mean_and_weight(functional_call(self._skeleton, tensors, (batch,)), samples)
-
-    def _recalibrated(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-        fresh = blank_statistics(self._skeleton, {name: tensor.clone() for name, tensor in buffers.items()})
-        constants = {name: tensor.detach() for name, tensor in parameters.items()} | fresh
-        seen = 0
-        try:
-            with self.evaluating() as stream:
-                for index, (batch, size) in enumerate(zip(self.batches, self.batches.sizes, strict=True)):
-                    stream.restart(self.seed + index)
-                    seen += size
-                    collect_statistics(self._skeleton, share=size / seen if seen else 0.0)
-                    self._evaluate(constants, batch)
-        finally:
-            collect_statistics(self._skeleton, share=None)
-        return fresh
+        return GaussNewtonOperator(self.evaluation, w, keep_bytes=self._graph_bytes, settings=self.settings)
 
 
 def _check_autocast(autocast: torch.dtype | None, dtype: torch.dtype) -> None:

@@ -15,15 +15,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from msam_analysis.objective.graphs import (
-    BatchLoss,
-    DifferentiableLoss,
+from msam_analysis.objective.evaluation import BatchLoss, Evaluation
+from msam_analysis.objective.graphs import loss_gradients
+from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.randomness import RandomStream
+from msam_analysis.objective.second_derivatives import (
     MissingDerivativeError,
     check_twice_differentiable,
-    loss_gradients,
     missing_derivatives,
 )
-from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.objective.vectors import no_autocast
 
 Backend = Literal["native", "pyhessian"]
@@ -70,13 +70,13 @@ def pyhessian_trace(target: object, draws: int, *, seed: int) -> Tensor:
         return torch.tensor(peer.trace(maxIter=draws, tol=-torch.inf), dtype=torch.float64)
 
 
-def _objective(target: object) -> DifferentiableLoss:
-    if not hasattr(target, "batch_losses"):
+def _objective(target: object) -> Evaluation:
+    if not isinstance(target, Objective):
         raise TypeError(
             f"backend='pyhessian' expected an Objective, got {type(target).__name__}: PyHessian takes a model and "
             "data; pass the objective, or use backend='native' for an operator"
         )
-    loss: DifferentiableLoss = target  # type: ignore[assignment]  # has what is asked of one
+    loss = target.evaluation
     if loss.device.type not in ("cpu", "cuda"):
         raise ValueError(
             f"PyHessian works on the CPU or on CUDA, got an objective on {loss.device.type}: make it with device='cpu'"
@@ -85,7 +85,7 @@ def _objective(target: object) -> DifferentiableLoss:
 
 
 @contextlib.contextmanager
-def _pyhessian(loss: DifferentiableLoss, seed: int) -> Iterator[tuple[Any, _Batches]]:
+def _pyhessian(loss: Evaluation, seed: int) -> Iterator[tuple[Any, _Batches]]:
     """Yield PyHessian on stand-ins for an objective, its draws behind a private stream."""
     try:
         from pyhessian import hessian
@@ -111,7 +111,7 @@ def _pyhessian(loss: DifferentiableLoss, seed: int) -> Iterator[tuple[Any, _Batc
 class _Model:
     """What PyHessian asks of a model: batch in, batch out."""
 
-    def __init__(self, loss: DifferentiableLoss) -> None:
+    def __init__(self, loss: Evaluation) -> None:
         self.leaves = loss.leaves()
 
     def __call__(self, batch: _Batch) -> _Batch:
@@ -151,7 +151,7 @@ class _Batch:
 class _Batches:
     """What PyHessian asks of a loader; it reads it once a product."""
 
-    def __init__(self, loss: DifferentiableLoss, model: _Model) -> None:
+    def __init__(self, loss: Evaluation, model: _Model) -> None:
         self.loss = loss
         self.model = model
         self.constants = loss.constants()
@@ -166,6 +166,6 @@ class _Batches:
                 loss = next(losses, None)
                 if loss is None:
                     return
-                check_twice_differentiable(loss)
+                check_twice_differentiable([loss.value])
                 batch = _Batch(leaves, loss)
             yield batch, batch

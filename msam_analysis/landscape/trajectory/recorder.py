@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from msam_analysis.objective.objective import Objective
-from msam_analysis.objective.skeleton import unwrap
+from msam_analysis.objective.private import unwrap
 from msam_analysis.objective.vectors import Layout, Selection, select
 from msam_analysis.results import Trajectory, load_trajectory, points
 

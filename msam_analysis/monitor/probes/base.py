@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from msam_analysis.objective.objective import Objective
-from msam_analysis.objective.skeleton import unwrap
+from msam_analysis.objective.private import unwrap
 
 Finish = Callable[[Mapping[Tensor, Tensor]], Mapping[str, float]]
 """Called after the step with the gradients that it was taken with, by parameter; returns named numbers."""

@@ -1,0 +1,407 @@
+"""The loss of a private copy over batches, at whatever tensors are put in place of the model's own."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from msam_analysis.objective.batches import Batches
+from msam_analysis.objective.batchnorm import Policy, blank_statistics, collect_statistics, use_batch_statistics
+from msam_analysis.objective.examination import Examination
+from msam_analysis.objective.nested import Batch
+from msam_analysis.objective.private import Attributes, LossModule, use_randomness
+from msam_analysis.objective.randomness import RandomStream
+from msam_analysis.objective.second_derivatives import SecondDerivatives
+from msam_analysis.objective.vectors import Layout, Selection, select
+from msam_analysis.objective.weighing import SAMPLES, Weighing, counted, mean_and_weight, with_reduction
+from msam_analysis.results import ApproximationWarning
+
+# The part of a displacement that rounding may take before it is told.
+_ROUNDED = 0.1
+
+
+class BatchLoss(NamedTuple):
+    """The loss of one batch, as a function of the leaves.
+
+    Attributes
+    ----------
+    value
+        Mean loss, 0-dimensional.
+    weight
+        Weight of the batch in the mean over all.
+    outputs, cuts
+        If asked for: the tensors that the model put out, and the leaves that took their place in the loss.
+    """
+
+    value: Tensor
+    weight: float
+    outputs: tuple[Tensor, ...] = ()
+    cuts: tuple[Tensor, ...] = ()
+
+
+@dataclass
+class Findings:
+    """How a model and its loss have to be evaluated: found out once, at the first use, and shared by all views.
+
+    Attributes
+    ----------
+    weighing
+        What batches are weighed by.
+    with_gradients
+        Values are computed with gradients enabled, because without them the model computes something else.
+    redirected
+        The loss or a ``forward`` reaches past the private copy to the original, and is led back.
+    restored
+        Forward passes write to attributes, which are put back.
+    written
+        Names of the parameters that forward passes write to.
+    drawing
+        Names of the modules that draw random numbers in training mode, where they are wanted.
+    refusal
+        Why there are no derivatives; empty where there are.
+    examination
+        What was checked; ``None`` before it was.
+    """
+
+    weighing: Weighing = SAMPLES
+    with_gradients: bool = False
+    redirected: bool = False
+    restored: bool = False
+    written: frozenset[str] = frozenset()
+    drawing: list[str] | None = None
+    refusal: str = ""
+    examination: Examination | None = None
+
+
+@dataclass(eq=False)
+class Evaluation:
+    """The loss over batches at given tensors; see :class:`~msam_analysis.Objective`, whose options these are.
+
+    Attributes
+    ----------
+    original
+        The user's network and criterion; never run.
+    layout, dtypes, dtype
+        The selected parameters, the precision that each is evaluated in, and that of flat vectors.
+    findings
+        How to evaluate.
+    """
+
+    original: LossModule
+    batches: Batches
+    device: torch.device
+    cast: torch.dtype | None
+    batchnorm: Policy
+    autocast: torch.dtype | None
+    dropout: bool
+    seed: int
+    second_derivatives: SecondDerivatives
+    findings: Findings = field(default_factory=Findings)
+
+    def __post_init__(self) -> None:
+        """Make the private copy."""
+        # cuDNN's recurrent layers have no gradient in evaluation mode, and no second derivative in any.
+        self._recurrent = any(isinstance(module, nn.RNNBase) for module in self.original.modules())
+        # Closures of the user's know these tensors, whatever this evaluation is later a view of.
+        self._outer = {id(tensor): name for name, tensor in _tensors(self.original).items()}
+        self._weights: list[float] | None = None
+        self._told = False
+        self._copy_anew()
+
+    def choose(self, parameters: Selection) -> None:
+        """Select the parameters that the flat vector holds."""
+        chosen = select(self.original.model, parameters)
+        self.layout = Layout(tuple(chosen), tuple(p.shape for p in chosen.values()))
+        self.dtypes = {name: self.cast or p.dtype for name, p in chosen.items()}
+        self.dtype = reduce(torch.promote_types, self.dtypes.values(), torch.float32)
+        self._told = False
+
+    def view(self, **changes: object) -> Evaluation:
+        """Return the same evaluation with other ``batches`` or another ``original``; the private copy is shared."""
+        other = copy.copy(self)
+        for name, value in changes.items():
+            setattr(other, name, value)
+        if "batches" in changes:
+            other._weights = None
+        if "original" in changes:
+            other._attributes = Attributes(other.original)
+        return other
+
+    # ------------------------------------------------------------------------------------------------ the private copy
+
+    def _copy_anew(self) -> None:
+        self._attributes = Attributes(self.original)
+        self.copy = self.private_copy()
+        self._slots = self.copy.slots()
+
+    def follow(self) -> None:
+        """Make a new private copy if attributes of the model have changed since the last, such as a temperature."""
+        if self._attributes.changed():
+            self._copy_anew()
+
+    def private_copy(self, *, own: bool = False) -> LossModule:
+        """Return a private copy in the modes of this evaluation; ``own``: with tensors of its own, to be written to."""
+
+        def owned(tensor: Tensor) -> Tensor:
+            copied = self.converted(tensor).clone()
+            if not isinstance(tensor, nn.Parameter):
+                return copied
+            return nn.Parameter(copied, requires_grad=self.findings.with_gradients and copied.is_floating_point())
+
+        module = self.original.private_copy(owned if own else None).eval()
+        if self.batchnorm == "batch":
+            use_batch_statistics(module)
+        for name in self.findings.drawing or ():
+            module.get_submodule(name).training = True
+        if self.findings.redirected:
+            slots = module.slots()
+            module.redirect = {number: slots[name][0] for number, name in self._outer.items()}
+        if self.findings.restored:
+            module.fresh = Attributes(module)
+        return module
+
+    def place(self, tensors: dict[str, Tensor]) -> None:
+        """Put tensors in place of the private copy's, where they stay: a backward pass may run a part of it again."""
+        for name, tensor in tensors.items():
+            for owner, key in self._slots[name]:
+                owner[key] = tensor
+
+    def settle(self, point: dict[str, Tensor], constants: dict[str, Tensor]) -> None:
+        """Put a point and its constants in place, with fresh copies of what a pass may write to."""
+        tensors = {f"model.{name}": tensor for name, tensor in point.items()} | constants
+        touched = [name for name, _ in self.original.named_buffers()]
+        touched += [name for name in self.findings.written if not tensors[name].requires_grad]
+        self.place(tensors | {name: tensors[name].clone() for name in touched})
+
+    # ------------------------------------------------------------------------------------------------------ the tensors
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The selected parameters, by name, that the model has now."""
+        current = dict(self.original.model.named_parameters())
+        return {name: current[name] for name in self.layout.names}
+
+    @property
+    def precision(self) -> torch.dtype:
+        """The coarsest data type that takes part in an evaluation."""
+        own = {parameter.dtype for parameter in self.original.model.parameters() if parameter.is_floating_point()}
+        taking_part = ({self.cast} if self.cast is not None else own) | ({self.autocast} if self.autocast else set())
+        coarsest: torch.dtype = max(taking_part, key=lambda dtype: torch.finfo(dtype).eps)
+        return coarsest
+
+    def point(self) -> Tensor:
+        """Return a copy of the model's current weights, shape ``(size,)``."""
+        flat = self.layout.flatten(p.detach() for p in self.parameters.values())
+        return flat.to(device=self.device, dtype=self.dtype)
+
+    def views(self, w: Tensor | None) -> dict[str, Tensor]:
+        """Return a point in pieces by name, each in the precision it is evaluated in; ``None``: the current weights."""
+        if w is None:
+            flat = self.point()
+        else:
+            self.layout.check(w, "point w")
+            flat = w.detach().to(device=self.device, dtype=self.dtype)
+        views = {name: view.to(self.dtypes[name]) for name, view in self.layout.views(flat).items()}
+        if w is not None and not self._told and any(dtype.itemsize < 4 for dtype in self.dtypes.values()):
+            self._warn_of_rounding(flat, views)
+        return views
+
+    def _warn_of_rounding(self, flat: Tensor, views: dict[str, Tensor]) -> None:
+        lost, distance = (self.layout.flatten(views.values()) - flat).norm(), (flat - self.point()).norm()
+        if bool(lost > _ROUNDED * distance):
+            self._told = True
+            warnings.warn(
+                f"the weights are evaluated in half precision, whose rounding moves the point by {float(lost):.1e}, "
+                f"where it is {float(distance):.1e} away from the current weights: measure a smooth function with "
+                "dtype=torch.float32",
+                ApproximationWarning,
+                stacklevel=2,
+            )
+
+    def leaves(self, w: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the tensors that make up a point, by name, in the precision of evaluation, requiring gradients.
+
+        Parameters
+        ----------
+        w
+            Shape ``(size,)``; default: the current weights.
+        """
+        # Views of one vector would each send back a vector of full length; leaves send back their own piece.
+        return {name: view.detach().clone().requires_grad_() for name, view in self.views(w).items()}
+
+    def constants(self, w: Tensor | None = None) -> dict[str, Tensor]:
+        """Return everything else that the loss depends on at a point, by its name in the private copy.
+
+        Parameters outside the selection, those of the criterion, and buffers; with the policy ``"recalibrate"``, the
+        statistics of BatchNorm at ``w``, for which the data is read once.
+
+        Parameters
+        ----------
+        w
+            Shape ``(size,)``; default: the current weights.
+        """
+        selected = {f"model.{name}" for name in self.layout.names}
+        fixed = {name: self.converted(p) for name, p in self.original.named_parameters() if name not in selected}
+        buffers = {name: self.converted(buffer) for name, buffer in self.original.named_buffers()}
+        if self.batchnorm == "recalibrate":
+            pieces = self.leaves(w) if self.findings.with_gradients else self.views(w)
+            buffers = self._recalibrated({f"model.{name}": piece for name, piece in pieces.items()} | fixed, buffers)
+        return fixed | buffers
+
+    def converted(self, tensor: Tensor) -> Tensor:
+        """Return a tensor of the model on the device and in the precision of evaluation, detached."""
+        dtype = self.cast if self.cast is not None and tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(device=self.device, dtype=dtype)
+
+    def _recalibrated(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        fresh = blank_statistics(self.copy, {name: tensor.clone() for name, tensor in buffers.items()})
+        self.place(parameters | fresh)
+        seen = 0.0
+        try:
+            with self.evaluating() as stream:
+                for index, (batch, weight) in enumerate(zip(self.batches, self.batches.sizes, strict=True)):
+                    stream.restart(self.seed + index)
+                    seen += weight
+                    collect_statistics(self.copy, share=weight / seen if seen else 0.0)
+                    self.copy(batch)
+        finally:
+            collect_statistics(self.copy, share=None)
+        # A layer may have put another tensor in place of the one that it was given.
+        return {name: self._slots[name][0][0][self._slots[name][0][1]].detach() for name in fresh}
+
+    # ------------------------------------------------------------------------------------------------------ the batches
+
+    @property
+    def weights(self) -> list[float]:
+        """Weight of every batch in the mean."""
+        if self._weights is None:
+            weighing = self.findings.weighing
+            if weighing is SAMPLES:
+                self._weights = [float(size) for size in self.batches.sizes]
+            elif weighing.count is not None:
+                self._weights = [weighing.count(batch) for batch in self.batches]
+            else:
+                self._weights = self.criterion_counts()
+            if not sum(self._weights) > 0:
+                raise ValueError(
+                    f"no batch holds anything that the loss counts ({weighing.counts}): expected at least one; "
+                    "check the labels"
+                )
+        return self._weights
+
+    def criterion_counts(self) -> list[float]:
+        """Return what the criterion counts on every batch: its sum over its mean, at the current weights."""
+        total, mean = (with_reduction(self.copy.loss_fn, reduction) for reduction in ("sum", "mean"))
+        counts = []
+        with self.evaluating() as stream:
+            self.settle(self.views(None), self.constants())
+            for index, batch in enumerate(self.batches):
+                stream.restart(self.seed + index)
+                output = self.copy.model(batch[0])
+                counts.append(counted(*(float(c(output, batch[1])) for c in (mean, total) if c is not None)))
+        return counts
+
+    def batch_losses(
+        self,
+        point: dict[str, Tensor],
+        constants: dict[str, Tensor],
+        stream: RandomStream,
+        *,
+        skip: int = 0,
+        cut: bool = False,
+    ) -> Iterator[BatchLoss]:
+        """Yield the mean loss and the weight of every batch that weighs anything, after the first ``skip`` of them.
+
+        Parameters
+        ----------
+        point, constants
+            Tensors in place of the selected parameters, and what :meth:`constants` returned.
+        stream
+            What a stochastic forward pass draws from; entered by the caller.
+        skip
+            Number of batches to leave out.
+        cut
+            Whether to cut the loss off from the parameters where the model puts out its tensors, and return both ends.
+        """
+        for index, (batch, weight) in enumerate(zip(self.batches, self.weights, strict=True)):
+            if not weight:
+                continue
+            if skip:
+                skip -= 1
+                continue
+            # Every batch has its own seed: none sees what another drew.
+            stream.restart(self.seed + index)
+            self.settle(point, constants)
+            if cut:
+                with self.copy.cut_outputs() as pairs:
+                    evaluated = self.evaluate(batch, weight)
+                yield BatchLoss(*evaluated, *(zip(*pairs, strict=True) if pairs else ((), ())))
+            else:
+                yield BatchLoss(*self.evaluate(batch, weight))
+
+    def evaluate(self, batch: Batch, weight: float) -> tuple[Tensor, float]:
+        """Return the mean loss of a batch and its weight, at the tensors in place."""
+        sums = self.findings.weighing.sums
+        if self.autocast is None:
+            return mean_and_weight(self.copy(batch), weight, sums=sums)
+        # Without its cache, which would tie the graphs of batches to each other.
+        with torch.autocast(self.device.type, dtype=self.autocast, cache_enabled=False):
+            return mean_and_weight(self.copy(batch), weight, sums=sums)
+
+    # ----------------------------------------------------------------------------------------------------- the contexts
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[RandomStream]:
+        """Inside, forward passes for values alone run as this evaluation's do.
+
+        Yields
+        ------
+        RandomStream
+            To be restarted with ``seed + index`` before batch number ``index``.
+        """
+        half = self.autocast
+        autocast = torch.autocast(self.device.type, dtype=half, enabled=half is not None, cache_enabled=False)
+        gradients = torch.set_grad_enabled(self.findings.with_gradients)
+        with gradients, autocast, RandomStream(self.seed) as stream, self.kernels(twice=False):
+            yield stream
+
+    @contextlib.contextmanager
+    def kernels(self, *, twice: bool) -> Iterator[None]:
+        """Inside, passes avoid kernels that compute something else without gradients, or lack derivatives.
+
+        Parameters
+        ----------
+        twice
+            Whether the loss is differentiated twice.
+        """
+        fast = torch.backends.mha.get_fastpath_enabled()
+        with contextlib.ExitStack() as stack:
+            if twice or self.dropout:  # fused attention has no second derivative, and draws its dropout differently
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if self._recurrent:
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            # The path without gradients of nn.TransformerEncoder leaves padded positions zero.
+            stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+
+    def find_randomness(self) -> None:
+        """Find the modules that draw random numbers in training mode, and put them into it."""
+        batch = next(iter(self.batches))
+        with self.evaluating() as stream:
+            stream.restart(self.seed)
+            self.settle(self.views(None), self.constants())
+            self.findings.drawing = use_randomness(self.copy, lambda: self.copy(batch), stream)
+
+
+def _tensors(module: LossModule) -> dict[str, Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())

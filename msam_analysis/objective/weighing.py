@@ -1,0 +1,259 @@
+"""What a batch weighs in the mean over all samples, and how that is found out for other people's losses.
+
+A loss over batches is a mean over samples only if every batch counts for what it holds. Which things a criterion counts
+(samples, labels that are not ignored, class weights, tokens of a mask) is found by trying: the value of a batch must be
+the weighted mean of the values of its two halves.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from msam_analysis.objective.nested import Batch, count_samples, map_tensors, tensors_of
+from msam_analysis.objective.private import is_pair
+
+IGNORED = -100
+"""The label that torch's criteria and Hugging Face's models leave out by default."""
+
+Count = Callable[[Batch], float]
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """How batches are weighed.
+
+    Attributes
+    ----------
+    counts
+        What is counted, in words.
+    count
+        A batch to its weight; ``None``: the criterion itself has to be asked.
+    sums
+        Whether the loss is a sum over what is counted, and not its mean.
+    """
+
+    counts: str
+    count: Count | None
+    sums: bool = False
+
+
+def _samples(batch: Batch) -> float:
+    return float(count_samples(batch))
+
+
+SAMPLES = Weighing("samples", _samples)
+
+
+def mean_and_weight(returned: object, weight: float, *, sums: bool = False) -> tuple[Tensor, float]:
+    """Return the mean loss of a batch and its weight, from what its ``loss_fn`` returned.
+
+    Parameters
+    ----------
+    returned
+        A mean, a pair ``(sum, count)``, or an output of a model that has a ``loss``.
+    weight
+        Weight of the batch, unless a count was returned.
+    sums
+        Whether the one number that is returned is a sum.
+
+    Raises
+    ------
+    ValueError
+        It is neither one number nor a sum and a positive count.
+    """
+    if not isinstance(returned, Tensor):
+        loss = _own_loss(returned)
+        if loss is not None:
+            returned = loss
+        elif isinstance(returned, tuple):
+            total, count = _sum_and_count(returned)
+            return total / count, count
+    value = _scalar(returned, "a mean loss")
+    return (value / weight if sums else value), weight
+
+
+def _own_loss(returned: object) -> Tensor | None:
+    """Return the loss inside an output of a model (Hugging Face's), if there is one."""
+    loss = returned.get("loss") if isinstance(returned, Mapping) else getattr(returned, "loss", None)
+    return loss if isinstance(loss, Tensor) else None
+
+
+def _sum_and_count(returned: tuple[Any, ...]) -> tuple[Tensor, float]:
+    count = returned[1] if len(returned) == 2 else None
+    if not (isinstance(count, int | float) or (isinstance(count, Tensor) and count.numel() == 1)):
+        came = f"a tensor of shape {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
+        raise ValueError(
+            f"loss_fn returned a tuple of {len(returned)}"
+            + (f" with {came} as its second item" if len(returned) == 2 else "")
+            + ": expected a mean loss alone, or (sum, count) with a number; drop what else it returns, e.g. the logits"
+        )
+    weight = float(count)
+    if not weight > 0:
+        raise ValueError(f"loss_fn returned (sum, count) with count {weight:g}: expected a positive count")
+    return _scalar(returned[0], "a sum"), weight
+
+
+def _scalar(value: Any, what: str) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"loss_fn must return {what} as one number, got {came}: use reduction='mean', or return (sum, count)"
+        )
+    return value.reshape(())
+
+
+# ------------------------------------------------------------------------------------------- criteria with a reduction
+
+
+def with_reduction(loss_fn: Any, reduction: str) -> Callable[..., Any] | None:
+    """Return a criterion with another ``reduction``, or ``None`` if it offers no choice of one."""
+    if isinstance(loss_fn, nn.Module):
+        if not isinstance(getattr(loss_fn, "reduction", None), str):
+            return None
+        changed: Any = copy.copy(loss_fn)
+        changed.reduction = reduction
+        return changed  # type: ignore[no-any-return]
+    try:
+        offered = "reduction" in inspect.signature(loss_fn).parameters
+    except (TypeError, ValueError):  # a builtin
+        return None
+    return functools.partial(loss_fn, reduction=reduction) if offered else None
+
+
+def reduction_of(loss_fn: Any) -> str | None:
+    """Return the ``reduction`` of a criterion; ``None`` if it has none."""
+    return _option(loss_fn, "reduction") if with_reduction(loss_fn, "sum") is not None else None
+
+
+def _option(loss_fn: Any, name: str) -> Any:
+    """Return an option of a criterion: an attribute of a module, or a keyword of a function and its default."""
+    if isinstance(loss_fn, nn.Module):
+        return getattr(loss_fn, name, None)
+    try:
+        default = inspect.signature(loss_fn).parameters[name].default
+    except (TypeError, ValueError, KeyError):
+        return None
+    return None if default is inspect.Parameter.empty else default
+
+
+def needs_counting(loss_fn: Any, batches: Sequence[Batch]) -> bool:
+    """Whether a criterion with a reduction may count something else than samples on these ``(input, target)`` batches.
+
+    So it is if it holds tensors (class weights), if targets hold the label that it ignores, or if the number of
+    elements of a sample is not the same in all batches.
+    """
+    own = (*loss_fn.parameters(), *loss_fn.buffers()) if isinstance(loss_fn, nn.Module) else ()
+    named = () if isinstance(loss_fn, nn.Module) else getattr(loss_fn, "keywords", {}).values()
+    if own or any(isinstance(value, Tensor) for value in named):
+        return True
+    ignored = _option(loss_fn, "ignore_index")
+    rates = set()
+    for batch in batches:
+        for target in tensors_of(batch[1]):
+            if ignored is not None and not target.is_floating_point() and bool((target == ignored).any()):
+                return True
+            rates.add(target.numel() / max(count_samples(batch), 1))
+    return len(rates) > 1
+
+
+def counted(mean: float, total: float) -> float:
+    """Return what a criterion counted on a batch: the sum over the mean; 0 where there is nothing to count."""
+    if math.isnan(mean) and total == 0.0:
+        return 0.0
+    if mean == 0.0 or not math.isfinite(total / mean):
+        return math.nan
+    count = total / mean
+    return float(round(count)) if abs(count - round(count)) <= 1e-4 * count and round(count) > 0 else count
+
+
+# -------------------------------------------------------------------------------------- what a batch says by its shapes
+
+
+def candidates(batch: Batch) -> Iterator[tuple[str, Count]]:
+    """Yield what may be counted in batches of this structure, the likeliest first, as words and a function.
+
+    Samples; labels other than -100, all of them or all but the first of every sequence (causal language models predict
+    the next token); ones of a mask, likewise.
+    """
+    yield "samples", _samples
+    for index, tensor in enumerate(tensors_of(batch)):
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.ndim == 0:
+            continue
+        shifts = (0, 1) if tensor.ndim > 1 else (0,)
+        if bool((tensor == IGNORED).any()):
+            for shift in shifts:
+                yield "labels that count" + " after the first" * shift, functools.partial(_labels, index, shift)
+        elif tensor.dtype == torch.bool or bool(((tensor == 0) | (tensor == 1)).all()):
+            for shift in shifts:
+                yield "ones of a mask" + " after the first" * shift, functools.partial(_ones, index, shift)
+
+
+def _labels(index: int, shift: int, batch: Batch) -> float:
+    return float((_item(batch, index, shift) != IGNORED).sum())
+
+
+def _ones(index: int, shift: int, batch: Batch) -> float:
+    return float((_item(batch, index, shift) != 0).sum())
+
+
+def _item(batch: Batch, index: int, shift: int) -> Tensor:
+    tensor = list(tensors_of(batch))[index]
+    return tensor[:, shift:] if shift else tensor
+
+
+def leading_sizes(batch: Batch) -> tuple[int, ...]:
+    """Return the first dimension of every tensor in a batch that has one."""
+    return tuple(tensor.shape[0] for tensor in tensors_of(batch) if tensor.ndim)
+
+
+def contradict(sizes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether tensors of the batches disagree about how many samples a batch holds relative to the others.
+
+    ``sizes`` has a row for each batch. A tensor whose first dimension is the same in all batches is no evidence, unless
+    it is the first one.
+    """
+    if len(sizes) < 2 or len({len(row) for row in sizes}) > 1:
+        return False
+    columns = list(zip(*sizes, strict=True))
+    first, rest = columns[0], [column for column in columns[1:] if len(set(column)) > 1]
+    return any(column[0] * mine != first[0] * own for column in rest for mine, own in zip(first, column, strict=True))
+
+
+def halves(batch: Batch) -> tuple[Batch, Batch] | None:
+    """Return a batch as two, cut by the first dimension of its tensors; ``None`` where that is not what they share."""
+    sizes = set(leading_sizes(batch))
+    if len(sizes) != 1 or (size := sizes.pop()) < 2:
+        return None
+    cut = size // 2
+    return rows(batch, slice(0, cut)), rows(batch, slice(cut, size))
+
+
+def rows(batch: Batch, chosen: slice | Tensor) -> Batch:
+    """Return the chosen rows of every tensor of a batch that has rows."""
+    return map_tensors(batch, lambda tensor: tensor[chosen] if tensor.ndim else tensor)
+
+
+__all__ = [
+    "SAMPLES",
+    "Weighing",
+    "candidates",
+    "contradict",
+    "counted",
+    "halves",
+    "is_pair",
+    "leading_sizes",
+    "mean_and_weight",
+    "needs_counting",
+    "reduction_of",
+    "rows",
+    "with_reduction",
+]
