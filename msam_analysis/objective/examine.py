@@ -8,6 +8,8 @@ refused in one sentence.
 from __future__ import annotations
 
 import math
+import os
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,10 +27,17 @@ from msam_analysis.objective.graphs import loss_gradients, mean_gradient, pull_b
 from msam_analysis.objective.nested import Batch, count_samples, tensors_of
 from msam_analysis.objective.private import Attributes, Redirect
 from msam_analysis.objective.randomness import RandomStream, same_state
-from msam_analysis.objective.second_derivatives import MissingDerivativeError, check_twice_differentiable, graph_nodes
+from msam_analysis.objective.second_derivatives import (
+    MissingDerivativeError,
+    check_twice_differentiable,
+    graph_nodes,
+    missing_derivatives,
+)
 from msam_analysis.objective.vectors import gaussian, no_autocast, widest
 
 _SAMPLES = 32  # of the first batch, spread over it
+_FEW, _LARGE = 4, 10**6  # fewer samples of models with more parameters
+_DOUBLE = 32 * 10**6  # parameters up to which derivatives are compared in float64, for its memory
 # Relative steps of differences in float64: shorter ones meet fewer kinks, longer ones have more digits.
 _STEPS = (1e-6, 1e-7, 1e-8)
 _WRONG = 1e-3  # a relative difference that neither truncation nor rounding in float64 explains
@@ -49,8 +58,13 @@ def examine(evaluation: Evaluation) -> Examination:
     ExaminationError
         The loss cannot be evaluated, is no function of the weights, is not this model's, or is not a mean.
     """
+    with torch.inference_mode(mode=False):  # whose tensors have no versions and no gradients
+        return _examine(evaluation)
+
+
+def _examine(evaluation: Evaluation) -> Examination:
     findings = evaluation.findings
-    batch = _part(next(iter(evaluation.batches)))
+    batch = _part(next(iter(evaluation.batches)), _SAMPLES if evaluation.layout.size <= _LARGE else _FEW)
     trial = _on(evaluation, [batch])
     checks = [*_function(trial)]
     if findings != Findings():
@@ -68,13 +82,13 @@ def examine(evaluation: Evaluation) -> Examination:
     return found
 
 
-def _part(batch: Batch) -> Batch:
+def _part(batch: Batch, most: int = _SAMPLES) -> Batch:
     """Return some samples of a batch, spread over it; all of it where its tensors do not share a first dimension."""
     sizes = set(w.leading_sizes(batch))
     size = sizes.pop() if len(sizes) == 1 else 0
-    if size <= _SAMPLES:
+    if size <= most:
         return batch
-    return w.rows(batch, torch.linspace(0, size - 1, _SAMPLES).long())
+    return w.rows(batch, torch.linspace(0, size - 1, most).long())
 
 
 def _on(evaluation: Evaluation, batches: Sequence[Batch], dtype: torch.dtype | None = None) -> Evaluation:
@@ -155,7 +169,9 @@ def _explained(trial: Evaluation) -> Iterator[None]:
     """Say in a sentence what went wrong at the first evaluation of a model on somebody's batch."""
     try:
         yield
-    except (TypeError, AttributeError, KeyError, IndexError, RuntimeError, NotImplementedError) as error:
+    except (TypeError, AttributeError, KeyError, IndexError, RuntimeError, ValueError) as error:
+        if _raised_on_purpose(error):
+            raise
         batch = next(iter(trial.batches))
         kind = "(input, target)" if w.is_pair(batch) else _structure(batch)
         call = "loss_fn(model(input), target)" if w.is_pair(batch) else "loss_fn(model, batch)"
@@ -165,6 +181,12 @@ def _explained(trial: Evaluation) -> Iterator[None]:
             "that fit the batches; a criterion(output, target) takes batches (input, target), any other batch goes as "
             "a whole to loss_fn(model, batch)"
         ) from error
+
+
+def _raised_on_purpose(error: BaseException) -> bool:
+    """Whether an error comes from a ``raise`` of the user's or of ours, and not from inside of torch."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return (last.line or "").startswith("raise") and f"{os.sep}torch{os.sep}" not in last.filename
 
 
 def _structure(batch: Batch) -> str:
@@ -335,9 +357,9 @@ def _judged(evaluation: Evaluation, question: str, halved: Halved, *, several: b
         if _close(count, n_one + n_two, torch.float32) and fits(n_one, n_two):
             return Check(question, "holds", follows="batches weigh the counts that loss_fn returns")
         raise ExaminationError(
-            f"loss_fn returns a pair that is no (sum, count): {count:.6g} on a batch, {n_one:.6g} and {n_two:.6g} "
-            "on its halves, and sums that do not add up: expected a sum over samples and their number; return the mean loss "
-            "alone, without a metric beside it"
+            f"loss_fn returns a pair that is no (sum, count): {count:.6g} on a batch, {n_one:.6g} and {n_two:.6g} on "
+            "its halves, and sums that do not add up: expected a sum over samples and their number; return the mean "
+            "loss alone, without a metric beside it"
         )
     for words, counted in w.candidates(whole):
         if fits(counted(first), counted(second)):
@@ -364,7 +386,7 @@ def _derivatives(trial: Evaluation, batch: Batch) -> tuple[list[Check], str, flo
     """Compare gradient and Hessian product with differences; say in what precision, and what rounding leaves."""
     wide = trial
     resolution = math.nan
-    double = trial.autocast is None and widest(trial.device) == torch.float64
+    double = trial.autocast is None and widest(trial.device) == torch.float64 and trial.layout.size <= _DOUBLE
     if double:
         try:
             wide = _on(trial, [batch], torch.float64)
@@ -466,10 +488,13 @@ def _exact(
         if wide.second_derivatives.central:
             return flat, [], ""
         try:
-            check_twice_differentiable([loss.value])
-            pieces = [list(wide.layout.views(vector).values()) for vector in vectors]
-            products = [pull_back(gradients, tensors, piece, together=False) for piece in pieces]
-        except (RuntimeError, MissingDerivativeError) as error:
+            with missing_derivatives():
+                check_twice_differentiable([loss.value])
+                pieces = [list(wide.layout.views(vector).values()) for vector in vectors]
+                products = [pull_back(gradients, tensors, piece, together=False) for piece in pieces]
+        except MissingDerivativeError:  # the operators find it, too, each in its own way
+            return flat, [], ""
+        except RuntimeError as error:
             return flat, [], str(error).split("\n", maxsplit=1)[0]
     return flat, [wide.layout.flatten(product) for product in products], ""
 

@@ -163,8 +163,8 @@ class GraphOperator(SymmetricOperator):
         self._full, self._complete = True, not self._full
         if first and not bool(torch.isfinite(total)):
             raise ValueError(
-                f"the loss is {float(total)} at these weights: expected a finite one, of which there are derivatives; "
-                "look for the batch that makes it so"
+                "the loss is NaN or infinite at these weights: expected a finite one, which has derivatives; look for "
+                "the batch that makes it so"
             )
 
     def _width(self, count: int, nbytes: int) -> int:

@@ -339,7 +339,7 @@ class Objective:
             special["autocast"] = str(evaluation.autocast).removeprefix("torch.")
         if evaluation.dropout:
             drawing = findings.drawing
-            special["dropout"] = True if drawing is None else ", ".join(drawing) or "nothing in this model drops"
+            special["dropout"] = True if drawing is None or drawing else "nothing draws random numbers"
         if hooks:
             special["hooks left out"] = hooks
         if findings.weighing is not SAMPLES:

@@ -152,7 +152,7 @@ def test_recurrent_layers_do_without_cudnn() -> None:
     before = torch.backends.cudnn.enabled
     objective = ma.Objective(filled(Recurrent(nn.GRU)), F.cross_entropy, TRANSFORMER.data())
     objective.gradient()
-    skeleton: Any = objective._skeleton.model
+    skeleton: Any = objective._evaluation.copy.model
     assert skeleton.seen == [False] * 3
     assert torch.backends.cudnn.enabled == before
 
@@ -296,7 +296,7 @@ def test_the_kernel_that_draws_is_the_same_for_all_derivatives(dropout: bool, fu
     objective.loss()
     objective.gradient()
     objective.hvp(torch.ones(objective.size))
-    skeleton: Any = objective._skeleton.model
+    skeleton: Any = objective._evaluation.copy.model
     assert skeleton.seen == [fused, fused, False]
 
 

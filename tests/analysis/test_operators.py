@@ -166,7 +166,7 @@ def walks(columns: int, **limits: int) -> int:
     objective = ma.Objective(model, F.cross_entropy, (x, y))
     operator = objective.hessian()
     operator @ torch.ones(objective.size, dtype=torch.float64)
-    calls = operator._loss._skeleton.model.calls  # type: ignore[attr-defined]  # of the private copy
+    calls: list[Any] = operator._loss.copy.model.calls  # type: ignore[assignment]  # of the private copy
     calls.clear()
     operator @ normal(objective.size, columns, seed=6)
     one = len(calls)
@@ -271,6 +271,8 @@ def test_rebuilt_graphs_are_built_once_for_several_vectors() -> None:
         return F.cross_entropy(output, target)
 
     objective = ma.Objective(CONVNET.model(), loss_fn, CONVNET.data(), graph_bytes=0)
+    objective.examine()
+    calls.clear()
     operator = objective.hessian()
     operator @ normal(objective.size, 5, seed=9)
     assert calls == [8, 8, 3]

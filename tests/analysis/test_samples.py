@@ -139,7 +139,7 @@ def test_neither_model_nor_data_is_copied_or_checked_again(monkeypatch: pytest.M
     assert some.gradient().isfinite().all()
     assert part.gradient().isfinite().all()
     assert part.batches is whole.batches
-    assert some._skeleton is part._skeleton is whole._skeleton
+    assert some._evaluation.copy is part._evaluation.copy is whole._evaluation.copy
     assert reads == []
 
 
