@@ -127,7 +127,7 @@ class Case:
     @property
     def situation(self) -> str:
         """Return the first line of the function's docstring."""
-        return (self.build.__doc__ or "").strip().splitlines()[0]
+        return (self.build.__doc__ or "").strip().splitlines()[0].removesuffix(".")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,36 +206,34 @@ def _module(module: nn.Module) -> Any:
 
 def _collect(thing: Any, found: dict[int, Any]) -> None:
     """Gather the modules, tensors and containers that a function reaches."""
-    if id(thing) in found or thing is None or isinstance(thing, int | float | str | bool | types.ModuleType | type):
+    if id(thing) in found or thing is None or isinstance(thing, int | float | str | types.ModuleType | type):
         return
-    inside: list[Any] = []
-    if isinstance(thing, nn.Module | Tensor):
+    if isinstance(thing, nn.Module | Tensor | Mapping | list | tuple):
         found[id(thing)] = thing
-    if isinstance(thing, nn.Module):
-        inside = [value for module in thing.modules() for value in vars(module).values() if callable(value)]
-    elif isinstance(thing, Mapping):
-        found[id(thing)] = thing
-        inside = list(thing.values())
-    elif isinstance(thing, list | tuple):
-        found[id(thing)] = thing
-        inside = list(thing)
-    elif isinstance(thing, functools.partial):
-        inside = [thing.func, thing.args, thing.keywords]
-    elif isinstance(thing, types.FunctionType):
-        found[id(thing)] = None
-        cells = [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
-        inside = [*cells, thing.__defaults__, thing.__kwdefaults__]
-    elif isinstance(thing, types.MethodType):
-        inside = [thing.__self__, thing.__func__]
-    elif isinstance(thing, DataLoader):
-        inside = [thing.dataset]
-    elif isinstance(thing, TensorDataset):
-        inside = [thing.tensors]
-    elif type(thing).__module__.startswith("tests."):
-        found[id(thing)] = None
-        inside = list(vars(thing).values())
-    for value in inside:
+    elif isinstance(thing, types.FunctionType) or type(thing).__module__.startswith("tests."):
+        found[id(thing)] = None  # seen, and nothing to compare
+    for value in _inside(thing):
         _collect(value, found)
+
+
+def _inside(thing: Any) -> list[Any]:
+    """Return what a thing holds."""
+    if isinstance(thing, nn.Module):
+        return [value for module in thing.modules() for value in vars(module).values() if callable(value)]
+    if isinstance(thing, Mapping):
+        return list(thing.values())
+    if isinstance(thing, list | tuple):
+        return list(thing)
+    if isinstance(thing, types.FunctionType):
+        cells = [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
+        return [*cells, thing.__defaults__, thing.__kwdefaults__]
+    if isinstance(thing, functools.partial):
+        return [thing.func, thing.args, thing.keywords]
+    if isinstance(thing, types.MethodType):
+        return [thing.__self__, thing.__func__]
+    if isinstance(thing, DataLoader | TensorDataset):
+        return list(vars(thing).values())
+    return list(vars(thing).values()) if type(thing).__module__.startswith("tests.") else []
 
 
 def _filled(cell: types.CellType) -> bool:

@@ -1,6 +1,6 @@
 """The table of docs/trust.md, from the outcomes of the cases.
 
-``python -m tests.trust.table`` runs every case and writes the table; ``python -m tests.trust.table WORD`` runs the cases
+``python -m tests.trust.table`` runs every case and writes the table. With a word behind it, it runs the cases
 whose kind or name contains the word and prints how they end.
 """
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import msam_analysis as ma
 
-from ..cases import Answer, Ask, Truth, case, mlp, need, normal, points, seeded
+from .cases import Answer, Ask, Truth, case, mlp, need, normal, points, seeded
 
 
 class Wrapped(nn.Module):
@@ -59,7 +59,7 @@ def _state(module: Any, output: Tensor) -> Tensor:
 
 @case("no function", "right", "refused")
 def hidden_state_kept(ask: Ask) -> Answer:
-    """A recurrent state kept on the module from call to call"""
+    """A recurrent state kept on the module from call to call."""
     return twice(ask, Wrapped(_state))
 
 
@@ -70,7 +70,7 @@ def _count(module: Any, output: Tensor) -> Tensor:
 
 @case("no function", "right", "refused")
 def counter_in_forward(ask: Ask) -> Answer:
-    """forward counts its calls and scales by the count"""
+    """A forward that counts its calls and scales by the count."""
     return twice(ask, Wrapped(_count))
 
 
@@ -87,19 +87,19 @@ class Annealed:
 
 @case("no function", "right", "refused")
 def annealed_criterion(ask: Ask) -> Answer:
-    """A criterion that raises its penalty at every call (KL annealing)"""
+    """A criterion that raises its penalty at every call (KL annealing)."""
     return twice(ask, mlp(), Annealed())
 
 
 @case("no function", "right", "refused")
 def noise_from_torch(ask: Ask) -> Answer:
-    """forward adds noise of torch's global generator"""
+    """A forward that adds noise of torch's global generator."""
     return twice(ask, Wrapped(lambda module, output: output + 0.3 * torch.randn_like(output)))
 
 
 @case("no function", "right", "refused")
 def noise_from_numpy(ask: Ask) -> Answer:
-    """A criterion that mixes samples by np.random"""
+    """A criterion that mixes samples by np.random."""
 
     def mixed(output: Tensor, target: Tensor) -> Tensor:
         share = float(np.random.beta(0.4, 0.4))
@@ -110,20 +110,20 @@ def noise_from_numpy(ask: Ask) -> Answer:
 
 @case("no function", "right", "refused")
 def noise_from_python(ask: Ask) -> Answer:
-    """forward skips a branch by random.random()"""
+    """A forward that skips a branch by random.random()."""
     return twice(ask, Wrapped(lambda module, output: output if random.random() < 0.5 else 2 * output))
 
 
 @case("no function", "right", "refused")
 def noise_from_an_own_generator(ask: Ask) -> Answer:
-    """forward draws from a torch.Generator of its own"""
+    """A forward that draws from a torch.Generator of its own."""
     own = torch.Generator().manual_seed(0)
     return twice(ask, Wrapped(lambda module, output: output + 0.3 * torch.randn(2, generator=own).double()))
 
 
 @case("no function", "right", "refused")
 def noise_from_numpys_new_generator(ask: Ask) -> Answer:
-    """A criterion that draws from np.random.default_rng"""
+    """A criterion that draws from np.random.default_rng."""
     rng = np.random.default_rng(0)
     return twice(ask, mlp(), lambda output, target: F.cross_entropy(output, target) * (1 + 0.2 * rng.random()))
 
@@ -135,7 +135,7 @@ def _momentum_teacher(module: Any, output: Tensor) -> Tensor:
 
 @case("no function", "right", "refused")
 def moving_average_centre(ask: Ask) -> Answer:
-    """Outputs are centred by a moving average that forward updates (DINO)"""
+    """Outputs are centred by a moving average that forward updates (DINO)."""
     return twice(ask, Wrapped(_momentum_teacher), lambda o, t: o.pow(2).mean() + F.cross_entropy(o, t))
 
 
@@ -158,7 +158,7 @@ class Queue(nn.Module):
 
 @case("no function", "right", "refused")
 def memory_queue(ask: Ask) -> Answer:
-    """forward pushes its features into a buffer that it reads (MoCo's queue)"""
+    """A forward that pushes its features into a buffer that it reads (MoCo's queue)."""
     return twice(ask, Queue())
 
 
@@ -170,7 +170,7 @@ def _cached(module: Any, output: Tensor) -> Tensor:
 
 @case("no function", "right", "refused")
 def cached_output(ask: Ask) -> Answer:
-    """forward keeps the output of its first call"""
+    """A forward that keeps the output of its first call."""
     return twice(ask, Wrapped(_cached))
 
 
@@ -190,13 +190,13 @@ class Augmented(Dataset[Any]):
 
 @case("no function", "refused")
 def augmented_data(ask: Ask) -> Answer:
-    """A data set that augments with a generator of its own: other data at every pass"""
+    """A data set that augments with a generator of its own: other data at every pass."""
     return twice(ask, mlp(), data=DataLoader(Augmented(), batch_size=4))
 
 
 @case("no function", "refused")
 def shuffled_loader(ask: Ask) -> Answer:
-    """A loader that shuffles, under BatchNorm's batch mode another function at every pass"""
+    """A loader that shuffles, under BatchNorm's batch mode another function at every pass."""
     net = seeded(lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)))
     loader = DataLoader(TensorDataset(*points()), batch_size=5, shuffle=True)
     return ask(lambda: ma.Objective(net, F.cross_entropy, loader, batchnorm="batch").loss()), 0.0, 0.0
@@ -218,49 +218,49 @@ def _asks_at_nan(ask: Ask, question: Callable[[ma.Objective], Any]) -> Answer:
 
 @case("no function", "right", "refused")
 def nan_loss(ask: Ask) -> Answer:
-    """NaN at the centre (a target of 0 in its own logarithm): the loss"""
+    """NaN at the centre (a target of 0 in its own logarithm): the loss."""
     return _asks_at_nan(ask, lambda o: o.loss())
 
 
 @case("no function", "right", "refused")
 def nan_trace(ask: Ask) -> Answer:
-    """NaN at the centre: the trace"""
+    """NaN at the centre: the trace."""
     return _asks_at_nan(ask, lambda o: ma.trace(o, draws=4).value)
 
 
 @case("no function", "refused")
 def nan_eigenvalues(ask: Ask) -> Answer:
-    """NaN at the centre: eigenvalues"""
+    """NaN at the centre: eigenvalues."""
     return _asks_at_nan(ask, lambda o: ma.top_eigenvalues(o, k=1).values[0])
 
 
 @case("no function", "refused")
 def nan_density(ask: Ask) -> Answer:
-    """NaN at the centre: the spectral density"""
+    """NaN at the centre: the spectral density."""
     return _asks_at_nan(ask, lambda o: ma.spectral_density(o, probes=2, steps=5).density[0])
 
 
 @case("no function", "right", "refused")
 def nan_relative_flatness(ask: Ask) -> Answer:
-    """NaN at the centre: the relative flatness"""
+    """NaN at the centre: the relative flatness."""
     return _asks_at_nan(ask, lambda o: ma.relative_flatness(o, "2.weight", draws=3).value)
 
 
 @case("no function", "right", "refused")
 def nan_average(ask: Ask) -> Answer:
-    """NaN at the centre: the average-case sharpness"""
+    """NaN at the centre: the average-case sharpness."""
     return _asks_at_nan(ask, lambda o: ma.average_sharpness(o, sigma=0.1, draws=3).value)
 
 
 @case("no function", "right", "refused")
 def nan_one_step(ask: Ask) -> Answer:
-    """NaN at the centre: SAM's one-step rise"""
+    """NaN at the centre: SAM's one-step rise."""
     return _asks_at_nan(ask, lambda o: ma.one_step_sharpness(o, rho=0.1).sharpness)
 
 
 @case("no function", "right", "refused")
 def nan_fisher_rao(ask: Ask) -> Answer:
-    """NaN at the centre: the Fisher-Rao norm"""
+    """NaN at the centre: the Fisher-Rao norm."""
     return _asks_at_nan(ask, lambda o: ma.fisher_rao_norm(o).value)
 
 
@@ -279,7 +279,7 @@ class Logarithm(nn.Module):
 
 @case("no function", "refused")
 def nan_input(ask: Ask) -> Answer:
-    """A NaN among the inputs: the sharpness in a ball"""
+    """A NaN among the inputs: the sharpness in a ball."""
     net, (x, y) = mlp(), points()
     x[3, 1] = float("nan")
     return ask(lambda: ma.ball_sharpness(ma.Objective(net, F.cross_entropy, (x, y)), rho=0.1).sharpness), 0.0, 0.0
@@ -287,8 +287,8 @@ def nan_input(ask: Ask) -> Answer:
 
 @case("no function", "right", "refused")
 def infinite_loss(ask: Ask) -> Answer:
-    """An infinite loss at the centre: its trace is no finite number"""
-    net, (x, y) = Logarithm(), points()
+    """An infinite loss at the centre: its trace is no finite number."""
+    net, (x, _) = mlp(), points()
     value = ask(lambda: ma.trace(ma.Objective(net, F.mse_loss, (x, normal(10, 2))), draws=4).value)
     need(not np.isfinite(value), f"{value} of a loss that is infinite")
     return None
@@ -296,7 +296,7 @@ def infinite_loss(ask: Ask) -> Answer:
 
 @case("no function", "right", "refused")
 def infinite_curvature(ask: Ask) -> Answer:
-    """A square root at 0: the loss is finite, its gradient is not"""
+    """A square root at 0: the loss is finite, its gradient is not."""
     net, (x, y) = mlp(), points()
     with torch.no_grad():
         net[2].weight.zero_()
@@ -308,7 +308,7 @@ def infinite_curvature(ask: Ask) -> Answer:
 
 @case("no function", "right")
 def a_plain_network(ask: Ask) -> Answer:
-    """A function of the weights, asked twice: nothing is said"""
+    """A function of the weights, asked twice: nothing is said."""
     net, (x, y) = mlp(), points()
     truth = Truth(lambda: F.cross_entropy(net(x), y), net.parameters())
     want = truth.loss

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import msam_analysis as ma
 
-from ..cases import Answer, Ask, Truth, case, labels, mlp, normal, numbers, points, probe, right_numbers, seeded
+from .cases import Answer, Ask, Truth, case, labels, mlp, normal, numbers, points, probe, right_numbers, seeded
 
 
 class Padded(nn.Module):
@@ -36,7 +36,7 @@ def padded() -> tuple[nn.Module, dict[str, Tensor], Any]:
 
 @case("function", "right", "refused")
 def padded_encoder(ask: Ask) -> Answer:
-    """A padded TransformerEncoder: loss, gradient and product"""
+    """A padded TransformerEncoder: loss, gradient and product."""
     net, batch, f = padded()
     truth = Truth(lambda: f(net, batch), net.parameters())
     want = right_numbers(truth)
@@ -45,7 +45,7 @@ def padded_encoder(ask: Ask) -> Answer:
 
 @case("function", "right", "refused")
 def padded_encoder_noise(ask: Ask) -> Answer:
-    """A padded TransformerEncoder: SAM's one-step rise is that along its gradient"""
+    """A padded TransformerEncoder: SAM's one-step rise is that along its gradient."""
     net, batch, f = padded()
     truth = Truth(lambda: f(net, batch), net.parameters())
     gradient = truth.gradient
@@ -69,7 +69,7 @@ class Attention(nn.Module):
 
 @case("function", "right")
 def attention_fast_path(ask: Ask) -> Answer:
-    """nn.MultiheadAttention with padding, in evaluation mode"""
+    """nn.MultiheadAttention with padding, in evaluation mode."""
     net, x, y = seeded(Attention), normal(6, 4, 4), labels(6)
     want = right_numbers(Truth(lambda: F.cross_entropy(net(x), y), net.parameters()))
     return ask(lambda: numbers(ma.Objective(net, F.cross_entropy, (x, y)))), want, 1e-5
@@ -85,7 +85,7 @@ def physics(model: Any, batch: Any) -> Tensor:
 
 @case("function", "right")
 def physics_informed(ask: Ask) -> Answer:
-    """A physics-informed loss that differentiates in its inputs"""
+    """A physics-informed loss that differentiates in its inputs."""
     net, batch = mlp(inputs=1, classes=1), {"x": normal(8, 1)}
     want = right_numbers(Truth(lambda: physics(net, batch), net.parameters()))
     return ask(lambda: numbers(ma.Objective(net, physics, batch))), want, 1e-5
@@ -93,7 +93,7 @@ def physics_informed(ask: Ask) -> Answer:
 
 @case("function", "right")
 def physics_informed_measures(ask: Ask) -> Answer:
-    """A physics-informed loss: slice, one-step rise and ball at its centre"""
+    """A physics-informed loss: slice, one-step rise and ball at its centre."""
     net, batch = mlp(inputs=1, classes=1), {"x": normal(8, 1)}
     truth = Truth(lambda: physics(net, batch), net.parameters())
     v, gradient = probe(len(truth.gradient)), truth.gradient
@@ -132,7 +132,7 @@ def forces_loss(model: Any, batch: Any) -> Tensor:
 
 @case("function", "right")
 def energy_and_forces(ask: Ask) -> Answer:
-    """An energy model whose forward differentiates in positions to give forces"""
+    """An energy model whose forward differentiates in positions to give forces."""
     net = seeded(Energy)
     batch = {"positions": normal(6, 3), "energy": normal(6, seed=3), "forces": normal(6, 3, seed=4)}
     want = right_numbers(Truth(lambda: forces_loss(net, batch), net.parameters()))
@@ -141,7 +141,7 @@ def energy_and_forces(ask: Ask) -> Answer:
 
 @case("function", "right")
 def gradient_penalty(ask: Ask) -> Answer:
-    """A critic with a gradient penalty (WGAN-GP)"""
+    """A critic with a gradient penalty (WGAN-GP)."""
     net, batch = mlp(classes=1), {"real": normal(6, 3), "fake": normal(6, 3, seed=5)}
 
     def f(model: Any, b: Any) -> Tensor:
@@ -155,7 +155,7 @@ def gradient_penalty(ask: Ask) -> Answer:
 
 @case("function", "right")
 def jacobian_in_the_loss(ask: Ask) -> Answer:
-    """A contractive penalty by torch.func.jacrev inside the loss"""
+    """A contractive penalty by torch.func.jacrev inside the loss."""
     net, batch = mlp(), {"x": normal(5, 3), "y": labels(5)}
 
     def f(model: Any, b: Any) -> Tensor:
@@ -180,7 +180,7 @@ class Branch(nn.Module):
 
 @case("function", "right", "refused")
 def branch_on_gradients(ask: Ask) -> Answer:
-    """forward branches on torch.is_grad_enabled()"""
+    """A forward that branches on torch.is_grad_enabled()."""
     net, (x, y) = seeded(Branch), points()
     want = right_numbers(Truth(lambda: F.cross_entropy(net(x), y), net.parameters()))
     return ask(lambda: numbers(ma.Objective(net, F.cross_entropy, (x, y)))), want, 1e-5
@@ -188,7 +188,7 @@ def branch_on_gradients(ask: Ask) -> Answer:
 
 @case("function", "right", "refused")
 def branch_on_gradients_slice(ask: Ask) -> Answer:
-    """A slice of a network that branches on torch.is_grad_enabled()"""
+    """A slice of a network that branches on torch.is_grad_enabled()."""
     net, (x, y) = seeded(Branch), points()
     truth = Truth(lambda: F.cross_entropy(net(x), y), net.parameters())
     v = probe(len(truth.gradient))
@@ -211,7 +211,7 @@ class Backbone(nn.Module):
 
 @case("function", "refused", "warned")
 def gradients_off_in_evaluation(ask: Ask) -> Answer:
-    """The backbone runs under set_grad_enabled(self.training): its weights move the loss, its gradient says 0"""
+    """The backbone runs under set_grad_enabled(self.training): its weights move the loss, its gradient says 0."""
     net, (x, y) = seeded(Backbone), points()
     trained = copy.deepcopy(net).train()
     want = Truth(lambda: F.cross_entropy(trained(x), y), trained.parameters()).gradient
@@ -220,7 +220,7 @@ def gradients_off_in_evaluation(ask: Ask) -> Answer:
 
 @case("function", "refused")
 def criterion_without_gradients(ask: Ask) -> Answer:
-    """A criterion decorated with torch.no_grad()"""
+    """A criterion decorated with torch.no_grad()."""
     net, (x, y) = mlp(), points()
 
     @torch.no_grad()
@@ -232,7 +232,7 @@ def criterion_without_gradients(ask: Ask) -> Answer:
 
 @case("function", "refused", "warned")
 def stop_gradient(ask: Ask) -> Answer:
-    """A loss with a stop-gradient (SimSiam): its gradient is not that of its value"""
+    """A loss with a stop-gradient (SimSiam): its gradient is not that of its value."""
     net, batch = mlp(), {"a": normal(6, 3), "b": normal(6, 3, seed=5)}
 
     def f(model: Any, b: Any) -> Tensor:
@@ -257,7 +257,7 @@ class StraightThrough(nn.Module):
 
 @case("function", "refused", "warned")
 def straight_through(ask: Ask) -> Answer:
-    """A straight-through estimator: its gradient is not that of its value"""
+    """A straight-through estimator: its gradient is not that of its value."""
     net, (x, y) = seeded(StraightThrough), points()
     truth = Truth(lambda: F.cross_entropy(net(x), y), net.parameters())
     want = torch.stack([truth.loss_at(1e-5 * e) - truth.loss_at(-1e-5 * e) for e in torch.eye(26).double()]) / 2e-5
@@ -289,7 +289,7 @@ class Adversarial(nn.Module):
 
 @case("function", "refused", "warned")
 def gradient_reversal(ask: Ask) -> Answer:
-    """A gradient reversal layer: its gradient is not that of its value"""
+    """A gradient reversal layer: its gradient is not that of its value."""
     net, (x, y) = seeded(Adversarial), points()
     truth = Truth(lambda: F.cross_entropy(net(x), y), net.parameters())
     want = torch.stack([truth.loss_at(1e-5 * e) - truth.loss_at(-1e-5 * e) for e in torch.eye(26).double()]) / 2e-5
@@ -298,7 +298,7 @@ def gradient_reversal(ask: Ask) -> Answer:
 
 @case("function", "right")
 def callers_gradients_are_off(ask: Ask) -> Answer:
-    """The caller stands under torch.no_grad()"""
+    """The caller stands under torch.no_grad()."""
     net, (x, y) = mlp(), points()
     want = right_numbers(Truth(lambda: F.cross_entropy(net(x), y), net.parameters()))
     with torch.no_grad():
@@ -307,7 +307,7 @@ def callers_gradients_are_off(ask: Ask) -> Answer:
 
 @case("function", "right", "refused")
 def callers_inference_mode(ask: Ask) -> Answer:
-    """The caller stands under torch.inference_mode()"""
+    """The caller stands under torch.inference_mode()."""
     net, (x, y) = mlp(), points()
     want = right_numbers(Truth(lambda: F.cross_entropy(net(x), y), net.parameters()))
     with torch.inference_mode():
