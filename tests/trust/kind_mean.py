@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -322,9 +324,7 @@ def dice(ask: Ask) -> Answer:
 # tuples
 
 
-@case("mean", "right")
-def tokens_with_counts(ask: Ask) -> Answer:
-    """A true (sum, count) over tokens that count."""
+def _counted(ask: Ask, sizes: Sequence[int]) -> Answer:
     net, target = mlp(), some(5)
     truth = Truth(lambda: F.cross_entropy(net(X), target), net.parameters())
     want = torch.cat([truth.loss.reshape(1), truth.gradient])
@@ -333,10 +333,22 @@ def tokens_with_counts(ask: Ask) -> Answer:
         return F.cross_entropy(output, t, reduction="sum"), (t != -100).sum()
 
     def question() -> Tensor:
-        objective = ma.Objective(net, f, cut((X, target), [5, 7]))
+        objective = ma.Objective(net, f, cut((X, target), sizes))
         return torch.cat([objective.loss().reshape(1), objective.gradient()])
 
     return ask(question), want, 1e-9
+
+
+@case("mean", "right")
+def tokens_with_counts(ask: Ask) -> Answer:
+    """A true (sum, count) over tokens that count."""
+    return _counted(ask, [8, 4])
+
+
+@case("mean", "right", "refused")
+def batch_with_count_zero(ask: Ask) -> Answer:
+    """A true (sum, count) with a batch that has nothing to count."""
+    return _counted(ask, [5, 7])
 
 
 def _tuple(ask: Ask, second: Any) -> Answer:
@@ -456,10 +468,11 @@ def output_of_a_language_model(ask: Ask) -> Answer:
 @case("mean", "right", "refused")
 def transformers_language_model(ask: Ask) -> Answer:
     """A causal language model of transformers, model(**batch).loss with -100."""
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError as error:
-        raise NotTried("transformers is not installed") from error
+    with mock.patch.dict(sys.modules, {"torchvision": None}):  # an installed one need not import beside this torch
+        try:
+            from transformers import GPT2Config, GPT2LMHeadModel
+        except ImportError as error:
+            raise NotTried("transformers is not installed") from error
     config = GPT2Config(
         vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=1, attn_implementation="eager",
         bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,

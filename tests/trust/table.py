@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+import torch
+
 from . import kinds
 from .cases import CASES, KINDS, OUTCOMES, Case, Verdict, run
 
@@ -56,6 +58,7 @@ def insert(document: str, table: str) -> str:
 
 def main(word: str = "") -> int:
     """Run the cases; write the table if all were run."""
+    torch.set_num_threads(1)  # as in the tests
     document = DOCUMENT.read_text(encoding="utf-8")
     outcomes = written(document)
     short = 0
