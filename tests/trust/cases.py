@@ -21,12 +21,14 @@ import dataclasses
 import functools
 import random
 import re
+import sys
 import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -37,6 +39,7 @@ import msam
 import msam_analysis as ma
 
 PACKAGES = [str(Path(package.__file__).parent) for package in (msam, ma)]
+WARN = warnings.warn
 OUTCOMES = ("right", "refused", "warned")
 
 # The kinds of fault: title, and what is done about it, in one sentence.
@@ -257,7 +260,8 @@ class Ask:
     """Asks the library one question after the other, and watches what belongs to the user."""
 
     def __init__(self) -> None:
-        self.warnings: list[warnings.WarningMessage] = []
+        self._seen: list[warnings.WarningMessage] = []
+        self._ours: list[str] = []
         self.changed: list[str] = []
         self._things: dict[int, Any] = {}
 
@@ -267,12 +271,12 @@ class Ask:
         things = [thing for thing in self._things.values() if thing is not None]
         before, around = [_state(thing) for thing in things], _surroundings()
         try:
-            with warnings.catch_warnings(record=True) as seen:
+            with warnings.catch_warnings(record=True) as seen, mock.patch("warnings.warn", self._warn):
                 warnings.simplefilter("always")
                 try:
                     return question()
                 finally:
-                    self.warnings += seen
+                    self._seen += seen
         finally:
             for thing, state in zip(things, before, strict=True):
                 if _state(thing) != state:
@@ -280,10 +284,17 @@ class Ask:
             after = _surroundings()
             self.changed += [key for key, value in around.items() if after[key] != value]
 
+    def _warn(self, message: Any, category: Any = None, stacklevel: int = 1, source: Any = None, **more: Any) -> None:
+        """Warn as ever, and take down what a line of ours says, whichever line it names as its place."""
+        speaker = sys._getframe(1).f_code.co_filename
+        if any(speaker.startswith(package) for package in PACKAGES):
+            self._ours.append(str(message))
+        WARN(message, category, stacklevel + 1, source, **more)
+
     @property
     def said(self) -> list[str]:
-        """Return the warnings that are ours."""
-        return [str(warning.message) for warning in self.warnings if _is_ours(warning)]
+        """Return the warnings of ours that reached the user."""
+        return [str(one.message) for one in self._seen if str(one.message) in self._ours]
 
 
 def _difference(before: Any, after: Any) -> str:
@@ -291,11 +302,6 @@ def _difference(before: Any, after: Any) -> str:
     if isinstance(before, dict) and isinstance(after, dict):
         return ", ".join(str(key) for key in before if before[key] != after.get(key)) or "its parts"
     return "its value"
-
-
-def _is_ours(warning: warnings.WarningMessage) -> bool:
-    """Return whether the category is ours; torch's warnings may name a line of ours as their place."""
-    return warning.category.__module__.split(".")[0] in ("msam", "msam_analysis")
 
 
 def refusal(error: BaseException) -> bool:
