@@ -7,7 +7,6 @@ import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -468,11 +467,14 @@ def output_of_a_language_model(ask: Ask) -> Answer:
 @case("mean", "right", "refused")
 def transformers_language_model(ask: Ask) -> Answer:
     """A causal language model of transformers, model(**batch).loss with -100."""
-    with mock.patch.dict(sys.modules, {"torchvision": None}):  # an installed one need not import beside this torch
-        try:
-            from transformers import GPT2Config, GPT2LMHeadModel
-        except ImportError as error:
-            raise NotTried("transformers is not installed") from error
+    hidden = sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]  # it need not import beside this torch
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError as error:
+        raise NotTried("transformers is not installed") from error
+    finally:
+        if hidden is None:
+            del sys.modules["torchvision"]
     config = GPT2Config(
         vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=1, attn_implementation="eager",
         bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,

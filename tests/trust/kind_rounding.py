@@ -188,12 +188,12 @@ def ball_of_a_float16_network(ask: Ask) -> Answer:
 
 @case("rounding", *SAID)
 def table_below_resolution(ask: Ask) -> Answer:
-    """A table (measure) with a ball of ρ = 1e-6 in float32: the table marks what lies below its resolution."""
+    """A table (measure) with a ball of ρ = 1e-7 in float32: the table marks what lies below its resolution."""
     net, f, data, truth = single()
-    want = _step(truth, 1e-6)
+    want = _step(truth, 1e-7)
 
     def question() -> Any:
-        return ma.measure(ma.Objective(net, f, data), metrics=["ball"], radii=[1e-6])
+        return ma.measure(ma.Objective(net, f, data), metrics=["ball"], radii=[1e-7])
 
     metrics = ask(question)
     row = metrics.table.iloc[0]
