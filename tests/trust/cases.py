@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import msam
 import msam_analysis as ma
 
-PACKAGES = [str(Path(package.__file__).parent) for package in (msam, ma)]
+PACKAGES = [str(Path(str(package.__file__)).parent) for package in (msam, ma)]
 WARN = warnings.warn
 OUTCOMES = ("right", "refused", "warned")
 
@@ -170,7 +170,7 @@ def need(holds: object, text: str) -> None:
 
 def _raw(tensor: Tensor) -> Any:
     """Return everything there is to a tensor, to the bit."""
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin) or tensor.is_meta:
+    if nn.parameter.is_lazy(tensor) or tensor.is_meta:
         return "no values"
     plain = tensor.detach()
     parts = [plain]
@@ -413,18 +413,18 @@ class Truth:
         """Return the loss at displaced weights."""
         return self.at(displacement, lambda: self.loss)
 
-    def hvp(self, v: Tensor, step: float = 1e-5) -> Tensor:
+    def hvp(self, v: Tensor, step: float = 1e-5) -> Any:
         """Return the product of the Hessian and a vector of length about 1, by central differences."""
         ahead, behind = (self.at(sign * step * v, lambda: self.gradient) for sign in (1.0, -1.0))
         return (ahead - behind) / (2 * step)
 
-    def hessian(self) -> Tensor:
+    def hessian(self) -> Any:
         """Return the Hessian, symmetrised."""
         size = sum(parameter.numel() for parameter in self.parameters)
         rows = torch.stack([self.hvp(unit) for unit in torch.eye(size, dtype=torch.float64)])
         return (rows + rows.T) / 2
 
-    def top(self, k: int = 1) -> Tensor:
+    def top(self, k: int = 1) -> Any:
         """Return the largest eigenvalues."""
         return torch.linalg.eigvalsh(self.hessian()).flip(0)[:k]
 
@@ -453,7 +453,7 @@ def right_numbers(truth: Truth) -> Tensor:
 # --- small situations
 
 
-def mlp(seed: int = 0, inputs: int = 3, classes: int = 2) -> nn.Sequential:
+def mlp(seed: int = 0, inputs: int = 3, classes: int = 2) -> Any:  # Any: cases reach into the layers
     """Return a perceptron in float64."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -39,7 +39,7 @@ def forward_of_an_instance(ask: Ask) -> Answer:
     """A layer's forward was replaced by a function that calls the old one (accelerate)."""
     net, (x, y) = mlp(), points()
     old = net[0].forward
-    net[0].forward = lambda z: old(z) + 0  # type: ignore[method-assign]  # as wrappers do
+    net[0].forward = lambda z: old(z) + 0
     return same(ask, net, F.cross_entropy, lambda: F.cross_entropy(net(x), y))
 
 
@@ -65,7 +65,7 @@ def forward_by_method_type(ask: Ask) -> Answer:
     def forward(self: Any, z: Tensor) -> Tensor:
         return F.linear(z, self.weight, self.bias).relu()
 
-    net[0].forward = types.MethodType(forward, net[0])  # type: ignore[method-assign]  # as patches do
+    net[0].forward = types.MethodType(forward, net[0])
     return same(ask, net, F.cross_entropy, lambda: F.cross_entropy(net(x), y))
 
 
@@ -93,7 +93,7 @@ def compiled_submodule(ask: Ask) -> Answer:
     """One block was compiled by torch.compile (backend eager)."""
     net, (x, y) = mlp(), points()
     plain = copy.deepcopy(net)
-    net[2] = torch.compile(net[2], backend="eager")  # type: ignore[assignment]  # a module
+    net[2] = torch.compile(net[2], backend="eager")
     return same(ask, net, F.cross_entropy, lambda: F.cross_entropy(plain(x), y), outer=plain)
 
 
@@ -102,7 +102,8 @@ def compiled_in_place(ask: Ask) -> Answer:
     """The network was compiled in place, by model.compile()."""
     net, (x, y) = mlp(), points()
     plain = copy.deepcopy(net)
-    net.compile(backend="eager")
+    compile_it: Any = net.compile
+    compile_it(backend="eager")
     return same(ask, net, F.cross_entropy, lambda: F.cross_entropy(plain(x), y), outer=plain)
 
 
@@ -234,10 +235,10 @@ def penalty_by_partial(ask: Ask) -> Answer:
     """The criterion is functools.partial with the last layer as keyword argument."""
     net, (x, y) = mlp(), points()
 
-    def f(output: Tensor, target: Tensor, *, layer: nn.Linear) -> Tensor:
+    def f(output: Tensor, target: Tensor, *, layer: nn.Linear) -> Any:
         return F.cross_entropy(output, target) + torch.linalg.matrix_norm(layer.weight).pow(2)
 
-    bound = functools.partial(f, layer=net[2])  # type: ignore[arg-type]  # a linear layer
+    bound = functools.partial(f, layer=net[2])
     return same(ask, net, bound, lambda: bound(net(x), y))
 
 
@@ -260,7 +261,7 @@ def distillation(ask: Ask) -> Answer:
     teacher = mlp(4).requires_grad_(False)
     batch = {"x": x, "y": y}
 
-    def f(model: Any, b: Any) -> Tensor:
+    def f(model: Any, b: Any) -> Any:
         target = teacher(b["x"]).softmax(1)
         return F.kl_div(model(b["x"]).log_softmax(1), target, reduction="batchmean")
 

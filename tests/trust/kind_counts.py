@@ -43,7 +43,7 @@ def graphs(sizes: Sequence[int], seed: int) -> dict[str, Tensor]:
     return {"x": normal(nodes, 3, seed=seed), "edge_index": edges, "batch": owner, "y": labels(len(sizes), seed=seed)}
 
 
-def graph_loss(model: Any, b: Any) -> Tensor:
+def graph_loss(model: Any, b: Any) -> Any:
     nodes = model(b["x"])
     if "edge_index" in b:
         nodes = nodes + nodes[b["edge_index"][0]]
@@ -95,7 +95,7 @@ def graphs_as_objects(ask: Ask) -> Answer:
 def node_targets(ask: Ask) -> Answer:
     """One graph with a mask of training nodes: the loss is a mean over the masked ones."""
 
-    def f(model: Any, b: Any) -> Tensor:
+    def f(model: Any, b: Any) -> Any:
         return F.cross_entropy(model(b["x"])[b["mask"]], b["y"][b["mask"]])
 
     masks = [torch.arange(9) < 2, torch.arange(6) < 5]
@@ -125,7 +125,7 @@ def time_first(ask: Ask) -> Answer:
 def time_first_in_a_dictionary(ask: Ask) -> Answer:
     """Dictionaries with sequences of shape (T, B, C) before labels of shape (B,)."""
 
-    def f(model: Any, b: Any) -> Tensor:
+    def f(model: Any, b: Any) -> Any:
         return F.cross_entropy(model(b["x"]), b["y"])
 
     batches = [{"x": normal(5, 8, 3), "y": labels(8)}, {"x": normal(7, 2, 3), "y": labels(2)}]
@@ -153,7 +153,7 @@ def packed_sequences(ask: Ask) -> Answer:
 def lengths_beside_sequences(ask: Ask) -> Answer:
     """Padded sequences (T, B, C) with lengths, packed inside the loss."""
 
-    def f(model: Any, b: Any) -> Tensor:
+    def f(model: Any, b: Any) -> Any:
         packed = pack_padded_sequence(b["x"], b["lengths"], enforce_sorted=False)
         return F.cross_entropy(model(packed), b["y"])
 
@@ -168,7 +168,7 @@ def lengths_beside_sequences(ask: Ask) -> Answer:
 def query_and_documents(ask: Ask) -> Answer:
     """Ranking: queries, and four documents for each, flattened."""
 
-    def f(model: Any, b: Any) -> Tensor:
+    def f(model: Any, b: Any) -> Any:
         query, documents = model(b["query"]), model(b["documents"]).view(len(b["query"]), 4, 2)
         scores = (documents * query[:, None]).sum(2)
         return F.cross_entropy(scores, b["best"])
@@ -184,7 +184,7 @@ def shared_table_first(ask: Ask) -> Answer:
     """Dictionaries whose first tensor is shared (class prototypes), the same in every batch."""
     prototypes = normal(2, 2, seed=9)
 
-    def f(model: Any, b: Any) -> Tensor:
+    def f(model: Any, b: Any) -> Any:
         return F.cross_entropy(model(b["x"]) @ b["prototypes"].T, b["y"])
 
     batches = [{"prototypes": prototypes, "x": normal(n, 3, seed=n), "y": labels(n, seed=n)} for n in (7, 3)]
@@ -195,7 +195,7 @@ def shared_table_first(ask: Ask) -> Answer:
 def contrastive_views(ask: Ask) -> Answer:
     """Two views concatenated to 2 N rows, with N labels (SimCLR)."""
 
-    def f(model: Any, b: Any) -> Tensor:
+    def f(model: Any, b: Any) -> Any:
         first, second = model(b["views"]).chunk(2)
         return F.cross_entropy(first + second, b["y"])
 

@@ -81,7 +81,7 @@ class StochasticDepth(nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if not self.training:
             return x
         return x * torch.empty(len(x), 1, dtype=x.dtype).bernoulli_(1 - self.p) / (1 - self.p)
@@ -94,7 +94,7 @@ class DropPath(nn.Module):
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         if self.drop_prob == 0.0 or not self.training:
             return x
         keep = 1 - self.drop_prob
@@ -120,7 +120,7 @@ class Functional(nn.Module):
         super().__init__()
         self.rate = 0.5
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return F.dropout(x, self.rate, training=self.training)
 
 
@@ -156,7 +156,7 @@ def randomised_rectifier(ask: Ask) -> Answer:
 class GaussianNoise(nn.Module):
     """Additive noise in training."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return x + 0.5 * torch.randn_like(x) if self.training else x
 
 
@@ -191,7 +191,7 @@ class LayerDrop(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(6))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         for layer in self.layers:
             if not self.training or float(torch.rand(())) > 0.5:
                 x = x + layer(x)
@@ -241,7 +241,7 @@ def attention_dropout(ask: Ask) -> Answer:
 class HardWired(nn.Module):
     """Dropout that is always on (Monte Carlo dropout)."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return F.dropout(x, 0.5, training=True)
 
 

@@ -227,7 +227,7 @@ def connectionist_temporal(ask: Ask) -> Answer:
     lengths = torch.tensor([3, 1, 2, 2, 1, 3])
     batch = {"x": normal(6, 7, 3), "y": 1 + labels(18, 3).view(6, 3), "lengths": lengths}
 
-    def f(model: Any, b: Any) -> Tensor:
+    def f(model: Any, b: Any) -> Any:
         scores = model(b["x"]).log_softmax(2).transpose(0, 1)
         return F.ctc_loss(scores, b["y"], torch.full((len(b["x"]),), 7), b["lengths"])
 
@@ -302,7 +302,7 @@ def contrastive(ask: Ask) -> Answer:
     """In-batch negatives (InfoNCE): no mean over samples, whatever the weights."""
     batch = {"a": X, "b": normal(12, 3, seed=8)}
 
-    def f(model: Any, b: Any) -> Tensor:
+    def f(model: Any, b: Any) -> Any:
         scores = model(b["a"]) @ model(b["b"]).T
         return F.cross_entropy(scores, torch.arange(len(scores)))
 
@@ -313,7 +313,7 @@ def contrastive(ask: Ask) -> Answer:
 def dice(ask: Ask) -> Answer:
     """A soft Dice loss over the batch: a ratio of sums."""
 
-    def f(output: Tensor, target: Tensor) -> Tensor:
+    def f(output: Tensor, target: Tensor) -> Any:
         p = output.softmax(1)[:, 1]
         return 1 - (2 * (p * target).sum() + 1) / (p.sum() + target.sum() + 1)
 
@@ -401,11 +401,8 @@ def loss_in_a_dictionary(ask: Ask) -> Answer:
     net = mlp()
     want = F.cross_entropy(net(X), UNEVEN).detach()
     parts = cut({"x": X, "y": UNEVEN}, [5, 7])
-    return (
-        ask(lambda: ma.Objective(net, lambda m, b: {"loss": F.cross_entropy(m(b["x"]), b["y"])}, parts).loss()),
-        want,
-        1e-9,
-    )
+    step: Any = lambda m, b: {"loss": F.cross_entropy(m(b["x"]), b["y"])}  # noqa: E731 -- as users write it
+    return ask(lambda: ma.Objective(net, step, parts).loss()), want, 1e-9
 
 
 # language models
@@ -475,7 +472,8 @@ def transformers_language_model(ask: Ask) -> Answer:
     finally:
         if hidden is None:
             del sys.modules["torchvision"]
-    config = GPT2Config(
+    make: Any = GPT2Config
+    config = make(
         vocab_size=7, n_positions=8, n_embd=4, n_layer=1, n_head=1, attn_implementation="eager",
         bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip

@@ -27,7 +27,7 @@ class Wrapped(nn.Module):
         self.calls = 0
         self.kept: Any = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.change(self, self.net(x))
 
 
@@ -128,7 +128,7 @@ def noise_from_numpys_new_generator(ask: Ask) -> Answer:
     return twice(ask, mlp(), lambda output, target: F.cross_entropy(output, target) * (1 + 0.2 * rng.random()))
 
 
-def _momentum_teacher(module: Any, output: Tensor) -> Tensor:
+def _momentum_teacher(module: Any, output: Tensor) -> Any:
     module.kept = output.detach() if module.kept is None else 0.9 * module.kept + 0.1 * output.detach()
     return output - module.kept.mean()
 
@@ -149,7 +149,7 @@ class Queue(nn.Module):
         self.net = mlp()
         self.register_buffer("queue", torch.ones(4, 2, dtype=torch.float64))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         output: Tensor = self.net(x)
         result = torch.cat([output, output @ self.queue.T], 1)
         self.queue = torch.cat([self.queue[2:], output[:2].detach()])
@@ -272,8 +272,8 @@ class Logarithm(nn.Module):
         self.scale = nn.Parameter(torch.zeros(1, dtype=torch.float64))
         self.net = mlp()
 
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.net(x)
+    def forward(self, x: Tensor) -> Any:
+        output = self.net(x)
         return output - self.scale.log()
 
 
@@ -300,7 +300,7 @@ def infinite_curvature(ask: Ask) -> Answer:
     net, (x, y) = mlp(), points()
     with torch.no_grad():
         net[2].weight.zero_()
-        net[2].bias.zero_()  # type: ignore[union-attr]  # a bias
+        net[2].bias.zero_()
     value = ask(lambda: ma.trace(ma.Objective(net, lambda o, t: o.abs().sqrt().mean(), (x, y)), draws=4).value)
     need(not np.isfinite(value), f"trace {value} where the gradient is infinite")
     return None

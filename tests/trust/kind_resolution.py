@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ import msam_analysis as ma
 from .cases import Answer, Ask, Truth, case, labels, mlp, need, normal
 
 
-def symmetric(values: Tensor, seed: int = 0) -> Tensor:
+def symmetric(values: Tensor, seed: int = 0) -> Any:
     """Return a matrix with given eigenvalues and random eigenvectors."""
     q, _ = torch.linalg.qr(normal(len(values), len(values), seed=seed))
     return (q * values) @ q.T

@@ -21,7 +21,7 @@ def single(offset: float = 0.0) -> tuple[nn.Module, Any, tuple[Tensor, Tensor], 
     net, (x, y) = mlp().float(), points()
     exact = mlp().float().double()
 
-    def f(output: Tensor, target: Tensor) -> Tensor:
+    def f(output: Tensor, target: Tensor) -> Any:
         return F.cross_entropy(output, target) + offset
 
     return net, f, (x.float(), y), Truth(lambda: f(exact(x.float().double()), y), exact.parameters())

@@ -177,7 +177,7 @@ class Refusing(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return RefusingBackward.apply(ctx.saved_tensors[0], gradients[0])
+        return RefusingBackward.apply(ctx.saved_tensors[0], gradients[0])  # type: ignore[no-untyped-call]  # torch's
 
 
 class RefusingBackward(torch.autograd.Function):
@@ -245,10 +245,18 @@ def criterion_by_custom_function(ask: Ask) -> Answer:
     return curvature(ask, mlp(), Fused.apply, points())
 
 
+def _once(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target) + 0
+
+
+def _doubled(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target) * 2
+
+
 @case("second", *SOFT)
 def compiled_criterion(ask: Ask) -> Answer:
     """A criterion compiled by torch.compile (aot_eager), which has no double backward."""
-    criterion: Any = torch.compile(lambda o, t: F.cross_entropy(o, t) + 0, backend="aot_eager")
+    criterion: Any = torch.compile(_once, backend="aot_eager")
     net, (x, y) = mlp(), points()
     return curvature(ask, net, criterion, (x, y), lambda: F.cross_entropy(net(x), y))
 
@@ -256,7 +264,7 @@ def compiled_criterion(ask: Ask) -> Answer:
 @case("second", *SOFT)
 def compiled_criterion_after_training(ask: Ask) -> Answer:
     """A compiled criterion that has already been used in a training step."""
-    criterion: Any = torch.compile(lambda o, t: F.cross_entropy(o, t) * 2, backend="aot_eager")
+    criterion: Any = torch.compile(_doubled, backend="aot_eager")
     net, (x, y) = mlp(), points()
     criterion(net(x), y).backward()
     return curvature(ask, net, criterion, (x, y), lambda: 2 * F.cross_entropy(net(x), y))
@@ -267,7 +275,7 @@ def compiled_block(ask: Ask) -> Answer:
     """One block compiled by torch.compile (aot_eager)."""
     net, (x, y) = mlp(), points()
     plain = mlp()
-    net[2] = torch.compile(net[2], backend="aot_eager")  # type: ignore[assignment]  # a module
+    net[2] = torch.compile(net[2], backend="aot_eager")
     want = Truth(lambda: F.cross_entropy(plain(x), y), plain.parameters()).top(1)
     got = ask(lambda: ma.top_eigenvalues(ma.Objective(net, F.cross_entropy, (x, y)), k=1).values)
     need(torch.allclose(got, want, rtol=1e-4), f"{got}, right is {want}")
@@ -280,7 +288,7 @@ def temporal_classification(ask: Ask) -> Answer:
     net = seeded(lambda: nn.Linear(3, 4))
     x, y, lengths = normal(4, 6, 3), 1 + torch.arange(8).view(4, 2) % 3, torch.tensor([2, 1, 2, 1])
 
-    def f(output: Tensor, target: Tensor) -> Tensor:
+    def f(output: Tensor, target: Tensor) -> Any:
         times = torch.full((len(output),), 6)
         return F.ctc_loss(output.log_softmax(2).transpose(0, 1), target, times, lengths[: len(output)])
 
@@ -321,7 +329,7 @@ def product_that_is_not_symmetric(ask: Ask) -> Answer:
     """A stop-gradient whose Jacobian of the gradient is not symmetric: never `converged` in silence."""
     net, (x, _) = mlp(), points()
 
-    def f(model: Any, b: Any) -> Tensor:
+    def f(model: Any, b: Any) -> Any:
         a = model(b["x"])
         return (a[:, 0] * a[:, 1].detach().pow(2)).mean()
 

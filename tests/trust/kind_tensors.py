@@ -154,7 +154,7 @@ def sparse_adjacency(ask: Ask) -> Answer:
     net, (x, y) = mlp(), points()
     batch = {"x": x, "adjacency": torch.eye(10, dtype=torch.float64).roll(1, 0).to_sparse_coo(), "y": y}
 
-    def f(model: Any, b: Any) -> Tensor:
+    def f(model: Any, b: Any) -> Any:
         return F.cross_entropy(torch.sparse.mm(b["adjacency"], model(b["x"])), b["y"])
 
     want = right_numbers(Truth(lambda: f(net, batch), net.parameters()))
@@ -317,7 +317,7 @@ def nested_inputs(ask: Ask) -> Answer:
     net = mlp()
     batch = {"x": normal(3, 4, 3), "lengths": torch.tensor([4, 2, 3]), "y": labels(3)}
 
-    def f(model: Any, b: Any) -> Tensor:
+    def f(model: Any, b: Any) -> Any:
         rows = [model(x[:n]).mean(0) for x, n in zip(b["x"], b["lengths"].tolist(), strict=True)]
         return F.cross_entropy(torch.stack(rows), b["y"])
 

@@ -232,7 +232,7 @@ def targets_changed_in_place(ask: Ask) -> Answer:
     net, (x, y) = mlp(), points()
     y[:3] = -1
 
-    def f(output: Tensor, target: Tensor) -> Tensor:
+    def f(output: Tensor, target: Tensor) -> Any:
         target[target < 0] = 0
         return F.cross_entropy(output, target)
 
@@ -245,7 +245,7 @@ def dictionary_emptied(ask: Ask) -> Answer:
     net, (x, y) = mlp(), points()
     batch = {"x": x, "labels": y}
 
-    def f(model: Any, b: Any) -> Tensor:
+    def f(model: Any, b: Any) -> Any:
         target = b.pop("labels")
         return F.cross_entropy(model(**b) if "input" in b else model(b["x"]), target)
 
@@ -257,7 +257,7 @@ def inputs_require_gradients(ask: Ask) -> Answer:
     """A loss_fn that calls requires_grad_() on its inputs."""
     net, (x, y) = mlp(), points()
 
-    def f(model: Any, b: Any) -> Tensor:
+    def f(model: Any, b: Any) -> Any:
         b["x"].requires_grad_(True)
         return F.cross_entropy(model(b["x"]), b["y"])
 
@@ -291,7 +291,7 @@ def modes_switched_in_forward(ask: Ask) -> Answer:
     net[0].requires_grad_(False)
     net.eval()
 
-    def f(model: Any, b: Any) -> Tensor:
+    def f(model: Any, b: Any) -> Any:
         model.train()
         model.requires_grad_(True)
         return F.cross_entropy(model(b["x"]), b["y"])
@@ -306,7 +306,7 @@ def training_step_as_loss(ask: Ask) -> Answer:
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
 
-    def f(model: Any, b: Any) -> Tensor:
+    def f(model: Any, b: Any) -> Any:
         model.zero_grad()
         loss = F.cross_entropy(model(b["x"]), b["y"])
         loss.backward(retain_graph=True)

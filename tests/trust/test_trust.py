@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from .cases import CASES, KINDS, Ask, Case, Verdict, _judge, is_sentence, run
+from .cases import KINDS, Ask, Case, Verdict, _judge, is_sentence, run
+from .kinds import CASES
 from .table import COMMAND, DOCUMENT, generate, insert, line, written
 
 
