@@ -429,7 +429,7 @@ class Truth:
         return torch.linalg.eigvalsh(self.hessian()).flip(0)[:k]
 
 
-def probe(size: int) -> Tensor:
+def probe(size: int) -> Any:
     """Return a vector of length 1, always the same."""
     v = torch.randn(size, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     return v / v.norm()

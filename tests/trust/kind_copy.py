@@ -75,7 +75,7 @@ class Borrowing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
-        self.head = lambda z: 2 * self.b(z)
+        self.head: Any = lambda z: 2 * self.b(z)
 
     def forward(self, x: Tensor) -> Any:
         return self.head(torch.tanh(self.a(x)))

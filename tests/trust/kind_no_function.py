@@ -20,7 +20,7 @@ from .cases import Answer, Ask, Truth, case, mlp, need, normal, points, seeded
 class Wrapped(nn.Module):
     """A perceptron, and something done to its output at every call."""
 
-    def __init__(self, change: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    def __init__(self, change: Callable[[nn.Module, Tensor], Any]) -> None:
         super().__init__()
         self.net = mlp()
         self.change = change
@@ -63,7 +63,7 @@ def hidden_state_kept(ask: Ask) -> Answer:
     return twice(ask, Wrapped(_state))
 
 
-def _count(module: Any, output: Tensor) -> Tensor:
+def _count(module: Any, output: Tensor) -> Any:
     module.calls += 1
     return output * (1 + 0.1 * module.calls)
 
@@ -162,7 +162,7 @@ def memory_queue(ask: Ask) -> Answer:
     return twice(ask, Queue())
 
 
-def _cached(module: Any, output: Tensor) -> Tensor:
+def _cached(module: Any, output: Tensor) -> Any:
     if module.kept is None:
         module.kept = output.detach()
     return output - output.detach() + module.kept

@@ -147,7 +147,7 @@ class Once(torch.autograd.Function):
         return x.pow(2)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch's
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         x: Tensor = ctx.saved_tensors[0]
         return 2 * x * gradients[0]

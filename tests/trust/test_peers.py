@@ -146,7 +146,7 @@ def quadratic(values: Tensor, seed: int) -> ma.Objective:
     q, _ = torch.linalg.qr(normal(len(values), len(values), seed=seed))
     matrix = (q * values) @ q.T
 
-    def half_form(output: Tensor, target: Tensor) -> Tensor:
+    def half_form(output: Tensor, target: Tensor) -> Any:
         return 0.5 * ((output @ matrix) * output).sum(1).mean() + 0 * target.sum()
 
     return ma.Objective(Quadratic(len(values)), half_form, (torch.zeros(4, 1), torch.zeros(4)))
