@@ -288,7 +288,7 @@ def nan_input(ask: Ask) -> Answer:
 @case("no function", "right", "refused")
 def infinite_loss(ask: Ask) -> Answer:
     """An infinite loss at the centre: its trace is no finite number."""
-    net, (x, _) = mlp(), points()
+    net, (x, _) = Logarithm(), points()
     value = ask(lambda: ma.trace(ma.Objective(net, F.mse_loss, (x, normal(10, 2))), draws=4).value)
     need(not np.isfinite(value), f"{value} of a loss that is infinite")
     return None

@@ -74,7 +74,7 @@ def average_in_double(ask: Ask) -> Answer:
     want = noise(truth, 1e-4)
 
     def question() -> Any:
-        return ma.average_sharpness(ma.Objective(net, f, data, dtype=torch.float64), 1e-4, draws=2000)
+        return ma.average_sharpness(ma.Objective(net, f, data, dtype=torch.float64), 1e-4, draws=600)
 
     return resolved(ask, question, lambda r: r.value, want)
 
