@@ -115,7 +115,7 @@ class Evaluation:
         self._outer = {id(tensor): name for name, tensor in _tensors(self.original).items()}
         self._weights: list[float] | None = None
         self._told = False
-        self._copy_anew()
+        self.renew()
 
     def choose(self, parameters: Selection) -> None:
         """Select the parameters that the flat vector holds."""
@@ -138,7 +138,8 @@ class Evaluation:
 
     # ------------------------------------------------------------------------------------------------ the private copy
 
-    def _copy_anew(self) -> None:
+    def renew(self) -> None:
+        """Make a new private copy."""
         self._attributes = Attributes(self.original)
         self.copy = self.private_copy()
         self._slots = self.copy.slots()
@@ -146,7 +147,7 @@ class Evaluation:
     def follow(self) -> None:
         """Make a new private copy if attributes of the model have changed since the last, such as a temperature."""
         if self._attributes.changed():
-            self._copy_anew()
+            self.renew()
 
     def private_copy(self, *, own: bool = False) -> LossModule:
         """Return a private copy in the modes of this evaluation; ``own``: with tensors of its own, to be written to."""
