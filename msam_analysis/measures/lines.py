@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msam_analysis.measures.geometry import Adaptive, Ball, Norm, check_norm, check_radius, scale_of
+from msam_analysis.measures.geometry import Adaptive, Ball, Norm, check_norm, check_radius, adaptive_scale
 from msam_analysis.objective.direction import Direction, as_direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.results import DirectionalSharpness
@@ -48,7 +48,7 @@ def one_step_sharpness(
     """
     check_radius(rho)
     check_norm(norm)
-    ball = Ball(float(rho), norm, scale_of(objective, adaptive))
+    ball = Ball(float(rho), norm, adaptive_scale(objective, adaptive))
     center = objective.point()
     loss, gradient = objective.loss_and_gradient(center)
     step = ball.displacement(ball.ascend(ball.displacement(gradient)))
