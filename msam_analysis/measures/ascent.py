@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from msam_analysis.measures.ball_loss import BallLoss, Point
 from msam_analysis.measures.geometry import euclidean
-from msam_analysis.measures.ball_loss import Point, BallLoss
 
 _DELAY = 3  # steps before the first extrapolated one: a path bends most at its beginning
 _HOPELESS = 1e7  # damping, relative to ‖slope‖/ρ, beyond which no step is left
@@ -102,7 +102,7 @@ class Ascent:
         self._damping = self._relaxed(new.z - old.z, new.slope - old.slope, length)
 
     def _relaxed(self, moved: Tensor, bent: Tensor, length: float) -> float:
-        """Return the next damping: the negative curvature just met (Barzilai & Borwein 1988), otherwise a smaller one."""
+        """Return the next damping: the negative curvature just met (Barzilai & Borwein 1988), or a smaller one."""
         curvature = float(moved.dot(bent)) / float(moved.dot(moved))
         if self._damping > 0 and curvature < 0:
             return -curvature

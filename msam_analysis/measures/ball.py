@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from msam_analysis.measures.ascent import Ascent
-from msam_analysis.measures.geometry import Adaptive, Ball, Norm, check_norm, check_radius, adaptive_scale
-from msam_analysis.measures.ball_loss import Point, BallLoss
+from msam_analysis.measures.ball_loss import BallLoss, Point
+from msam_analysis.measures.geometry import Adaptive, Ball, Norm, adaptive_scale, check_norm, check_radius
 from msam_analysis.measures.starts import Start, starting_points
 from msam_analysis.objective.objective import Objective
 from msam_analysis.results import BallSharpness, ConvergenceWarning
@@ -84,8 +84,8 @@ def ball_sharpness(
     Raises
     ------
     ValueError
-        ``rho``, ``norm``, ``adaptive``, ``starts``, ``iterations``, ``krylov_hvps`` or ``tolerance`` is out of range, or
-        the loss at the centre is not finite.
+        ``rho``, ``norm``, ``adaptive``, ``starts``, ``iterations``, ``krylov_hvps`` or ``tolerance`` is out of range,
+        or the loss at the centre is not finite.
 
     Warns
     -----
@@ -160,8 +160,8 @@ def _doubt(ball_loss: BallLoss, best: Ascent, at: Point, stationarity: float, st
         return ""
     if ball_loss.undefined:
         return (
-            f"at {ball_loss.undefined} of {ball_loss.gradients} points the loss or its gradient is NaN, so that this is "
-            "the largest rise among the others only; measure a smaller ball, or in float64"
+            f"at {ball_loss.undefined} of {ball_loss.gradients} points the loss or its gradient is NaN, so that this "
+            "is the largest rise among the others only; measure a smaller ball, or in float64"
         )
     if at.rise == 0 and starts == 1 and not bool(ball_loss.slope.any()):
         return "the gradient is zero at the weights, and was the only start; add 'eigenvector' to starts"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from msam_analysis.measures.geometry import Ball, euclidean, adaptive_scale
+from msam_analysis.measures.geometry import Ball, adaptive_scale, euclidean
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import ScaledOperator, SymmetricOperator
 from msam_analysis.results import BallSharpness, Certificate, ConvergenceWarning
@@ -39,9 +39,10 @@ def certify(
     slope pushes against their bounds are held, each by a multiplier of its own; residual and curvature are those of the
     other entries. Sources: Nocedal and Wright (2006), theorems 12.1, 12.5 and 12.6.
 
-    A residual of 0 and no positive curvature are necessary for a maximum; with a negative curvature they are sufficient.
-    No search ends with a residual of exactly 0. That of a ReLU network, which is not smooth where a unit switches,
-    stays at about 1e-2 of the slope. ``gain`` says how much rise such a residual can hide, and decides the verdict.
+    A residual of 0 and no positive curvature are necessary for a maximum; with a negative curvature they are
+    sufficient. No search ends with a residual of exactly 0. That of a ReLU network, which is not smooth where a unit
+    switches, stays at about 1e-2 of the slope. ``gain`` says how much rise such a residual can hide, and decides the
+    verdict.
 
     Parameters
     ----------

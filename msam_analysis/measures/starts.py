@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from msam_analysis.measures.geometry import euclidean
 from msam_analysis.measures.ball_loss import BallLoss
+from msam_analysis.measures.geometry import euclidean
 from msam_analysis.measures.trust_region import maximize_quadratic
 from msam_analysis.objective.operators import ScaledOperator, SymmetricOperator
 from msam_analysis.objective.vectors import gaussian

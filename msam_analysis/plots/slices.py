@@ -294,7 +294,7 @@ class Scale:
         return float(self.filled[-1])
 
 
-def adaptive_scale(losses: Sequence[Array], limits: tuple[float, float] | None, log: bool | None) -> Scale:
+def scale_of(losses: Sequence[Array], limits: tuple[float, float] | None, log: bool | None) -> Scale:
     values = np.concatenate([loss[np.isfinite(loss)] for loss in losses])
     if values.size == 0:
         raise ValueError("every loss is NaN or infinite, so there is nothing to draw")
@@ -455,7 +455,7 @@ def slice_2d(
     """
     slices = named_slices(result, values)
     losses = checked_losses(slices)
-    scale = adaptive_scale(losses, limits, log)
+    scale = scale_of(losses, limits, log)
     with style():
         if axes is None:
             shapes = [np.ptp(as_array(item.y)) / np.ptp(as_array(item.x)) for item in slices.values()]
@@ -716,7 +716,7 @@ def surface_3d(
     """
     slices = named_slices(result, values)
     losses = checked_losses(slices)
-    scale = adaptive_scale(losses, limits, log)
+    scale = scale_of(losses, limits, log)
     with style():
         drawn = _surface_panels(len(slices)) if axes is None else given_axes(axes, len(slices))
         if any(ax.name != "3d" for ax in drawn):

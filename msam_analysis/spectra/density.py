@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import gaussian, no_autocast

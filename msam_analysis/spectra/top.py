@@ -106,9 +106,9 @@ def top_eigenvalues(
         GB for λ₁ of 10⁹ parameters in float32). Default 4 GiB, or the least where that is more.
     backend
         ``"native"`` (default), or ``"pyhessian"``: PyHessian's power iteration with ``tol=tolerance`` and at most
-        ``max_hvps // k`` iterations a vector (by default its own 100). Its pairs are sorted, and this package's products
-        give their residuals. It takes an objective, ``which="largest"`` or ``"magnitude"`` and no ``start``, and
-        ignores the other arguments. It stops when a value pauses, and finds the largest values in magnitude.
+        ``max_hvps // k`` iterations a vector (by default its own 100). Its pairs are sorted, and their residuals come
+        from this package's products. It takes an objective, ``which="largest"`` or ``"magnitude"`` and no ``start``,
+        and ignores the other arguments. It stops when a value pauses, and finds the largest values in magnitude.
     seed
         Seed of the random vectors; the global generators are neither read nor advanced.
 
