@@ -19,7 +19,7 @@ from msam_analysis.cli.pictures import FORMATS, check_formats, write_all
 from msam_analysis.cli.processes import group, own_device, rank
 from msam_analysis.cli.views import AROUND, THROUGH, Course, View, open_trajectories, views
 from msam_analysis.landscape import trajectory
-from msam_analysis.landscape.ranks import Ranks
+from msam_analysis.objective.ranks import Ranks
 from msam_analysis.results import Projection, Trajectory
 
 METRICS: dict[str, Any] = {
