@@ -37,42 +37,45 @@ def landscape_command(
     loss: Annotated[str | None, typer.Option(help="package.module:factory of loss_fn; default cross-entropy.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for slices and pictures; default results/landscape.")] = None,
     directions: Annotated[str, typer.Option(help=f"One of {', '.join((*AROUND, *THROUGH))}.")] = "random",
-    dim: Annotated[int | None, typer.Option(help="1: a line; 2: a plane. Default 2, of an interpolation 1.")] = None,
-    radius: Annotated[float | None, typer.Option(help="How far, in multiples of the directions; default 1.")] = None,
-    points: Annotated[int, typer.Option(help="Along each axis; odd around a checkpoint.")] = 51,
+    dim: Annotated[int | None, typer.Option(help="1: a line; 2: a plane. Default 2, for an interpolation 1.")] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="Reach on either side, in multiples of the directions; default 1.")
+    ] = None,
+    points: Annotated[int, typer.Option(help="Points along each axis; an odd number around a checkpoint.")] = 51,
     normalize: Annotated[
         str | None, typer.Option(help="filter, layer, weight, l2 or none; default filter, for eigenvectors none.")
     ] = None,
     one_d: Annotated[bool, typer.Option("--one-d", help="Move biases and norms too when normalising.")] = False,
     metrics: Annotated[
-        str, typer.Option(help=f"Also {', '.join(METRICS)}, or package.module:function of (objective, w).")
+        str,
+        typer.Option(help=f"Also {', '.join(METRICS)}, or package.module:function of (objective, w)."),
     ] = "",
     refine: Annotated[
         float | None, typer.Option(help="Interpolate with this error, as a fraction of the range: 0.01 saves most.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Of the data, drawn at random; default all.")] = None,
-    seed: Annotated[int, typer.Option(help="Of random directions (x: seed, y: seed + 1) and of --samples.")] = 0,
+    samples: Annotated[int | None, typer.Option(help="Number of samples, drawn at random; default all.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random directions (x: seed, y: seed + 1) and of --samples.")] = 0,
     batchnorm: Annotated[
         str | None,
         typer.Option(help="eval, batch or recalibrate; default eval around checkpoints, else recalibrate."),
     ] = None,
     parameters: Annotated[
-        list[str] | None, typer.Option(help="Pattern of the parameters to move, as 'layer4.*'; may be repeated.")
+        list[str] | None, typer.Option(help="Pattern of the parameters to move, such as 'layer4.*'; may be repeated.")
     ] = None,
     trajectories: Annotated[
         list[Path] | None, typer.Option("--trajectory", help="Folder of a TrajectoryRecorder; may be repeated.")
     ] = None,
     labels: Annotated[
-        list[str] | None, typer.Option("--label", help="Name of a checkpoint in pictures; once for each.")
+        list[str] | None, typer.Option("--label", help="Name of a checkpoint in pictures; one for each.")
     ] = None,
-    formats: Annotated[str, typer.Option(help=f"Some of {', '.join(FORMATS)}.")] = "png",
+    formats: Annotated[str, typer.Option(help=f"File formats, some of {', '.join(FORMATS)}.")] = "png",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: where the model is.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Measure and draw the loss on lines and planes around checkpoints, or through them.
 
-    Every checkpoint gets a slice along directions of its own (--directions random, gradient or eigenvectors; the second
-    axis of gradient is random), all in one picture on one scale; or there is one slice through two checkpoints
+    Every checkpoint gets a slice along its own directions (--directions random, gradient or eigenvectors; the second
+    axis of gradient is random), all in one picture on one scale. Or there is one slice: through two checkpoints
     (interpolation), through three (plane), or through one in the plane of a recorded trajectory (pca).
 
     Slices are written to .safetensors files while they grow: the same command goes on where it was stopped.
@@ -131,12 +134,12 @@ def _titles(labels: Sequence[str] | None, names: Sequence[str]) -> Sequence[str]
 
 
 def check_ours(folder: Path, names: Sequence[str]) -> None:
-    """Refuse to write among somebody else's files.
+    """Refuse to write into a folder with other files.
 
     Raises
     ------
     FileExistsError
-        The folder has files, but no slice by any of the names.
+        The folder has files, but no slice with one of the names.
     """
     if folder.is_dir() and any(folder.iterdir()) and not any((folder / f"{n}.safetensors").is_file() for n in names):
         raise FileExistsError(
@@ -145,7 +148,7 @@ def check_ours(folder: Path, names: Sequence[str]) -> None:
 
 
 def _measure(view: View, folder: Path, options: Mapping[str, Any]) -> Any:
-    # What rounds differently in another process must not part them.
+    # Rounding in another process must not lead to other directions.
     lines = Ranks().from_first(view.lines)
     if options["progress"]:
         typer.echo(view.title or view.name, err=True)

@@ -30,7 +30,7 @@ def measure_command(
     out: Annotated[Path | None, typer.Option(help="Folder for metrics.csv and the full results.")] = None,
     metrics: Annotated[str, typer.Option(help=f"Some of {', '.join(METRICS)}; or all.")] = ",".join(DEFAULT_METRICS),
     rho: Annotated[list[float] | None, typer.Option(help="Radius of an L2 ball; may be given several times.")] = None,
-    eigenvalues: Annotated[int, typer.Option(help="How many of the Hessian's largest eigenvalues.")] = 5,
+    eigenvalues: Annotated[int, typer.Option(help="Number of largest eigenvalues of the Hessian.")] = 5,
     batchnorm: Annotated[str, typer.Option(help="eval, batch or recalibrate.")] = "eval",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: where the model is.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,

@@ -1,4 +1,4 @@
-"""Names for what belongs to a checkpoint."""
+"""Names for the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def distinct_names(checkpoints: Sequence[Path]) -> list[str]:
-    """Return a name per checkpoint: folder and file, with more folders or a number where two would be the same."""
+    """Return a name for each checkpoint: folder and file, with more folders or a number if two names are the same."""
     parts = [[part for part in (*path.parts[:-1], path.stem) if part.strip("./\\")] for path in checkpoints]
     names: list[str] = []
     for own in parts:

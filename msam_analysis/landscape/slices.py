@@ -29,7 +29,7 @@ from msam_analysis.landscape.together import Together, fastest
 from msam_analysis.objective.direction import Direction, as_direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.ranks import Ranks
-from msam_analysis.results import Settings, Slice1D, Slice2D
+from msam_analysis.results import Slice1D, Slice2D
 
 Path = str | os.PathLike[str]
 
@@ -208,7 +208,7 @@ class _Measurement:
         self.ranks = Ranks(together=self.distributed)
         self.part, self.fraction = self.objective, None
         chosen = {"refine": self.refine, "sampling seed": None if self.samples is None else self.seed}
-        self.settings: Settings = {name: value for name, value in chosen.items() if value is not None}
+        self.settings: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
         if self.samples is not None:
             self.part = drawn(self.objective, self.samples, self.seed)
             self.fraction = self.samples / self.objective.samples
