@@ -73,28 +73,22 @@ class _Round(NamedTuple):
     misses: dict[Candidate, Array]
 
 
-@dataclass(frozen=True)
-class _Scales:
-    """The units of errors: the range of the values and that of their logarithms, infinite if these do not count."""
+def _units(known: Array, *, logarithm: bool) -> Array:
+    """Return the range of some finite values and that of their logarithms, infinite if these do not count."""
+    if len(known) == 0:
+        return np.full(2, math.inf)
+    low, high = float(known.min()), float(known.max())
+    counts = logarithm and low > 0 and high >= LARGE_RANGE * low
+    rounding = 1e-10 * max(abs(low), abs(high)) or 1.0
+    return np.array([high - low + rounding, math.log(high / low) if counts else math.inf])
 
-    units: Array
 
-    @classmethod
-    def of(cls, known: Array, *, logarithm: bool) -> _Scales:
-        """Return the units for some finite values."""
-        if len(known) == 0:
-            return cls(np.full(2, math.inf))
-        low, high = float(known.min()), float(known.max())
-        counts = logarithm and low > 0 and high >= LARGE_RANGE * low
-        rounding = 1e-10 * max(abs(low), abs(high)) or 1.0
-        return cls(np.array([high - low + rounding, math.log(high / low) if counts else math.inf]))
-
-    def relative(self, errors: Array) -> Array:
-        """Return errors, shape ``(..., 2)``, as fractions of the range on the scale where they are larger."""
-        # An error of a logarithm that does not count may be infinite.
-        fractions: Array = np.where(np.isinf(self.units), 0.0, errors / np.where(np.isinf(self.units), 1.0, self.units))
-        worst: Array = fractions.max(axis=-1)
-        return worst
+def _relative(errors: Array, units: Array) -> Array:
+    """Return errors, shape ``(..., 2)``, as fractions of the range on the scale where they are larger."""
+    # An error of a logarithm that does not count may be infinite.
+    fractions: Array = np.where(np.isinf(units), 0.0, errors / np.where(np.isinf(units), 1.0, units))
+    worst: Array = fractions.max(axis=-1)
+    return worst
 
 
 class Interpolation:
@@ -111,7 +105,7 @@ class Interpolation:
     def __init__(self, positions: Array, *, logarithm: bool) -> None:
         self.positions = positions
         self.logarithm = logarithm
-        self.scales = _Scales.of(np.zeros(0), logarithm=False)
+        self.units = _units(np.zeros(0), logarithm=False)
         self.predictions: dict[Candidate, Array] = {}
         self.ranking: list[Candidate] = []
         self.rounds: list[_Round] = []
@@ -139,7 +133,7 @@ class Interpolation:
             self.rounds.append(_Round(known - len(new), misses))
         finite = measured & np.isfinite(values)
         spread = float(np.ptp(values[finite])) if finite.any() else 0.0
-        self.scales = _Scales.of(values[finite], logarithm=self.logarithm)
+        self.units = _units(values[finite], logarithm=self.logarithm)
         if known == len(measured):
             return Surface(values.copy(), 0.0, spread, 0.0)
         counting, enough = self._counting(known)
@@ -149,7 +143,7 @@ class Interpolation:
             name: np.max([r.misses.get(name, unknown) for r in counting] or [unknown], axis=0)
             for name in self.predictions
         }
-        self.ranking = sorted(worst, key=lambda name: float(self.scales.relative(worst[name])))
+        self.ranking = sorted(worst, key=lambda name: float(_relative(worst[name], self.units)))
         if not self.ranking:
             return Surface(np.where(measured, values, math.nan), math.inf, spread, math.inf)
         best = self.ranking[0]
@@ -157,12 +151,12 @@ class Interpolation:
         if not enough or self.unsafe(values, measured).any():
             errors = unknown
         surface = np.where(measured, values, self.predictions[best])
-        return Surface(surface, float(errors[0]), spread, float(self.scales.relative(errors)))
+        return Surface(surface, float(errors[0]), spread, float(_relative(errors, self.units)))
 
     def doubt(self) -> Array:
         """Return the distance of the best interpolant from the next best at every point, relative to the largest."""
         # The logarithm of a value that is not positive has an error beyond any range.
-        apart = np.minimum(self.scales.relative(self._apart()), 1.0)
+        apart = np.minimum(_relative(self._apart(), self.units), 1.0)
         # If they agree everywhere, all points are equally good.
         return apart / apart.max() + 1e-9 if apart.max() > 0 else apart + 1.0
 

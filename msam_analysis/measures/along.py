@@ -10,21 +10,22 @@ import torch
 from torch import Tensor
 
 from msam_analysis.objective.direction import Direction
+from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import no_autocast
-from msam_analysis.spectra.top import HasHessian, as_operator
+from msam_analysis.spectra.top import as_operator
 
 
 @overload
-def curvature_along(target: SymmetricOperator | HasHessian, direction: Direction | Tensor) -> float: ...
+def curvature_along(target: SymmetricOperator | Objective, direction: Direction | Tensor) -> float: ...
 
 
 @overload
-def curvature_along(target: SymmetricOperator | HasHessian, direction: Sequence[Direction | Tensor]) -> Tensor: ...
+def curvature_along(target: SymmetricOperator | Objective, direction: Sequence[Direction | Tensor]) -> Tensor: ...
 
 
 def curvature_along(
-    target: SymmetricOperator | HasHessian, direction: Direction | Tensor | Sequence[Direction | Tensor]
+    target: SymmetricOperator | Objective, direction: Direction | Tensor | Sequence[Direction | Tensor]
 ) -> float | Tensor:
     """Return ``dᵀ A d / dᵀ d``, the curvature along ``d`` (exhibit A8); it costs one product for each direction.
 

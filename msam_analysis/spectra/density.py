@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import gaussian, no_autocast
 from msam_analysis.results import ConvergenceWarning, SpectralDensity
@@ -17,13 +18,13 @@ from msam_analysis.spectra.chain import Chain
 from msam_analysis.spectra.goal import Goal
 from msam_analysis.spectra.peers import Backend, check_backend
 from msam_analysis.spectra.subspace import wide
-from msam_analysis.spectra.top import MEMORY_BYTES, HasHessian, as_operator, rounding, search_for
+from msam_analysis.spectra.top import MEMORY_BYTES, as_operator, rounding, search_for
 
 _TOGETHER = 16  # chains whose products are made at once, where memory is enough
 
 
 def spectral_density(
-    target: SymmetricOperator | HasHessian,
+    target: SymmetricOperator | Objective,
     *,
     probes: int = 10,
     steps: int = 40,

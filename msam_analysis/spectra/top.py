@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import no_autocast
 from msam_analysis.results import ConvergenceWarning, Eigenpairs
@@ -25,19 +26,11 @@ MEMORY_BYTES = 4 * 2**30
 """Bytes that a solver may hold by default, unless its smallest basis needs more."""
 
 
-class HasHessian(Protocol):
-    """Anything with a Hessian, such as an objective."""
-
-    def hessian(self) -> SymmetricOperator:
-        """Return the Hessian at the current weights."""
-        ...
-
-
-def as_operator(target: SymmetricOperator | HasHessian) -> SymmetricOperator:
-    """Return the operator itself, or the Hessian of an objective; ``TypeError`` for anything else."""
+def as_operator(target: SymmetricOperator | Objective) -> SymmetricOperator:
+    """Return the operator itself, or the Hessian of an objective; raise ``TypeError`` for anything else."""
     if isinstance(target, SymmetricOperator):
         return target
-    if not hasattr(target, "hessian"):
+    if not isinstance(target, Objective):
         raise TypeError(
             f"expected an Objective or a SymmetricOperator, got {type(target).__name__}: wrap a model and its data in "
             "msam_analysis.Objective, or a matrix in msam_analysis.MatrixOperator"
@@ -46,7 +39,7 @@ def as_operator(target: SymmetricOperator | HasHessian) -> SymmetricOperator:
 
 
 def top_eigenvalues(
-    target: SymmetricOperator | HasHessian,
+    target: SymmetricOperator | Objective,
     k: int = 5,
     *,
     method: Method = "lanczos",

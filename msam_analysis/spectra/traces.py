@@ -9,11 +9,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import no_autocast, orthonormalize
 from msam_analysis.results import ConvergenceWarning, Estimate
 from msam_analysis.spectra.peers import Backend, check_backend, pyhessian_trace
-from msam_analysis.spectra.top import HasHessian, as_operator
+from msam_analysis.spectra.top import as_operator
 
 Method = Literal["hutchinson", "hutch++"]
 
@@ -22,7 +23,7 @@ _FEWEST = 10  # draws before a standard error may end the drawing
 
 
 def trace(
-    target: SymmetricOperator | HasHessian,
+    target: SymmetricOperator | Objective,
     *,
     method: Method = "hutchinson",
     draws: int = 30,

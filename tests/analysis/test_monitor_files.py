@@ -240,11 +240,11 @@ REFUSED: dict[str, tuple[bytes | None, Callable[[Path], Any], type[Exception], s
         ValueError,
         r"of another monitor, with the periods \[1\]: expected \[3\]",
     ),
-    "text": (b"step,cosine\n", lambda path: watched(optimizer_of(), path), ValueError, "is no file of a Monitor"),
-    "half a text": (b"step", lambda path: watched(optimizer_of(), path), ValueError, "is no file of a Monitor"),
-    "a number": (b"3\n", ma.Monitor.read, ValueError, "is no file of a Monitor"),
-    "another format": (b'{"format": "2"}\n', ma.Monitor.read, ValueError, "is no file of a Monitor"),
-    "nothing": (b"", ma.Monitor.read, ValueError, "is no file of a Monitor"),
+    "text": (b"step,cosine\n", lambda path: watched(optimizer_of(), path), ValueError, "is not a file of a Monitor"),
+    "half a text": (b"step", lambda path: watched(optimizer_of(), path), ValueError, "is not a file of a Monitor"),
+    "a number": (b"3\n", ma.Monitor.read, ValueError, "is not a file of a Monitor"),
+    "another format": (b'{"format": "2"}\n', ma.Monitor.read, ValueError, "is not a file of a Monitor"),
+    "nothing": (b"", ma.Monitor.read, ValueError, "is not a file of a Monitor"),
 }
 
 
@@ -281,7 +281,7 @@ def test_no_file(tmp_path: Path) -> None:
 
 def test_the_state_of_other_probes() -> None:
     state = ma.Monitor(optimizer_of(), [Norms()]).state_dict()
-    with pytest.raises(ValueError, match=r"expected the state of a monitor of .*Cosine.*got one of .*Norms"):
+    with pytest.raises(ValueError, match=r"expected the state of a monitor with .*Cosine.*got one with .*Norms"):
         ma.Monitor(optimizer_of(), [MomentumGradientCosine()]).load_state_dict(state)
 
 
