@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from msam_analysis.checkpoints.loading import load_model
-from msam_analysis.objective.batchnorm import Policy
 from msam_analysis.objective.objective import Objective
 
 
@@ -45,7 +44,8 @@ def load_objectives(
     Raises
     ------
     FileNotFoundError, TypeError, ValueError
-        A file or a factory is missing or fails, or its result does not fit.
+        A file or a factory is missing or fails, its result does not fit, this machine or this build of torch does not
+        have the device, or the loss cannot be evaluated.
     """
     factory, batches = partial(make, model), make(data)
     loss_fn: Any = nn.CrossEntropyLoss()
@@ -53,17 +53,18 @@ def load_objectives(
         batches, loss_fn = batches
     if loss is not None:
         loss_fn = make(loss)
-    check_device(device)
-    chosen: dict[str, Any] = {"batchnorm": as_policy(batchnorm), "device": device, "parameters": parameters}
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {brief(error)}") from error
+    chosen: dict[str, Any] = {"batchnorm": batchnorm, "device": device, "parameters": parameters}
     objectives = [Objective(load_model(path, factory), loss_fn, batches, **chosen) for path in checkpoints]
-    for objective in objectives:
-        check_fit(objective)
+    try:
+        for objective in objectives:
+            objective.loss()
+    except Exception as error:
+        raise ValueError(f"model, data and loss do not work together: {brief(error)}") from error
     return objectives
-
-
-def as_policy(name: str) -> Policy:
-    """Return a BatchNorm policy; the objective refuses unknown names."""
-    return name  # type: ignore[return-value]  # the objective checks it
 
 
 def load_object(reference: str) -> Callable[[], Any]:
@@ -109,34 +110,6 @@ def make(reference: str) -> Any:
         return factory()
     except Exception as error:
         raise ValueError(f"{reference} failed with {brief(error)}") from error
-
-
-def check_device(device: str | None) -> None:
-    """Refuse a device that this machine or this build of torch does not have.
-
-    Raises
-    ------
-    ValueError
-        No tensor can be made on the device.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {brief(error)}") from error
-
-
-def check_fit(objective: Objective) -> None:
-    """Refuse data that the model or the loss cannot take.
-
-    Raises
-    ------
-    ValueError
-        The loss could not be evaluated.
-    """
-    try:
-        objective.loss()
-    except Exception as error:
-        raise ValueError(f"model, data and loss do not work together: {brief(error)}") from error
 
 
 def brief(error: Exception) -> str:

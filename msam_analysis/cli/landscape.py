@@ -14,13 +14,12 @@ from rich.table import Table
 
 from msam_analysis import landscape
 from msam_analysis.cli.factories import load_object, load_objectives
-from msam_analysis.cli.names import distinct_names
+from msam_analysis.cli.names import check_own, distinct_names
 from msam_analysis.cli.pictures import FORMATS, check_formats, write_all
 from msam_analysis.cli.processes import group, own_device, rank
 from msam_analysis.cli.views import AROUND, THROUGH, Course, View, open_trajectories, views
 from msam_analysis.landscape import trajectory
 from msam_analysis.objective.ranks import Ranks
-from msam_analysis.results import Projection, Trajectory
 
 METRICS: dict[str, Any] = {
     "accuracy": landscape.metrics.accuracy,
@@ -90,7 +89,8 @@ def landscape_command(
     names = distinct_names(checkpoints)
     titles = _titles(labels, names)
     folder = out if out is not None else Path("results") / "landscape"
-    check_ours(folder, names if course.kind in (*AROUND, "pca") else [course.kind])
+    stems = names if course.kind in (*AROUND, "pca") else [course.kind]
+    check_own(folder, [f"{stem}.safetensors" for stem in stems], "an earlier landscape of these checkpoints")
     along = open_trajectories(course.trajectories)
     policy = batchnorm or ("eval" if course.kind in AROUND and not along else "recalibrate")
     device = own_device(device)
@@ -103,7 +103,8 @@ def landscape_command(
         looked = views(course, objectives, names, titles, along)
         measured = [(view, _measure(view, folder, options)) for view in looked]
     if rank() == 0:
-        shown = _projected(looked[0], along)
+        view = looked[0]
+        shown = {name: trajectory.project(item, view.lines, objective=view.objective) for name, item in along.items()}
         written = write_all(measured, shown, wanted, folder)
         _print(measured, [*(folder / f"{view.name}.safetensors" for view in looked), *written])
 
@@ -133,20 +134,6 @@ def _titles(labels: Sequence[str] | None, names: Sequence[str]) -> Sequence[str]
     return labels
 
 
-def check_ours(folder: Path, names: Sequence[str]) -> None:
-    """Refuse to write into a folder with other files.
-
-    Raises
-    ------
-    FileExistsError
-        The folder has files, but no slice with one of the names.
-    """
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / f"{n}.safetensors").is_file() for n in names):
-        raise FileExistsError(
-            f"{folder} holds something else than an earlier landscape of these checkpoints: choose another --out"
-        )
-
-
 def _measure(view: View, folder: Path, options: Mapping[str, Any]) -> Any:
     # Rounding in another process must not lead to other directions.
     lines = Ranks().from_first(view.lines)
@@ -157,10 +144,6 @@ def _measure(view: View, folder: Path, options: Mapping[str, Any]) -> Any:
         return landscape.slice_1d(view.objective, lines[0], path=path, **view.grid, **options)
     x, y = lines
     return landscape.slice_2d(view.objective, (x, y), path=path, **view.grid, **options)
-
-
-def _projected(view: View, along: Mapping[str, Trajectory]) -> dict[str, Projection]:
-    return {name: trajectory.project(item, view.lines, objective=view.objective) for name, item in along.items()}
 
 
 def _print(measured: Sequence[tuple[View, Any]], written: Sequence[Path]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,8 @@ class Evaluator:
         self._held = self._hold()
         self._tensors = [tensor for batch, _ in self._held or () for tensor in batch]
         self._versions = [tensor._version for tensor in self._tensors]
-        self._number = float if objective.device.type == "cpu" else self._wide
+        on_cpu = objective.device.type == "cpu"
+        self._number = float if on_cpu else partial(torch.Tensor.to, dtype=widest(objective.device))
         self._reference: Tensor | None = None  # losses of the samples or batches at the centre
         self.widths: dict[str, int] = {}
         self.center = self._first()
@@ -147,11 +149,12 @@ class Evaluator:
         batches = self.objective.batches
         if batches.nbytes > batches.cache_bytes:
             return None
-        pairs = [(batch, size) for batch, size in zip(batches, batches.sizes, strict=True) if _is_pair(batch)]
+        pairs: list[Any] = [
+            (batch, size)
+            for batch, size in zip(batches, batches.sizes, strict=True)
+            if isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(item, Tensor) for item in batch)
+        ]
         return pairs if len(pairs) == len(batches) else None
-
-    def _wide(self, value: Tensor) -> Tensor:
-        return value.to(widest(value.device))
 
     def _first(self) -> Tensor:
         origin = [0.0] * len(self.directions)
@@ -269,10 +272,6 @@ class Evaluator:
         return torch.stack(
             [torch.cat([torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in row]) for row in rows]
         )
-
-
-def _is_pair(batch: Batch) -> bool:
-    return isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(item, Tensor) for item in batch)
 
 
 def _plain(name: str, value: object) -> float | Tensor:

@@ -61,10 +61,14 @@ def by_layer(
     >>> ma.layer_frame(traces)[["layer", "quantity"]].values.tolist()
     [['0', 'trace'], ['2', 'trace']]
     """
-    return {
-        name: _measured(name, objective.with_parameters(selection), measure)
-        for name, selection in _selections(objective, groups).items()
-    }
+    found = {}
+    for name, selection in _selections(objective, groups).items():
+        part = objective.with_parameters(selection)
+        try:
+            found[name] = measure(part)
+        except ValueError as error:
+            raise ValueError(f"in the group {name!r}: {error}") from error
+    return found
 
 
 def layer_frame(results: Mapping[str, Result], *, name: str = "layer") -> pd.DataFrame:
@@ -93,13 +97,6 @@ def layer_frame(results: Mapping[str, Result], *, name: str = "layer") -> pd.Dat
     for group, frame in zip(results, frames, strict=True):
         frame.insert(0, name, group)
     return pd.concat(frames, ignore_index=True)
-
-
-def _measured(name: str, part: Objective, measure: Callable[[Objective], Measured]) -> Measured:
-    try:
-        return measure(part)
-    except ValueError as error:
-        raise ValueError(f"in the group {name!r}: {error}") from error
 
 
 def _selections(objective: Objective, groups: Grouping | Mapping[str, Selection]) -> dict[str, Selection]:

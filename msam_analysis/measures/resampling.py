@@ -204,7 +204,8 @@ def data_interval(
         level=level,
         failed=failed,
         converged=small and not complaints and not failed,
-        settings=_shared([one.settings for one in used]),
+        # The settings that all objectives share.
+        settings={k: v for k, v in used[0].settings.items() if all(one.settings.get(k) == v for one in used)},
     )
 
 
@@ -290,11 +291,6 @@ def _shown(draws: list[Tensor], progress: bool) -> Iterable[Tensor]:
 
     shown: Iterable[Tensor] = tqdm(draws, desc="resamples", unit="resample")
     return shown
-
-
-def _shared(settings: list[Settings]) -> Settings:
-    """Return the settings that all objectives share."""
-    return {name: value for name, value in settings[0].items() if all(one.get(name) == value for one in settings)}
 
 
 def _warn(complaints: list[str], failed: int, count: int, small: bool, samples: int) -> None:

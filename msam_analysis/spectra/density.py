@@ -109,12 +109,12 @@ def spectral_density(
         exact, margin = _ends(operator, Goal(k, "ends", tolerance, rounding(operator)), max_hvps, memory_bytes, seed)
         spent = operator.products - before
         chains, remembered = _chains(operator, exact, probes, steps, memory_bytes, seed)
-    ends, residuals = exact.values[:k], exact.norms[:k]
+    top, bottom = torch.arange(k)[::2], torch.arange(k)[1::2]
     converged = extremes == 0 or margin < math.inf
     if not converged:
         warnings.warn(
             f"spectral_density: after {spent} Hessian-vector products the residuals at the ends are "
-            f"{', '.join(f'{r:.1e}' for r in residuals.tolist())}; expected at most {tolerance:g} "
+            f"{', '.join(f'{r:.1e}' for r in exact.norms[:k].tolist())}; expected at most {tolerance:g} "
             "of the value and a check that none was missed: raise max_hvps or tolerance, or lower extremes",
             ConvergenceWarning,
             stacklevel=2,
@@ -131,10 +131,10 @@ def spectral_density(
         ),
         probe=torch.arange(-1, len(chains)).repeat_interleave(counts),
         exhausted=torch.tensor([chain.exhausted for chain in chains], dtype=torch.bool),
-        top=ends[::2],
-        top_residuals=residuals[::2],
-        bottom=ends[1::2],
-        bottom_residuals=residuals[1::2],
+        top=exact.values[top],
+        top_residuals=exact.norms[top],
+        bottom=exact.values[bottom],
+        bottom_residuals=exact.norms[bottom],
         converged=converged,
         margin=margin,
         size=operator.size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,8 +155,10 @@ class TrajectoryRecorder:
             raise ValueError("a metric cannot be called 'rounding', which is recorded anyway: choose another name")
         if not keep and not self._due(step):
             return False
-        with self._true_weights(), torch.no_grad():
-            vector = self._vector()
+        # Optimizers of msam return to the true weights inside this context.
+        with getattr(self.optimizer, "unperturbed", nullcontext)(), torch.no_grad():
+            parameters = dict(self._model.named_parameters())
+            vector = self._layout.flatten(parameters[name].detach() for name in self._names).cpu()
             buffers = self._current_buffers()
         if not self._begun:
             self._begin(vector)
@@ -266,14 +268,6 @@ class TrajectoryRecorder:
         self._kept -= gone
         return len(gone)
 
-    def _true_weights(self) -> AbstractContextManager[None]:
-        unperturbed = getattr(self.optimizer, "unperturbed", None)
-        return nullcontext() if unperturbed is None else unperturbed()
-
-    def _vector(self) -> Tensor:
-        parameters = dict(self._model.named_parameters())
-        return self._layout.flatten(parameters[name].detach() for name in self._names).cpu()
-
     def _current_buffers(self) -> dict[str, Tensor]:
         if not self._buffers:
             return {}
@@ -286,13 +280,11 @@ class TrajectoryRecorder:
     def _begin(self, vector: Tensor) -> None:
         if self._dtype is not None:
             self._origin = vector
-        fields = {**self._identity(vector.dtype), "label": self.label, "settings": self._settings()}
+        stored = "exact" if self._dtype is None else "float16 differences to the first point"
+        settings = {"recorded with": type(self.optimizer).__name__, "stored as": stored}
+        fields = {**self._identity(vector.dtype), "label": self.label, "settings": settings}
         points.write_header(self.path, self._origin, fields)
         self._begun = True
-
-    def _settings(self) -> dict[str, str]:
-        stored = "exact" if self._dtype is None else "float16 differences to the first point"
-        return {"recorded with": type(self.optimizer).__name__, "stored as": stored}
 
     def _identity(self, dtype: torch.dtype) -> dict[str, Any]:
         return {
