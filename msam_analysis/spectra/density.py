@@ -121,14 +121,13 @@ def spectral_density(
         )
     pairs = [chain.ritz() for chain in chains]
     counts = torch.tensor([len(exact.values), *(len(levels) for levels, _ in pairs)])
+    alike = torch.full_like(exact.values, 1 / operator.size)
     left = (operator.size - len(exact.values)) / operator.size
     return SpectralDensity.smoothed(
         sigma=sigma,
         points=points,
         nodes=torch.cat([exact.values, *(levels for levels, _ in pairs)]),
-        weights=torch.cat(
-            [torch.full_like(exact.values, 1 / operator.size), *(left * vectors[0] ** 2 for _, vectors in pairs)]
-        ),
+        weights=torch.cat([alike, *(left * vectors[0] ** 2 for _, vectors in pairs)]),
         probe=torch.arange(-1, len(chains)).repeat_interleave(counts),
         exhausted=torch.tensor([chain.exhausted for chain in chains], dtype=torch.bool),
         top=exact.values[top],

@@ -21,16 +21,10 @@ class PowerSearch:
 
     Parameters
     ----------
-    operator
-        The symmetric operator ``A``.
-    goal
-        The pairs that are wanted.
+    operator, goal, start, draw
+        As for :class:`~msam_analysis.spectra.lanczos.LanczosSearch`.
     width
         Vectors in the block, at least ``k``.
-    start
-        Start vectors, shape ``(size, p)``.
-    draw
-        Draws fresh random vectors.
     """
 
     def __init__(self, operator: SymmetricOperator, goal: Goal, width: int, start: Tensor, draw: Draw) -> None:
