@@ -24,7 +24,7 @@ _BARELY = 0.1
 
 @dataclass(frozen=True)
 class Inside:
-    """The Ritz pairs that the chain leaves out, and what else is known of the spectrum.
+    """The Ritz pairs that the chain leaves out, and Ritz values outside of them.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What an eigensolver is asked for, when a pair counts as found, and where a search stands."""
+"""The goal of an eigenvalue search, its state, and its random vectors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def ordering(values: Tensor, which: Which) -> Tensor:
 
 @dataclass(frozen=True)
 class Goal:
-    """How many eigenpairs are wanted, from which end of the spectrum, and how accurate.
+    """The eigenpairs that are wanted: their number, their end of the spectrum, their accuracy.
 
     Attributes
     ----------
@@ -78,7 +78,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Found:
-    """Where a search stands.
+    """The state of a search.
 
     Attributes
     ----------
