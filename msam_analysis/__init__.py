@@ -1,4 +1,4 @@
-"""Probes of trained networks and of running training.
+"""Measures of trained networks, and probes of running training.
 
 How flat is this minimum, and why did the optimizer go there? An :class:`Objective` is the loss as a function of the
 weights. Every measurement is a plain function of one and returns a frozen result with its own error; every picture is a

@@ -1,4 +1,4 @@
-"""Checkpoints: weights that somebody saved, read without ever running what is in the file.
+"""Checkpoints: weights in files, read without ever running code from the file.
 
 This room knows torch and formats of files. It may import ``results``.
 """

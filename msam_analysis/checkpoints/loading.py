@@ -1,4 +1,4 @@
-"""Load weights that somebody saved, without ever running what is in the file."""
+"""Load saved weights, without ever running code from the file."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     Parameters
     ----------
     path
-        The file.
+        The file, ``.safetensors`` or written by ``torch.save``.
 
     Returns
     -------
     dict
-        Parameter and buffer names to tensors on the CPU.
+        Tensors on the CPU, by the names of parameters and buffers.
 
     Raises
     ------
     FileNotFoundError
         There is no such file.
     ValueError
-        The file cannot be read safely, or holds no state dict.
+        The file cannot be read safely, or does not hold a state dict.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,17 +71,17 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def load_model(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:
-    """Build a model and load a checkpoint into it, every name and shape matching.
+    """Build a model and load a checkpoint into it; every name and shape must match.
 
-    The prefixes that ``DistributedDataParallel`` and ``torch.compile`` add to names, in any nesting, are removed where
-    the model's own names do not have them.
+    The prefixes that ``DistributedDataParallel`` and ``torch.compile`` add to names, in any nesting, are removed unless
+    the model's own names have them.
 
     Parameters
     ----------
     path
-        See :func:`load_weights`.
+        The file, as for :func:`load_weights`.
     factory
-        Called without arguments; returns the module.
+        A function without arguments that returns the module.
 
     Returns
     -------
@@ -91,9 +91,9 @@ def load_model(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -
     Raises
     ------
     FileNotFoundError, ValueError
-        As :func:`load_weights`; also ``ValueError`` if names or shapes differ, naming the first that do.
+        As for :func:`load_weights`; also ``ValueError`` if names or shapes differ, with the first that do.
     TypeError
-        The factory returns no module.
+        The factory does not return a module.
     """
     weights = load_weights(path)
     model = factory()

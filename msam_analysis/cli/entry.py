@@ -1,4 +1,4 @@
-"""The command line's way in and its ways out."""
+"""The command line's entry, and how it ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Never
 
 _INTERRUPTED = 130
-# click's, or that of the copy of click in newer typer, which has no name of its own.
+# The class of click, or of the copy of click inside newer versions of typer, which has no public name.
 _UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
@@ -32,7 +32,7 @@ app.command("landscape")(landscape_command)
 
 
 def main() -> None:
-    """Run the command; a user's mistake becomes one sentence and exit code 2, an interrupt exit code 130."""
+    """Run the command; a user's mistake ends with one sentence and exit code 2, an interrupt with exit code 130."""
     if len(sys.argv) < 2:
         sys.argv.append("--help")
     interrupted = False
@@ -41,7 +41,7 @@ def main() -> None:
         interrupted = app(standalone_mode=False) == _INTERRUPTED
     except _UsageError as error:
         _refuse(error.format_message())
-    except RuntimeError as error:  # of one process alone, it may be
+    except RuntimeError as error:  # it may concern one process alone
         _refuse(str(error) or brief(error), told=True)
     except (ValueError, TypeError, ImportError, OSError) as error:
         _refuse(str(error) or brief(error))
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def _refuse(sentence: str, *, told: bool = False) -> Never:
-    """End with a sentence: the first process's, which holds for all, or one that has to be ``told`` by any of them."""
+    """End with a sentence: from the first process, as it holds for all, or with ``told`` from any process."""
     line = " ".join(sentence.split())
     who = f"process {rank()}: " if rank() else ""
     if told or not who:

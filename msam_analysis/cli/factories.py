@@ -1,4 +1,4 @@
-"""What a user names on the command line: models, data and losses made by functions of their own."""
+"""Models, data and losses from the user's own functions, which the command line names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from msam_analysis.checkpoints.loading import load_model
-from msam_analysis.objective.batchnorm import Policy
 from msam_analysis.objective.objective import Objective
 
 
@@ -27,21 +26,26 @@ def load_objectives(
     device: str | None,
     parameters: Sequence[str] | None = None,
 ) -> list[Objective]:
-    """Return the loss of every checkpoint on the same data, evaluated once to see that all fit together.
+    """Return an objective for every checkpoint on the same data; evaluate each once to see that all fit together.
 
     Parameters
     ----------
     checkpoints
         Files of weights.
-    model, data, loss
-        References to factories: of the module; of batches, or ``(batches, loss_fn)``; of ``loss_fn``.
+    model
+        Reference to a factory that returns the module.
+    data
+        Reference to a factory that returns batches, or ``(batches, loss_fn)``.
+    loss
+        Reference to a factory that returns ``loss_fn``.
     batchnorm, device, parameters
-        As for :class:`~msam_analysis.Objective`.
+        Options of :class:`~msam_analysis.Objective`.
 
     Raises
     ------
     FileNotFoundError, TypeError, ValueError
-        A file, a factory or what it returned is not what it should be.
+        A file or a factory is missing or fails, its result does not fit, this machine or this build of torch does not
+        have the device, or the loss cannot be evaluated.
     """
     factory, batches = partial(make, model), make(data)
     loss_fn: Any = nn.CrossEntropyLoss()
@@ -49,28 +53,29 @@ def load_objectives(
         batches, loss_fn = batches
     if loss is not None:
         loss_fn = make(loss)
-    check_device(device)
-    chosen: dict[str, Any] = {"batchnorm": as_policy(batchnorm), "device": device, "parameters": parameters}
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {brief(error)}") from error
+    chosen: dict[str, Any] = {"batchnorm": batchnorm, "device": device, "parameters": parameters}
     objectives = [Objective(load_model(path, factory), loss_fn, batches, **chosen) for path in checkpoints]
-    for objective in objectives:
-        check_fit(objective)
+    try:
+        for objective in objectives:
+            objective.loss()
+    except Exception as error:
+        raise ValueError(f"model, data and loss do not work together: {brief(error)}") from error
     return objectives
 
 
-def as_policy(name: str) -> Policy:
-    """Return a BatchNorm policy; the objective refuses names that are none."""
-    return name  # type: ignore[return-value]  # checked, with a sentence, where it is used
-
-
 def load_object(reference: str) -> Callable[[], Any]:
-    """Import ``package.module:name`` (the working directory included) and return what is there.
+    """Import ``package.module:name``, also from the working directory, and return the object.
 
     Raises
     ------
     ValueError
-        The reference is not of that form, or names nothing.
+        The reference has another form, or there is no such object.
     TypeError
-        What it names cannot be called.
+        The object cannot be called.
     """
     module_name, colon, attribute = reference.partition(":")
     if not (module_name and colon and attribute):
@@ -89,16 +94,16 @@ def load_object(reference: str) -> Callable[[], Any]:
         found = getattr(found, part)
     if not callable(found):
         raise TypeError(f"{reference!r} is a {type(found).__name__}: expected a function without arguments")
-    return found  # type: ignore[no-any-return]  # callable, as just checked
+    return found  # type: ignore[no-any-return]  # it is callable
 
 
 def make(reference: str) -> Any:
-    """Call the factory that a reference names.
+    """Call the factory of a reference.
 
     Raises
     ------
     ValueError
-        The factory raised something.
+        The factory raised an error.
     """
     factory = load_object(reference)
     try:
@@ -107,34 +112,6 @@ def make(reference: str) -> Any:
         raise ValueError(f"{reference} failed with {brief(error)}") from error
 
 
-def check_device(device: str | None) -> None:
-    """Refuse a device that this machine, or this build of torch, does not have.
-
-    Raises
-    ------
-    ValueError
-        A tensor cannot be made there.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {brief(error)}") from error
-
-
-def check_fit(objective: Objective) -> None:
-    """Refuse data that the model or the loss cannot take.
-
-    Raises
-    ------
-    ValueError
-        The loss could not be evaluated.
-    """
-    try:
-        objective.loss()
-    except Exception as error:
-        raise ValueError(f"model, data and loss do not work together: {brief(error)}") from error
-
-
 def brief(error: Exception) -> str:
-    """Return the kind and the first line of what somebody else's code raised."""
+    """Return the kind and the first line of an error."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:500].removesuffix(": ")

@@ -14,13 +14,12 @@ from rich.table import Table
 
 from msam_analysis import landscape
 from msam_analysis.cli.factories import load_object, load_objectives
-from msam_analysis.cli.names import distinct_names
+from msam_analysis.cli.names import check_own, distinct_names
 from msam_analysis.cli.pictures import FORMATS, check_formats, write_all
 from msam_analysis.cli.processes import group, own_device, rank
 from msam_analysis.cli.views import AROUND, THROUGH, Course, View, open_trajectories, views
 from msam_analysis.landscape import trajectory
-from msam_analysis.landscape.ranks import Ranks
-from msam_analysis.results import Projection, Trajectory
+from msam_analysis.objective.ranks import Ranks
 
 METRICS: dict[str, Any] = {
     "accuracy": landscape.metrics.accuracy,
@@ -37,42 +36,45 @@ def landscape_command(
     loss: Annotated[str | None, typer.Option(help="package.module:factory of loss_fn; default cross-entropy.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for slices and pictures; default results/landscape.")] = None,
     directions: Annotated[str, typer.Option(help=f"One of {', '.join((*AROUND, *THROUGH))}.")] = "random",
-    dim: Annotated[int | None, typer.Option(help="1: a line; 2: a plane. Default 2, of an interpolation 1.")] = None,
-    radius: Annotated[float | None, typer.Option(help="How far, in multiples of the directions; default 1.")] = None,
-    points: Annotated[int, typer.Option(help="Along each axis; odd around a checkpoint.")] = 51,
+    dim: Annotated[int | None, typer.Option(help="1: a line; 2: a plane. Default 2, for an interpolation 1.")] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="Reach on either side, in multiples of the directions; default 1.")
+    ] = None,
+    points: Annotated[int, typer.Option(help="Points along each axis; an odd number around a checkpoint.")] = 51,
     normalize: Annotated[
         str | None, typer.Option(help="filter, layer, weight, l2 or none; default filter, for eigenvectors none.")
     ] = None,
     one_d: Annotated[bool, typer.Option("--one-d", help="Move biases and norms too when normalising.")] = False,
     metrics: Annotated[
-        str, typer.Option(help=f"Also {', '.join(METRICS)}, or package.module:function of (objective, w).")
+        str,
+        typer.Option(help=f"Also {', '.join(METRICS)}, or package.module:function of (objective, w)."),
     ] = "",
     refine: Annotated[
         float | None, typer.Option(help="Interpolate with this error, as a fraction of the range: 0.01 saves most.")
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Of the data, drawn at random; default all.")] = None,
-    seed: Annotated[int, typer.Option(help="Of random directions (x: seed, y: seed + 1) and of --samples.")] = 0,
+    samples: Annotated[int | None, typer.Option(help="Number of samples, drawn at random; default all.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random directions (x: seed, y: seed + 1) and of --samples.")] = 0,
     batchnorm: Annotated[
         str | None,
         typer.Option(help="eval, batch or recalibrate; default eval around checkpoints, else recalibrate."),
     ] = None,
     parameters: Annotated[
-        list[str] | None, typer.Option(help="Pattern of the parameters to move, as 'layer4.*'; may be repeated.")
+        list[str] | None, typer.Option(help="Pattern of the parameters to move, such as 'layer4.*'; may be repeated.")
     ] = None,
     trajectories: Annotated[
         list[Path] | None, typer.Option("--trajectory", help="Folder of a TrajectoryRecorder; may be repeated.")
     ] = None,
     labels: Annotated[
-        list[str] | None, typer.Option("--label", help="Name of a checkpoint in pictures; once for each.")
+        list[str] | None, typer.Option("--label", help="Name of a checkpoint in pictures; one for each.")
     ] = None,
-    formats: Annotated[str, typer.Option(help=f"Some of {', '.join(FORMATS)}.")] = "png",
+    formats: Annotated[str, typer.Option(help=f"File formats, some of {', '.join(FORMATS)}.")] = "png",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: where the model is.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Measure and draw the loss on lines and planes around checkpoints, or through them.
 
-    Every checkpoint gets a slice along directions of its own (--directions random, gradient or eigenvectors; the second
-    axis of gradient is random), all in one picture on one scale; or there is one slice through two checkpoints
+    Every checkpoint gets a slice along its own directions (--directions random, gradient or eigenvectors; the second
+    axis of gradient is random), all in one picture on one scale. Or there is one slice: through two checkpoints
     (interpolation), through three (plane), or through one in the plane of a recorded trajectory (pca).
 
     Slices are written to .safetensors files while they grow: the same command goes on where it was stopped.
@@ -87,7 +89,8 @@ def landscape_command(
     names = distinct_names(checkpoints)
     titles = _titles(labels, names)
     folder = out if out is not None else Path("results") / "landscape"
-    check_ours(folder, names if course.kind in (*AROUND, "pca") else [course.kind])
+    stems = names if course.kind in (*AROUND, "pca") else [course.kind]
+    check_own(folder, [f"{stem}.safetensors" for stem in stems], "an earlier landscape of these checkpoints")
     along = open_trajectories(course.trajectories)
     policy = batchnorm or ("eval" if course.kind in AROUND and not along else "recalibrate")
     device = own_device(device)
@@ -100,7 +103,8 @@ def landscape_command(
         looked = views(course, objectives, names, titles, along)
         measured = [(view, _measure(view, folder, options)) for view in looked]
     if rank() == 0:
-        shown = _projected(looked[0], along)
+        view = looked[0]
+        shown = {name: trajectory.project(item, view.lines, objective=view.objective) for name, item in along.items()}
         written = write_all(measured, shown, wanted, folder)
         _print(measured, [*(folder / f"{view.name}.safetensors" for view in looked), *written])
 
@@ -130,22 +134,8 @@ def _titles(labels: Sequence[str] | None, names: Sequence[str]) -> Sequence[str]
     return labels
 
 
-def check_ours(folder: Path, names: Sequence[str]) -> None:
-    """Refuse to write among somebody else's files.
-
-    Raises
-    ------
-    FileExistsError
-        The folder has files, but no slice by any of the names.
-    """
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / f"{n}.safetensors").is_file() for n in names):
-        raise FileExistsError(
-            f"{folder} holds something else than an earlier landscape of these checkpoints: choose another --out"
-        )
-
-
 def _measure(view: View, folder: Path, options: Mapping[str, Any]) -> Any:
-    # What rounds differently in another process must not part them.
+    # Rounding in another process must not lead to other directions.
     lines = Ranks().from_first(view.lines)
     if options["progress"]:
         typer.echo(view.title or view.name, err=True)
@@ -154,10 +144,6 @@ def _measure(view: View, folder: Path, options: Mapping[str, Any]) -> Any:
         return landscape.slice_1d(view.objective, lines[0], path=path, **view.grid, **options)
     x, y = lines
     return landscape.slice_2d(view.objective, (x, y), path=path, **view.grid, **options)
-
-
-def _projected(view: View, along: Mapping[str, Trajectory]) -> dict[str, Projection]:
-    return {name: trajectory.project(item, view.lines, objective=view.objective) for name, item in along.items()}
 
 
 def _print(measured: Sequence[tuple[View, Any]], written: Sequence[Path]) -> None:

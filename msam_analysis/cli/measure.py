@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +13,7 @@ from rich.status import Status
 from rich.table import Table
 
 from msam_analysis.cli.factories import load_objectives
-from msam_analysis.cli.names import distinct_names
+from msam_analysis.cli.names import check_own, distinct_names
 from msam_analysis.measures.summary import DEFAULT_METRICS, METRICS, RADII, Metrics, measure
 from msam_analysis.objective.objective import Objective
 from msam_analysis.results import atomic_folder
@@ -30,7 +29,7 @@ def measure_command(
     out: Annotated[Path | None, typer.Option(help="Folder for metrics.csv and the full results.")] = None,
     metrics: Annotated[str, typer.Option(help=f"Some of {', '.join(METRICS)}; or all.")] = ",".join(DEFAULT_METRICS),
     rho: Annotated[list[float] | None, typer.Option(help="Radius of an L2 ball; may be given several times.")] = None,
-    eigenvalues: Annotated[int, typer.Option(help="How many of the Hessian's largest eigenvalues.")] = 5,
+    eigenvalues: Annotated[int, typer.Option(help="Number of largest eigenvalues of the Hessian.")] = 5,
     batchnorm: Annotated[str, typer.Option(help="eval, batch or recalibrate.")] = "eval",
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: where the model is.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
@@ -39,7 +38,8 @@ def measure_command(
     chosen = METRICS if metrics == "all" else [name.strip() for name in metrics.split(",") if name.strip()]
     root = out if out is not None else Path("results") / "measure"
     folders = [root / name for name in distinct_names(checkpoints)]
-    check_replaceable(folders)
+    for folder in folders:
+        check_own(folder, [_METRICS], "an earlier measurement")
     objectives = load_objectives(checkpoints, model, data, loss, batchnorm=batchnorm, device=device)
     console, progress = Console(), Console(stderr=True)
     for path, folder, objective in zip(checkpoints, folders, objectives, strict=True):
@@ -60,19 +60,6 @@ def measure_command(
 
 def _show(status: Status, name: str, what: str) -> None:
     status.update(f"{name}: {what} ...")
-
-
-def check_replaceable(folders: Sequence[Path]) -> None:
-    """Refuse to replace a folder that :func:`save` did not write.
-
-    Raises
-    ------
-    FileExistsError
-        A folder has files, but no ``metrics.csv``.
-    """
-    for folder in folders:
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / _METRICS).is_file():
-            raise FileExistsError(f"{folder} holds something else than an earlier measurement: choose another --out")
 
 
 def save(metrics: Metrics, folder: Path) -> None:

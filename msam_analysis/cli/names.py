@@ -1,4 +1,4 @@
-"""Names for what belongs to a checkpoint."""
+"""Names and folders for the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
+def check_own(folder: Path, names: Sequence[str], what: str) -> None:
+    """Raise ``FileExistsError`` if a folder has files but none of the names, which an earlier command wrote."""
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).is_file() for name in names):
+        raise FileExistsError(f"{folder} holds something else than {what}: choose another --out")
+
+
 def distinct_names(checkpoints: Sequence[Path]) -> list[str]:
-    """Return a name per checkpoint: folder and file, with more folders or a number where two would be the same."""
+    """Return a name for each checkpoint: folder and file, with more folders or a number if two names are the same."""
     parts = [[part for part in (*path.parts[:-1], path.stem) if part.strip("./\\")] for path in checkpoints]
     names: list[str] = []
     for own in parts:

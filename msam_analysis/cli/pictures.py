@@ -1,4 +1,4 @@
-"""The files of a landscape: pictures, pages and arrays of slices that are measured."""
+"""The files of a landscape: pictures, pages and arrays of measured slices."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _NEEDS = {"html": ("plotly", "interactive"), "nc": ("h5netcdf", "export"), "h5":
 
 
 def check_formats(formats: Sequence[str], dimensions: int, trajectories: int) -> None:
-    """Refuse, before anything is measured, what could not be written afterwards.
+    """Refuse formats that could not be written, before anything is measured.
 
     Raises
     ------
     ValueError
-        A format is unknown, or shows what there will not be.
+        A format is unknown, or needs a surface or a trajectory that there will not be.
     ImportError
         A package is missing.
     """
@@ -76,7 +76,7 @@ def write_all(
 
 
 def _drawn(measured: Sequence[tuple[View, Any]], projections: Mapping[str, Projection]) -> dict[str, Any]:
-    """Return pictures by name: of the loss, as a surface too, and of every other number measured at the points."""
+    """Return pictures by name: the loss, also as a surface, and every other number measured at the points."""
     slices = {view.title: result for view, result in measured}
     first = next(iter(slices.values()))
     scalars = [name for name, values in first.metrics.items() if values.shape == first.loss.shape]
@@ -100,7 +100,7 @@ def _drawn(measured: Sequence[tuple[View, Any]], projections: Mapping[str, Proje
 
 
 def _of_metric(slices: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return slices with another quantity in the place of the loss, for the functions that draw a loss."""
+    """Return slices with a metric in place of the loss, for the functions that draw a loss."""
     return {
         title: replace(item, loss=item.metrics[name], standard_error=None, rise_error=None)
         for title, item in slices.items()

@@ -1,4 +1,4 @@
-"""Where a landscape is looked at: which line or plane through which weights, and how far."""
+"""The lines and planes of the landscape command: through which weights, in which directions, how far."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from msam_analysis.objective.objective import Objective
 from msam_analysis.results import Trajectory, load_trajectory
 
 AROUND = ("random", "gradient", "eigenvectors")
-"""Directions that every checkpoint has for itself."""
+"""Kinds of directions that every checkpoint has for itself."""
 THROUGH = {"interpolation": 2, "plane": 3, "pca": 1}
-"""Lines and planes through so many checkpoints."""
+"""Kinds of lines and planes through several checkpoints, with their number."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """What was asked for, as far as it decides where to look.
+    """The options that decide the lines and planes.
 
     Attributes
     ----------
     kind
         One of :data:`AROUND` or :data:`THROUGH`.
     dimensions
-        1 or 2; ``None``: 1 for an interpolation, else 2.
+        Number of axes, 1 or 2; ``None``: 1 for an interpolation, otherwise 2.
     radius, normalize, one_d
-        Of :data:`AROUND`; ``None`` and ``False``: the default.
+        Length and normalisation of :data:`AROUND`; ``None`` and ``False``: the default.
     points
-        Along each axis.
+        Number of points along each axis.
     seed
-        Of random directions, the same for every checkpoint.
+        Seed of random directions, the same for every checkpoint.
     trajectories
-        Folders of recorded trajectories to be drawn.
+        Folders of recorded trajectories to draw.
     """
 
     kind: str
@@ -50,16 +50,16 @@ class Course:
 
     @property
     def axes(self) -> int:
-        """1 or 2."""
+        """Number of axes, 1 or 2."""
         return self.dimensions or (1 if self.kind == "interpolation" else 2)
 
     def check(self, checkpoints: int) -> None:
-        """Refuse what does not go together.
+        """Refuse options that do not go together.
 
         Raises
         ------
         ValueError
-            It does not.
+            Some options do not go together.
         """
         if self.kind not in (*AROUND, *THROUGH):
             raise ValueError(f"--directions must be one of {', '.join((*AROUND, *THROUGH))}, got {self.kind!r}")
@@ -90,20 +90,22 @@ class Course:
 
 @dataclass(frozen=True)
 class View:
-    """A line or plane to be measured.
+    """A line or plane to measure.
 
     Attributes
     ----------
-    name, title
-        Of its file; in pictures.
+    name
+        Name of its file.
+    title
+        Name in pictures.
     objective
-        Its centre.
+        The loss at its centre.
     lines
         One or two directions.
     grid
-        Arguments of a slice that say where its points are.
+        Arguments of a slice for the points.
     marks
-        What to point out on a plane: title to coordinates.
+        Coordinates of points to mark on a plane, by title.
     """
 
     name: str
@@ -121,7 +123,7 @@ def views(
     titles: Sequence[str],
     trajectories: Mapping[str, Trajectory],
 ) -> list[View]:
-    """Return what is to be measured: one view of each checkpoint, or one through all."""
+    """Return the views to measure: one for each checkpoint, or one through all."""
     first = objectives[0]
     others = [objective.point() for objective in objectives[1:]]
     if course.kind == "interpolation":
@@ -133,7 +135,7 @@ def views(
         plane = directions.plane_through(first, others[0], others[1])
         x, y = plane.directions
         lines = (replace(x, name=f"to {titles[1]}"), replace(y, name=f"to {titles[2]}, orthogonal to x"))
-        marks = {title: tuple(place) for title, place in zip(titles, plane.points.tolist(), strict=True)}
+        marks = {title: tuple(point) for title, point in zip(titles, plane.points.tolist(), strict=True)}
         return [View("plane", "", first, lines, {"coordinates": plane.coordinates(course.points)}, marks)]
     if course.kind == "pca":
         found = trajectory.pca_plane(trajectories, center=first.point())
@@ -164,7 +166,7 @@ def _around(course: Course, objective: Objective) -> tuple[Direction, ...]:
 
 
 def open_trajectories(folders: Sequence[Path]) -> dict[str, Trajectory]:
-    """Return recorded trajectories by their labels, or by their folders where labels are the same."""
+    """Return recorded trajectories by their labels, or by their folders if labels are the same."""
     found = [load_trajectory(folder) for folder in folders]
     labels = [item.label for item in found]
     names = labels if len(set(labels)) == len(labels) else distinct_names(folders)

@@ -1,4 +1,4 @@
-"""The loss, and whatever else, on lines and planes through the weights; directions, and the ways optimizers took.
+"""The loss and metrics on lines and planes through the weights; directions, and trajectories of optimizers.
 
 >>> from msam_analysis.landscape import metrics, slice_2d
 >>> plane = slice_2d(objective, (d1, d2), metrics={"accuracy": metrics.accuracy}, refine=0.01)  # doctest: +SKIP

@@ -1,8 +1,8 @@
-"""Directions in weight space: where a slice goes, what a curvature is measured along.
+"""Directions in weight space, for slices and for curvatures along a line.
 
 A :class:`Direction` is a flat vector with a name that says how it was made and normalised. Filter normalisation follows
-Li et al., *Visualizing the Loss Landscape of Neural Nets* (2018), section 4. Every direction covers the parameters that
-its objective selects, in their order, and nothing else.
+Li et al., *Visualizing the Loss Landscape of Neural Nets* (2018), section 4. Every direction covers exactly the
+parameters that its objective selects, in their order.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def random(
     Parameters
     ----------
     objective
-        Gives the shapes and the weights to normalise by.
+        The loss, whose weights give the shapes and the norms.
     seed
-        Of the draw; the global generators are untouched.
+        Seed of the random draw; the global generators are untouched.
     normalize, one_d
-        See :func:`normalized`.
+        Normalisation, and whether it moves biases and norms; see :func:`normalized`.
     """
     weights = objective.point()
     draw = gaussian(objective.size, 1, seed=seed, like=weights)[:, 0]
@@ -58,24 +58,24 @@ def random(
 
 
 def gradient(objective: Objective, normalize: Normalization = "none") -> Direction:
-    """Return ``∇L(w)`` on all the objective's data, uphill (exhibit F4A)."""
+    """Return ``∇L(w)`` on all data of the objective, which points uphill (exhibit F4A)."""
     return _finish(objective, objective.gradient(), "gradient", normalize)
 
 
 def momentum(
     optimizer: torch.optim.Optimizer, objective: Objective | None = None, normalize: Normalization = "none"
 ) -> Direction:
-    """Return the momentum buffer ``v`` (exhibit F4B); the step just taken was along ``−v``.
+    """Return the momentum buffer ``v`` (exhibit F4B); the last step went along ``−v``.
 
     Parameters
     ----------
     optimizer
         Any optimizer with ``momentum_buffer`` or ``exp_avg`` in its state.
     objective
-        Whose parameter order and subset to follow. Without it, the order of the optimizer's parameters is used, which
-        is the objective's if both were made from ``model.parameters()`` with nothing frozen.
+        The loss, which gives the order and the selection of the parameters. Default: the order of the optimizer's
+        parameters; it is the same if both were made from ``model.parameters()`` with nothing frozen.
     normalize
-        See :func:`normalized`; only ``"none"`` and ``"l2"`` without an objective.
+        Normalisation, see :func:`normalized`; without an objective only ``"none"`` and ``"l2"``.
 
     Raises
     ------
@@ -98,21 +98,21 @@ def momentum(
 
 
 def last_update(objective: Objective, before: Tensor, normalize: Normalization = "none") -> Direction:
-    """Return ``w − before``: the last step, of any optimizer, forward in time (exhibit A2 goes along ``−v``).
+    """Return ``w − before``, the last step of any optimizer, forward in time (exhibit A2 goes along ``−v``).
 
     Parameters
     ----------
     objective
-        At the weights after the step.
+        The loss at the weights after the step.
     before
-        Its ``point()`` before the step, shape ``(size,)``.
+        The objective's ``point()`` before the step, shape ``(size,)``.
     normalize
-        See :func:`normalized`.
+        Normalisation, see :func:`normalized`.
 
     Raises
     ------
     ValueError
-        Another shape, or the weights have not moved.
+        ``before`` has another shape, or the weights have not moved.
     """
     objective.layout.check(before, "point before the step")
     step = objective.point() - before.to(objective.point())
@@ -122,9 +122,9 @@ def last_update(objective: Objective, before: Tensor, normalize: Normalization =
 
 
 def eigenvector(objective: Objective, index: int = 0, *, seed: int = 0) -> Direction:
-    """Return the unit eigenvector of the Hessian's eigenvalue number ``index`` from the top (0: the largest).
+    """Return the unit eigenvector for the Hessian's eigenvalue number ``index`` from the top (0: the largest).
 
-    Its sign, which mathematics leaves open, is fixed so that its entry of largest magnitude is positive.
+    Its sign is arbitrary; it is chosen so that the entry of largest magnitude is positive.
 
     Raises
     ------
@@ -139,9 +139,9 @@ def eigenvector(objective: Objective, index: int = 0, *, seed: int = 0) -> Direc
 
 
 def interpolation(objective: Objective, other: Tensor) -> Direction:
-    """Return ``other − w``: coordinate 0 is the current weights, coordinate 1 the other point (shape ``(size,)``).
+    """Return ``other − w``: coordinate 0 is the current weights, coordinate 1 the point ``other`` (shape ``(size,)``).
 
-    Buffers do not move along: between checkpoints of a network with BatchNorm, use the policies ``"recalibrate"`` or
+    Buffers do not move along: between checkpoints of a network with BatchNorm, use the policy ``"recalibrate"`` or
     ``"batch"``.
     """
     objective.layout.check(other, "point")
@@ -155,28 +155,28 @@ class Plane:
     Attributes
     ----------
     directions
-        What spans it; for :func:`~msam_analysis.slice_2d`.
+        The two directions that span the plane, for :func:`~msam_analysis.slice_2d`.
     points
-        Shape ``(3, 2)``, float64: coordinates of the current weights, ``a`` and ``b`` along the two directions.
+        Coordinates of the current weights, ``a`` and ``b`` along the two directions, shape ``(3, 2)``, float64.
     """
 
     directions: tuple[Direction, Direction]
     points: Tensor
 
     def coordinates(self, points: int = 51, margin: float = 0.25) -> tuple[Tensor, Tensor]:
-        """Return axes that hold the three points, for the argument ``coordinates`` of a slice; 0 is on both.
+        """Return axes around the three points, for the argument ``coordinates`` of a slice; both contain 0.
 
         Parameters
         ----------
         points
-            Along each axis, at least 2. Default 51.
+            Number of grid points along each axis, at least 2. Default 51.
         margin
-            Added on either side, as a fraction of the extent. Default 0.25.
+            Margin on either side, as a fraction of the extent. Default 0.25.
 
         Raises
         ------
         ValueError
-            Fewer than two points, or a negative margin.
+            There are fewer than two points, or the margin is negative.
         """
         if points < 2 or not margin >= 0:
             raise ValueError(f"expected at least 2 points and a margin of at least 0, got {points!r} and {margin!r}")
@@ -196,18 +196,18 @@ def plane_through(objective: Objective, a: Tensor, b: Tensor, *, orthonormal: bo
     Parameters
     ----------
     objective
-        At ``w``.
+        The loss at the weights ``w``.
     a, b
-        Shape ``(size,)``: two checkpoints, for example.
+        Two points, such as checkpoints, shape ``(size,)``.
     orthonormal
-        Span it by ``u = (a − w)/‖a − w‖`` and the unit vector of what is left of ``b − w`` without its part along
-        ``u``, so that distances on the plane are distances between weights (Garipov et al. 2018, section 4). ``False``:
-        by ``a − w`` and ``b − w`` as they are; then ``a`` lies at (1, 0) and ``b`` at (0, 1).
+        Whether orthonormal vectors span the plane (default): ``u = (a − w)/‖a − w‖``, and ``b − w`` without its part
+        along ``u``, with unit length. Distances on the plane are then distances between weights (Garipov et al. 2018,
+        section 4). ``False``: ``a − w`` and ``b − w`` span it, so that ``a`` lies at (1, 0) and ``b`` at (0, 1).
 
     Raises
     ------
     ValueError
-        The three points lie on one line, or one has another shape.
+        The three points lie on one line, or a point has another shape.
 
     Notes
     -----
@@ -226,7 +226,7 @@ def plane_through(objective: Objective, a: Tensor, b: Tensor, *, orthonormal: bo
         return Plane(spanning, torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
     length, height = float(u.norm()), float(rest.norm())
     unit = Direction((u / length).to(first.vector), "to the first point, unit length")
-    # Rounding to the objective's precision may leave a part along the first.
+    # Rounding to the objective's precision may leave a part along the first direction.
     other = orthogonalized(Direction((rest / height).to(first.vector), ""), unit)
     other = replace(other, name="to the second point, orthogonal to the first, unit length")
     points = torch.tensor([[0.0, 0.0], [length, 0.0], [along * length, height]], dtype=torch.float64)
@@ -234,17 +234,17 @@ def plane_through(objective: Objective, a: Tensor, b: Tensor, *, orthonormal: bo
 
 
 def orthogonalized(direction: Direction, against: Direction | Sequence[Direction]) -> Direction:
-    """Return what is left of a direction without its parts along others; it is not rescaled.
+    """Return a direction without its parts along others; it is not rescaled.
 
-    Computed in float64 by two passes of Gram-Schmidt, so that also what remains of nearly parallel directions is
-    orthogonal.
+    It is computed in float64 by two passes of Gram-Schmidt, so that the remainder of nearly parallel directions is
+    orthogonal too.
 
     Parameters
     ----------
     direction
-        The one that gives way.
+        The direction that is changed.
     against
-        One or several, of any lengths and angles.
+        One or several other directions, of any lengths and angles.
 
     Raises
     ------
@@ -272,14 +272,16 @@ def restricted(direction: Direction, objective: Objective, part: Objective) -> D
     Parameters
     ----------
     direction
-        Made with ``objective``.
+        A direction that was made with ``objective``.
+    objective
+        The loss as a function of more parameters.
     part
-        As from :meth:`Objective.with_parameters`.
+        The loss as a function of some of them, as from :meth:`Objective.with_parameters`.
 
     Raises
     ------
     ValueError
-        ``part`` has a parameter that ``objective`` has not.
+        ``part`` has a parameter that ``objective`` does not have.
     """
     views = objective.layout.views(direction.vector)
     missing = [name for name in part.layout.names if name not in views]
@@ -300,5 +302,5 @@ def _double(vector: Tensor) -> Tensor:
 
 
 def _parallel(vector: Tensor) -> float:
-    """Return the sine of an angle that rounding alone makes."""
+    """Return the sine of an angle that rounding alone may cause."""
     return 100 * torch.finfo(vector.dtype).eps

@@ -1,6 +1,6 @@
-"""Rows of numbers at points of a line or a plane: the loss first, then whatever else was asked for.
+"""Rows of numbers at the points of a line or a plane: the loss first, then its errors and the metrics.
 
-The point is computed in one flat buffer, of which the parameters of a private copy of the network are views: nothing is
+A point is computed in one flat buffer, and the parameters of a private copy of the network are views of it: nothing is
 allocated, copied or looked up between two forward passes.
 """
 
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from msam_analysis.landscape.metrics import Metric, OutputMetric
+from msam_analysis.landscape.output_reader import OutputReader
 from msam_analysis.landscape.sampling import standard_error
-from msam_analysis.landscape.watch import Watch
 from msam_analysis.objective.batchnorm import batchnorm_layers, collect_statistics
 from msam_analysis.objective.nested import Batch
 from msam_analysis.objective.objective import Objective
@@ -34,22 +35,23 @@ class Evaluator:
     objective
         The loss.
     directions
-        ``d_k``, each of shape ``(size,)``, on the objective's device and of its data type.
+        ``d_k``, each of shape ``(size,)``, with the objective's device and data type.
     metrics
-        Name to what is measured beside the loss.
+        Metrics to measure beside the loss, by name.
     fraction
-        Of the data that the objective's samples were drawn from; ``None`` if they are all, and need no standard error.
+        Part of the data from which the objective's samples were drawn, in (0, 1]; ``None``: all data, without standard
+        errors.
 
     Attributes
     ----------
     widths
-        Name to how many numbers of a row belong to it, in order; 0 for a single number that is no array.
+        Length of each quantity in a row, by name and in order; 0 for a single number.
     center
         The row at the centre.
     seconds
-        What it took.
+        Duration of the row at the centre.
     units
-        Samples or batches that the standard errors come from.
+        Number of samples or batches behind the standard errors.
     """
 
     def __init__(
@@ -71,12 +73,13 @@ class Evaluator:
         self._sums = self.evaluation.findings.weighing.sums
         self._copies = self._bind()
         self._buffers = _Buffers(self.module)
-        self._watch = Watch(self.module, self.metrics, losses=fraction is not None)
+        self._reader = OutputReader(self.module, self.metrics, losses=fraction is not None)
         self._held = self._hold()
         self._tensors = [tensor for batch, _ in self._held or () for tensor in batch]
         self._versions = [tensor._version for tensor in self._tensors]
-        self._number = float if objective.device.type == "cpu" else self._wide
-        self._reference: Tensor | None = None  # the units' losses at the centre
+        on_cpu = objective.device.type == "cpu"
+        self._number = float if on_cpu else partial(torch.Tensor.to, dtype=widest(objective.device))
+        self._reference: Tensor | None = None  # losses of the samples or batches at the centre
         self.widths: dict[str, int] = {}
         self.center = self._first()
 
@@ -91,7 +94,7 @@ class Evaluator:
         Parameters
         ----------
         coordinates
-            ``c_k`` of every point.
+            The ``c_k`` of every point.
         """
         with self.evaluation.evaluating() as stream:
             quick = self._quickly(coordinates, stream)
@@ -101,11 +104,14 @@ class Evaluator:
         return self._stacked(rows, coordinates)
 
     def move(self, point: Sequence[float]) -> Tensor:
-        """Put the private copy to a point, and return the buffer that holds it."""
+        """Move the private copy to a point, and return the buffer that holds the point."""
         *head, last = point
         if head != self._head:
-            # The points of a row share all but their last step.
-            self._row, self._head = self._begun(head), head
+            # Neighbouring points share all but their last step.
+            start = self.weights
+            for coordinate, direction in zip(head, self.directions[:-1], strict=True):
+                start = torch.add(start, direction, alpha=coordinate) if coordinate else start
+            self._row, self._head = start, head
         if last:
             torch.add(self._row, self.directions[-1], alpha=last, out=self.at)
         else:
@@ -113,12 +119,6 @@ class Evaluator:
         for parameter, view in self._copies:
             parameter.copy_(view)
         return self.at
-
-    def _begun(self, head: Sequence[float]) -> Tensor:
-        start = self.weights
-        for coordinate, direction in zip(head, self.directions[:-1], strict=True):
-            start = torch.add(start, direction, alpha=coordinate) if coordinate else start
-        return start
 
     def warn_of_rounding(self, point: Sequence[float]) -> None:
         """Let the objective warn if weights in half precision are too coarse for a point."""
@@ -129,13 +129,13 @@ class Evaluator:
         """Iterate over the batches and their weights."""
         if self._unread():
             return self._held or []
-        self._held = None  # written to by a forward pass: only a new reading helps
+        self._held = None  # a forward pass wrote to them: read the data again
         return zip(self.objective.batches, self.evaluation.weights, strict=True)
 
     # ----------------------------------------------------------------------------------------------------------- inside
 
     def _bind(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Make parameters views of the point; return those of another precision, which need a copy each."""
+        """Make parameters views of the point; return those of another precision, which need copies."""
         copies = []
         parameters = dict(self.module.named_parameters())
         for name, view in self.objective.layout.views(self.at).items():
@@ -147,7 +147,7 @@ class Evaluator:
         return copies
 
     def _hold(self) -> list[tuple[tuple[Tensor, Tensor], float]] | None:
-        """Return the batches where they fit the cache and are pairs of tensors, which nobody can take apart."""
+        """Return the batches where they fit the cache and are pairs of tensors, which a loss cannot change."""
         batches = self.objective.batches
         if batches.nbytes > batches.cache_bytes:
             return None
@@ -155,16 +155,13 @@ class Evaluator:
         pairs = [(batch, weight) for batch, weight in weighed if _is_pair(batch)]
         return pairs if len(pairs) == len(batches) else None
 
-    def _wide(self, value: Tensor) -> Tensor:
-        return value.to(widest(value.device))
-
     def _first(self) -> Tensor:
         origin = [0.0] * len(self.directions)
         start = time.monotonic()
         with self.evaluation.evaluating() as stream:
             row = self._forward(origin, stream)
         self.seconds = time.monotonic() - start
-        # Only the loss is wanted, as one number from a pair of tensors, and nothing happens on the way.
+        # The quick way: only the loss is wanted, as one number from a pair of tensors, without anything else to do.
         alone = not self.metrics and self.fraction is None
         alone = alone and not self._sums and self.module.redirect is None and self.module.fresh is None
         alone = alone and not self.evaluation.findings.with_gradients
@@ -172,13 +169,13 @@ class Evaluator:
         return self._stacked([row], [origin])[0]
 
     def _unread(self) -> bool:
-        """Tell whether the batches at hand are as they were read."""
+        """Return whether the held batches are as they were read."""
         return self._held is not None and [tensor._version for tensor in self._tensors] == self._versions
 
     def _quickly(self, coordinates: Sequence[Sequence[float]], stream: RandomStream) -> Tensor | None:
-        """Return the rows of points as if no forward pass drew or wrote anything; ``None`` if one did.
+        """Return the rows if no forward pass draws or writes anything; ``None`` if one did.
 
-        What is done in :meth:`_forward` for every batch takes as long as a small network.
+        For a small network the checks of :meth:`_forward` for every batch take as long as the network.
         """
         if not self._quick:
             return None
@@ -202,7 +199,7 @@ class Evaluator:
         return row[:, None]
 
     def _forward(self, point: Sequence[float], stream: RandomStream) -> list[Any]:
-        """Return the loss, its errors and the metrics of the output at a point."""
+        """Return the loss, its errors and the output metrics at a point."""
         self.move(point)
         if self.objective.batchnorm == "recalibrate":
             self._recalibrate(stream)
@@ -212,7 +209,7 @@ class Evaluator:
         for index, (batch, held) in enumerate(self.batches()):
             if not held:
                 continue
-            # Every batch has its own seed and fresh buffers: none sees what another drew or wrote.
+            # Every batch has its own seed and fresh buffers: no batch depends on another.
             stream.restart(self.objective.seed + index)
             self._buffers.restore()
             returned = self.module(batch)
@@ -226,10 +223,10 @@ class Evaluator:
         row = [total / weight_sum]
         if self.fraction is not None:
             row += self._errors(values, weights)
-        return row + self._watch.collect() if self._watch.names else row
+        return row + self._reader.collect() if self._reader.names else row
 
     def _errors(self, values: list[Any], weights: list[float]) -> list[float]:
-        losses = self._watch.losses(values)
+        losses = self._reader.losses(values)
         units = torch.tensor([float(value) for value in values], dtype=torch.float64) if losses is None else losses
         weighing = torch.ones_like(units) if losses is not None else torch.tensor(weights, dtype=torch.float64)
         if self._reference is None:
@@ -238,7 +235,7 @@ class Evaluator:
         return [standard_error(x, weighing, fraction) for x in (units, units - self._reference)]
 
     def _recalibrate(self, stream: RandomStream) -> None:
-        """Re-estimate BatchNorm's statistics here, as :class:`Objective` does."""
+        """Re-estimate the statistics of BatchNorm at this point, as :class:`Objective` does."""
         for layer in batchnorm_layers(self.module).values():
             layer.reset_running_stats()
         seen = 0
@@ -251,7 +248,7 @@ class Evaluator:
                 self.module(batch)
         finally:
             collect_statistics(self.module, share=None)
-        self._watch.forget()
+        self._reader.forget()
         self._buffers.keep()
 
     def _stacked(self, rows: list[list[Any]], coordinates: Sequence[Sequence[float]]) -> Tensor:
@@ -264,9 +261,9 @@ class Evaluator:
         others = {name: metric for name, metric in self.metrics.items() if not isinstance(metric, OutputMetric)}
         for row, point in zip(rows, coordinates, strict=True):
             for name, metric in others.items():
-                # A tensor of its own: what the metric keeps of it, the next point does not change.
+                # A copy: a metric may keep it, and the next point changes the buffer.
                 row.append(_plain(name, metric(self.objective, self.move(point).clone())))
-        names = ["loss", *(ERRORS if self.fraction is not None else ()), *self._watch.names, *others]
+        names = ["loss", *(ERRORS if self.fraction is not None else ()), *self._reader.names, *others]
         for row in rows:
             for name, value in zip(names, row, strict=True):
                 width = len(value) if isinstance(value, Tensor) else 0
@@ -282,12 +279,8 @@ class Evaluator:
         )
 
 
-def _is_pair(batch: Batch) -> bool:
-    return isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(item, Tensor) for item in batch)
-
-
 def _plain(name: str, value: object) -> float | Tensor:
-    """Return what a metric returned as a float, or as a flat float64 tensor on the CPU."""
+    """Return the value of a metric as a float, or as a flat float64 tensor on the CPU."""
     if isinstance(value, int | float):
         return float(value)
     if not isinstance(value, Tensor) or value.ndim > 1:
@@ -297,10 +290,10 @@ def _plain(name: str, value: object) -> float | Tensor:
 
 
 class _Buffers:
-    """The buffers of a private copy, put back when a forward pass wrote to them."""
+    """The buffers of a private copy, restored after a forward pass wrote to them."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._places = [
+        self._found = [
             (owner._buffers, name, tensor)
             for owner in module.modules()
             for name, tensor in owner._buffers.items()
@@ -309,20 +302,20 @@ class _Buffers:
         self.keep()
 
     def keep(self) -> None:
-        """Take the present values for those to be put back."""
-        self._kept = [(*place, place[2].clone()) for place in self._places]
-        self._versions = [tensor._version for _, _, tensor in self._places]
+        """Keep the present values as those to restore."""
+        self._kept = [(*buffer, buffer[2].clone()) for buffer in self._found]
+        self._versions = [tensor._version for _, _, tensor in self._found]
 
     @property
     def written(self) -> bool:
-        """Whether any differs from what was kept."""
+        """Whether a buffer was written to since :meth:`keep`."""
         return any(
             owner.get(name) is not tensor or tensor._version != version
             for (owner, name, tensor, _), version in zip(self._kept, self._versions, strict=True)
         )
 
     def restore(self) -> None:
-        """Put back what differs."""
+        """Restore the buffers that were written to."""
         for number, (owner, name, tensor, kept) in enumerate(self._kept):
             if owner.get(name) is not tensor or tensor._version != self._versions[number]:
                 owner[name] = tensor.copy_(kept)

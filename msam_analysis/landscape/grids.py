@@ -1,4 +1,4 @@
-"""Axes of a slice: where the points lie, in multiples of a direction."""
+"""Axes of a slice: the coordinates of its points, in multiples of a direction."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ def symmetric(radius: float, points: int) -> Tensor:
     if not isinstance(points, int) or points < 1 or points % 2 == 0:
         raise ValueError(f"points must be odd, so that the centre is a grid point; got {points!r}: use 51, for example")
     half = points // 2
-    # Symmetric by construction, with an exact 0 in the middle.
     positive = torch.arange(1, half + 1, dtype=torch.float64) * radius / max(half, 1)
     return torch.cat([-positive.flip(0), torch.zeros(1, dtype=torch.float64), positive])
 
 
 def logarithmic(smallest: float, largest: float, points: int = 25, *, both_sides: bool = False) -> Tensor:
-    """Return coordinates that grow by a constant factor: the axis of a plot against ρ (exhibits F4A to F4C).
+    """Return coordinates that grow by a constant factor, for the axis of a plot against ρ (exhibits F4A to F4C).
 
     Parameters
     ----------
     smallest, largest
         First and last coordinate, both positive.
     points
-        How many from one to the other. Default 25.
+        Number of coordinates from ``smallest`` to ``largest``. Default 25.
     both_sides
         Add 0 and the same coordinates with a minus sign, ``2 · points + 1`` in all.
 
     Returns
     -------
     Tensor
-        Shape ``(points,)`` or ``(2 · points + 1,)``, float64, increasing; for the argument ``coordinates``.
+        Coordinates for the argument ``coordinates`` of a slice, shape ``(points,)`` or ``(2 · points + 1,)``, float64,
+        increasing.
 
     Raises
     ------
@@ -68,25 +68,25 @@ def logarithmic(smallest: float, largest: float, points: int = 25, *, both_sides
 
 
 def between(points: int = 51, margin: float = 0.25) -> Tensor:
-    """Return equidistant coordinates from one point to another and some way beyond, with an exact 0 and an exact 1.
+    """Return equidistant coordinates from one point to another and a little beyond, with an exact 0 and an exact 1.
 
     Parameters
     ----------
     points
-        How many, at least 2. Default 51.
+        Number of coordinates, at least 2. Default 51.
     margin
-        How far beyond 0 and beyond 1, about. Default 0.25.
+        Approximate distance beyond 0 and beyond 1. Default 0.25.
 
     Returns
     -------
     Tensor
-        Shape ``(points,)``, float64; for the argument ``coordinates`` of a slice along
-        :func:`msam_analysis.landscape.directions.interpolation`.
+        Coordinates for the argument ``coordinates`` of a slice along
+        :func:`msam_analysis.landscape.directions.interpolation`, shape ``(points,)``, float64.
 
     Raises
     ------
     ValueError
-        Fewer than two points, or a margin that is negative or not finite.
+        There are fewer than two points, or the margin is negative or not finite.
 
     Examples
     --------
@@ -102,7 +102,7 @@ def between(points: int = 51, margin: float = 0.25) -> Tensor:
 
 
 def explicit(coordinates: Tensor | Sequence[float]) -> Tensor:
-    """Return coordinates as they were given, checked.
+    """Return the given coordinates as a checked tensor.
 
     Raises
     ------
@@ -117,12 +117,12 @@ def explicit(coordinates: Tensor | Sequence[float]) -> Tensor:
 
 
 def two(value: Any, name: str) -> tuple[Any, Any]:
-    """Return a pair: as given, or a single number twice.
+    """Return a pair as it was given, or a single number twice.
 
     Raises
     ------
     ValueError
-        Neither.
+        The value is neither a pair nor a number.
     """
     if isinstance(value, int | float):
         return value, value

@@ -1,4 +1,4 @@
-"""The file of a slice that is being measured: whole at every moment, and at most a second or a point behind."""
+"""The file of a slice while it is measured: complete at every moment, and at most a second or a point behind."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from msam_analysis.results import Slice1D, Slice2D, load
 Slice = TypeVar("Slice", Slice1D, Slice2D)
 
 INTERVAL = 1.0
-"""Seconds between two writings, if points come faster than that."""
+"""Seconds between two writings, if points come faster."""
 
-_SHARE = 20  # writing takes at most one part in so many of the time
+_SHARE = 20  # writing takes at most this part of the time: one twentieth
 _HASH = re.compile(r"[0-9a-f]{16}")
-_SHOWN = 40  # characters of a value that a person is told
+_SHOWN = 40  # characters of a value that an error shows
 
 
 class Journal:
-    """Writes a partial result whenever it is due.
+    """Writes a partial result whenever a writing is due.
 
     Parameters
     ----------
@@ -36,12 +36,12 @@ class Journal:
         self._duration = 0.0
 
     def resumed(self, kind: type[Slice], identity: Mapping[str, str]) -> Slice | None:
-        """Return what the file holds of this measurement; ``None`` if there is no file.
+        """Return the slice in the file; ``None`` if there is no file.
 
         Raises
         ------
         ValueError
-            The file is of another measurement.
+            The file belongs to another measurement.
         """
         if self.path is None or not self.path.exists():
             return None
@@ -62,7 +62,7 @@ class Journal:
         return found
 
     def write(self, snapshot: Callable[[], Slice1D | Slice2D], *, now: bool = False) -> None:
-        """Write what there is, if it is due or has to be ``now``."""
+        """Write a snapshot if a writing is due, or ``now``."""
         if self.path is None or not (now or time.monotonic() - self._last >= max(INTERVAL, _SHARE * self._duration)):
             return
         start = time.monotonic()
@@ -72,7 +72,7 @@ class Journal:
 
 
 def _difference(name: str, then: str | None, now: str | None) -> str:
-    """Return in words how a file differs in one respect, or nothing."""
+    """Return in words how a file differs in one setting, or an empty text."""
     if then == now:
         return ""
     shown = [value for value in (then, now) if value is not None]

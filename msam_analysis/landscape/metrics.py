@@ -1,7 +1,7 @@
-"""What else can be measured at the points of a slice, beside the loss.
+"""Metrics that can be measured at the points of a slice, beside the loss.
 
-A metric is any function ``f(objective, w)`` that returns a number or a flat tensor. What can be read off the model's
-output costs nothing extra: an :class:`OutputMetric` sees the forward pass that the loss is computed from.
+A metric is any function ``f(objective, w)`` that returns a number or a flat tensor. A metric of the model's output
+costs no forward pass of its own: an :class:`OutputMetric` sees the forward pass from which the loss is computed.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from msam_analysis.spectra.top import top_eigenvalues
 
 @dataclass(frozen=True)
 class OutputMetric:
-    """A quantity of every sample, read off the output that the loss is computed from.
+    """A quantity of every sample, read off the output from which the loss is computed.
 
     Attributes
     ----------
     per_sample
-        ``per_sample(output, target)`` returns one number for each sample of a batch, shape ``(n,)``. ``None``: the
-        sample's own loss.
+        Function ``per_sample(output, target)`` that returns one number for each sample of a batch, shape ``(n,)``.
+        ``None``: the loss of each sample.
     each
-        Keep every sample's value, shape ``(*grid, samples)``, instead of their mean.
+        Keep the values of all samples, shape ``(*grid, samples)``, instead of their mean.
     """
 
     per_sample: Callable[[Tensor, Tensor], Tensor] | None
@@ -49,10 +49,10 @@ def _hits(output: Tensor, target: Tensor) -> Tensor:
 
 
 accuracy = OutputMetric(_hits)
-"""Fraction of samples whose highest score is that of their class."""
+"""Fraction of samples whose class has the highest score."""
 
 sample_losses = OutputMetric(None, each=True)
-"""Every sample's loss, shape ``(*grid, samples)``."""
+"""The loss of every sample, shape ``(*grid, samples)``."""
 
 
 def top_eigenvalue(objective: Objective, w: Tensor) -> float:

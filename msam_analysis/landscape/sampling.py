@@ -1,4 +1,4 @@
-"""The loss on a random part of the data, the same part at every point, and how far it is from the loss on all."""
+"""The loss on a random part of the data, the same part at every point, and its error against the loss on all data."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def per_sample(loss_fn: LossFunction) -> Criterion | None:
 def standard_error(values: Tensor, weights: Tensor, fraction: float) -> float:
     r"""Return the standard error of ``Σ w x / Σ w`` over units drawn without replacement.
 
-    ``SE² = (1 − f) · n/(n − 1) · Σ w² (x − x̄)² / (Σ w)²``, the ratio estimator's (Cochran, *Sampling Techniques*, 1977,
-    section 6.3), with ``f`` the fraction drawn; ``s²/n · (1 − f)`` for equal weights. NaN for a single unit.
+    ``SE² = (1 − f) · n/(n − 1) · Σ w² (x − x̄)² / (Σ w)²`` for the ratio estimator (Cochran, *Sampling Techniques*,
+    1977, section 6.3), with ``f`` the fraction drawn; ``s²/n · (1 − f)`` for equal weights. NaN for a single unit.
 
     Parameters
     ----------
     values, weights
-        Shape ``(n,)``, float64.
+        Values ``x`` and weights ``w`` of the units, shape ``(n,)``, float64.
     fraction
-        ``f``.
+        Fraction ``f`` of the data that was drawn.
     """
     if len(values) < 2:
         return math.nan

@@ -1,7 +1,7 @@
-"""One- and two-dimensional slices of the loss, and of whatever else is asked for at the same points.
+"""One- and two-dimensional slices of the loss and of metrics at the same points.
 
-The floor is one forward pass a point. Two economies go below it, and each says what it costs: ``refine`` interpolates
-between points that are chosen where it was wrong, ``samples`` evaluates a part of the data.
+A slice costs at least one forward pass for each point. Two options save more, and each reports its error: ``refine``
+interpolates between points that are chosen where it was wrong, ``samples`` evaluates a part of the data.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,19 +22,19 @@ from msam_analysis.landscape.evaluator import ERRORS, Evaluator
 from msam_analysis.landscape.identity import identity, of_code
 from msam_analysis.landscape.journal import Journal
 from msam_analysis.landscape.metrics import Metric
-from msam_analysis.landscape.ranks import Ranks
+from msam_analysis.landscape.point_table import PointTable
 from msam_analysis.landscape.refine import Surface, refine_grid
 from msam_analysis.landscape.sampling import drawn
-from msam_analysis.landscape.sweep import Sweep
 from msam_analysis.landscape.together import Together, fastest
 from msam_analysis.objective.direction import Direction, as_direction
 from msam_analysis.objective.objective import Objective
-from msam_analysis.results import Settings, Slice1D, Slice2D
+from msam_analysis.objective.ranks import Ranks
+from msam_analysis.results import Slice1D, Slice2D
 
 Path = str | os.PathLike[str]
 
 _TAKEN = ("loss", "x", "y", "coordinate", "distance", "evaluated", *ERRORS)
-# The centre of a file and the centre now are the same loss up to what another machine or number of threads rounds.
+# Relative difference of the losses at the centre, then and now, that rounding on another machine may cause.
 _SAME = 1e-4
 
 
@@ -62,31 +63,30 @@ def slice_1d(
     direction
         ``d``, a direction or a flat tensor of shape ``(size,)``; it is applied as it is, never rescaled.
     radius
-        The grid covers ``[−radius, radius]``, in multiples of ``d``. Default 1, as in Li et al. (2018).
+        Half the length of the grid ``[−radius, radius]``, in multiples of ``d``. Default 1, as in Li et al. (2018).
     points
-        Odd, so that the centre is a grid point. Default 51.
+        Number of grid points, odd, so that the centre is one of them. Default 51.
     coordinates
-        Explicit increasing grid instead of ``radius`` and ``points``; it need not contain 0. A logarithmic one comes
-        from :func:`~msam_analysis.landscape.logarithmic`.
+        Increasing grid instead of ``radius`` and ``points``, in multiples of ``d``; it need not contain 0.
+        :func:`~msam_analysis.landscape.logarithmic` makes a logarithmic one.
     metrics, refine, samples, seed, path, progress, chunk, distributed
-        As in :func:`slice_2d`.
+        Options, as in :func:`slice_2d`.
 
     Returns
     -------
     Slice1D
-        The coordinates are the displacements applied; the loss at 0 is the centre's, exactly.
+        The losses at the coordinates; the loss at coordinate 0 is exactly that of the centre.
 
     Raises
     ------
     ValueError
-        A grid that is even, not finite or not increasing, or a direction that does not fit; otherwise as
-        :func:`slice_2d`.
+        The grid is even, not finite or not increasing, or the direction does not fit; otherwise as :func:`slice_2d`.
     """
     line = as_direction(direction, objective)
     grid = grids.symmetric(radius, points) if coordinates is None else grids.explicit(coordinates)
-    options = _Options(metrics, refine, samples, seed, path, progress, chunk, distributed)
     labels = {"coordinates": grid, "direction": line.name, "direction_norm": line.norm}
-    result: Slice1D = _Measurement(objective, [line], {"x": grid}, options, Slice1D, labels).run()
+    options = metrics, refine, samples, seed, path, progress, chunk, distributed
+    result: Slice1D = _Measurement(objective, [line], {"x": grid}, Slice1D, labels, *options).run()
     return result
 
 
@@ -116,51 +116,52 @@ def slice_2d(
         ``(d1, d2)``, each applied as it is: the cosine between them is reported, not removed; see
         :func:`msam_analysis.landscape.directions.orthogonalized`.
     radius
-        One for both axes or one each; see :func:`slice_1d`.
+        Half the length of the axes, in multiples of the directions; one number, or one for each axis. Default 1.
     points
-        Odd; one for both axes or one each.
+        Number of grid points along an axis, odd; one number, or one for each axis. Default 51.
     coordinates
-        Explicit increasing grids ``(x, y)`` instead.
+        Increasing grids ``(x, y)`` instead of ``radius`` and ``points``, in multiples of the directions.
     metrics
-        Name to what is measured at the same points: ``metrics.accuracy``, ``metrics.sample_losses`` or another
+        Names and metrics to measure at the same points: ``metrics.accuracy``, ``metrics.sample_losses`` or another
         :class:`~msam_analysis.landscape.metrics.OutputMetric`, which share the loss's forward pass;
         ``metrics.top_eigenvalue``, or any function ``f(objective, w)`` that returns a number or a flat tensor.
     refine
-        Tolerance, as a fraction of the range of the loss: evaluate only as many points as are needed for the largest
-        error of the interpolated surface to be estimated below it; where the loss spans a factor of ten or more, that
-        of its logarithm, too, as pictures then have a logarithmic scale. 0.01 usually takes one point in twenty.
-        ``result.evaluated`` says which points were computed, ``result.error`` how far off the others may be. Default:
-        every point. Metrics of one number are interpolated too, each with its own error in ``result.metric_errors``.
+        Tolerance for interpolation, as a fraction of the range of the loss. Only as many points are evaluated as are
+        needed until the largest error of the interpolated surface is estimated to be smaller. Where the loss spans a
+        factor of ten or more, this holds for its logarithm too, as pictures then have a logarithmic scale. 0.01 usually
+        takes one point in twenty. ``result.evaluated`` says which points were computed, ``result.error`` how large the
+        error of the others may be. Metrics of one number are interpolated too, each with its own error in
+        ``result.metric_errors``. Default: every point is evaluated.
     samples
         Number of samples, drawn at random without replacement, the same at every point; ``result.interval()`` then
-        covers the loss on all data. Default: all of them.
+        covers the loss on all data. Default: all samples.
     seed
-        Of that draw.
+        Seed of the draw of ``samples``.
     path
-        A ``.safetensors`` file that the result is written to while it grows, at most a second or a point behind, so
-        that :func:`msam_analysis.results.load` can read it at any time. If it exists, the measurement continues where
-        it was stopped and ends in the same bits.
+        A ``.safetensors`` file to which the result is written while it grows, at most a second or a point behind;
+        :func:`msam_analysis.results.load` can read it at any time. If it exists, the measurement continues where it was
+        stopped and ends in the same bits.
     progress
         Show a progress bar.
     chunk
-        Points in one batch, by ``vmap``: for small networks on large devices. Default: measured on a GPU; 1 on a CPU.
-        Losses in a batch may differ from single ones by rounding.
+        Number of points in one batch, by ``vmap``: for small networks on large devices. Losses in a batch may differ
+        from single ones by rounding. Default: measured on a GPU; 1 on a CPU.
     distributed
-        Where :mod:`torch.distributed` is initialised, let its processes share the points: all of them must call this
-        with the same arguments, and all get the whole result, the same as one process would. ``False``: this process
-        measures alone.
+        Whether the processes of :mod:`torch.distributed`, if it is initialised, share the points (default). All of them
+        must call this function with the same arguments, and all get the same result as one process alone. ``False``:
+        this process measures alone.
 
     Returns
     -------
     Slice2D
-        First index x, second index y.
+        The losses, with x as the first index and y as the second.
 
     Raises
     ------
     ValueError
-        A grid that is even, not finite or not increasing; a direction that does not fit; ``refine``, ``samples`` or
-        ``chunk`` out of range or not possible here; a metric with a name that is taken or a value that is no number;
-        a ``path`` that holds another measurement; processes that measure different things.
+        A grid is even, not finite or not increasing; a direction does not fit; ``refine``, ``samples`` or ``chunk`` is
+        out of range or not possible here; the name of a metric is taken, or its value is not a number; ``path`` holds
+        another measurement; the processes measure different things.
     """
     first, second = (as_direction(direction, objective) for direction in grids.two(directions, "directions"))
     if coordinates is None:
@@ -168,25 +169,29 @@ def slice_2d(
         x, y = (grids.symmetric(r, n) for r, n in zip(radii, counts, strict=True))
     else:
         x, y = (grids.explicit(axis) for axis in grids.two(coordinates, "coordinates"))
-    options = _Options(metrics, refine, samples, seed, path, progress, chunk, distributed)
     product = first.norm * second.norm
+    inner = float(first.vector.cpu().double() @ second.vector.cpu().double())
     labels = {
         "x": x,
         "y": y,
         "directions": (first.name, second.name),
         "direction_norms": (first.norm, second.norm),
-        "cosine": float(first.vector.cpu().double() @ second.vector.cpu().double()) / product
-        if product > 0
-        else math.nan,
+        "cosine": inner / product if product > 0 else math.nan,
     }
-    result: Slice2D = _Measurement(objective, [first, second], {"x": x, "y": y}, options, Slice2D, labels).run()
+    options = metrics, refine, samples, seed, path, progress, chunk, distributed
+    result: Slice2D = _Measurement(objective, [first, second], {"x": x, "y": y}, Slice2D, labels, *options).run()
     return result
 
 
-@dataclass(frozen=True)
-class _Options:
-    """How to measure, beside where."""
+@dataclass(eq=False)
+class _Measurement:
+    """One slice on its way from a grid to a result: where it goes, how it is labelled, and the caller's options."""
 
+    objective: Objective
+    lines: Sequence[Direction]
+    axes: Mapping[str, Tensor]
+    kind: type[Any]
+    labels: Mapping[str, Any]
     metrics: Mapping[str, Metric] | None
     refine: float | None
     samples: int | None
@@ -197,6 +202,51 @@ class _Options:
     distributed: bool
 
     def __post_init__(self) -> None:
+        """Check the options, open the file, measure the centre, and recall what is already known."""
+        self._check()
+        self.shape = tuple(len(axis) for axis in self.axes.values())
+        self.ranks = Ranks(together=self.distributed)
+        self.part, self.fraction = self.objective, None
+        chosen = {"refine": self.refine, "sampling seed": None if self.samples is None else self.seed}
+        self.settings: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+        if self.samples is not None:
+            self.part = drawn(self.objective, self.samples, self.seed)
+            self.fraction = self.samples / self.objective.samples
+            self.settings["samples drawn from"] = self.objective.samples
+        self.identity = self._identity()
+        self.journal = Journal(self.path if self.ranks.rank == 0 else None)
+        self.found = self._found()
+        self.evaluator = Evaluator(self.part, [line.vector for line in self.lines], self.metrics, self.fraction)
+        self.center = float(self.evaluator.center[0])
+        self.surfaces: Mapping[str, Surface] = {}
+        grid = torch.cartesian_prod(*self.axes.values()).reshape(-1, len(self.axes))
+        away = grid[(grid != 0).any(1)]
+        if len(away):
+            self.evaluator.warn_of_rounding(away[away.abs().sum(1).argmin()].tolist())
+        self.table = self._table(grid)
+        self._recall(grid)
+
+    def run(self) -> Any:
+        """Measure the missing points, and return the result."""
+        if self.found is not None and self.found.complete:
+            return self.found
+        total = None if self.refine is not None else len(self.table.coordinates)
+        try:
+            with self.table.shown(progress=self.progress, total=total):
+                if self.refine is None:
+                    self.table.measure(range(len(self.table.coordinates)))
+                else:
+                    self._refine(self.refine)
+        except BaseException:
+            self.journal.write(self._snapshot, now=True)
+            raise
+        result = self._result(complete=True)
+        self.journal.write(lambda: result, now=True)
+        return result
+
+    # -------------------------------------------------------------------------------------------------------- beginning
+
+    def _check(self) -> None:
         if self.refine is not None and not 0 < self.refine < 1:
             raise ValueError(
                 f"refine must be a fraction of the range between 0 and 1, got {self.refine!r}: 0.01 is one per cent"
@@ -209,97 +259,29 @@ class _Options:
             if name in _TAKEN or "/" in name:
                 raise ValueError(f"the name {name!r} of a metric is taken or holds a '/': expected another one")
 
-    @property
-    def settings(self) -> Settings:
-        """The choices that a result is labelled with."""
-        chosen = {"refine": self.refine, "sampling seed": self.seed if self.samples is not None else None}
-        return {name: value for name, value in chosen.items() if value is not None}
-
-    @property
-    def identity(self) -> dict[str, object]:
-        """The choices that decide the numbers."""
-        metrics = {f"metric {name}": of_code(metric) for name, metric in (self.metrics or {}).items()}
-        return {"metrics": ", ".join(self.metrics or {}), "points at once": self.chunk, **metrics, **self.settings}
-
-
-class _Measurement:
-    """One slice on its way from a grid to a result."""
-
-    def __init__(
-        self,
-        objective: Objective,
-        lines: Sequence[Direction],
-        axes: Mapping[str, Tensor],
-        options: _Options,
-        kind: type[Any],
-        labels: Mapping[str, Any],
-    ) -> None:
-        self.options = options
-        self.kind = kind
-        self.labels = labels
-        self.shape = tuple(len(axis) for axis in axes.values())
-        self.ranks = Ranks(together=options.distributed)
-        self.part, self.fraction = objective, None
-        self.settings = dict(options.settings)
-        if options.samples is not None:
-            self.part = drawn(objective, options.samples, options.seed)
-            self.fraction = options.samples / objective.samples
-            self.settings["samples drawn from"] = objective.samples
-        self.identity = self._identity(lines, axes)
-        self.journal = Journal(options.path if self.ranks.rank == 0 else None)
-        self.found = self._found()
-        vectors = [line.vector for line in lines]
-        self.evaluator = Evaluator(self.part, vectors, options.metrics, self.fraction)
-        self.center = float(self.evaluator.center[0])
-        self.surfaces: Mapping[str, Surface] = {}
-        grid = torch.cartesian_prod(*axes.values()).reshape(-1, len(axes))
-        away = grid[(grid != 0).any(1)]
-        if len(away):
-            self.evaluator.warn_of_rounding(away[away.abs().sum(1).argmin()].tolist())
-        self.sweep = self._sweep(grid)
-        self._recall(grid)
-
-    def run(self) -> Any:
-        """Measure what is missing, and return the result."""
-        if self.found is not None and self.found.complete:
-            return self.found
-        total = None if self.options.refine is not None else len(self.sweep.coordinates)
-        try:
-            with self.sweep.shown(progress=self.options.progress, total=total):
-                if self.options.refine is None:
-                    self.sweep.measure(range(len(self.sweep.coordinates)))
-                else:
-                    self._refine(self.options.refine)
-        except BaseException:
-            self.journal.write(self._snapshot, now=True)
-            raise
-        result = self._result(complete=True)
-        self.journal.write(lambda: result, now=True)
-        return result
-
-    # -------------------------------------------------------------------------------------------------------- beginning
-
-    def _identity(self, lines: Sequence[Direction], axes: Mapping[str, Tensor]) -> dict[str, str]:
-        if self.options.path is None and self.ranks.count == 1:
+    def _identity(self) -> dict[str, str]:
+        if self.path is None and self.ranks.count == 1:
             return {}
-        found = identity(self.part, lines, axes, {**self.options.identity, **self.settings})
+        codes = {f"metric {name}": of_code(metric) for name, metric in (self.metrics or {}).items()}
+        options = {"metrics": ", ".join(self.metrics or {}), "points at once": self.chunk, **codes, **self.settings}
+        found = identity(self.part, self.lines, self.axes, options)
         self.ranks.check_alike(found)
         return found
 
     def _found(self) -> Any:
-        """Return what the file holds, in every process."""
+        """Return the slice in the file, in every process."""
         found, error = None, ""
         try:
             found = self.journal.resumed(self.kind, self.identity)
-        except ValueError as refusal:  # told to the other processes, which would wait for ever
+        except ValueError as refusal:  # the other processes must hear of it: they would wait for ever
             error = str(refusal)
         found, error = self.ranks.from_first((found, error))
         if error:
             raise ValueError(error)
         return found
 
-    def _sweep(self, grid: Tensor) -> Sweep:
-        size = self.options.chunk
+    def _table(self, grid: Tensor) -> PointTable:
+        size = self.chunk
         if size is None and self.found is not None:
             size = int(self.found.settings.get("points at once", 1))
         if size is None:
@@ -307,64 +289,55 @@ class _Measurement:
         if size > 1:
             self.settings["points at once"] = size
         source = self.evaluator if size == 1 else Together(self.evaluator, size)
-        return Sweep(
-            source,
-            grid,
-            len(self.evaluator.center),
-            size=size,
-            seconds=self.evaluator.seconds,
-            ranks=self.ranks,
-            written=lambda: self.journal.write(self._snapshot),
-        )
+        width, seconds = len(self.evaluator.center), self.evaluator.seconds
+        written = partial(self.journal.write, self._snapshot)
+        return PointTable(source.rows, grid, width, size=size, seconds=seconds, ranks=self.ranks, written=written)
 
     def _recall(self, grid: Tensor) -> None:
-        """Enter what is known already: the centre, and what the file holds."""
-        found = self.found
+        """Enter the known points: the centre, and those in the file."""
+        found, table = self.found, self.table
         if found is not None:
             if not math.isclose(found.center_loss, self.center, rel_tol=_SAME) and not (
                 math.isnan(found.center_loss) and math.isnan(self.center)
             ):
                 raise ValueError(
-                    f"{self.options.path} has the loss {found.center_loss:.9g} at the centre, where it is "
-                    f"{self.center:.9g} now: expected the same network and loss function; give another path, or move "
-                    "the file away"
+                    f"{self.path} has the loss {found.center_loss:.9g} at the centre, where it is {self.center:.9g} "
+                    "now: expected the same network and loss function; give another path, or move the file away"
                 )
             self.center = found.center_loss
             done = torch.ones(self.shape, dtype=torch.bool) if found.evaluated is None else found.evaluated
             columns = {"loss": found.loss, **{name: getattr(found, name) for name in ERRORS}, **found.metrics}
-            table = torch.cat([columns[name].reshape(len(grid), -1) for name in self.evaluator.widths], dim=1)
-            self.sweep.table[done.flatten()] = table[done.flatten()]
-            self.sweep.measured |= done.flatten()
-        for place in torch.nonzero((grid == 0).all(1)).flatten().tolist():
-            if not self.sweep.measured[place]:
-                self.sweep.put(place, self.evaluator.center)
+            known = torch.cat([columns[name].reshape(len(grid), -1) for name in self.evaluator.widths], dim=1)
+            table.rows[done.flatten()] = known[done.flatten()]
+            table.measured |= done.flatten()
+        center = (grid == 0).all(1) & ~table.measured
+        table.rows[center] = self.evaluator.center
+        table.measured |= center
 
     # --------------------------------------------------------------------------------------------------------- refining
 
     def _refine(self, tolerance: float) -> None:
-        """Let the first process choose the points: what rounds differently elsewhere must not part the processes."""
+        """Let the first process choose the points: rounding in another process must not lead to other points."""
         if self.ranks.rank == 0:
             refine_grid(self._measure, self.shape, tolerance, self._report)
             self.ranks.from_first(None)
         else:
-            while (places := self.ranks.from_first([0])) is not None:
-                self.sweep.measure(places)
+            while (points := self.ranks.from_first([0])) is not None:
+                self.table.measure(points)
         self.surfaces = self.ranks.from_first(self.surfaces)
 
-    def _measure(self, places: Sequence[int]) -> dict[str, Any]:
-        self.ranks.from_first(places)
-        self.sweep.measure(places)
-        table = self.sweep.table.numpy()
-        return {
-            name: table[:, column.start] for name, column in self._columns().items() if self.evaluator.widths[name] == 0
-        }
+    def _measure(self, points: Sequence[int]) -> dict[str, Any]:
+        self.ranks.from_first(points)
+        self.table.measure(points)
+        rows, widths = self.table.rows.numpy(), self.evaluator.widths
+        return {name: rows[:, column.start] for name, column in self._columns().items() if widths[name] == 0}
 
-    def _report(self, surfaces: Mapping[str, Surface], _done: bool) -> None:
+    def _report(self, surfaces: Mapping[str, Surface]) -> None:
         self.surfaces = surfaces
         loss = surfaces["loss"]
-        if self.sweep.bar is not None and loss.range > 0 and math.isfinite(loss.relative):
-            wanted = self.options.refine or 0.0
-            self.sweep.bar.set_postfix_str(f"error {loss.relative:.2%} of the range, {wanted:.2%} wanted")
+        if self.table.bar is not None and loss.range > 0 and math.isfinite(loss.relative):
+            wanted = self.refine or 0.0
+            self.table.bar.set_postfix_str(f"error {loss.relative:.2%} of the range, {wanted:.2%} wanted")
         self.journal.write(self._snapshot)
 
     # ---------------------------------------------------------------------------------------------------------- results
@@ -380,26 +353,25 @@ class _Measurement:
         return self._result(complete=False)
 
     def _result(self, *, complete: bool) -> Any:
-        measured = self.sweep.measured
+        measured = self.table.measured
         values: dict[str, Tensor] = {}
         for name, column in self._columns().items():
             width = self.evaluator.widths[name]
-            found = self.sweep.table[:, column].clone()
+            found = self.table.rows[:, column].clone()
             if name in self.surfaces:
                 between = torch.from_numpy(np.ascontiguousarray(self.surfaces[name].values))
                 found[~measured] = between[~measured, None]
             values[name] = found.reshape(*self.shape, width) if width else found.reshape(self.shape)
         errors = {name: surface.error for name, surface in self.surfaces.items()}
-        metrics = {name: values[name] for name in self.options.metrics or {}}
-        loss_error = errors.get("loss", 0.0 if complete else math.nan)
+        metrics = {name: values[name] for name in self.metrics or {}}
         return self.kind(
             loss=values["loss"],
             center_loss=self.center,
             metrics=metrics,
             evaluated=None if bool(measured.all()) else measured.reshape(self.shape).clone(),
-            error=loss_error,
+            error=errors.get("loss", 0.0 if complete else math.nan),
             metric_errors={name: errors[name] for name in metrics if name in errors},
-            tolerance=self.options.refine,
+            tolerance=self.refine,
             converged=complete,
             complete=complete,
             standard_error=values.get(ERRORS[0]),

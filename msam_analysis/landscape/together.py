@@ -1,4 +1,4 @@
-"""Several points in one forward pass, where the network is so small that their number is what costs."""
+"""Several points in one forward pass, for networks so small that the number of passes decides the cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from msam_analysis.objective.nested import Batch
 from msam_analysis.objective.weighing import mean_and_weight
 
 _SIZES = (8, 32, 128)
-# What a batch of points must gain before it is taken: less is within what a busy machine's clock is off by.
+# Least factor that a batch of points must gain: a smaller one may come from a busy machine.
 _GAIN = 1.2
 
 
@@ -24,19 +24,19 @@ class Together:
     """Losses at ``size`` points at once, by :func:`torch.vmap`.
 
     They differ from those of :class:`Evaluator` by rounding, but not from one call to another: every call computes
-    ``size`` points, the last of them repeated where there are fewer.
+    ``size`` points, and repeats the last one if there are fewer.
 
     Parameters
     ----------
     evaluator
-        Of the loss alone.
+        Evaluates the loss, without metrics.
     size
-        How many.
+        Number of points at once.
 
     Raises
     ------
     ValueError
-        The network, the loss or the BatchNorm policy does not allow it, or there are other metrics.
+        The network, the loss or the BatchNorm policy does not allow it, or there are metrics.
     """
 
     def __init__(self, evaluator: Evaluator, size: int) -> None:
@@ -47,7 +47,7 @@ class Together:
             names = ", ".join(name for name in evaluator.widths if name != "loss")
             raise ValueError(f"chunk={size} measures the loss alone, and not {names}: leave chunk out")
         if objective.batchnorm == "recalibrate":
-            raise ValueError(f"chunk={size} has no batchnorm='recalibrate', which every point needs for itself")
+            raise ValueError(f"chunk={size} cannot serve batchnorm='recalibrate', done point by point: leave chunk out")
         try:
             found = float(self.rows([[0.0] * len(evaluator.directions)])[0, 0])
         except (RuntimeError, ValueError) as error:
@@ -93,16 +93,16 @@ class Together:
 
 
 def fastest(evaluator: Evaluator, points: int) -> int:
-    """Return how many points at once are fastest here, by measurement; 1 if one at a time is.
+    """Return the number of points at once that is fastest here, by measurement.
 
-    On a CPU that is always 1, unmeasured: there batching gained little or lost (see ``benchmarks/landscape.py``).
+    On a CPU it is always 1, without measurement: there batches gained little or lost (``benchmarks/landscape.py``).
 
     Parameters
     ----------
     evaluator
-        Of the loss.
+        Evaluates the loss.
     points
-        How many will be needed.
+        Number of points that will be needed.
     """
     if evaluator.objective.device.type == "cpu":
         return 1
@@ -123,7 +123,7 @@ def fastest(evaluator: Evaluator, points: int) -> int:
 
 
 def _seconds(action: Callable[[], Tensor]) -> float:
-    """Return the shorter of two durations; the rows come back to the CPU, so that the device has finished."""
+    """Return the shorter of two durations; the device has finished, as the rows come back to the CPU."""
     durations = []
     for _ in range(2):
         start = time.perf_counter()

@@ -1,7 +1,7 @@
 """Measures: functions that ask an objective one question and return a frozen result.
 
-A question a file: how much the loss rises around the weights by every definition in use, curvature along directions,
-how momentum and gradients point to one another, features, robustness; ``summary`` asks them all. The page
+One file for each question: the rise of the loss around the weights by every definition in use, curvature along
+directions, angles between momentum and gradients, features, robustness; ``summary`` asks them all. The page
 ``docs/sharpness.md`` has the formulas side by side. This room may import ``spectra``, ``objective`` and ``results``.
 """
 

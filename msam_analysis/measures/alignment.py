@@ -1,4 +1,4 @@
-"""How momentum and gradients point to one another: the overshooting cosine, and the angle of MSAM to SAM."""
+"""Angles between momentum and gradients: the overshooting cosine, and the angle between MSAM's gradient and SAM's."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Products = tuple[float, float, float]
 def momentum_gradient_cosine(optimizer: torch.optim.Optimizer) -> float:
     r"""Return ``cos(v_{t−1}, g_t) = ⟨v, g⟩ / (‖v‖ ‖g‖)`` over all parameters together (exhibit F2C).
 
-    Call it after ``loss.backward()`` and before ``optimizer.step()``: then ``.grad`` holds the new gradient and the
-    buffer is still the one that the last step was taken along. A negative value says that the last step overshot: going
-    on along ``−v`` raises the loss of the new batch.
+    Call it after ``loss.backward()`` and before ``optimizer.step()``: then ``.grad`` holds the new gradient, and the
+    buffer is still the direction of the last step. A negative value says that the last step overshot: a further step
+    along ``−v`` raises the loss of the new batch.
 
     Parameters
     ----------
@@ -34,8 +34,7 @@ def momentum_gradient_cosine(optimizer: torch.optim.Optimizer) -> float:
     Returns
     -------
     float
-        In [−1, 1]; NaN before the first step, when there is no momentum yet, if either vector is zero, or if one is not
-        finite.
+        In [−1, 1]. NaN before the first step, when there is no momentum yet, and where a vector is zero or not finite.
 
     Raises
     ------
@@ -44,7 +43,7 @@ def momentum_gradient_cosine(optimizer: torch.optim.Optimizer) -> float:
 
     Notes
     -----
-    Parameters without a gradient, or without a buffer, count as zeros. In groups with ``maximize=True`` the gradient is
+    A parameter without a gradient or without a buffer counts as zeros. In groups with ``maximize=True`` the gradient is
     that of ``−f``, as in their buffers.
     """
     grads, buffers = gradients(optimizer), momentum_buffers(optimizer)
@@ -52,15 +51,15 @@ def momentum_gradient_cosine(optimizer: torch.optim.Optimizer) -> float:
 
 
 def inner_products(first: Mapping[Tensor, Tensor], second: Mapping[Tensor, Tensor]) -> dict[Tensor, Products]:
-    """Return the inner products of two vectors that are given by parameter, one row for each parameter of either.
+    """Return the inner products of two vectors, one row for each parameter of either.
 
-    They are accumulated in float64 (float32 where a device has none), and fetched all at once: a training loop that is
-    watched must not wait for the device at every parameter.
+    They are accumulated in float64 (float32 where a device has none) and fetched all at once, so that a training loop
+    does not wait for the device at every parameter.
 
     Parameters
     ----------
     first, second
-        Parameter to tensor of its shape; a parameter that is missing counts as zeros.
+        The vectors: a tensor for each parameter, of its shape. A missing parameter counts as zeros.
     """
     parameters = list(dict.fromkeys((*first, *second)))
     numbers = _numbers(parameters, first, second, apart=True)
@@ -68,10 +67,7 @@ def inner_products(first: Mapping[Tensor, Tensor], second: Mapping[Tensor, Tenso
 
 
 def total_products(first: Mapping[Tensor, Tensor], second: Mapping[Tensor, Tensor]) -> Products:
-    """Return the inner products of two vectors over all parameters together: the sum of :func:`inner_products`.
-
-    Cheaper than these where parameters are many and small.
-    """
+    """Return the sum of :func:`inner_products` over all parameters, which is cheaper for many small parameters."""
     numbers = _numbers(list(dict.fromkeys((*first, *second))), first, second, apart=False)
     return sum(numbers[::3]), sum(numbers[1::3]), sum(numbers[2::3])
 
@@ -79,7 +75,7 @@ def total_products(first: Mapping[Tensor, Tensor], second: Mapping[Tensor, Tenso
 def cosine(products: Iterable[Products]) -> float:
     """Return the cosine of two vectors from the inner products of their parts; NaN if one is zero or not finite."""
     rows = list(products)
-    ab, aa, bb = (sum(row[place] for row in rows) for place in range(3))
+    ab, aa, bb = (sum(row[column] for row in rows) for column in range(3))
     norms = math.sqrt(aa) * math.sqrt(bb)
     if not 0 < norms < math.inf:
         return math.nan
@@ -120,7 +116,7 @@ def _packs(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _packed(parameters: Sequence[Tensor], vector: Mapping[Tensor, Tensor], zero: Tensor) -> Tensor:
-    """Return parts of a vector in one, converted all at once: for small parts calls cost more than numbers."""
+    """Return parts of a vector as one tensor, converted at once: for small parts calls cost more than numbers."""
     parts = [
         _flat(vector[p].to(p.device)) if p in vector else zero.new_zeros(len(_flat(p)), device=p.device)
         for p in parameters
@@ -129,13 +125,13 @@ def _packed(parameters: Sequence[Tensor], vector: Mapping[Tensor, Tensor], zero:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """Return the numbers in a tensor; of a complex one both parts."""
+    """Return the numbers in a tensor; for a complex one its real and imaginary parts."""
     tensor = tensor.detach()
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
 
 
 def _products(first: Tensor | None, second: Tensor | None, zero: Tensor) -> list[Tensor]:
-    """Return the three inner products of a pair on the device of ``zero``; a tensor that is missing is zeros."""
+    """Return the three inner products of a pair on the device of ``zero``; a missing tensor counts as zeros."""
     sums = [zero, zero, zero]
     for a, b in zip(_blocks(first, second), _blocks(second, first), strict=True):
         pairs = ((a, b), (a, a), (b, b))
@@ -147,10 +143,10 @@ def _products(first: Tensor | None, second: Tensor | None, zero: Tensor) -> list
 
 
 def _blocks(tensor: Tensor | None, other: Tensor | None) -> Iterator[Tensor | None]:
-    """Yield a tensor piece by piece in the widest precision; ``None`` as often if only the other one is there."""
+    """Yield a tensor in pieces of the widest precision; yield ``None`` as often if only the other tensor exists."""
     parts = [None if each is None else _flat(each) for each in (tensor, other)]
     size = max(1, *(len(each) for each in parts if each is not None))
-    # On a CPU, pieces that stay in its cache; on a GPU, where it is launches that count, the whole.
+    # On a CPU the pieces fit into its cache; a GPU takes the whole, as each launch costs.
     length = _BLOCK if all(each is None or each.device.type == "cpu" for each in (tensor, other)) else size
     flat = parts[0]
     for start in range(0, size, length):
@@ -160,42 +156,42 @@ def _blocks(tensor: Tensor | None, other: Tensor | None) -> Iterator[Tensor | No
 def sam_msam_angle(
     objective: Objective, momentum: Tensor, rhos: Sequence[float], *, rho_sam: float, w: Tensor | None = None
 ) -> SamMsamAngle:
-    r"""Return the angle of MSAM's gradient to SAM's, over the strength of MSAM's perturbation (exhibit F3).
+    r"""Return the angle between MSAM's gradient and SAM's, over the strength of MSAM's perturbation (exhibit F3).
 
-    With ``g_SGD = ∇L(w)``, ``g_SAM = ∇L(w + ρ_SAM g_SGD/‖g_SGD‖)`` and ``g_MSAM(ρ) = ∇L(w − ρ v/‖v‖)``, the last is
-    projected into ``span(g_SAM, g_SGD)``. Its angle there is counted from ``g_SAM``, positive on the side of ``g_SGD``:
-    at ρ = 0 it is the angle between SAM's gradient and the plain one, and where it is 0, at ``ρ_0``, MSAM does in this
-    plane what SAM does.
+    The gradients are ``g_SGD = ∇L(w)``, ``g_SAM = ∇L(w + ρ_SAM g_SGD/‖g_SGD‖)`` and ``g_MSAM(ρ) = ∇L(w − ρ v/‖v‖)``.
+    The last one is projected into ``span(g_SAM, g_SGD)``. Its angle there is counted from ``g_SAM``, positive on the
+    side of ``g_SGD``. At ρ = 0 it is the angle between SAM's gradient and the plain one. Where it is 0, at ``ρ_0``,
+    MSAM's gradient points in this plane where SAM's does.
 
-    Costs one gradient, one more for SAM, and one for each ρ other than 0.
+    It costs one gradient, one more for SAM, and one for each ρ other than 0.
 
     Parameters
     ----------
     objective
-        The loss, as a rule that of the batch a step is taken with.
+        The loss, usually that of the batch of a training step.
     momentum
-        The buffer ``v``, shape ``(size,)``; its length does not matter.
+        The momentum buffer ``v``, shape ``(size,)``; its length does not matter.
     rhos
         Strengths of MSAM's perturbation; 0 is added. Negative ones perturb along ``+v``.
     rho_sam
         Radius of SAM's displacement, positive.
     w
-        Shape ``(size,)``; default: the current weights.
+        The weights, shape ``(size,)``; default: the current ones.
 
     Returns
     -------
     SamMsamAngle
-        Angles in degrees, and ``rho_0`` with the bracket that is known to hold it.
+        Angles in degrees, and ``rho_0`` with a bracket that contains it.
 
     Raises
     ------
     ValueError
-        ``rho_sam`` is not positive, ``rhos`` are none or not finite, or a vector has another shape.
+        ``rho_sam`` is not positive, ``rhos`` is empty or not finite, or a vector has another shape.
 
     Notes
     -----
-    Becker et al., arXiv 2401.12033, figure 3. The two gradients count as parallel, and the plane as unknown, where they
-    differ by less than 100 units of rounding.
+    Becker et al., arXiv 2401.12033, figure 3. Gradients that differ by less than 100 units of rounding count as
+    parallel; the plane is then unknown and the angles are NaN.
     """
     if not (math.isfinite(rho_sam) and rho_sam > 0):
         raise ValueError(f"rho_sam must be a positive number, got {rho_sam!r}: pass the radius SAM would be run with")
@@ -208,7 +204,7 @@ def sam_msam_angle(
     plain = objective.gradient(w)
     sam = _unit(objective.gradient(w + rho_sam * _unit(plain)).double())
     beside = plain.double() - (sam @ plain.double()) * sam
-    beside = beside - (sam @ beside) * sam  # once more, as what is left may be mostly rounding
+    beside = beside - (sam @ beside) * sam  # once more, as the remainder may be mostly rounding
     known = beside.norm() > 100 * torch.finfo(objective.precision).eps * plain.double().norm()
     beside = _unit(beside) if known else torch.full_like(sam, math.nan)
     angles, shares = [], []
@@ -236,18 +232,15 @@ def sam_msam_angle(
 
 
 def _unit(vector: Tensor) -> Tensor:
-    """Return the vector of unit length; NaN for the one that has none."""
+    """Return the vector with unit length; NaN for a zero vector."""
     unit: Tensor = vector / vector.norm()
     return unit
 
 
 def _root(at: Sequence[float], angles: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Return the first zero of the piecewise linear curve, and between which points it is; NaN where there is none."""
+    """Return the first zero of the piecewise linear curve and the two points around it; NaN if there is none."""
     for low, high, a, b in zip(at, at[1:], angles, angles[1:], strict=False):
         # Through ±180 degrees the sign changes as well: there the gradient points the other way.
         if a * b <= 0 and abs(a - b) < 180:
             return low + (high - low) * (a / (a - b) if a != b else 0.0), (low, high)
     return math.nan, (math.nan, math.nan)
-
-
-__all__ = ["cosine", "inner_products", "momentum_gradient_cosine", "sam_msam_angle"]

@@ -10,36 +10,37 @@ import torch
 from torch import Tensor
 
 from msam_analysis.objective.direction import Direction
+from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import no_autocast
-from msam_analysis.spectra.top import HasHessian, as_operator
+from msam_analysis.spectra.top import as_operator
 
 
 @overload
-def curvature_along(target: SymmetricOperator | HasHessian, direction: Direction | Tensor) -> float: ...
+def curvature_along(target: SymmetricOperator | Objective, direction: Direction | Tensor) -> float: ...
 
 
 @overload
-def curvature_along(target: SymmetricOperator | HasHessian, direction: Sequence[Direction | Tensor]) -> Tensor: ...
+def curvature_along(target: SymmetricOperator | Objective, direction: Sequence[Direction | Tensor]) -> Tensor: ...
 
 
 def curvature_along(
-    target: SymmetricOperator | HasHessian, direction: Direction | Tensor | Sequence[Direction | Tensor]
+    target: SymmetricOperator | Objective, direction: Direction | Tensor | Sequence[Direction | Tensor]
 ) -> float | Tensor:
-    """Return ``dᵀ A d / dᵀ d``, the curvature per unit length along ``d`` (exhibit A8), at one product each.
+    """Return ``dᵀ A d / dᵀ d``, the curvature along ``d`` (exhibit A8); it costs one product for each direction.
 
     Parameters
     ----------
     target
-        A symmetric operator, or an objective (its Hessian).
+        A symmetric operator, or an objective, which stands for its Hessian.
     direction
-        Shape ``(size,)``; its length does not matter. Or several of them: their products share what they can.
+        The direction ``d``, shape ``(size,)``; its length does not matter. Or several, whose products share work.
 
     Returns
     -------
     float or Tensor
-        For several directions, shape ``(directions,)``, float64 on the CPU. NaN for a direction that is zero, which has
-        no curvature, or not finite.
+        For several directions a tensor of shape ``(directions,)``, float64 on the CPU. NaN for a direction that is zero
+        or not finite.
     """
     operator = as_operator(target)
     several = not isinstance(direction, Direction | Tensor)

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from msam_analysis.measures.ball_loss import BallLoss, Point
 from msam_analysis.measures.geometry import euclidean
-from msam_analysis.measures.problem import Point, Problem
 
 _DELAY = 3  # steps before the first extrapolated one: a path bends most at its beginning
 _HOPELESS = 1e7  # damping, relative to ‖slope‖/ρ, beyond which no step is left
@@ -17,36 +17,36 @@ _HOPELESS = 1e7  # damping, relative to ‖slope‖/ρ, beyond which no step is 
 class Ascent:
     r"""The fixed-point iteration ``z ← argmax_{z in ball} ⟨D∇L(w + D z), z⟩`` from one start, made monotone.
 
-    For ``l2`` it is ``z ← ρ q/‖q‖`` with the slope ``q``: steepest ascent with an infinite step, which has no step
+    For ``l2`` it is ``z ← ρ q/‖q‖`` with the slope ``q``. This is steepest ascent with an infinite step: it has no step
     size to choose, and never descends on a convex loss. Where it converges slowly, the next point is extrapolated,
-    ``z + β (z − z₋)`` with ``β = k/(k + 3)`` (Nesterov), and ``k`` starts anew as soon as that does not rise
-    (O'Donoghue & Candès 2015). Where the plain step does not rise either, it is damped to a projected gradient step
-    that does.
+    ``z + β (z − z₋)`` with ``β = k/(k + 3)`` (Nesterov), and ``k`` starts anew as soon as the loss does not rise
+    (O'Donoghue & Candès 2015). Where the plain step does not raise the loss either, it is damped to a projected
+    gradient step that does.
 
     Parameters
     ----------
-    problem
+    ball_loss
         The loss over the ball.
     name
-        Of the start.
+        Name of the start.
     start
-        The first point, evaluated.
+        The first point, already evaluated.
 
     Attributes
     ----------
     at
         The highest point so far.
     finished
-        Nothing more is to be expected from here.
+        Whether no further rise is expected.
     gain
-        What the last step raised.
+        Rise by the last step.
     """
 
-    def __init__(self, problem: Problem, name: str, start: Point) -> None:
-        self.problem = problem
+    def __init__(self, ball_loss: BallLoss, name: str, start: Point) -> None:
+        self.ball_loss = ball_loss
         self.name = name
-        # 0 is in the ball: nothing below it is worth climbing from.
-        self.at = start if not math.isnan(start.rise) else Point(torch.zeros_like(start.z), 0.0, problem.slope)
+        # A start without a value gives way to the centre, which is in the ball.
+        self.at = start if not math.isnan(start.rise) else Point(torch.zeros_like(start.z), 0.0, ball_loss.slope)
         self.finished = False
         self.gain = 0.0
         self._previous = self.at
@@ -55,12 +55,12 @@ class Ascent:
         self._quiet = 0
 
     def promised(self, steps: int) -> float:
-        """Return the rise after so many more steps, if each gains what the last one did."""
+        """Return the rise after ``steps`` more steps, if each gains as much as the last one."""
         return self.at.rise + steps * self.gain
 
     def run(self, steps: int, tolerance: float) -> None:
-        """Make at most so many steps, within the problem's budget; see :func:`ball_sharpness` for ``tolerance``."""
-        for _ in range(min(steps, self.problem.left)):
+        """Make at most ``steps`` steps within the budget of gradients; for ``tolerance`` see :func:`ball_sharpness`."""
+        for _ in range(min(steps, self.ball_loss.left)):
             length = euclidean(self.at.slope)
             if math.isinf(self.at.rise) or length == 0 or not math.isfinite(length):
                 self.finished = True
@@ -69,7 +69,7 @@ class Ascent:
             self._step(length, tolerance)
 
     def _step(self, length: float, tolerance: float) -> None:
-        ball, at = self.problem.ball, self.at
+        ball, at = self.ball_loss.ball, self.at
         damped = self._damping > 0
         candidate = ball.project(at.z + at.slope / self._damping) if damped else ball.ascend(at.slope)
         promised = float(at.slope.dot(candidate - at.z))
@@ -80,14 +80,14 @@ class Ascent:
         if extrapolate:
             ahead = candidate + self._momentum / (self._momentum + 3) * (at.z - self._previous.z)
             candidate = ball.stretch(ahead) if ball.norm == "l2" else ball.project(ahead)
-        new = self.problem.evaluate(candidate)
+        new = self.ball_loss.evaluate(candidate)
         self.gain = new.rise - at.rise if new.rise > at.rise else 0.0
         if new.rise > at.rise:
             self._accept(new, length, tolerance)
         elif extrapolate:
             self._momentum = 0
         else:
-            # Where the slope itself promises next to nothing, only rounding is left to be climbed.
+            # Where the slope promises next to nothing, only rounding is left.
             done = promised <= tolerance * abs(at.rise)
             self._damping = max(4 * self._damping, length / ball.radius)
             self._momentum = 0
@@ -102,8 +102,8 @@ class Ascent:
         self._damping = self._relaxed(new.z - old.z, new.slope - old.slope, length)
 
     def _relaxed(self, moved: Tensor, bent: Tensor, length: float) -> float:
-        """Return the damping of the next step: the negative curvature just met (Barzilai & Borwein 1988), else less."""
+        """Return the next damping: the negative curvature just met (Barzilai & Borwein 1988), or a smaller one."""
         curvature = float(moved.dot(bent)) / float(moved.dot(moved))
         if self._damping > 0 and curvature < 0:
             return -curvature
-        return self._damping / 4 if self._damping > 1e-3 * length / self.problem.ball.radius else 0.0
+        return self._damping / 4 if self._damping > 1e-3 * length / self.ball_loss.ball.radius else 0.0

@@ -1,4 +1,4 @@
-"""How much the loss rises on average under noise."""
+"""The average rise of the loss under noise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from msam_analysis.measures.geometry import Adaptive, scale_of
+from msam_analysis.measures.geometry import Adaptive, adaptive_scale
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.vectors import gaussian
 from msam_analysis.results import Estimate
@@ -18,7 +18,7 @@ def average_sharpness(
     r"""Return the mean loss rise under Gaussian noise, ``E[L(w + σ D ε)] − L(w)`` with ``ε ~ N(0, I)``.
 
     Each draw is antithetic (``±ε``), which cancels the gradient term; to second order the mean is ``σ²/2 tr(D H D)``.
-    ``D = 1``, or ``|w|`` elementwise when adaptive. Source: Andriushchenko et al., *A Modern Look at the Relationship
+    ``D = 1``, or as ``adaptive`` says. Source: Andriushchenko et al., *A Modern Look at the Relationship
     between Sharpness and Generalization* (2023), average-case sharpness, where ``ρ`` is the ``σ`` here.
 
     Parameters
@@ -26,30 +26,31 @@ def average_sharpness(
     objective
         The loss.
     sigma
-        Standard deviation of the noise per entry, in the unit of the weights (adaptive: relative).
+        Standard deviation of the noise per entry, in the unit of the weights; if adaptive, as a fraction of ``D``.
     adaptive
-        Scale the noise: ``True`` by ``|w|``, ``"filter"`` by the norm of every filter.
+        Scale ``D`` of the noise: 1 for ``False`` (default), ``|w|`` for ``True``, the norm of every filter for
+        ``"filter"``.
     draws
-        Pairs of evaluations. Default 50.
+        Pairs of loss evaluations. Default 50.
     seed
-        Of the noise.
+        Seed of the noise.
 
     Returns
     -------
     Estimate
-        Mean and standard error over pairs; NaN or infinite if the loss is.
+        Mean and standard error over the pairs; NaN or infinite if the loss is.
 
     Raises
     ------
     ValueError
-        ``sigma`` negative or not finite, fewer than 2 draws, or ``adaptive`` unknown.
+        ``sigma`` is negative or not finite, there are fewer than 2 draws, or ``adaptive`` is unknown.
     """
     if not (math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"sigma must be a number >= 0, got {sigma!r}")
     if draws < 2:
         raise ValueError(f"draws must be at least 2, so that an error can be given; got {draws}")
     center = objective.point()
-    scale = scale_of(objective, adaptive)
+    scale = adaptive_scale(objective, adaptive)
     base = float(objective.loss(center))
     rises = []
     for draw in range(draws):

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from msam_analysis.measures.ascent import Ascent
-from msam_analysis.measures.geometry import Adaptive, Ball, Norm, check_norm, check_radius, scale_of
-from msam_analysis.measures.problem import Point, Problem
+from msam_analysis.measures.ball_loss import BallLoss, Point
+from msam_analysis.measures.geometry import Adaptive, Ball, Norm, adaptive_scale, check_norm, check_radius
 from msam_analysis.measures.starts import Start, starting_points
 from msam_analysis.objective.objective import Objective
 from msam_analysis.results import BallSharpness, ConvergenceWarning
 
-# Steps from every start, and once more from so many of them; chosen on trained networks, see benchmarks/sharpness.py.
+# Steps from every start, and the number of starts that get as many again; chosen by benchmarks/sharpness.py.
 _STEPS = 2
 _FINALISTS = 3
 
@@ -39,15 +39,15 @@ def ball_sharpness(
     Sources: Keskar et al. (2017) for ``l∞``, Foret et al. (2021) for ``l2``, Kwon et al. (2021) and Andriushchenko et
     al. (2023) for the adaptive balls ``‖D⁻¹ e‖ ≤ ρ``.
 
-    The ascent is the fixed point of the linearised problem, ``z ← argmax_{z in ball} ⟨D∇L(w + D z), z⟩`` with
-    ``e = D z``, for ``l2`` ``z ← ρ D∇L / ‖D∇L‖``, extrapolated where it is slow and damped where it does not rise. It
-    makes two steps from every start and two more from the three that promise most. From the best of these it goes on
-    to the end, then from the others as long as they may overtake. The starts:
+    Each ascent iterates the maximum of the linearised loss, ``z ← argmax_{z in ball} ⟨D∇L(w + D z), z⟩`` with
+    ``e = D z``; for ``l2`` this is ``z ← ρ D∇L / ‖D∇L‖``. It is extrapolated where it is slow, and damped where the
+    loss does not rise. The search makes two steps from every start and two more from the three that promise most. From
+    the best of these it goes on to the end, then from the others as long as they may overtake. The starts are:
 
     - ``"gradient"``: ``0``, whose first step is SAM's;
-    - ``"krylov"``: the maximum of the quadratic model at ``w`` over a subspace that grows by the residuals of its own
-      answer and of its top Ritz vector, until both are small. In double precision it is exact for a quadratic loss in
-      an l2 ball, also for an indefinite one;
+    - ``"krylov"``: the maximum of the quadratic model at ``w`` over a subspace. The subspace grows by the residuals of
+      this maximum and of its top Ritz vector, until both are small. In double precision it is exact for a quadratic
+      loss in an l2 ball, also for an indefinite one;
     - ``"eigenvector"``: ``± ρ`` times the first and the second of these Ritz vectors;
     - ``"random"``: one Gaussian vector on the sphere;
     - a tensor of shape ``(size,)``: a displacement, such as that of a smaller ball; it is scaled to ``ρ``.
@@ -55,55 +55,56 @@ def ball_sharpness(
     Parameters
     ----------
     objective
-        The loss; the centre is its current weights.
+        The loss; the centre of the ball is its current weights.
     rho
-        Radius, in the unit of the weights (adaptive: relative to each weight). 0 gives 0.
+        Radius of the ball, in the unit of the weights; if adaptive, as a fraction of ``D``. 0 gives a sharpness of 0.
     norm
-        ``"l2"`` (default) or ``"linf"``.
+        Norm of the ball: ``"l2"`` (default) or ``"linf"``.
     adaptive
-        Measure the ball in units of ``D``: ``|w|`` elementwise for ``True``, the norm of every filter for ``"filter"``;
-        see :func:`~msam_analysis.measures.geometry.scale_of`. Where ``D = 0`` nothing moves.
+        Scale ``D`` of the ball: 1 for ``False`` (default), ``|w|`` elementwise for ``True``, the norm of every filter
+        for ``"filter"``; see :func:`~msam_analysis.measures.geometry.adaptive_scale`. Where ``D = 0`` nothing moves.
     starts
-        See above.
+        Points from which the search climbs, as above.
     iterations
-        Most gradients in all, one for every point looked at. Default 40, of which most networks need 20 to 35.
+        Largest number of gradients, one for every evaluated point. Default 40; most networks need 20 to 35.
     krylov_hvps
-        Most Hessian-vector products for the Krylov and eigenvector starts, which on trained networks need about 12 in
-        float32, 25 in float64. Default 100.
+        Largest number of Hessian-vector products for the Krylov and eigenvector starts. Default 100; trained networks
+        need about 12 in float32, 25 in float64.
     tolerance
-        The ascent ends when a step raises the sharpness by less than this fraction, twice. Default 1e-4.
+        Fraction of the sharpness: an ascent ends when two steps each raise it by less. Default 1e-4.
     seed
-        Of random starts; the global generators are untouched.
+        Seed of random starts; the global generators are untouched.
 
     Returns
     -------
     BallSharpness
-        The rise recomputed at the displacement returned, SAM's one-step value, and how far the starts differ. Whether
-        the displacement is a local maximum tells :func:`~msam_analysis.measures.certify`.
+        The rise, computed at the displacement that is returned; SAM's one-step value; how far the starts differ.
+        :func:`~msam_analysis.measures.certify` tells whether the displacement is a local maximum.
 
     Raises
     ------
     ValueError
-        ``rho``, ``norm``, ``adaptive``, ``starts``, ``iterations``, ``krylov_hvps`` or ``tolerance`` out of range, or
-        the loss at the centre is not finite.
+        ``rho``, ``norm``, ``adaptive``, ``starts``, ``iterations``, ``krylov_hvps`` or ``tolerance`` is out of range,
+        or the loss at the centre is not finite.
 
     Warns
     -----
     ConvergenceWarning
-        The budget ended before a maximum was reached, the loss is NaN somewhere in the ball, or the gradient is zero
-        and was the only start.
+        The budget ended before a maximum was reached, the loss is NaN somewhere in the ball, or the gradient was the
+        only start and is zero.
     """
     _check(objective, rho, norm, starts, iterations, krylov_hvps, tolerance)
-    problem = Problem(objective, Ball(float(rho), norm, scale_of(objective, adaptive)), iterations)
-    one_step = problem.evaluate(problem.ball.ascend(problem.slope))
-    ascents = [Ascent(problem, "gradient", one_step)] if "gradient" in starts else []
+    ball_loss = BallLoss(objective, Ball(float(rho), norm, adaptive_scale(objective, adaptive)), iterations)
+    one_step = ball_loss.evaluate(ball_loss.ball.ascend(ball_loss.slope))
+    ascents = [Ascent(ball_loss, "gradient", one_step)] if "gradient" in starts else []
     ascents += [
-        Ascent(problem, name, problem.evaluate(z)) for name, z in starting_points(problem, starts, krylov_hvps, seed)
+        Ascent(ball_loss, name, ball_loss.evaluate(z))
+        for name, z in starting_points(ball_loss, starts, krylov_hvps, seed)
     ]
     best, reached = _climb(ascents, tolerance)
-    at = best.at if best.at.rise > 0 else Point(torch.zeros_like(best.at.z), 0.0, problem.slope)
-    stationarity = problem.stationarity(at) if at.rise > 0 else 0.0
-    doubt = _doubt(problem, best, at, stationarity, len(ascents))
+    at = best.at if best.at.rise > 0 else Point(torch.zeros_like(best.at.z), 0.0, ball_loss.slope)
+    stationarity = ball_loss.stationarity(at) if at.rise > 0 else 0.0
+    doubt = _doubt(ball_loss, best, at, stationarity, len(ascents))
     if doubt:
         warnings.warn(
             f"ball_sharpness: rho = {rho:g}, sharpness {at.rise:.4g} from the start {best.name!r}: {doubt}",
@@ -114,8 +115,8 @@ def ball_sharpness(
     return BallSharpness(
         sharpness=at.rise,
         one_step=one_step.rise,
-        loss=problem.base,
-        displacement=problem.ball.displacement(at.z),
+        loss=ball_loss.base,
+        displacement=ball_loss.ball.displacement(at.z),
         rho=float(rho),
         norm=norm,
         adaptive=adaptive,
@@ -123,9 +124,9 @@ def ball_sharpness(
         spread=(highest - lowest) / highest if highest > 0 and math.isfinite(highest) else 0.0,
         stationarity=stationarity,
         converged=not doubt,
-        gradients=problem.gradients,
-        hvps=problem.hvps,
-        undefined=problem.undefined,
+        gradients=ball_loss.gradients,
+        hvps=ball_loss.hvps,
+        undefined=ball_loss.undefined,
         settings=objective.settings,
     )
 
@@ -133,43 +134,43 @@ def ball_sharpness(
 def _climb(ascents: list[Ascent], tolerance: float) -> tuple[Ascent, dict[str, float]]:
     """Run all ascents a little, the best further, and one to its end.
 
-    Returns the best of all, and what each had reached after the same few steps.
+    Returns the best ascent, and the rise that each start had reached after the same few steps.
     """
-    problem = ascents[0].problem
+    ball_loss = ascents[0].ball_loss
     for ascent in ascents:
         ascent.run(_STEPS, tolerance)
     reached = {ascent.name: ascent.at.rise for ascent in ascents}
     leading = sorted(ascents, key=lambda ascent: ascent.promised(1), reverse=True)[:_FINALISTS]
     for ascent in leading:
         ascent.run(_STEPS, tolerance)
-    max(leading, key=lambda ascent: ascent.promised(1)).run(problem.left, tolerance)
+    max(leading, key=lambda ascent: ascent.promised(1)).run(ball_loss.left, tolerance)
     while True:
         best = max(ascents, key=lambda ascent: ascent.at.rise)
-        # A start that was behind may still overtake with the gradients left; the best must come to its end.
-        climbing = [other for other in leading if other.promised(problem.left) > best.at.rise]
+        # An ascent that is behind may still overtake with the gradients left; the best one must come to its end.
+        climbing = [other for other in leading if other.promised(ball_loss.left) > best.at.rise]
         candidates = [ascent for ascent in ([best] if not best.finished else climbing) if not ascent.finished]
-        if not candidates or not problem.left:
+        if not candidates or not ball_loss.left:
             return best, reached
-        max(candidates, key=lambda ascent: ascent.promised(problem.left)).run(1, tolerance)
+        max(candidates, key=lambda ascent: ascent.promised(ball_loss.left)).run(1, tolerance)
 
 
-def _doubt(problem: Problem, best: Ascent, at: Point, stationarity: float, starts: int) -> str:
-    """Return why the answer may not be a maximum and what to do, as half a sentence; empty if nothing says so."""
-    if problem.ball.radius == 0:
+def _doubt(ball_loss: BallLoss, best: Ascent, at: Point, stationarity: float, starts: int) -> str:
+    """Return why the answer may not be a maximum and what to do, as half a sentence; empty if there is no doubt."""
+    if ball_loss.ball.radius == 0:
         return ""
-    if problem.undefined:
+    if ball_loss.undefined:
         return (
-            f"at {problem.undefined} of {problem.gradients} points the loss or its gradient is NaN, so that this is "
-            "the largest rise among the others only; measure a smaller ball, or in float64"
+            f"at {ball_loss.undefined} of {ball_loss.gradients} points the loss or its gradient is NaN, so that this "
+            "is the largest rise among the others only; measure a smaller ball, or in float64"
         )
-    if at.rise == 0 and starts == 1 and not bool(problem.slope.any()):
+    if at.rise == 0 and starts == 1 and not bool(ball_loss.slope.any()):
         return "the gradient is zero at the weights, and was the only start; add 'eigenvector' to starts"
     # Inside the ball the ascent may stop rising long before the top of a flat ridge.
-    if best.finished and (stationarity <= 1e-3 or problem.ball.holds_back(at.z)):
+    if best.finished and (stationarity <= 1e-3 or ball_loss.ball.holds_back(at.z)):
         return ""
     return (
         f"no maximum was reached (stationarity {stationarity:.1e}): the loss was still rising after "
-        f"{problem.gradients} gradients; raise iterations, or krylov_hvps, or tolerance"
+        f"{ball_loss.gradients} gradients; raise iterations, or krylov_hvps, or tolerance"
     )
 
 

@@ -1,15 +1,15 @@
-"""Whether the displacement of a ball sharpness is at least a local maximum: first and second order conditions."""
+"""Whether the displacement of a ball sharpness is a local maximum, by first and second order conditions."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from msam_analysis.measures.geometry import Ball, euclidean, scale_of
+from msam_analysis.measures.geometry import Ball, adaptive_scale, euclidean
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import ScaledOperator, SymmetricOperator
 from msam_analysis.results import BallSharpness, Certificate, ConvergenceWarning
@@ -27,34 +27,35 @@ def certify(
 ) -> Certificate:
     r"""Examine whether the displacement of a :func:`ball_sharpness` is a local maximum of the loss in its ball.
 
-    In the coordinates ``e = D z`` of the ball, with the slope ``q = D∇L(w + e)`` and the curvature
-    ``A = D∇²L(w + e)D``, a maximum on the surface of an ``l2`` ball satisfies
+    The coordinates of the ball are ``e = D z``, with the slope ``q = D∇L(w + e)`` and the curvature
+    ``A = D∇²L(w + e)D``. A maximum on the surface of an ``l2`` ball satisfies two conditions:
 
-    - ``q = λ z`` with ``λ ≥ 0`` (Karush-Kuhn-Tucker); the multiplier is ``λ = ⟨q, z⟩/ρ²`` and what is left of ``q`` is
-      the residual;
-    - ``A − λ I`` has no positive curvature along the surface, the tangent space ``v ⟂ z``. Its largest eigenvalue there
-      comes from Lanczos on that space itself, ``size − 1`` dimensions reached by one Householder reflection.
+    - ``q = λ z`` with ``λ ≥ 0`` (Karush-Kuhn-Tucker); the multiplier is ``λ = ⟨q, z⟩/ρ²``, and the residual is
+      ``q − λ z``;
+    - ``A − λ I`` has no positive curvature along the surface, the tangent space ``v ⟂ z``. Lanczos finds its largest
+      eigenvalue on that space of ``size − 1`` dimensions, which one Householder reflection makes explicit.
 
-    Inside the ball ``λ = 0`` and the space is whole. On the surface of an ``l∞`` ball the entries that the slope pushes
-    against their bounds are held, each by a multiplier of its own; residual and curvature are those of the others.
-    Sources: Nocedal and Wright (2006), theorems 12.1, 12.5 and 12.6.
+    Inside the ball ``λ = 0``, and the space is the whole one. On the surface of an ``l∞`` ball the entries that the
+    slope pushes against their bounds are held, each by a multiplier of its own; residual and curvature are those of the
+    other entries. Sources: Nocedal and Wright (2006), theorems 12.1, 12.5 and 12.6.
 
-    Necessary for a maximum is a residual of 0 and no positive curvature; sufficient is that the curvature is negative.
-    No search ends with a residual of exactly 0, and that of a ReLU network, which is not smooth where a unit switches,
-    stays at about 1e-2 of the slope; ``gain`` says how much such remains can hide, and is what the verdict goes by.
+    A residual of 0 and no positive curvature are necessary for a maximum; with a negative curvature they are
+    sufficient. No search ends with a residual of exactly 0. That of a ReLU network, which is not smooth where a unit
+    switches, stays at about 1e-2 of the slope. ``gain`` says how much rise such a residual can hide, and decides the
+    verdict.
 
     Parameters
     ----------
     ball
-        What was found; its displacement is examined.
+        The result whose displacement is examined.
     objective
-        The loss it was found on.
+        The loss that the result was measured on.
     tolerance
-        Gain, relative to the sharpness, that a local maximum may leave. Default 1e-3.
+        Largest ``gain`` of a local maximum, as a fraction of the sharpness. Default 1e-3.
     max_hvps
-        Most Hessian-vector products. Default 300; about 15 to 60 are usual.
+        Largest number of Hessian-vector products. Default 300; about 15 to 60 are usual.
     seed
-        Of the start of Lanczos.
+        Seed of the start vector of Lanczos.
 
     Returns
     -------
@@ -69,14 +70,14 @@ def certify(
     Warns
     -----
     ConvergenceWarning
-        The curvature did not converge; unless it is already seen to be positive, the verdict is "undecided".
+        The curvature did not converge; the verdict is then "undecided", unless it is already known to be positive.
     """
     objective.layout.check(ball.displacement, "displacement of the ball")
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance must be a positive number, got {tolerance!r}: 1e-3 is the default")
     if ball.rho == 0:
         raise ValueError("the ball has radius 0, and its centre is all there is: expected a positive radius")
-    region = Ball(ball.rho, "linf" if ball.norm == "linf" else "l2", scale_of(objective, ball.adaptive))
+    region = Ball(ball.rho, "linf" if ball.norm == "linf" else "l2", adaptive_scale(objective, ball.adaptive))
     displacement = ball.displacement.to(objective.point())
     point, z = objective.point() + displacement, region.coordinates(displacement)
     slope = region.displacement(objective.gradient(point))
@@ -93,7 +94,7 @@ def certify(
     # Inside the ball the slope vanishes at a maximum: compare it with slopes elsewhere.
     level = length if region.holds_back(z) else max(ball.sharpness / ball.rho, abs(curvature.value) * ball.rho)
     relative = residual / level if level > 0 else (0.0 if residual == 0 else math.inf)
-    # A slope that points into an l2 ball leads out of the directions whose curvature is known.
+    # Where the slope points into an l2 ball, no curvature is known along it.
     inward = region.norm == "l2" and region.holds_back(z) and multiplier == 0 and residual > 0
     gain = _gain(region, z, uphill, math.inf if inward else curvature.value + curvature.residual)
     if not curvature.converged:
@@ -121,10 +122,10 @@ def certify(
 
 
 class _Surface(SymmetricOperator):
-    """``A − λ I`` on the directions that lead nowhere out of the ball, to first order.
+    """``A − λ I`` on the directions that do not lead out of the ball, to first order.
 
-    They are the entries that can move and are not held, without the normal ``z`` of an l2 surface: one Householder
-    reflection takes the first axis to the normal, and the other axes to an orthonormal basis of the tangent space.
+    They are the entries that can move and are not held, without the normal ``z`` of an l2 surface. One Householder
+    reflection maps the first axis to the normal, and the other axes to an orthonormal basis of the tangent space.
     """
 
     def __init__(self, hessian: SymmetricOperator, region: Ball, z: Tensor, slope: Tensor, multiplier: float) -> None:
@@ -159,8 +160,7 @@ def _reflected(vector: Tensor, mirror: Tensor) -> Tensor:
     return vector - 2 * mirror * mirror.dot(vector)
 
 
-@dataclass(frozen=True)
-class _Curvature:
+class _Curvature(NamedTuple):
     value: float
     residual: float
     converged: bool
@@ -173,14 +173,13 @@ def _largest_curvature(surface: _Surface, max_hvps: int, seed: int) -> _Curvatur
         return _Curvature(-math.inf, 0.0, converged=True, dimensions=0, hvps=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        # The sign is what is asked for.
+        # Rough: only the sign matters.
         pairs = top_eigenvalues(surface, 1, tolerance=0.05, max_hvps=max_hvps, seed=seed)
-    value, residual = float(pairs.values[0]), float(pairs.residuals[0])
-    return _Curvature(value, residual, converged=pairs.converged, dimensions=surface.size, hvps=pairs.hvps)
+    return _Curvature(float(pairs.values[0]), float(pairs.residuals[0]), pairs.converged, surface.size, pairs.hvps)
 
 
 def _gain(region: Ball, z: Tensor, uphill: Tensor, curvature: float) -> float:
-    """Bound the rise of ``⟨uphill, s⟩ + ½ curvature ‖s‖²`` over the steps ``s`` that stay in the ball."""
+    """Return a bound on ``⟨uphill, s⟩ + ½ curvature ‖s‖²`` over the steps ``s`` that stay in the ball."""
     residual = euclidean(uphill)
     if region.norm == "linf":
         reach = (region.radius + z.abs()).masked_fill(uphill == 0, 0.0)

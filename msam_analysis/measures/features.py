@@ -1,4 +1,4 @@
-"""The rank of a network's features: in how many directions its last block's outputs vary over the data."""
+"""The rank of a network's features: the number of directions in which the outputs of a layer vary over the data."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ _EPS = torch.finfo(torch.float64).eps
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureRank(Result):
-    r"""Ranks of a matrix of features, one row for each sample, by its singular values :math:`\sigma_i`.
+    r"""Ranks of a matrix of features, one row for each sample, from its singular values :math:`\sigma_i`.
 
     Attributes
     ----------
     rank
-        Fewest principal components that explain the share ``threshold`` of the variance: least k with
-        :math:`\sum_{i \le k} \sigma_i^2 \ge \text{threshold} \sum_i \sigma_i^2`, of features centred over the samples.
-        0 where they do not vary.
+        Smallest number of principal components that explain the share ``threshold`` of the variance: the least k with
+        :math:`\sum_{i \le k} \sigma_i^2 \ge \text{threshold} \sum_i \sigma_i^2`, for features centred over the
+        samples. 0 if they do not vary.
     threshold
-        Share of the variance.
+        Share of the variance, in (0, 1].
     effective_rank
-        :math:`\exp(-\sum_i p_i \ln p_i)` of :math:`p_i = \sigma_i / \sum_j \sigma_j` (Roy and Vetterli 2007), over the
-        singular values above ``resolution``.
+        :math:`\exp(-\sum_i p_i \ln p_i)` with :math:`p_i = \sigma_i / \sum_j \sigma_j` (Roy and Vetterli 2007), over
+        the singular values above ``resolution``.
     stable_rank
         :math:`\sum_i \sigma_i^2 / \sigma_1^2`.
     numerical_rank
-        How many :math:`\sigma_i` exceed what rounding can make of a zero: ``resolution``.
+        Number of singular values above ``resolution``.
     resolution
-        :math:`\sigma_1 \sqrt{\varepsilon \max(N, D)}` in float64, below which a singular value that was found through
-        the Gram matrix is not known.
+        :math:`\sigma_1 \sqrt{\varepsilon \max(N, D)}` in float64: the error of a singular value of 0 that was found
+        through the Gram matrix.
     singular_values
-        Shape ``(min(N, D),)``, decreasing, float64, of the centred features.
+        Singular values of the centred features, shape ``(min(N, D),)``, decreasing, float64.
     samples, dimension
-        N and D.
+        Number N of samples, and number D of features of a sample.
     """
 
     rank: int
@@ -57,7 +57,7 @@ class FeatureRank(Result):
     dimension: int
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per component: ``component`` from 1, ``singular_value``, ``explained`` (share up to it)."""
+        """Return one row per component: ``component`` from 1, ``singular_value``, ``explained`` (cumulative share)."""
         squares = self.singular_values.square()
         frame: pd.DataFrame = pd.DataFrame(
             {
@@ -72,40 +72,40 @@ class FeatureRank(Result):
 def feature_rank(
     model: nn.Module | None, data: object, *, layer: str | None = None, threshold: float = 0.99
 ) -> FeatureRank:
-    """Return the rank of a layer's outputs over data, in evaluation mode (exhibit A6r).
+    """Return the rank of a layer's outputs over the data, in evaluation mode (exhibit A6r).
 
     Parameters
     ----------
     model
-        Any module; it is not modified. ``None``: ``data`` are the features themselves, a tensor of one row a sample.
+        Any module; it is not modified. ``None``: ``data`` are the features, a tensor with one row for each sample.
     data
-        Batches ``(input, ...)``: a loader that does not shuffle, a list, or one batch; or features, see ``model``.
+        Batches ``(input, ...)``: a loader that does not shuffle, a list, or one batch. Without a model: the features.
     layer
-        Name of the submodule whose output is meant, as in ``model.named_modules()``; each sample's output is flattened.
-        Default: ``"features"``, which in this package's networks is all up to the last block, before pooling. Where it
-        is called more than once, its last output counts.
+        Name of the submodule that returns the features, as in ``model.named_modules()``; the output of each sample is
+        flattened. Default ``"features"``: in this package's networks everything up to the last block, before pooling.
+        If the submodule is called more than once, its last output counts.
     threshold
-        Share of the variance that the rank explains. Default 0.99, of the source.
+        Share of the variance that the rank explains. Default 0.99, as in the source.
 
     Returns
     -------
     FeatureRank
-        The rank, three others by the same singular values, and these.
+        The rank, three other ranks by the same singular values, and the singular values.
 
     Raises
     ------
     ValueError
-        ``threshold`` is not in (0, 1], the layer does not exist or was not called, its output is no tensor of one entry
-        a sample, there are fewer than two samples, or a feature is not finite.
+        ``threshold`` is not in (0, 1], the layer does not exist or was not called, its output is not a tensor with one
+        entry for each sample, there are fewer than two samples, or a feature is not finite.
     TypeError
-        ``data`` are no features, where there is no model.
+        There is no model, and ``data`` is not a tensor.
 
     Notes
     -----
-    The definition of Andriushchenko et al. 2023 (arXiv 2305.16292, section 2), who count the principal components that
-    explain 99 % of the variance. Others call "rank" the numerical one, or one of the smooth measures reported beside
-    it; the numerical rank is full wherever there is noise. All features are held in float64 at once, 8 N D bytes,
-    beside a matrix of min(N, D)². Ranks grow with N up to D: compare networks on the same samples.
+    The definition is that of Andriushchenko et al. 2023 (arXiv 2305.16292, section 2), who count the principal
+    components that explain 99 % of the variance. Other authors mean the numerical rank, or one of the smooth ranks
+    reported beside it; the numerical rank is full wherever there is noise. All features are held in float64 at once,
+    8 N D bytes, beside a matrix of min(N, D)² entries. Ranks grow with N up to D: compare networks on the same samples.
 
     Examples
     --------
@@ -127,7 +127,7 @@ def feature_rank(
 
 
 def _collected(model: nn.Module, data: object, layer: str) -> Tensor:
-    """Return the layer's outputs, one row a sample, of a private copy in evaluation mode."""
+    """Return the layer's outputs, one row for each sample, from a private copy in evaluation mode."""
     private = copy.deepcopy(model).eval()
     modules = dict(private.named_modules())
     if layer not in modules:
@@ -146,12 +146,12 @@ def _collected(model: nn.Module, data: object, layer: str) -> Tensor:
             output = caught[-1] if caught else None
             if not isinstance(output, Tensor) or output.ndim < 2 or len(output) != len(inputs):
                 raise ValueError(
-                    f"expected layer {layer!r} to return a tensor of one entry a sample, got "
+                    f"expected layer {layer!r} to return a tensor with one entry for each sample, got "
                     f"{tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__}: name another"
                 )
             rows = output.flatten(1)
             if done == 0:
-                # All at once, and not a list of parts: there is room for one copy of them only.
+                # Not a list of parts: there may be memory for one copy only.
                 features = torch.empty(sum(batches.sizes), rows.shape[1], dtype=torch.float64)
             features[done : done + len(rows)] = rows
             done += len(rows)
@@ -159,7 +159,7 @@ def _collected(model: nn.Module, data: object, layer: str) -> Tensor:
 
 
 def _ranks(features: Tensor, threshold: float, settings: dict[str, str | int | float | bool | None]) -> FeatureRank:
-    """Return the ranks of features, which are overwritten."""
+    """Return the ranks of features; overwrites them."""
     samples, dimension = features.shape
     largest = max(abs(float(end)) for end in features.aminmax())
     centred = features.sub_(features.mean(dim=0))
@@ -167,14 +167,14 @@ def _ranks(features: Tensor, threshold: float, settings: dict[str, str | int | f
     squares = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0.0)
     values, total = squares.sqrt(), float(squares.sum())
     resolution = float(values[0]) * math.sqrt(_EPS * max(samples, dimension))
-    # Features that are equal but for rounding do not vary.
+    # Features that differ only by rounding do not vary.
     if total <= len(squares) * (_EPS * largest * samples) ** 2:
         values, squares, total = values * 0, squares * 0, 0.0
     known = values[values > resolution]
     shares = known / known.sum()
     explained = squares.cumsum(0)
     return FeatureRank(
-        # The last sum is the total itself, so that a threshold of 1 is reached in spite of rounding.
+        # The last sum is the total here, so that a threshold of 1 is reached in spite of rounding.
         rank=1 + int((explained < threshold * explained[-1]).sum()) if total > 0 else 0,
         threshold=float(threshold),
         effective_rank=float(torch.exp(-(shares * shares.log()).sum())) if total > 0 else 0.0,
@@ -186,6 +186,3 @@ def _ranks(features: Tensor, threshold: float, settings: dict[str, str | int | f
         dimension=dimension,
         settings=settings,
     )
-
-
-__all__ = ["FeatureRank", "feature_rank"]

@@ -1,7 +1,7 @@
-"""Balls around the weights, in coordinates in which they are plain.
+"""Balls around the weights, in coordinates that make them plain.
 
 A displacement is ``e = D z`` with a diagonal ``D``, and the ball is ``‖z‖ ≤ ρ``: ``D = 1`` for a plain one, ``D = |w|``
-for an adaptive one. An entry with ``D = 0`` never moves, so that nothing is ever divided by a weight.
+for an adaptive one. An entry with ``D = 0`` never moves, so nothing is divided by a weight.
 """
 
 from __future__ import annotations
@@ -22,18 +22,17 @@ Adaptive = bool | Literal["filter"]
 _SURFACE = 1e-6  # a point this close to the surface, relative to the radius, lies on it
 
 
-def scale_of(objective: Objective, adaptive: bool | str) -> Tensor | None:
+def adaptive_scale(objective: Objective, adaptive: bool | str) -> Tensor | None:
     """Return the diagonal of ``D`` at the current weights; ``None`` stands for ones.
 
     Parameters
     ----------
     objective
-        Whose weights.
+        The loss, with the weights ``w``.
     adaptive
-        ``False``: 1. ``True``: ``|w|`` elementwise (the ``T`` of ASAM, Kwon et al., arXiv 2102.11600; the ``c`` of
-        Andriushchenko et al., arXiv 2302.07011). ``"filter"``: the norm of the filter that an entry belongs to, the
-        first index of a tensor with at least two dimensions, and ``|w|`` for all other entries (ASAM's ``T`` by
-        filters).
+        ``False``: 1. ``True``: ``|w|`` elementwise (``T`` in ASAM, Kwon et al., arXiv 2102.11600; ``c`` in
+        Andriushchenko et al., arXiv 2302.07011). ``"filter"``: the norm of the entry's filter, which is the first index
+        of a tensor with at least two dimensions; ``|w|`` for the entries of other tensors (ASAM's ``T`` by filters).
 
     Raises
     ------
@@ -55,7 +54,7 @@ def scale_of(objective: Objective, adaptive: bool | str) -> Tensor | None:
 
 
 def euclidean(vector: Tensor) -> float:
-    """Return ``‖vector‖₂``, summed in float64: a surface is recognised to six digits."""
+    """Return ``‖vector‖₂``, summed in float64, as a surface is recognised to six digits."""
     return float(torch.linalg.vector_norm(vector, dtype=widest(vector.device)))
 
 
@@ -66,7 +65,7 @@ def check_radius(rho: float) -> None:
 
 
 def check_norm(norm: str) -> None:
-    """Raise ``ValueError`` unless ``norm`` is one of a ball."""
+    """Raise ``ValueError`` unless ``norm`` is a known norm."""
     if norm not in get_args(Norm):
         raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
 
@@ -78,9 +77,9 @@ class Ball:
     Attributes
     ----------
     radius
-        ``ρ``.
+        Radius ``ρ``.
     norm
-        Of ``z``.
+        Norm of ``z``.
     scale
         The diagonal of ``D``, shape ``(size,)``; ``None`` for ones.
     """
@@ -94,7 +93,7 @@ class Ball:
         return z if self.scale is None else self.scale * z
 
     def coordinates(self, displacement: Tensor) -> Tensor:
-        """Return ``z`` of a displacement, 0 where it cannot move."""
+        """Return the coordinates ``z`` of a displacement; 0 where ``D = 0``."""
         if self.scale is None:
             return displacement
         return torch.where(self.scale > 0, displacement / self.scale, torch.zeros_like(displacement))
@@ -107,14 +106,14 @@ class Ball:
         return z * (self.radius / length) if length > self.radius else z
 
     def stretch(self, z: Tensor) -> Tensor:
-        """Return the point of the surface in the direction of ``z`` (l∞: the corner); 0 for 0."""
+        """Return the point of the surface (l∞: the corner) in the direction of ``z``; 0 for ``z = 0``."""
         if self.norm == "linf":
             return self.radius * z.sign()
         length = self.length(z)
         return z * (self.radius / length) if length > 0 else torch.zeros_like(z)
 
     def ascend(self, slope: Tensor) -> Tensor:
-        """Return ``argmax ⟨slope, z⟩`` over the ball; 0 for a zero slope."""
+        """Return ``argmax ⟨slope, z⟩`` over the ball; 0 for a slope of 0."""
         return self.stretch(slope)
 
     def length(self, z: Tensor) -> float:
@@ -122,15 +121,15 @@ class Ball:
         return float(z.abs().max()) if self.norm == "linf" else euclidean(z)
 
     def holds_back(self, z: Tensor) -> bool:
-        """Tell whether a point of the ball lies on its surface."""
+        """Return whether a point of the ball lies on its surface."""
         return self.length(z) >= self.radius * (1 - _SURFACE)
 
     def held(self, z: Tensor, slope: Tensor) -> Tensor:
-        """Return which entries of an l∞ ball are at a bound that the slope pushes them against."""
+        """Return the entries of an l∞ ball that the slope pushes against their bound, as a mask."""
         return (z.abs() >= self.radius * (1 - _SURFACE)) & (z.sign() * slope.sign() >= 0)
 
     def multiplier(self, z: Tensor, slope: Tensor) -> float:
-        """Return ``λ ≥ 0`` for which ``λ z`` is closest to the slope, on the surface of an l2 ball; inside it, 0."""
+        """Return the ``λ ≥ 0`` with ``λ z`` closest to the slope on the surface of an l2 ball; 0 inside the ball."""
         if not self.holds_back(z) or self.radius == 0:
             return 0.0
         return max(float(slope.dot(z)), 0.0) / self.radius**2
@@ -138,7 +137,8 @@ class Ball:
     def uphill(self, z: Tensor, slope: Tensor) -> Tensor:
         """Return the part of the slope along which the loss still rises within the ball, to first order.
 
-        Inside the ball all of it; on the surface of an l2 ball ``slope − λ z``; of an l∞ ball the entries not held.
+        Inside the ball this is the slope; on the surface of an l2 ball ``slope − λ z``; in an l∞ ball the entries that
+        are not held.
         """
         if self.norm == "linf":
             return slope.masked_fill(self.held(z, slope), 0.0)

@@ -1,8 +1,8 @@
-"""Sharpness in units that a rescaling of the weights without effect on the function does not change.
+"""Sharpness that does not change when weights are rescaled without effect on the function.
 
-A ReLU layer can be multiplied by ``a > 0`` and the next one divided by it: the network computes the same function, and
-every plain sharpness can be made as large as one likes (Dinh et al. 2017). These measures stay as they are, as do the
-adaptive ball and average-case sharpness.
+A ReLU layer can be multiplied by ``a > 0`` and the next one divided by ``a``: the network computes the same function,
+but every plain sharpness can be made as large as one likes (Dinh et al. 2017). The measures in this file do not change,
+and neither do the adaptive ball and average-case sharpness.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ def relative_flatness(objective: Objective, layer: str, *, draws: int = 30, seed
 
     ``w_s`` are the rows of the layer's weight matrix (neurons, or flattened filters) and ``H_{s,s'}`` is the block of
     second derivatives with respect to ``w_s`` and ``w_s'``. With a factor ``F Fᵀ = W Wᵀ`` and a matrix ``Ξ`` of random
-    signs, ``κ = E⟨F Ξ, H (F Ξ)⟩``, at one Hessian-vector product of this layer a draw. The larger, the sharper; it is
-    unchanged when the layer is scaled and another one inversely. Source: Petzka, Kamp, Adilova, Sminchisescu and Boley,
-    *Relative Flatness and Generalization* (NeurIPS 2021, arXiv 2001.00939), the trace variant; its theory is about the
-    layer that acts on the features, such as the last weight matrix.
+    signs, ``κ = E⟨F Ξ, H (F Ξ)⟩``, which costs one Hessian-vector product of this layer for each draw. A larger value
+    means sharper. It does not change when the layer is multiplied by a factor and another one divided by it. Source:
+    Petzka, Kamp, Adilova, Sminchisescu and Boley, *Relative Flatness and Generalization* (NeurIPS 2021, arXiv
+    2001.00939), the trace variant; the theory is about the layer that acts on the features, such as the last weight
+    matrix.
 
     Parameters
     ----------
@@ -34,21 +35,21 @@ def relative_flatness(objective: Objective, layer: str, *, draws: int = 30, seed
         The loss.
     layer
         Name of a parameter with at least two dimensions, such as ``"fc.weight"``; the first dimension counts neurons.
-        It may be outside of the objective's selection.
+        It need not belong to the objective's selection.
     draws
-        Products spent. Default 30.
+        Number of Hessian-vector products. Default 30.
     seed
-        Of the signs.
+        Seed of the random signs.
 
     Returns
     -------
     Estimate
-        With its standard error over draws.
+        The relative flatness, with its standard error over the draws.
 
     Raises
     ------
     ValueError
-        Fewer than 2 draws; the name is that of no parameter, of several, or of a vector.
+        There are fewer than 2 draws, or the name fits no parameter, several parameters, or a vector.
     """
     if draws < 2:
         raise ValueError(f"draws must be at least 2, so that an error can be given; got {draws}")
@@ -75,35 +76,35 @@ def fisher_rao_norm(objective: Objective, *, samples: int | None = None, seed: i
     r"""Return the squared Fisher–Rao norm, ``‖w‖²_fr = wᵀ F w = E_i ⟨w, ∇ℓ_i(w)⟩²``.
 
     ``F = E_i ∇ℓ_i ∇ℓ_iᵀ`` over the samples of the data, with their labels; ``⟨w, ∇ℓ_i⟩`` is the derivative of a
-    sample's loss when all weights are scaled together. It is a capacity measure rather than a sharpness: unchanged by
-    rescaled layers, and small where either the weights or the gradients of the single samples are. Source: Liang,
-    Poggio, Rakhlin and Stokes, *Fisher-Rao Metric, Geometry, and Complexity of Neural Networks* (AISTATS 2019, arXiv
-    1711.01530).
+    sample's loss when all weights are scaled together. It measures capacity rather than sharpness: it does not change
+    when layers are rescaled, and it is small where the weights or the gradients of single samples are small. Source:
+    Liang, Poggio, Rakhlin and Stokes, *Fisher-Rao Metric, Geometry, and Complexity of Neural Networks* (AISTATS 2019,
+    arXiv 1711.01530).
 
     Parameters
     ----------
     objective
-        The loss; one sample is one row of its batches. BatchNorm's statistics must not depend on who shares a batch:
-        the policy ``"eval"``.
+        The loss; one sample is one row of its batches. Its BatchNorm policy must be ``"eval"``, so that a sample does
+        not depend on the others in its batch.
     samples
-        Measure on so many, drawn at random without replacement; default: all. Each costs the gradient of one sample.
+        Number of samples, drawn at random without replacement; default: all. Each costs the gradient of one sample.
     seed
-        Of the choice of samples.
+        Seed of the choice of samples.
 
     Returns
     -------
     Estimate
-        Mean and standard error over samples.
+        Mean and standard error over the samples.
 
     Raises
     ------
     ValueError
-        ``samples`` out of range, or another BatchNorm policy.
+        ``samples`` is out of range, or the BatchNorm policy is not ``"eval"``.
     """
     if objective.batchnorm != "eval" and objective.settings["batchnorm"] != _NO_NORMALIZATION:
         raise ValueError(
-            f"the Fisher-Rao norm is a mean over single samples, which batchnorm={objective.batchnorm!r} does not "
-            "leave single: use batchnorm='eval'"
+            f"the Fisher-Rao norm is a mean over single samples, which batchnorm={objective.batchnorm!r} makes "
+            "depend on one another: use batchnorm='eval'"
         )
     if samples is not None and not 2 <= samples <= objective.samples:
         raise ValueError(f"samples must be between 2 and {objective.samples}, got {samples}")
@@ -112,9 +113,9 @@ def fisher_rao_norm(objective: Objective, *, samples: int | None = None, seed: i
     chosen = torch.randperm(objective.samples, generator=generator)[:count].sort().values
     point = objective.point()
     squares = torch.empty(count, dtype=torch.float64)
-    for place, index in enumerate(chosen):
+    for number, index in enumerate(chosen):
         gradient = objective.with_samples(index[None], batch_size=1).gradient(point)
-        squares[place] = float(point.double().dot(gradient.double())) ** 2
+        squares[number] = float(point.double().dot(gradient.double())) ** 2
     return _estimate("squared Fisher-Rao norm", squares, objective)
 
 

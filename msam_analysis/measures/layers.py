@@ -1,4 +1,4 @@
-"""One measurement for every layer, block or tensor of a network, all others held still."""
+"""One measure for every layer, block or tensor of a network, with all others fixed."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ def by_layer(
     *,
     groups: Grouping | Mapping[str, Selection] = "layer",
 ) -> dict[str, Measured]:
-    """Measure the loss as a function of one group of parameters at a time, the others at their current values.
+    """Measure the loss as a function of one group of parameters at a time, with the others at their current values.
 
-    The Hessian of a group is a diagonal block of the Hessian: its largest eigenvalue is at most that of all, and the
-    traces of groups that cover every parameter once add up.
+    The Hessian of a group is a diagonal block of the Hessian. So its largest eigenvalue is at most that of the whole
+    Hessian, and the traces of groups that cover every parameter once add up to the whole trace.
 
     Parameters
     ----------
     objective
-        Its parameters are grouped; its data is not copied.
+        The loss, whose parameters are grouped; its data is not copied.
     measure
-        Objective in, result out: for example ``lambda part: ma.top_eigenvalues(part, k=1)``, ``ma.trace``,
-        ``ma.spectral_density`` or ``lambda part: ma.ball_sharpness(part, rho=0.05)``. What asks for ``k`` eigenvalues
-        asks for no more than ``min(k, part.size)``.
+        A function from objective to result: for example ``lambda part: ma.top_eigenvalues(part, k=1)``, ``ma.trace``,
+        ``ma.spectral_density`` or ``lambda part: ma.ball_sharpness(part, rho=0.05)``. A group may have fewer parameters
+        than eigenvalues are wanted: ask for ``min(k, part.size)``.
     groups
         ``"tensor"``: every parameter by itself. ``"layer"`` (default): the parameters that one module holds itself,
-        such as weight and bias. ``"block"``: those whose names agree up to the first number in them (``layer1.0`` of a
-        ResNet, ``encoder.layers.3``), or, where there is none, in the first part after what all names begin with. Or a
+        such as weight and bias. ``"block"``: parameters whose names agree up to their first number (``layer1.0`` in a
+        ResNet, ``encoder.layers.3``); without a number, in the first part after the common beginning of all names. Or a
         mapping of names to selections as in :class:`~msam_analysis.Objective`, which may overlap and leave out some.
 
     Returns
     -------
     dict
-        Name of the group to result, in the order of the parameters or of the mapping.
+        The result for each name of a group, in the order of the parameters or of the mapping.
 
     Raises
     ------
     ValueError
-        ``groups`` is none of these or empty, or the measurement raises a ``ValueError``, which then names the group: a
-        group that the loss does not depend on, for example.
+        ``groups`` is unknown or empty, or ``measure`` raises a ``ValueError``, for example because the loss does not
+        depend on the group; the message then names the group.
 
     Examples
     --------
@@ -61,10 +61,14 @@ def by_layer(
     >>> ma.layer_frame(traces)[["layer", "quantity"]].values.tolist()
     [['0', 'trace'], ['2', 'trace']]
     """
-    return {
-        name: _measured(name, objective.with_parameters(selection), measure)
-        for name, selection in _selections(objective, groups).items()
-    }
+    found = {}
+    for name, selection in _selections(objective, groups).items():
+        part = objective.with_parameters(selection)
+        try:
+            found[name] = measure(part)
+        except ValueError as error:
+            raise ValueError(f"in the group {name!r}: {error}") from error
+    return found
 
 
 def layer_frame(results: Mapping[str, Result], *, name: str = "layer") -> pd.DataFrame:
@@ -73,14 +77,14 @@ def layer_frame(results: Mapping[str, Result], *, name: str = "layer") -> pd.Dat
     Parameters
     ----------
     results
-        What :func:`by_layer` returned.
+        The results of :func:`by_layer`.
     name
-        Of the first column.
+        Name of the first column.
 
     Returns
     -------
     pandas.DataFrame
-        Rows and other columns as in the results' own ``to_frame()``.
+        The rows and columns of each result's ``to_frame()``, behind the first column.
 
     Raises
     ------
@@ -93,13 +97,6 @@ def layer_frame(results: Mapping[str, Result], *, name: str = "layer") -> pd.Dat
     for group, frame in zip(results, frames, strict=True):
         frame.insert(0, name, group)
     return pd.concat(frames, ignore_index=True)
-
-
-def _measured(name: str, part: Objective, measure: Callable[[Objective], Measured]) -> Measured:
-    try:
-        return measure(part)
-    except ValueError as error:
-        raise ValueError(f"in the group {name!r}: {error}") from error
 
 
 def _selections(objective: Objective, groups: Grouping | Mapping[str, Selection]) -> dict[str, Selection]:
@@ -120,7 +117,7 @@ def _selections(objective: Objective, groups: Grouping | Mapping[str, Selection]
 
 
 def _only(names: set[str]) -> ParameterFilter:
-    # Not by patterns: a name may hold what means something in one.
+    # Not by patterns: a name may hold a character with a meaning there.
     return lambda name, _: name in names
 
 
@@ -135,6 +132,6 @@ def _group(name: str, grouping: Grouping, shared: int) -> str:
 
 
 def _shared_parts(names: tuple[str, ...]) -> int:
-    """Return how many leading parts all names agree in."""
+    """Return the number of leading parts that all names share."""
     parts = zip(*(name.split(".") for name in names), strict=False)
     return next((index for index, part in enumerate(parts) if len(set(part)) > 1), 0)

@@ -1,11 +1,11 @@
-"""How much the loss rises along one direction."""
+"""The rise of the loss along one direction."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from msam_analysis.measures.geometry import Adaptive, Ball, Norm, check_norm, check_radius, scale_of
+from msam_analysis.measures.geometry import Adaptive, Ball, Norm, adaptive_scale, check_norm, check_radius
 from msam_analysis.objective.direction import Direction, as_direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.results import DirectionalSharpness
@@ -14,7 +14,7 @@ from msam_analysis.results import DirectionalSharpness
 def one_step_sharpness(
     objective: Objective, rho: float, *, norm: Norm = "l2", adaptive: Adaptive = False
 ) -> DirectionalSharpness:
-    r"""Return the loss rise after the single ascent step of SAM, ``L(w + e) − L(w)``, with the gradient of all data.
+    r"""Return the loss rise after the single ascent step of SAM, ``L(w + e) − L(w)``, with the gradient on all data.
 
     ========= ============ ===================== ===============================================================
     ``norm``  ``adaptive`` ``e``                 source
@@ -22,10 +22,10 @@ def one_step_sharpness(
     l2        False        ``ρ g / ‖g‖``         SAM, Foret et al. (2021), equation 2
     l2        True         ``ρ T² g / ‖T g‖``    ASAM, Kwon et al. (2021), ``T = |w|`` elementwise
     l2        "filter"     ``ρ T² g / ‖T g‖``    ASAM, ``T`` the norm of each entry's filter
-    linf      any          ``ρ T sign(g)``       the same maximum of the linearised loss in an l∞ ball
+    linf      any          ``ρ T sign(g)``       the maximum of the linearised loss in an l∞ ball
     ========= ============ ===================== ===============================================================
 
-    It is a lower bound of :func:`ball_sharpness` in the same ball, often by a factor.
+    It is a lower bound of :func:`ball_sharpness` in the same ball, and often several times smaller.
 
     Parameters
     ----------
@@ -34,21 +34,21 @@ def one_step_sharpness(
     rho
         Radius of the ball.
     norm, adaptive
-        As for :func:`ball_sharpness`.
+        Norm and scale of the ball, as for :func:`ball_sharpness`.
 
     Returns
     -------
     DirectionalSharpness
-        At one coordinate, ``rho``. A zero gradient gives 0.
+        The rise at the one coordinate ``rho``; 0 for a gradient of 0.
 
     Raises
     ------
     ValueError
-        ``rho``, ``norm`` or ``adaptive`` out of range.
+        ``rho``, ``norm`` or ``adaptive`` is out of range.
     """
     check_radius(rho)
     check_norm(norm)
-    ball = Ball(float(rho), norm, scale_of(objective, adaptive))
+    ball = Ball(float(rho), norm, adaptive_scale(objective, adaptive))
     center = objective.point()
     loss, gradient = objective.loss_and_gradient(center)
     step = ball.displacement(ball.ascend(ball.displacement(gradient)))
@@ -74,18 +74,18 @@ def directional_sharpness(
     rho
         Distance, in the unit of the weights.
     points
-        Equidistant points of ``[−ρ, ρ]`` that are looked at, ends and 0 among them: odd. Default 11. The largest rise
-        is that of the highest of these.
+        Number of equidistant points in ``[−ρ, ρ]``, with both ends and 0 among them: odd. Default 11. The largest rise
+        is that at the highest of these points.
 
     Returns
     -------
     DirectionalSharpness
-        With the rise at every point; NaN or infinite where the loss is.
+        The rise at every point; NaN or infinite where the loss is.
 
     Raises
     ------
     ValueError
-        ``rho`` or ``points`` out of range, or ``d`` is zero or has another shape.
+        ``rho`` or ``points`` is out of range, or ``d`` is zero or has another shape.
     """
     check_radius(rho)
     if points < 3 or points % 2 == 0:
@@ -95,22 +95,22 @@ def directional_sharpness(
     center = objective.point()
     half = torch.linspace(0, 1, (points + 1) // 2, dtype=torch.float64)[1:]
     coordinates = float(rho) * torch.cat([-half.flip(0), torch.zeros(1, dtype=torch.float64), half])
-    places = [center + float(coordinate) * unit if coordinate else None for coordinate in coordinates]
+    at = [center + float(coordinate) * unit if coordinate else None for coordinate in coordinates]
     base = float(objective.loss(center))
-    return _along(objective, base, places, coordinates, float(rho) * unit, line.name, float(rho))
+    return _along(objective, base, at, coordinates, float(rho) * unit, line.name, float(rho))
 
 
 def _along(
     objective: Objective,
     base: float,
-    places: list[Tensor] | list[Tensor | None],
+    points: list[Tensor] | list[Tensor | None],
     coordinates: Tensor,
     displacement: Tensor,
     direction: str,
     rho: float,
 ) -> DirectionalSharpness:
-    """Evaluate the rise at every place; ``None`` is the centre."""
-    values = [base if place is None else float(objective.loss(place)) for place in places]
+    """Return the rise at every point; ``None`` is the centre."""
+    values = [base if point is None else float(objective.loss(point)) for point in points]
     losses = torch.tensor(values, dtype=torch.float64)
     rises = losses - base
     highest = int(rises.argmax())  # NaN counts as the largest
@@ -126,6 +126,6 @@ def _along(
         displacement=displacement,
         direction=direction,
         rho=rho,
-        evaluations=1 + sum(place is not None for place in places),
+        evaluations=1 + sum(point is not None for point in points),
         settings=objective.settings,
     )

@@ -1,7 +1,8 @@
-"""The largest loss rise batch by batch."""
+"""The mean of the largest loss rises of single batches."""
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from msam_analysis.measures.ball import ball_sharpness
 from msam_analysis.measures.geometry import Adaptive, Norm
 from msam_analysis.measures.starts import Start
 from msam_analysis.objective.objective import Objective
-from msam_analysis.results import BallSharpness, BatchSharpness, ConvergenceWarning
+from msam_analysis.results import BatchSharpness, ConvergenceWarning
 
 
 def m_sharpness(
@@ -32,41 +33,41 @@ def m_sharpness(
 ) -> BatchSharpness:
     r"""Return the m-sharpness, ``Σ_b n_b max_{‖e‖ ≤ ρ} [L_b(w + e) − L_b(w)] / Σ_b n_b`` over batches of ``m`` samples.
 
-    Every batch has a maximum of its own, so that the m-sharpness exceeds the sharpness of all data, the more the
-    smaller ``m`` is. SAM minimises it with ``m`` its batch size (per device). Source: Foret et al. (2021), section 4.1;
-    with ball maxima in place of single steps, Andriushchenko et al. (2023).
+    Every batch has a maximum of its own. So the m-sharpness exceeds the sharpness on all data, and the more the smaller
+    ``m`` is. SAM minimises the m-sharpness for ``m`` equal to its batch size (per device). Sources: Foret et al.
+    (2021), section 4.1; with ball maxima in place of single steps, Andriushchenko et al. (2023).
 
     Parameters
     ----------
     objective
-        The loss; its samples are cut into consecutive batches of ``m`` in the order of its data, and the last batch
-        holds what is left and weighs what it holds. Data sorted by class make batches of one class: shuffle them once
+        The loss; its samples are cut into consecutive batches of ``m`` in the order of its data. The last batch holds
+        the remainder and is weighted by its size. Data sorted by class make batches of one class: shuffle them once
         beforehand.
     rho
         Radius of each ball.
     m
-        Samples per batch.
+        Number of samples in a batch.
     batches
-        Measure only so many, drawn at random without replacement; default: all.
+        Number of batches to measure, drawn at random without replacement; default: all.
     norm, adaptive, starts, iterations, krylov_hvps, tolerance
-        Of every ball; see :func:`ball_sharpness`. All batches together cost as much as one ball on all data.
+        Options of every ball; see :func:`ball_sharpness`. All batches together cost as much as one ball on all data.
     seed
-        Of the choice of batches and of the balls.
+        Seed of the choice of batches and of the balls.
 
     Returns
     -------
     BatchSharpness
-        Mean and standard error over batches, and every batch's maximum.
+        Mean and standard error over the batches, and the maximum for every batch.
 
     Raises
     ------
     ValueError
-        ``m`` or ``batches`` out of range; or as :func:`ball_sharpness`.
+        ``m`` or ``batches`` is out of range; otherwise as :func:`ball_sharpness`.
 
     Warns
     -----
     ConvergenceWarning
-        Once, with the number of batches whose ball did not converge.
+        The ball of some batches did not converge; the one warning gives their number.
     """
     if isinstance(m, bool) or not isinstance(m, int) or not 1 <= m <= objective.samples:
         raise ValueError(f"m must be between 1 and the number of samples ({objective.samples}), got {m!r}")
@@ -75,26 +76,16 @@ def m_sharpness(
         raise ValueError(f"batches must be between 1 and {len(parts)}, the batches of {m} samples; got {batches}")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(parts), generator=generator)[:batches].sort().values if batches else range(len(parts))
-    balls: list[BallSharpness] = []
-    sizes: list[int] = []
-    for index in order:
-        part = objective.with_samples(parts[int(index)], batch_size=m)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            balls.append(
-                ball_sharpness(
-                    part,
-                    rho,
-                    norm=norm,
-                    adaptive=adaptive,
-                    starts=starts,
-                    iterations=iterations,
-                    krylov_hvps=krylov_hvps,
-                    tolerance=tolerance,
-                    seed=seed,
-                )
-            )
-        sizes.append(part.samples)
+    sharpness = functools.partial(
+        ball_sharpness, norm=norm, adaptive=adaptive, starts=starts, iterations=iterations, krylov_hvps=krylov_hvps
+    )
+    balls, sizes = [], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for index in order:  # one part at a time is held
+            part = objective.with_samples(parts[int(index)], batch_size=m)
+            balls.append(sharpness(part, rho, tolerance=tolerance, seed=seed))
+            sizes.append(part.samples)
     unconverged = sum(not ball.converged for ball in balls)
     if unconverged:
         warnings.warn(

@@ -1,4 +1,4 @@
-"""Read momentum and gradients out of any ``torch.optim`` optimizer, without moving anything."""
+"""Momentum, gradients and true weights of any ``torch.optim`` optimizer, read without moving anything."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def momentum_buffers(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     """Return the momentum buffer ``v`` of every parameter that has one.
 
     The buffer is ``momentum_buffer`` (SGD and its relatives) or ``exp_avg`` (the Adam family), as the optimizer's last
-    step left it; mostly the tensors are the optimizer's own, and must not be written to.
+    step left it. Dense buffers are the optimizer's own tensors and must not be written to.
 
     Parameters
     ----------
@@ -22,7 +22,7 @@ def momentum_buffers(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     Returns
     -------
     dict
-        Parameter to buffer of the same shape, dense; empty before the first step.
+        The buffer of each parameter, dense and of its shape; empty before the first step.
 
     Raises
     ------
@@ -47,17 +47,17 @@ def momentum_buffers(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
 
 
 def gradients(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
-    """Return the gradient, in ``.grad`` now, of every parameter of the optimizer that has one.
+    """Return the present gradient, from ``.grad``, of every parameter of the optimizer that has one.
 
-    It is the gradient of what is minimised: of ``−f``, hence ``−.grad``, in groups with ``maximize=True``, as it enters
-    their buffers. Clipping has been done to it, weight decay has not been added, and a loss scale is still on it where
-    the optimizer itself takes that off (see :func:`loss_scale`).
+    It is the gradient of the function that is minimised: in groups with ``maximize=True`` that is ``−f``, hence
+    ``−.grad``, as it enters their buffers. It is clipped if the loop clips, and has no weight decay in it. It still has
+    a loss scale if the optimizer itself removes that (see :func:`loss_scale`).
 
     Returns
     -------
     dict
-        Parameter to gradient of the same shape, dense; mostly the tensors in ``.grad`` themselves, not to be written
-        to.
+        The gradient of each parameter, dense and of its shape. Most are the tensors in ``.grad`` themselves and must
+        not be written to.
 
     Raises
     ------
@@ -73,7 +73,7 @@ def gradients(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
 
 
 def present_gradients(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
-    """Return :func:`gradients`, or nothing where there are none: a step that torch lets pass, and moves nothing in."""
+    """Return :func:`gradients`, or an empty dict if there are none: torch allows such a step, which moves nothing."""
     found: dict[Tensor, Tensor] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -84,9 +84,9 @@ def present_gradients(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
 
 
 def loss_scale(optimizer: torch.optim.Optimizer) -> float:
-    """Return what the gradients in ``.grad`` are multiplied by as :class:`torch.amp.GradScaler` calls ``step``.
+    """Return the factor on the gradients in ``.grad`` while :class:`torch.amp.GradScaler` calls ``step``.
 
-    1 unless the optimizer takes the scale off itself (torch's fused kernels), and outside of ``step``.
+    It is 1 outside of ``step``, and unless the optimizer itself removes the scale (torch's fused kernels).
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def loss_scale(optimizer: torch.optim.Optimizer) -> float:
 
 
 def true_weights(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
-    """Return the true weights ``w`` of every parameter: a copy where the optimizer holds it displaced, else itself.
+    """Return the true weights ``w`` of every parameter: a copy if the optimizer displaced it, otherwise itself.
 
     Parameters
     ----------

@@ -1,11 +1,11 @@
-r"""How far a metric is off because its data are a finite sample: jackknife, bootstrap, batch means.
+r"""The error of a metric because its data are a finite sample: jackknife, bootstrap, batch means.
 
-A metric ``θ`` on ``m`` samples has a standard error, and unless it is linear in the loss it has a bias as well. The
-largest eigenvalue and the largest loss in a ball are convex in the loss, so that ``E[θ(m samples)] ≥ θ(all data)``:
-on a small sample a network looks sharper than it is. Replicates ``θ₁ … θ_R`` on resamples show both:
+A metric ``θ`` on ``m`` samples has a standard error. Unless it is linear in the loss, it has a bias as well: the
+largest eigenvalue and the largest loss in a ball are convex in the loss, so that ``E[θ(m samples)] ≥ θ(all data)``,
+and on a small sample a network looks sharper than it is. Replicates ``θ₁ … θ_R`` on resamples show both errors:
 
 ============= =============================== ================ ================== ================
-method        a resample                      bias of ``θ``    its standard error measuring costs
+method        a resample                      bias of ``θ``    its standard error cost
 ============= =============================== ================ ================== ================
 `jackknife`   all but one of R random groups  (R − 1)(θ̄ − θ)   s (R − 1)/√R       R − 1 times ``θ``
 `bootstrap`   m samples, with replacement     θ̄ − θ            s                  R times ``θ``
@@ -16,8 +16,8 @@ method        a resample                      bias of ``θ``    its standard err
 ``θ − bias ± t s.e.`` with Student's t of ``R − 1`` degrees of freedom. Sources: Quenouille (1956) and Tukey (1958) for
 the jackknife, Efron and Tibshirani (1993, chapters 6, 10, 11), Asmussen and Glynn (2007, section III.5) for batches.
 
-How often intervals of 68 % held the true value, of 400 data sets each, with the default replicates, beside three
-intervals that are not offered because they repeat the bias instead of removing it:
+The table shows how often intervals of 68 % contained the true value, over 400 data sets each, with the default
+replicates. The last three intervals are not offered, because they repeat the bias instead of removing it:
 
 =============================================== ========= ========= =========== ========== ==== =================
 metric and data                                 jackknife bootstrap batch means percentile BCa  t of batch means
@@ -28,12 +28,12 @@ mean of 200 exponential losses                  0.66      0.68      0.66        
 λ₁, 200 dimensions, 100 samples                 0.65      0.65      0.64        0.29       0.47 0.00
 largest rise of a quadratic loss, 50 samples    0.63      0.67      0.64        0.39       0.51 0.03
 gradient norm, close to 0                       0.62      0.61      0.52        0.14       0.40 0.00
-λ₁, tenfold: no interval holds it               0.18      0.15      0.04        0.00       0.00 0.00
+λ₁, tenfold: no interval contains it            0.18      0.15      0.04        0.00       0.00 0.00
 =============================================== ========= ========= =========== ========== ==== =================
 
-In the last row the bias is of the order of ``1/√m``, and half of it is seen: eigenvalues that differ by less than their
-standard errors are such a case. For the five largest of a trained perceptron (digits, 25 subsets of 200 samples, truth
-from 1000) the jackknife held 0.60 to 0.80 of the values, batch means 0.52 to 0.76.
+In the last row the bias is of the order of ``1/√m``, and the methods see half of it: this happens to eigenvalues that
+differ by less than their standard errors. For the five largest eigenvalues of a trained perceptron (digits, 25 subsets
+of 200 samples, truth from 1000) the jackknife contained 0.60 to 0.80 of the values, batch means 0.52 to 0.76.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ Metric = Callable[..., object]
 
 _HEADLINES: dict[type[Result], str] = {BallSharpness: "sharpness", Eigenpairs: "values", Estimate: "value"}
 _REPLICATES: dict[str, int] = {"jackknife": 20, "bootstrap": 50, "batch_means": 5}
-# A bias of more standard errors is not corrected to first order without a word.
+# A bias of more standard errors than this gets a warning.
 _LARGE_BIAS = 2.0
-# A bias below this fraction of the value is that of no data: rounding, or a solver's tolerance.
+# A bias below this fraction of the value does not come from the data, but from rounding or a solver's tolerance.
 _NEGLIGIBLE = 1e-6
 
 
@@ -75,12 +75,12 @@ class Sampled(Protocol):
 
     @property
     def samples(self) -> int:
-        """How many there are."""
+        """Number of samples."""
         ...
 
     @property
     def settings(self) -> Settings:
-        """What every result is labelled with."""
+        """The settings that label every result."""
         ...
 
     def with_samples(self, indices: Tensor) -> Sampled:
@@ -99,50 +99,51 @@ def data_interval(
     seed: int = 0,
     progress: bool = False,
 ) -> DataInterval:
-    """Return a metric with the interval that its value on unlimited data of this kind lies in.
+    """Return a metric with an interval for its value on unlimited data of this kind.
 
-    The weights are held fixed: of training data the interval says what more samples like these would give, which the
-    network fits as well; it does not reach to unseen ones. What is random in the metric itself, such as the signs of
-    :func:`~msam_analysis.trace`, is the same in every replicate as long as its seed is, and not in the interval. What
-    its solver leaves undone is in it, with the jackknife √R-fold.
+    The weights are held fixed. For training data the interval says what more samples that the network fits as well
+    would give; it does not cover unseen data. A random part of the metric itself, such as the signs of
+    :func:`~msam_analysis.trace`, is the same in every replicate if its seed is, and is not in the interval. The error
+    that the metric's solver leaves is in the interval; the jackknife enlarges it by √R.
 
     With the BatchNorm policies ``"batch"`` and ``"recalibrate"`` the loss also depends on which samples share a batch,
-    and that is in the interval. Samples keep their order and batches their size; the bootstrap repeats samples within a
-    batch, which makes its statistics too narrow, and batch means want groups of several batches: prefer the jackknife.
+    and the interval contains this. Samples keep their order, and batches their size. The bootstrap repeats samples
+    within a batch, which makes its statistics too narrow, and batch means need groups of several batches: prefer the
+    jackknife.
 
     Parameters
     ----------
     objective
-        The loss on the data there are; or several losses on the same data, for example of two checkpoints.
+        The loss on the available data; or several losses on the same data, for example those of two checkpoints.
     metric
-        ``metric(objective)``, or ``metric(first, second, ...)`` of several, which see the same resamples: what they
-        have in common cancels in a difference. It returns a number, numbers, or a result, of which the
-        :class:`~msam_analysis.results.Eigenpairs`' values, the :class:`~msam_analysis.results.BallSharpness`'
-        sharpness, or the :class:`~msam_analysis.results.Estimate`'s value are taken.
+        ``metric(objective)``, or ``metric(first, second, ...)`` for several objectives. They see the same resamples, so
+        that common errors cancel in a difference. It returns a number, several numbers, or a result. The values are
+        taken from :class:`~msam_analysis.results.Eigenpairs`, the sharpness from
+        :class:`~msam_analysis.results.BallSharpness`, the value from :class:`~msam_analysis.results.Estimate`.
     samples
-        Measure on a random subset of so many, drawn without replacement; default: on all. The interval is still that
-        of unlimited data, so that for the data set at hand it is somewhat too wide.
+        Size of a random subset to measure on, drawn without replacement; default: all samples. The interval is still
+        that for unlimited data, so it is a little too wide for the data set itself.
     method
         ``"jackknife"`` (default), ``"bootstrap"`` or ``"batch_means"``, the cheapest and least exact;
         see :mod:`msam_analysis.measures.resampling`.
     replicates
-        Number of resamples (jackknife, batch means: of groups); default 20, 50 and 5.
+        Number of resamples (for jackknife and batch means: of groups); default 20, 50 and 5.
     level
         Confidence of the interval; default 0.68, as in the paper.
     seed
-        Of subsets, groups and resamples; the global generators are untouched.
+        Seed of subsets, groups and resamples; the global generators are untouched.
     progress
         Show a progress bar.
 
     Returns
     -------
     DataInterval
-        Value, bias, standard error and interval, the number of samples, and the replicates behind them.
+        Value, bias, standard error and interval, the number of samples, and the replicates.
 
     Raises
     ------
     TypeError
-        The metric returned something else than numbers.
+        The metric did not return numbers.
     ValueError
         ``method``, ``samples``, ``replicates`` or ``level`` is out of range, the objectives differ in their number of
         samples, or the metric returned another number of values on a resample.
@@ -150,12 +151,12 @@ def data_interval(
     Warns
     -----
     ConvergenceWarning
-        The metric was not finite or did not converge on some replicates, or a bias exceeds two standard errors, which
-        is more than a correction of first order can be relied on for.
+        The metric was not finite or did not converge on some replicates, or a bias exceeds two standard errors, so that
+        a correction of first order cannot be relied on.
 
     Examples
     --------
-    Which of two networks has the lower loss, and would other data say the same?
+    Which of two networks has the lower loss, and would other data say the same? See the interval of the difference:
 
     >>> import torch
     >>> import msam_analysis as ma
@@ -203,19 +204,20 @@ def data_interval(
         level=level,
         failed=failed,
         converged=small and not complaints and not failed,
-        settings=_shared([one.settings for one in used]),
+        # The settings that all objectives share.
+        settings={k: v for k, v in used[0].settings.items() if all(one.settings.get(k) == v for one in used)},
     )
 
 
 def _factors(method: str, count: int) -> tuple[float, float]:
-    """Return what makes the bias out of ``θ̄ − θ``, and the standard error out of ``s``; see the table above."""
+    """Return the factors from ``θ̄ − θ`` to the bias and from ``s`` to the standard error; see the table above."""
     if method == "jackknife":
         return count - 1.0, (count - 1) / math.sqrt(count)
     return (1.0, 1.0) if method == "bootstrap" else (1 / (count - 1), 1 / math.sqrt(count))
 
 
 def _check(everything: list[Sampled], samples: int | None, method: str, replicates: int | None) -> tuple[int, int]:
-    """Return how many samples there are and how many replicates to take, or say what is wrong."""
+    """Return the numbers of samples and of replicates; raise ``ValueError`` for bad arguments."""
     if method not in _REPLICATES:
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
     sizes = sorted({one.samples for one in everything})
@@ -238,7 +240,7 @@ def _check(everything: list[Sampled], samples: int | None, method: str, replicat
 
 
 def _generator(seed: int, use: str) -> torch.Generator:
-    # The generator looks at 32 bits of its seed only: hash all of it into these.
+    # The generator uses 32 bits of its seed only: hash the whole seed into them.
     return torch.Generator().manual_seed(zlib.crc32(f"{seed} {use}".encode()))
 
 
@@ -256,7 +258,7 @@ def _resamples(method: str, samples: int, count: int, seed: int) -> list[Tensor]
 
 
 def _measure(metric: Metric, objectives: list[Sampled], complaints: list[str]) -> Tensor:
-    """Return the metric's numbers; add what it says when it has not converged to ``complaints``."""
+    """Return the metric's numbers; add its first warning that it did not converge to ``complaints``."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         returned = metric(*objectives)
@@ -277,7 +279,7 @@ def _numbers(returned: object) -> Tensor:
         known = ", ".join(kind.__name__ for kind in _HEADLINES)
         raise TypeError(
             f"the metric returned {type(returned).__name__}: expected a number, an array of numbers, or one of "
-            f"{known}; return the number in it that you mean"
+            f"{known}; return a number from it"
         ) from None
 
 
@@ -289,11 +291,6 @@ def _shown(draws: list[Tensor], progress: bool) -> Iterable[Tensor]:
 
     shown: Iterable[Tensor] = tqdm(draws, desc="resamples", unit="resample")
     return shown
-
-
-def _shared(settings: list[Settings]) -> Settings:
-    """Return what all objectives have in common."""
-    return {name: value for name, value in settings[0].items() if all(one.get(name) == value for one in settings)}
 
 
 def _warn(complaints: list[str], failed: int, count: int, small: bool, samples: int) -> None:
@@ -309,6 +306,3 @@ def _warn(complaints: list[str], failed: int, count: int, small: bool, samples: 
         )
     if reasons:
         warnings.warn("data_interval: " + "; ".join(reasons), ConvergenceWarning, stacklevel=3)
-
-
-__all__ = ["Sampled", "data_interval"]

@@ -1,4 +1,4 @@
-"""Accuracy on inputs that are disturbed: by noise, or against the network."""
+"""Accuracy on disturbed inputs: by noise, or by an attack on the network."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ class RobustAccuracy(Result):
     attack
         ``"noise"``, ``"fgsm"``, ``"pgd"`` or ``"apgd"``.
     sizes
-        Shape ``(n,)``, in the units of the inputs: σ of the noise, or the largest change ε of a single entry.
+        Sizes of the disturbance, in the units of the inputs, shape ``(n,)``: σ of the noise, or the largest change ε of
+        a single entry.
     accuracies
-        Shape ``(n,)``: share of right predictions, in [0, 1]. For an attack an upper bound on the accuracy in the worst
-        case, as a better attack may exist.
+        Shares of right predictions, in [0, 1], shape ``(n,)``. For an attack they are upper bounds on the accuracy in
+        the worst case, as a better attack may exist.
     clean
-        Accuracy on the inputs as they are.
+        Accuracy on the undisturbed inputs, in [0, 1].
     errors
-        Shape ``(n,)``: standard errors :math:`\sqrt{a (1 - a) / N}` of the accuracies, over the choice of samples.
+        Standard errors :math:`\sqrt{a (1 - a) / N}` of the accuracies, over the choice of samples, shape ``(n,)``.
     samples
-        N.
+        Number N of samples.
     steps
-        Gradients for each sample.
+        Number of gradients for each sample.
     """
 
     attack: str
@@ -56,7 +57,7 @@ class RobustAccuracy(Result):
     steps: int
 
     def to_frame(self) -> pd.DataFrame:
-        """Return one row per size: ``attack``, ``size``, ``accuracy``, ``error``; first the clean one, of size 0."""
+        """Return one row per size: ``attack``, ``size``, ``accuracy``, ``error``; the first is undisturbed, size 0."""
         spread = math.sqrt(self.clean * (1 - self.clean) / self.samples)
         frame: pd.DataFrame = pd.DataFrame(
             {
@@ -90,11 +91,11 @@ def robust_accuracy(
     "fgsm"    :math:`x + \epsilon\, \mathrm{sign} \nabla_x \ell(x)` (Goodfellow et al. 2015)
     "pgd"     ``steps`` such steps of ``step_size``, each followed by the projection on
               :math:`\|x' - x\|_\infty \le \epsilon`, from a uniform random start in it (Madry et al. 2018)
-    "apgd"    ``steps`` steps in the same ball with momentum, from a random start, whose length is halved where it
-              brings no progress (Auto-PGD, Croce and Hein 2020), by the Adversarial Robustness Toolbox
+    "apgd"    ``steps`` steps in the same ball with momentum, from a random start; the step length is halved where
+              there is no progress (Auto-PGD, Croce and Hein 2020), by the Adversarial Robustness Toolbox
     ========= ==========================================================================================
 
-    and then cut to ``bounds``.
+    The inputs are then cut to ``bounds``.
 
     Parameters
     ----------
@@ -103,42 +104,42 @@ def robust_accuracy(
     data
         Batches ``(input, label)`` of floating-point inputs; the same samples in the same order at every pass.
     attack
-        See above. An attack knows the network: its gradients are exact.
+        Kind of disturbance, as above. An attack knows the network: its gradients are exact.
     sizes
-        σ or ε, in the units of the inputs: for images in [0, 1] that were divided by a standard deviation s, the
-        paper's ε = 1/255 is 1/255/s.
+        Sizes σ or ε of the disturbance, in the units of the inputs: for images in [0, 1] that were divided by a
+        standard deviation s, the paper's ε = 1/255 is 1/255/s.
     loss_fn
-        What an attack raises, ``loss_fn(output, label)``. Default: cross-entropy, the only one for "apgd".
+        Loss that an attack raises, ``loss_fn(output, label)``. Default: cross-entropy, the only one for "apgd".
     bounds
         Smallest and largest value that an input can have. Default: none.
     steps
-        Of "pgd" and "apgd". Default 10, for both, so that they cost the same; Croce and Hein use 100.
+        Number of steps of "pgd" and "apgd". Default 10 for both, so that they cost the same; Croce and Hein use 100.
     step_size
-        Of "pgd", and the first of "apgd". Default ``2.5 * epsilon / steps`` (Madry et al. 2018) and ``2 * epsilon``
-        (Croce and Hein 2020).
+        Step size of "pgd", and first step size of "apgd". Default ``2.5 * epsilon / steps`` (Madry et al. 2018) and
+        ``2 * epsilon`` (Croce and Hein 2020).
     seed
-        Of noise and random starts: the same for every size, and, but for "apgd", for every network with inputs of the
-        same shape.
+        Seed of noise and random starts. They are the same for every size and for every network with inputs of the same
+        shape; those of "apgd" differ between networks.
 
     Returns
     -------
     RobustAccuracy
-        One accuracy for every size, and the clean one.
+        One accuracy for every size, and the accuracy on undisturbed inputs.
 
     Raises
     ------
     ValueError
-        The attack is unknown, ``sizes`` are none, negative or not finite, ``steps`` is not positive, ``bounds`` are not
-        in order, inputs are no floating-point numbers, or "apgd" has another loss or labels that are not of shape
+        The attack is unknown, ``sizes`` is empty, negative or not finite, ``steps`` is not positive, ``bounds`` are not
+        in order, inputs are not floating-point numbers, or "apgd" gets another loss or labels that are not of shape
         ``(N,)``.
     ModuleNotFoundError
-        "apgd" without the Adversarial Robustness Toolbox.
+        The attack is "apgd", and the Adversarial Robustness Toolbox is not installed.
 
     Notes
     -----
-    An accuracy under one attack does not show that a network is robust. Of "apgd" the last of its points counts, as
-    that package has it, and not the worst on the way: it is then a little weaker than published. Its start is drawn for
-    the samples that are classified right, so that it differs between networks.
+    An accuracy under one attack does not show that a network is robust. For "apgd" the last point of the search counts,
+    as in that package, and not the worst point on the way: it is a little weaker than published. Its start is drawn for
+    the samples that are classified right, so it differs between networks.
     """
     _check(attack, sizes, bounds, steps)
     if attack == "apgd" and loss_fn is not nn.functional.cross_entropy:
@@ -146,7 +147,7 @@ def robust_accuracy(
     private = copy.deepcopy(unwrap(model)).eval().requires_grad_(requires_grad=False)
     device = next((tensor.device for tensor in private.parameters()), torch.device("cpu"))
     batches = Batches(data, device=device, dtype=None)
-    enemy = _Enemy(private, loss_fn, attack, bounds or (-math.inf, math.inf), steps, step_size, seed)
+    attacker = _Attacker(private, loss_fn, attack, bounds or (-math.inf, math.inf), steps, step_size, seed)
     right = torch.zeros(len(sizes) + 1, dtype=torch.float64)
     counted = 0
     with torch.no_grad():
@@ -154,9 +155,9 @@ def robust_accuracy(
             if not x.is_floating_point():
                 raise ValueError(f"expected inputs of floating-point numbers, got {x.dtype}: these cannot be disturbed")
             counted += label.numel()
-            for place, size in enumerate((None, *sizes)):
-                at = x if size is None else enemy.disturbed(x, label, draw, float(size))
-                right[place] += int((private(at).argmax(dim=1) == label).sum())
+            for column, size in enumerate((None, *sizes)):
+                at = x if size is None else attacker.disturbed(x, label, draw, float(size))
+                right[column] += int((private(at).argmax(dim=1) == label).sum())
     clean, *found = (right / counted).tolist()
     accuracies = torch.tensor(found, dtype=torch.float64)
     return RobustAccuracy(
@@ -187,8 +188,8 @@ def _check(attack: str, sizes: Sequence[float], bounds: tuple[float, float] | No
 
 
 @dataclasses.dataclass(frozen=True)
-class _Enemy:
-    """Who disturbs the inputs of a network that it knows."""
+class _Attacker:
+    """Disturbs the inputs of a network that it knows."""
 
     network: nn.Module
     loss_fn: Callable[[Tensor, Tensor], Tensor]
@@ -206,7 +207,7 @@ class _Enemy:
         if self.attack == "apgd":
             return self._auto_pgd(x, label, size) if size > 0 else x
         length = 2.5 * size / self.steps if self.step_size is None else self.step_size
-        # A normal number's distribution function is uniform.
+        # The normal distribution function maps the draw to a uniform start.
         moved = (x + size * torch.erf(draw / math.sqrt(2.0))).clamp(*self.bounds)
         for _ in range(self.steps):
             further = moved + length * self._uphill(moved, label)
@@ -244,12 +245,12 @@ class _Enemy:
                 verbose=False,
             )
             found = attack.generate(x.float().cpu().numpy(), label.cpu().numpy())
-        # Single precision may end a rounding error outside of the ball.
+        # Single precision may end outside of the ball by a rounding error.
         moved = torch.from_numpy(found).to(x)
         return torch.clamp(moved, x - size, x + size).clamp(*self.bounds)
 
     def _uphill(self, at: Tensor, label: Tensor) -> Tensor:
-        """Return the signs of the gradient of the loss by the inputs."""
+        """Return the signs of the gradient of the loss with respect to the inputs."""
         with torch.enable_grad():
             leaf = at.detach().requires_grad_()
             (slope,) = torch.autograd.grad(self.loss_fn(self.network(leaf), label), leaf)
@@ -257,7 +258,7 @@ class _Enemy:
 
 
 class _InSinglePrecision(nn.Module):
-    """A network for float32 inputs, which is all that the toolbox knows, whatever its own precision."""
+    """A network of any precision for float32 inputs, the only ones that the toolbox knows."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -286,6 +287,3 @@ def _draws(batches: Batches, seed: int) -> Iterator[Tensor]:
     for number, batch in enumerate(batches):
         x = batch[0]
         yield gaussian(x.numel(), 1, seed=seed, like=x, use=f"disturbance {number}").view(x.shape)
-
-
-__all__ = ["Attack", "RobustAccuracy", "robust_accuracy"]

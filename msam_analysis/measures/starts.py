@@ -1,17 +1,16 @@
-"""Where the ascents begin."""
+"""The points from which the ascents start."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from msam_analysis.measures.ball_loss import BallLoss
 from msam_analysis.measures.geometry import euclidean
-from msam_analysis.measures.problem import Problem
 from msam_analysis.measures.trust_region import maximize_quadratic
 from msam_analysis.objective.operators import ScaledOperator, SymmetricOperator
 from msam_analysis.objective.vectors import gaussian
@@ -20,77 +19,72 @@ from msam_analysis.spectra.subspace import Subspace
 Start = Literal["gradient", "krylov", "eigenvector", "random"]
 
 _EIGENVECTORS = 2
-# Two starts whose cosine is beyond this end in the same place.
+# Two starts with a larger cosine lead to the same maximum.
 _SAME = 0.9
-# Of an eigenvector no more than the direction is wanted.
+# Relative residual of the eigenvectors: only their direction matters.
 _ROUGH = 1e-5
 
 
 def starting_points(
-    problem: Problem, starts: Sequence[Start | Tensor], krylov_hvps: int, seed: int
+    ball_loss: BallLoss, starts: Sequence[Start | Tensor], krylov_hvps: int, seed: int
 ) -> list[tuple[str, Tensor]]:
-    """Return names and points (in ``z``) of all starts but ``"gradient"``; see :func:`ball_sharpness`."""
-    ball = problem.ball
+    """Return the names and the points ``z`` of all starts except ``"gradient"``; see :func:`ball_sharpness`."""
+    ball = ball_loss.ball
     points: list[tuple[str, Tensor]] = []
     if ball.radius == 0:
-        return [("center", torch.zeros_like(problem.center))]
+        return [("center", torch.zeros_like(ball_loss.center))]
     names = [start for start in starts if isinstance(start, str)]
     if "krylov" in names or "eigenvector" in names:
-        found = _krylov(problem, krylov_hvps, seed)
-        step = found.step
+        step, vectors = _krylov(ball_loss, krylov_hvps, seed)
         if "krylov" in names:
             points.append(("krylov", ball.project(step)))
         if "eigenvector" in names:
-            # Cut to size by an l∞ ball, the Krylov step no longer is where an eigenvector's corner is.
-            points += _both_ways(found, problem, beside="krylov" in names and ball.norm == "l2")
+            # An l∞ ball cuts the Krylov step to size: it is then far from an eigenvector's corner.
+            points += _both_ways(step, vectors, ball_loss, beside="krylov" in names and ball.norm == "l2")
     if "random" in names:
-        draw = gaussian(problem.center.numel(), 1, seed=seed, like=problem.center, use="ball start")[:, 0]
+        draw = gaussian(ball_loss.center.numel(), 1, seed=seed, like=ball_loss.center, use="ball start")[:, 0]
         points.append(("random", ball.stretch(draw)))
     for index, displacement in enumerate(start for start in starts if isinstance(start, Tensor)):
-        points.append((f"given {index}", ball.stretch(ball.coordinates(displacement.to(problem.center)))))
+        points.append((f"given {index}", ball.stretch(ball.coordinates(displacement.to(ball_loss.center)))))
     return points
 
 
-@dataclass(frozen=True, eq=False)
-class _Quadratic:
-    """What a Krylov space knows of the quadratic model, in ``z``: its maximum in the ball, and its top directions."""
-
-    step: Tensor
-    vectors: Tensor
-
-
-def _both_ways(found: _Quadratic, problem: Problem, *, beside: bool) -> list[tuple[str, Tensor]]:
-    """Return ``±`` every top direction, but for what lies beside the Krylov step, which is a start already."""
+def _both_ways(step: Tensor, vectors: Tensor, ball_loss: BallLoss, *, beside: bool) -> list[tuple[str, Tensor]]:
+    """Return ``±`` every vector, without those close to the Krylov step if this is a start already (``beside``)."""
     points = []
-    length = euclidean(found.step)
-    for number, vector in enumerate(found.vectors.unbind(1), 1):
-        cosine = float(found.step.dot(vector)) / length if length > 0 else 0.0
+    length = euclidean(step)
+    for number, vector in enumerate(vectors.unbind(1), 1):
+        cosine = float(step.dot(vector)) / length if length > 0 else 0.0
         side = vector if cosine >= 0 else -vector
         if not (beside and abs(cosine) > _SAME):
-            points.append((f"+eigenvector {number}", problem.ball.stretch(side)))
-        points.append((f"-eigenvector {number}", problem.ball.stretch(-side)))
+            points.append((f"+eigenvector {number}", ball_loss.ball.stretch(side)))
+        points.append((f"-eigenvector {number}", ball_loss.ball.stretch(-side)))
     return points
 
 
-def _krylov(problem: Problem, budget: int, seed: int) -> _Quadratic:
-    """Maximise the quadratic model over a subspace that grows by the residuals of its own answers."""
-    operator: SymmetricOperator = problem.objective.hessian(problem.center)
-    if problem.ball.scale is not None:
-        operator = ScaledOperator(operator, problem.ball.scale)
+def _krylov(ball_loss: BallLoss, budget: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the maximum of the quadratic model in the ball and its top Ritz vectors, in ``z``.
+
+    The model is maximised over a subspace that grows by the residuals of the answers.
+    """
+    operator: SymmetricOperator = ball_loss.objective.hessian(ball_loss.center)
+    if ball_loss.ball.scale is not None:
+        operator = ScaledOperator(operator, ball_loss.ball.scale)
     basis = Subspace(operator, min(operator.size, budget))
-    draw = gaussian(operator.size, 1, seed=seed, like=problem.center, use="ball subspace")
-    basis.expand(torch.cat([problem.slope[:, None], draw], dim=1))
-    # The l2 ball around an l∞ ball: its answer is cut to size.
-    radius = problem.ball.radius * (math.sqrt(operator.size) if problem.ball.norm == "linf" else 1.0)
-    slope = problem.slope.to(basis.q)
+    draw = gaussian(operator.size, 1, seed=seed, like=ball_loss.center, use="ball subspace")
+    basis.expand(torch.cat([ball_loss.slope[:, None], draw], dim=1))
+    # For an l∞ ball the l2 ball around it serves, and its answer is cut to size.
+    radius = ball_loss.ball.radius * (math.sqrt(operator.size) if ball_loss.ball.norm == "linf" else 1.0)
+    slope = ball_loss.slope.to(basis.q)
     try:
         while True:
             if not bool(torch.isfinite(basis.projection).all()):
                 # The curvature is not finite: the other starts decide.
-                return _Quadratic(torch.zeros_like(problem.center), torch.zeros_like(problem.center)[:, None])
+                return torch.zeros_like(ball_loss.center), torch.zeros_like(ball_loss.center)[:, None]
             linear = (basis.q.T @ slope).cpu().double()
             y, multiplier = maximize_quadratic(basis.projection, linear, radius)
-            values, coefficients, top_residual = basis.ritz("largest", 1)
+            values, coefficients = basis.pairs("largest")
+            top_residual = basis.residuals(values[:1], coefficients[:, :1])
             small = y.to(basis.q)
             step = basis.q @ small
             residual = basis.aq @ small + slope - multiplier * step
@@ -99,16 +93,16 @@ def _krylov(problem: Problem, budget: int, seed: int) -> _Quadratic:
             settled = float(residual.norm()) <= enough * level
             settled = settled and float(top_residual.norm()) <= max(enough, _ROUGH) * float(values.abs().max())
             if settled or not basis.expand(torch.cat([residual[:, None], top_residual], dim=1)):
-                return _Quadratic(step, basis.q @ coefficients[:, :_EIGENVECTORS].to(basis.q))
+                return step, basis.q @ coefficients[:, :_EIGENVECTORS].to(basis.q)
     finally:
-        problem.hvps += operator.products
+        ball_loss.hvps += operator.products
 
 
 def _enough(basis: Subspace, *, interior: bool) -> float:
-    """Return the relative residual at which the answer will do.
+    """Return the relative residual at which the answer is good enough.
 
-    An ascent that starts at 1 % forgets where it came from (measured: benchmarks/sharpness.py). Double precision is for
-    those who want the digits. An interior maximum may lie far along directions that hardly bend.
+    A residual of 1 % does not change where the ascent ends (measured in benchmarks/sharpness.py). Double precision is
+    for users who want the digits. An interior maximum may lie far along directions with little curvature.
     """
     double = basis.q.dtype == torch.float64
     if interior:

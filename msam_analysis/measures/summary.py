@@ -62,7 +62,7 @@ def measure(
     objective
         The loss at the weights to be measured.
     metrics
-        Which, of :data:`METRICS`; the order does not matter. Default :data:`DEFAULT_METRICS`. The others are
+        Names from :data:`METRICS`, in any order. Default :data:`DEFAULT_METRICS`. The others are
         ``"adaptive"``: the balls again in units of ``|w|``; ``"batches"``: the m-sharpness, with 128 samples a batch
         and at most 8 of the batches; ``"flatness"``: the relative flatness of the last weight matrix;
         ``"fisher-rao"``: the squared Fisher-Rao norm, on at most 200 samples.
@@ -71,9 +71,9 @@ def measure(
     sigma
         Relative standard deviation of the noise for the average-case sharpness; default 0.01.
     eigenvalues
-        How many of the Hessian's largest; at most ``objective.size`` are asked for.
+        Number of largest eigenvalues of the Hessian, at most ``objective.size``.
     seed
-        Of everything random.
+        Seed of all random draws.
     tick
         Called with the name of each metric before it is measured.
 
@@ -85,7 +85,7 @@ def measure(
     Raises
     ------
     ValueError
-        There is no metric of a name; or an option of one is out of range.
+        A name is not among the metrics, or an option of a metric is out of range.
     """
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or not metrics:

@@ -15,8 +15,8 @@ def maximize_quadratic(matrix: Tensor, linear: Tensor, radius: float) -> tuple[T
 
     The multiplier ``μ ≥ max(λ_max(T), 0)`` solves ``(μ I − T) y = c`` with ``μ (radius − ‖y‖) = 0``. Three cases: an
     interior maximum (``T`` negative definite and ``‖T⁻¹c‖ ≤ radius``), the regular one (``‖y(μ)‖ = radius`` for one
-    ``μ`` beyond the spectrum), and the hard one (``c`` has no part along the top eigenvector: what is missing to the
-    radius is taken along it).
+    ``μ`` beyond the spectrum), and the hard one (``c`` has no part along the top eigenvector, which then supplies the
+    length that is missing to the radius).
 
     Parameters
     ----------
@@ -25,7 +25,7 @@ def maximize_quadratic(matrix: Tensor, linear: Tensor, radius: float) -> tuple[T
     linear
         ``c``, shape ``(m,)``, float64.
     radius
-        Positive.
+        Radius of the ball, positive.
 
     Returns
     -------

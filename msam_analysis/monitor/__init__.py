@@ -1,4 +1,4 @@
-"""Probes of running training, and the monitor that asks them step by step and keeps what they return.
+"""Probes of running training, and the monitor that asks them step by step and keeps their numbers.
 
 This room may import everything that measures: ``landscape``, ``measures``, ``spectra``, ``objective``, ``results``.
 """

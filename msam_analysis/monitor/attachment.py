@@ -1,4 +1,4 @@
-"""The two moments of every step of an optimizer: the gradient is there and nothing has moved, and all has moved."""
+"""Hooks at two moments of every optimizer step: the gradient is ready and nothing has moved; the step is over."""
 
 from __future__ import annotations
 
@@ -6,54 +6,45 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-
-class Listener(Protocol):
-    """What is told about steps."""
-
-    def before(self, optimizer: torch.optim.Optimizer) -> None:
-        """The step's gradient is in ``.grad``, and no weight has moved."""
-        ...
-
-    def after(self, optimizer: torch.optim.Optimizer, taken: bool) -> None:
-        """The step is over; ``taken`` is false where a gradient scaler found an overflow and nothing moved."""
-        ...
+if TYPE_CHECKING:
+    from msam_analysis.monitor.monitor import Monitor
 
 
 class Attachment:
-    """Tells a listener about every step, through hooks; the optimizer does not keep the listener alive.
+    """Tells a monitor about every step, through hooks; the optimizer does not keep the monitor alive.
 
-    ``before`` is called inside of ``step``, behind every pre-hook and behind the first call of a closure: whatever
-    somebody does to the gradient has been done by then, in whatever order hooks were registered. For this the step is
-    handed a closure, an empty one where the caller gave none. Optimizers of :mod:`msam` have a hook of their own for
-    that moment.
+    ``monitor.before`` is called inside of ``step``, after every pre-hook and after the first call of a closure. So all
+    changes to the gradient have been made by then, in whatever order hooks were registered. For this the step gets a
+    closure, an empty one if the caller gave none. Optimizers of :mod:`msam` have a hook of their own for that moment.
+    ``monitor.after`` is called when the step is over.
 
     Parameters
     ----------
     optimizer
         Any ``torch.optim`` optimizer, or a wrapper that keeps it as ``optimizer``.
-    listener
-        Who is told.
+    monitor
+        The monitor that is told about steps.
     scaler
-        The :class:`torch.amp.GradScaler` that calls ``step``: it does not when a gradient overflowed, and only its own
-        ``step`` shows that.
+        The :class:`torch.amp.GradScaler` that calls ``step``. It does not call it when a gradient overflowed, and only
+        the scaler's own ``step`` shows that.
 
     Attributes
     ----------
     gradients_stay
-        Whether the gradients a step was taken with are still in ``.grad``, without a loss scale, once it is over. Some
-        of torch's kernels write something else there.
+        Whether the gradients of a step are still in ``.grad``, without a loss scale, when the step is over. Some of
+        torch's kernels write something else there.
 
     Raises
     ------
     TypeError
-        There is no optimizer.
+        ``optimizer`` is not an optimizer.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, listener: Listener, scaler: Any = None) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, monitor: Monitor, scaler: Any = None) -> None:
         self.optimizer = _inner(optimizer)
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -62,10 +53,10 @@ class Attachment:
         self.gradients_stay = hasattr(self.optimizer, "register_gradient_hook")
         self._ended = 0
         self._steps = -1
-        # A subclass whose step calls its parent's is hooked twice: one step is opened, observed and ended once.
+        # A subclass whose step calls its parent's step is hooked twice: open, observe and end one step only once.
         self._open = self._observed = False
-        self._listener = weakref.ref(listener)
-        # The optimizer holds the hooks; they must not keep the listener, or the objectives in it, alive.
+        self._monitor = weakref.ref(monitor)
+        # The optimizer holds the hooks; they must not keep the monitor, or the objectives in it, alive.
         this = weakref.ref(self)
 
         takes_closure = "closure" in inspect.signature(self.optimizer.step).parameters
@@ -73,7 +64,7 @@ class Attachment:
 
         def opened(*_: object) -> None:
             attachment = this()
-            # Where it is observed before its step begins, a second opening is that of its parent's.
+            # If it is observed before the step begins, a second opening comes from the parent's step.
             if attachment is not None and (inside or not (attachment._open and attachment._observed)):
                 attachment._open, attachment._observed = True, False
 
@@ -88,15 +79,15 @@ class Attachment:
                 attachment._open = False
                 attachment._after(attachment._taken())
 
-        # First: the other hook may observe at once.
+        # This hook comes first, as the other one may observe at once.
         opening = self.optimizer.register_step_pre_hook(opened)
         if self.gradients_stay:
-            first = self.optimizer.register_gradient_hook(before)  # type: ignore[attr-defined]  # of msam's optimizers
+            first = self.optimizer.register_gradient_hook(before)  # type: ignore[attr-defined]  # msam's optimizers have it
         else:
             first = self.optimizer.register_step_pre_hook(_inside_step(before, takes_closure=takes_closure))
         self._ends = [opening.remove, first.remove, self.optimizer.register_step_post_hook(after).remove]
         if scaler is not None:
-            self._ends.append(_watch(scaler, self.optimizer, this))
+            self._ends.append(_follow_scaler(scaler, self.optimizer, this))
 
     def close(self) -> None:
         """Detach; safe to call twice."""
@@ -107,23 +98,23 @@ class Attachment:
         if self._observed:
             return
         self._observed = True
-        listener = self._listener()
-        if listener is not None and not _overflowed(self.optimizer) and not _capturing():
+        monitor = self._monitor()
+        if monitor is not None and not _overflowed(self.optimizer) and not _capturing():
             self._steps = self._count()
-            listener.before(self.optimizer)
+            monitor.before(self.optimizer)
 
     def _after(self, taken: bool) -> None:
         self._ended += 1
-        listener = self._listener()
-        if listener is not None:
-            listener.after(self.optimizer, taken)
+        monitor = self._monitor()
+        if monitor is not None:
+            monitor.after(self.optimizer, taken)
 
     def _taken(self) -> bool:
-        """Whether the step that is over moved anything; SAM finds an overflow of its first gradients by itself."""
+        """Return whether the step moved anything; SAM itself finds an overflow of its first gradients."""
         return self._count() != self._steps if self.gradients_stay else not _overflowed(self.optimizer)
 
     def _count(self) -> int:
-        """Return the steps that an optimizer of :mod:`msam` has taken."""
+        """Return the number of steps that an optimizer of :mod:`msam` has taken; -1 for other optimizers."""
         return int(self.optimizer.param_groups[0]["steps"]) if self.gradients_stay else -1
 
 
@@ -135,18 +126,18 @@ def _inner(optimizer: Any) -> Any:
 
 
 def _overflowed(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether an optimizer that takes the loss scale off itself was told of an overflow."""
+    """Return whether an optimizer that removes the loss scale itself was told of an overflow."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
 
 
 def _capturing() -> bool:
-    """Tell whether a CUDA graph is being captured: then nothing is computed, and nothing may be fetched."""
+    """Return whether a CUDA graph is being captured: nothing is computed then, and nothing may be fetched."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _inside_step(observe: Callable[[], None], *, takes_closure: bool) -> Callable[..., tuple[Any, Any] | None]:
-    """Return a step pre-hook that observes once the gradient is there: where the step calls its closure."""
+    """Return a step pre-hook that observes when the gradient is ready: where the step calls its closure."""
 
     def hook(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         if not takes_closure:
@@ -170,8 +161,8 @@ def _inside_step(observe: Callable[[], None], *, takes_closure: bool) -> Callabl
     return hook
 
 
-def _watch(scaler: Any, optimizer: torch.optim.Optimizer, this: weakref.ref[Attachment]) -> Callable[[], None]:
-    """Let a gradient scaler's ``step`` tell of the steps that it leaves out; return what ends that."""
+def _follow_scaler(scaler: Any, optimizer: torch.optim.Optimizer, this: weakref.ref[Attachment]) -> Callable[[], None]:
+    """Make a gradient scaler's ``step`` report the steps that it leaves out; return a function that ends this."""
     original, previous = scaler.step, vars(scaler).get("step")
 
     @functools.wraps(original)
@@ -184,7 +175,7 @@ def _watch(scaler: Any, optimizer: torch.optim.Optimizer, this: weakref.ref[Atta
         return result
 
     def end() -> None:
-        if vars(scaler).get("step") is step:  # otherwise somebody else's stands on it
+        if vars(scaler).get("step") is step:  # otherwise another wrapper is around it
             del scaler.step
             if previous is not None:
                 scaler.step = previous

@@ -1,4 +1,4 @@
-"""The monitor: which probes are due, what they returned, what they cost."""
+"""The monitor: asks the probes that are due, and keeps their numbers and their cost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass
 class _Entry:
-    """A probe, its period, and what it has taken so far."""
+    """A probe, its period, and its calls and seconds so far."""
 
     probe: Probe
     period: int
@@ -37,7 +37,7 @@ class _Entry:
     seconds: float = 0.0
 
     def timed(self, call: Callable[..., T], *arguments: Any) -> T:
-        """Return what a call returns, and add up its time."""
+        """Make a call, and add up its time."""
         start = time.perf_counter()
         try:
             return call(*arguments)
@@ -47,7 +47,7 @@ class _Entry:
 
 @dataclass
 class _Pending:
-    """A row of a step that is not over yet."""
+    """The row of a step that is not over yet."""
 
     row: Row
     finishes: list[tuple[_Entry, Finish]] = field(default_factory=list)
@@ -55,59 +55,59 @@ class _Pending:
 
 
 class Monitor:
-    """Asks probes at every ``every``-th step of an optimizer and keeps what they return.
+    """Asks probes at every ``every``-th step of an optimizer and keeps their numbers.
 
     It attaches to the optimizer's own hooks: the loop does not change, whether it is a plain one, Lightning's or the
-    Hugging Face Trainer's. Probes are asked inside of ``step``, when the gradient is what it will be stepped with
-    (clipped, unscaled, gathered from all parts of a batch and all processes) and before anything moves; SAM is observed
-    once a step, after its first gradient. A row is complete, and written, when the step is over.
+    Hugging Face Trainer's. Probes are asked inside of ``step``, before anything moves. The gradient is then the one of
+    the step: clipped, unscaled, and gathered from all parts of a batch and all processes. SAM is observed once in a
+    step, after its first gradient. A row is complete, and written, when the step is over.
 
     Parameters
     ----------
     optimizer
-        Any ``torch.optim`` optimizer; wrappers of Lightning and accelerate are looked through.
+        Any ``torch.optim`` optimizer, also inside a wrapper of Lightning or accelerate.
     probes
-        Functions of ``(optimizer, step)`` that return named numbers, see :mod:`msam_analysis.monitor.probes`; one in
-        :class:`~msam_analysis.monitor.probes.Every` has a period of its own.
+        Functions of ``(optimizer, step)`` that return named numbers, see :mod:`msam_analysis.monitor.probes`. A probe
+        inside :class:`~msam_analysis.monitor.probes.Every` has a period of its own.
     every
-        Record at steps ``0, every, 2 every, ...``. Default 50, the paper's choice for exhibit A8.
+        Period in steps: rows are recorded at steps ``0, every, 2 every, ...``. Default 50, as in exhibit A8.
     path
-        A file that every row is appended to as soon as it is complete. If it exists, it is continued behind its last
-        row; see Notes. Default: none.
+        A file to which every row is appended as soon as it is complete. An existing file is continued after its last
+        row; see Notes. Default: no file.
     scaler
         The :class:`torch.amp.GradScaler` that calls the optimizer's ``step``. It is needed only to count the steps that
-        it leaves out because of an overflow (:attr:`skipped`): its ``step`` is replaced by one that tells of them,
-        until :meth:`close`.
+        it leaves out because of an overflow (:attr:`skipped`). Until :meth:`close` its ``step`` is replaced by one that
+        reports them.
 
     Attributes
     ----------
     step
-        Steps taken so far; the number of the next one, as steps count from 0. One left out because of an overflow is
-        not counted.
+        Number of steps taken so far, and number of the next step, as steps count from 0. Steps left out because of an
+        overflow do not count.
     skipped
-        Steps left out because of an overflow, as far as they were seen: with ``scaler`` all of them, otherwise those of
-        optimizers that a scaler leaves it to (torch's fused kernels, SAM).
+        Number of steps left out because of an overflow. With ``scaler`` all of them count, otherwise those that the
+        optimizer itself notices (torch's fused kernels, SAM).
     rows
-        What was recorded, one dict for each recorded step.
+        The recorded rows, one dict for each recorded step.
 
     Raises
     ------
     TypeError
-        ``optimizer`` is none.
+        ``optimizer`` is not an optimizer.
     ValueError
-        ``every`` is not a positive integer, there is no probe, or the file is of other probes. Found out at the first
-        recorded step, in which the optimizer's ``step`` then raises: two probes record the same name, or a file that
-        holds an earlier run is given to an optimizer that has not taken a step.
+        ``every`` is not a positive integer, there is no probe, or the file belongs to other probes. At the first
+        recorded step the optimizer's ``step`` raises it if two probes record the same name, or if the file holds an
+        earlier run and the optimizer has not taken a step.
 
     Notes
     -----
-    To resume, save :meth:`state_dict` in the checkpoint, beside the optimizer's, and load it into a monitor of the same
-    probes and path: rows of steps after the checkpoint are dropped, and the file becomes what an uninterrupted run
-    writes. Without it, counting goes on where the file ends: after :meth:`close` at the step that was reached, after a
-    crash behind the last row.
+    To resume, save :meth:`state_dict` in the checkpoint, beside the optimizer's, and load it into a monitor with the
+    same probes and path. Rows of steps after the checkpoint are dropped, and the file becomes that of an uninterrupted
+    run. Without it, counting goes on where the file ends: after :meth:`close` at the step that was reached, after a
+    crash at the step after the last row.
 
     Steps inside a captured CUDA graph call no hooks and cannot be recorded. In data-parallel training every process may
-    have its monitor: the gradients that it sees are averaged already; give ``path`` to one of them.
+    have its own monitor: the gradients that it sees are already averaged. Give ``path`` to only one of them.
 
     Examples
     --------
@@ -147,18 +147,16 @@ class Monitor:
         self._first: float | None = None
         self._elapsed = 0.0
         self._file = None if path is None else RecordFile(path, self._identity())
-        self._continues = False  # whether an earlier run's rows are there, and nobody has said that they are ours
+        self._continues = False  # whether the file has rows of a run that may be another one
         if self._file is not None:
             self.rows, self.step = self._file.rows, self._file.step
             self._continues = bool(self.rows)
         self._attachment = Attachment(optimizer, self, scaler)
 
-    # ---------------------------------------------------------------- what users see
-
     def frame(self) -> pd.DataFrame:
-        """Return what was recorded so far: one row per recorded step, column ``step`` and one per quantity.
+        """Return the recorded rows as a table: column ``step``, and one column for each quantity.
 
-        NaN where a probe was not asked at a step, or had no answer.
+        NaN where a probe was not asked at a step or had no number.
         """
         return frame_of(self.rows)
 
@@ -174,26 +172,26 @@ class Monitor:
         Returns
         -------
         pandas.DataFrame
-            As :meth:`frame` returns it. Half a line at the end, which a crash can leave, does not count.
+            The same table as :meth:`frame`. Half a line at the end, which a crash can leave, is ignored.
 
         Raises
         ------
         FileNotFoundError
             There is no such file.
         ValueError
-            It is no file of a monitor, or damaged.
+            The file was not written by a monitor, or is damaged.
         """
         return read_records(path)
 
     def cost(self) -> pd.DataFrame:
-        """Return what the probes have taken in this process: one row for each, and nothing of it in files.
+        """Return the time of each probe in this process, one row for each; no file has it.
 
         Returns
         -------
         pandas.DataFrame
-            ``probe``, its ``period``, how often it was asked (``calls``), ``seconds`` of wall-clock time in all and
-            ``per_call``, and their ``share`` of the time since the first observed step. On a GPU a probe that fetches
-            its numbers waits for what was under way, and that is counted as well.
+            Columns ``probe``, ``period``, ``calls``, ``seconds`` of wall-clock time in all, seconds ``per_call``, and
+            ``share`` of the time since the first observed step. On a GPU a probe that fetches its numbers waits for the
+            work before it, and this time counts as well.
         """
         elapsed = self._elapsed
         frame: pd.DataFrame = pd.DataFrame(
@@ -212,47 +210,47 @@ class Monitor:
         return frame
 
     def on_record(self, listener: Callable[[Monitor], None]) -> RemovableHandle:
-        """Call ``listener(monitor)`` after every row, outside of what is timed.
+        """Call ``listener(monitor)`` after every row; its time does not count.
 
         Returns
         -------
         torch.utils.hooks.RemovableHandle
-            Its ``remove()`` ends the calls.
+            A handle whose ``remove()`` ends the calls.
         """
         handle = RemovableHandle(self._listeners)
         self._listeners[handle.id] = listener
         return handle
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint has to hold: the step, and what probes carry from one record to the next.
+        """Return the state for a checkpoint: the step, and the states of the probes, without the rows.
 
-        Tensors and plain values only, so that ``torch.load(..., weights_only=True)`` reads it. Rows are in the file.
+        It holds tensors and plain values only, so that ``torch.load(..., weights_only=True)`` reads it.
         """
         states: list[dict[str, Any]] = [getattr(entry.probe, "state_dict", dict)() for entry in self._entries]
         return {"step": self.step, "skipped": self.skipped, "identity": self._identity(), "probes": states}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint; rows of later steps are dropped, from the file as well.
+        """Go on from a checkpoint; rows of later steps are dropped, also in the file.
 
         Parameters
         ----------
         state
-            What :meth:`state_dict` returned.
+            A state that :meth:`state_dict` returned.
 
         Raises
         ------
         ValueError
-            It is of other probes.
+            The state belongs to other probes.
         """
         if state["identity"] != self._identity():
             raise ValueError(
-                f"expected the state of a monitor of {self._identity()}, got one of {state['identity']}: give this one "
-                "the same probes and periods"
+                f"expected the state of a monitor with {self._identity()}, got one with {state['identity']}: give this "
+                "monitor the same probes and periods"
             )
         self.step, self.skipped = int(state["step"]), int(state["skipped"])
         for entry, saved in zip(self._entries, state["probes"], strict=True):
             if saved:
-                entry.probe.load_state_dict(saved)  # type: ignore[attr-defined]  # it had a state to save
+                entry.probe.load_state_dict(saved)  # type: ignore[attr-defined]  # it saved a state
         if self._file is None:
             self.rows = [row for row in self.rows if row["step"] < self.step]
         else:
@@ -261,7 +259,7 @@ class Monitor:
         self._continues = False
 
     def close(self) -> None:
-        """Detach from the optimizer; what was recorded stays. Safe to call twice."""
+        """Detach from the optimizer; the rows stay. Safe to call twice."""
         if self._file is not None and not self._continues:
             self._file.end(self.step)
         self._attachment.close()
@@ -274,10 +272,10 @@ class Monitor:
         """Detach."""
         self.close()
 
-    # ---------------------------------------------------------------- what the hooks call
+    # ---------------------------------------------------------------- called by the hooks
 
     def before(self, optimizer: torch.optim.Optimizer) -> None:
-        """Ask the probes that are due, before the step; called by the optimizer's hook."""
+        """Ask the probes that are due: the step's gradient is in ``.grad``, and no weight has moved."""
         if self._first is None:
             self._first = time.perf_counter()
         self._pending = None
@@ -298,7 +296,7 @@ class Monitor:
         self._pending = pending
 
     def after(self, optimizer: torch.optim.Optimizer, taken: bool) -> None:
-        """Count the step and complete its row; called by the optimizer's hook."""
+        """Count the step and complete its row; ``taken`` is false if an overflow was found and nothing moved."""
         pending, self._pending = self._pending, None
         if not taken:
             self.skipped += 1
@@ -325,12 +323,12 @@ class Monitor:
         return {"probes": [entry.name for entry in self._entries], "periods": [entry.period for entry in self._entries]}
 
     def _check_run(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse to write a new run behind the rows of an older one."""
+        """Refuse to write a new run after the rows of an older one."""
         if not self._continues:
             return
         try:
             new = not momentum_buffers(optimizer)
-        except RuntimeError:  # without momentum nothing tells a new optimizer from an old one
+        except RuntimeError:  # without momentum a new optimizer looks like an old one
             new = False
         if new:
             raise ValueError(
@@ -341,7 +339,7 @@ class Monitor:
 
 
 def _copied(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
-    """Return copies of the gradients, without a loss scale: the step may write something else into ``.grad``."""
+    """Return copies of the gradients, without a loss scale, as the step may overwrite ``.grad``."""
     scale = loss_scale(optimizer)
     return {parameter: grad / scale for parameter, grad in present_gradients(optimizer).items()}
 
@@ -354,7 +352,7 @@ def _add(row: Row, values: Mapping[str, float]) -> None:
 
 
 def _described(probe: Probe) -> str:
-    """Return a probe in words: its name, and those of its settings that are plain values."""
+    """Return the name of a probe, with the settings that are plain values."""
     if not is_dataclass(probe):
         return str(getattr(probe, "__qualname__", type(probe).__qualname__))
     settings = {each.name: getattr(probe, each.name) for each in fields(probe) if each.init}

@@ -1,7 +1,7 @@
-"""The file of a monitor: one line for each record, whole lines after a crash, and only records of the same probes.
+"""The file of a monitor: one line for each row, whole lines after a crash, and only rows of the same probes.
 
-The first line says what is recorded; every other one is a JSON object with the step and the numbers of that step, as
-Python writes them (``NaN`` and ``Infinity`` included), so that they are read again to the bit.
+The first line names the probes. Every other line is a JSON object with the step and the numbers of that step, as Python
+writes them (``NaN`` and ``Infinity`` included), so that they are read again to the bit.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ def frame_of(rows: list[Row]) -> pd.DataFrame:
 
 
 class RecordFile:
-    """Rows on disk, appended one by one; nothing is held open in between.
+    """Rows on disk, appended one by one; the file is not held open in between.
 
     Parameters
     ----------
     path
-        The file; parents are made. One writer at a time.
+        The file; parents are made. Only one process may write to it at a time.
     identity
-        What is recorded and how often, in words. A file of something else is refused.
+        The probes and their periods, in words. A file with others is refused.
 
     Attributes
     ----------
     rows
-        What the file holds.
+        The rows in the file.
     step
-        How many steps had been seen when it was last written to, as far as the file says.
+        Number of steps at the last writing, as far as the file says.
 
     Raises
     ------
     ValueError
-        The file is of something else, or damaged.
+        The file has other probes or periods, or is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
@@ -63,23 +63,23 @@ class RecordFile:
         for name, mine in identity.items():
             if there.get(name) != mine:
                 raise ValueError(
-                    f"{self.path} is of another monitor, with the {name} {there.get(name)}: expected {mine}; give "
+                    f"{self.path} belongs to another monitor, with the {name} {there.get(name)}: expected {mine}; give "
                     "another path, or move the file away"
                 )
 
     def append(self, row: Row) -> None:
-        """Add a row; it is in the file when this returns."""
+        """Add a row to the file at once."""
         line = _line(row)
         self._write(line)
         self._size += len(line)
         self.rows.append(row)
 
     def end(self, step: int) -> None:
-        """Note how many steps were seen, where the rows do not say it, so that counting goes on there."""
+        """Note the number of steps if the rows do not say it, so that counting goes on there."""
         self._write(b"" if step == _next(self.rows) else _line({_END: step}))
 
     def rewind(self, step: int) -> None:
-        """Forget the rows of ``step`` and later ones; the file changes at once, whole."""
+        """Delete the rows of ``step`` and later ones; the file is replaced as a whole."""
         self.rows[:] = [row for row in self.rows if row["step"] < step]
         text = self._header + b"".join(map(_line, self.rows))
         with atomic_path(self.path) as partial:
@@ -87,7 +87,7 @@ class RecordFile:
         self._size = len(text)
 
     def _write(self, line: bytes) -> None:
-        """Write behind the last row: over the note of an end, and over half a line that a crash has left."""
+        """Write after the last row, over the note of an end or half a line from a crash."""
         with self.path.open("r+b") as file:
             file.truncate(self._size)
             file.seek(self._size)
@@ -111,11 +111,11 @@ def _line(content: Mapping[str, Any]) -> bytes:
 
 
 def _parsed(path: Path, content: bytes) -> tuple[dict[str, Any], list[Row], int, int]:
-    """Return header, rows, how many steps were seen, and the length of all that in bytes."""
-    lines = content.split(b"\n")[:-1]  # what follows the last newline is half a line
+    """Return the header, the rows, the number of steps, and the length of header and rows in bytes."""
+    lines = content.split(b"\n")[:-1]  # the text after the last newline is half a line
     header = _decoded(lines[0]) if lines else {}
     if header.get("format") != _FORMAT:
-        raise ValueError(f"{path} is no file of a Monitor ({_FORMAT}): give another path, or move the file away")
+        raise ValueError(f"{path} is not a file of a Monitor ({_FORMAT}): give another path, or move the file away")
     rows: list[Row] = []
     size = len(lines[0]) + 1
     end: int | None = None
@@ -132,7 +132,7 @@ def _parsed(path: Path, content: bytes) -> tuple[dict[str, Any], list[Row], int,
 
 
 def _decoded(line: bytes) -> dict[str, Any]:
-    """Return the object in a line, empty for one that holds something else."""
+    """Return the object in a line; an empty one if the line holds something else."""
     try:
         entry = json.loads(line)
     except ValueError:

@@ -2,42 +2,44 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal
 from torch import Tensor
 
-_CLEAN = 0.5  # a pass of Gram-Schmidt that leaves more than this of a vector need not be repeated
+from msam_analysis.spectra.subspace import cleared
 
 
 class Chain:
-    r"""The Krylov space of ``P A P`` from one start, ``P = I − W Wᵀ``; whoever holds it makes the products.
+    r"""The Krylov space of ``P A P`` from one start, ``P = I − W Wᵀ``; the caller makes the products.
 
     ``A q_j = β_{j−1} q_{j−1} + α_j q_j + β_j q_{j+1}`` within the complement of ``W``; the ``α`` and ``β`` are the
     diagonals of a symmetric tridiagonal ``T`` with ``T = Qᵀ A Q``.
 
-    Without ``remember`` only the last two vectors are held, and orthogonality to the older ones is lost once a Ritz
-    value has converged, in the direction of its vector (Paige 1980). Extreme Ritz values stay right: ``T`` is then what
-    exact arithmetic makes of a matrix whose eigenvalues lie in tiny clusters about those of ``P A P``, with the start's
-    weights (Greenbaum 1989), so that bounds which rest on Chebyshev polynomials over the whole interval hold
-    (Druskin & Knizhnerman 1991); and so do the sums that ``T`` is a quadrature for (Knizhnerman 1996).
+    Without ``remember`` only the last two vectors are held. Orthogonality to the older ones is then lost once a Ritz
+    value has converged, in the direction of its vector (Paige 1980). Extreme Ritz values stay right: the computed ``T``
+    is the exact one of a matrix whose eigenvalues lie in tiny clusters about those of ``P A P``, with the start's
+    weights (Greenbaum 1989). So the bounds that rest on Chebyshev polynomials over the whole interval hold (Druskin &
+    Knizhnerman 1991), and so do the sums for which ``T`` is a quadrature (Knizhnerman 1996).
 
     Parameters
     ----------
     start
-        Shape ``(size,)``.
+        Start vector, shape ``(size,)``.
     against
         ``W``, shape ``(size, w)`` with orthonormal columns.
     norm
-        Estimate of ``‖A‖``: what is below its rounding is no new direction.
+        Estimate of ``‖A‖``: a remainder below its rounding error is no new direction.
     remember
-        Vectors to hold, each new one being orthogonalised against all of them; 0: none but the last two.
+        Vectors to hold; each new one is orthogonalised against all of them. 0: only the last two are held.
 
     Attributes
     ----------
     current
         ``q_j`` of the next step, shape ``(size,)``.
     exhausted
-        The Krylov space is invariant: every distinct eigenvalue that the start has a part in is one of ``T``'s.
+        Whether the Krylov space is invariant: then ``T`` has every distinct eigenvalue in which the start has a part.
     """
 
     def __init__(self, start: Tensor, against: Tensor, *, norm: float = 0.0, remember: int = 0) -> None:
@@ -47,11 +49,10 @@ class Chain:
         self._off: list[float] = []
         self._kept = start.new_empty(remember, len(start))
         length = float(start.norm())
-        cleared = self._cleared(start)
-        left = float(cleared.norm())
-        # A start inside span(W) is nothing but rounding once it is cleared.
+        outside, left = self._cleared(start)
+        # The part of a start inside span(W) that is left is only rounding.
         self.exhausted = not left > 100 * torch.finfo(start.dtype).eps * length
-        self.current = self._cleared(cleared / left) if not self.exhausted else torch.zeros_like(start)
+        self.current = self._cleared(outside / left)[0] if not self.exhausted else torch.zeros_like(start)
         self._previous = torch.zeros_like(self.current)
 
     @property
@@ -61,12 +62,12 @@ class Chain:
 
     @property
     def last(self) -> float:
-        """``α_j + β_j`` of the last step; NaN or infinite where a product was."""
+        """``α_j + β_j`` of the last step; NaN or infinite if a product was."""
         return self._diagonal[-1] + self._off[-1]
 
     def forget(self) -> None:
-        """Let go of all vectors; what is left is ``T``."""
-        # New tensors: a view would keep all of it.
+        """Let go of all vectors; only ``T`` is left."""
+        # New tensors: a view would keep the whole memory.
         self.current = self._previous = self.current.new_empty(0)
         self._kept = self._against = self.current.new_empty(0, 0)
 
@@ -80,16 +81,15 @@ class Chain:
         if self._kept.shape[0]:
             self._kept[self.steps] = self.current
         self._diagonal.append(level)
-        rest = self._cleared(rest)
-        length = float(rest.norm())
+        rest, length = self._cleared(rest)
         self._norm = max(self._norm, abs(level) + length)
-        # Also where it is NaN: whoever reads T sees it there.
+        # A NaN ends the chain too: it stands in T for the reader to see.
         self.exhausted = not length > 10 * torch.finfo(rest.dtype).eps * self._norm
         self._off.append(length)
         self._previous, self.current = self.current, rest / length if not self.exhausted else torch.zeros_like(rest)
 
     def christoffel(self, at: float) -> float:
-        r"""Return ``Σ_j p_j(at)²`` over the orthonormal polynomials of the recurrence, of degree 0 up to the steps.
+        r"""Return ``Σ_j p_j(at)²`` over the orthonormal polynomials of the recurrence, from degree 0 up to ``steps``.
 
         No measure with these coefficients has more mass than the inverse in one point (Akhiezer 1965, section 2.5).
         Beyond the Ritz values the sum grows with the distance.
@@ -104,30 +104,22 @@ class Chain:
 
     def ritz_values(self) -> Tensor:
         """Return the eigenvalues of ``T``, increasing; float64 on the CPU."""
-        if not all(map(_finite, (*self._diagonal, *self._off))):
+        if not self._finite:
             return torch.full((self.steps,), torch.nan).double()
         return torch.from_numpy(eigvalsh_tridiagonal(self._diagonal, self._off[:-1]))
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Return the eigenvalues of ``T``, increasing, and its eigenvectors as columns; float64 on the CPU."""
-        if not all(map(_finite, (*self._diagonal, *self._off))):
-            size = self.steps
-            return torch.full((size,), torch.nan).double(), torch.full((size, size), torch.nan).double()
+        if not self._finite:
+            return self.ritz_values(), torch.full((self.steps, self.steps), torch.nan).double()
         values, vectors = eigh_tridiagonal(self._diagonal, self._off[:-1])
         return torch.from_numpy(values), torch.from_numpy(vectors)
 
-    def _cleared(self, vector: Tensor) -> Tensor:
-        """Return the part outside of ``W`` and of what is remembered, by passes until one takes little away."""
+    @property
+    def _finite(self) -> bool:
+        return all(map(math.isfinite, (*self._diagonal, *self._off)))
+
+    def _cleared(self, vector: Tensor) -> tuple[Tensor, float]:
+        """Return the part of a vector outside of ``W`` and of the remembered vectors, and its length."""
         bases = [basis for basis in (self._against.T, self._kept[: self.steps]) if basis.shape[0]]
-        left = float(vector.norm()) if bases else 0.0
-        for _ in range(3 if bases else 0):
-            for basis in bases:
-                vector = vector - (basis @ vector) @ basis
-            before, left = left, float(vector.norm())
-            if left > _CLEAN * before:
-                break
-        return vector
-
-
-def _finite(number: float) -> bool:
-    return number - number == 0.0
+        return cleared(vector, bases, float(vector.norm()))

@@ -1,37 +1,59 @@
-"""What is asked of an eigensolver, and when a pair has it."""
+"""The goal of an eigenvalue search, its state, and its random vectors."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from msam_analysis.objective.vectors import gaussian
+
 Which = Literal["largest", "smallest", "magnitude", "ends"]
+Draw = Callable[[int], Tensor]
+"""``draw(columns)`` returns a fresh random matrix of shape ``(size, columns)``."""
+
+
+def random_vectors(size: int, like: Tensor, seed: int) -> Draw:
+    """Return a function that draws Gaussian vectors, each call independent of all earlier ones.
+
+    Parameters
+    ----------
+    size
+        Length of the vectors.
+    like
+        A tensor with the data type and the device that the vectors get.
+    seed
+        Seed of all draws.
+    """
+    calls = itertools.count(1)
+    # The word is part of the seed: another one gives other vectors.
+    return lambda columns: gaussian(size, columns, seed=seed, like=like, use=f"probe {next(calls)}")
 
 
 def ordering(values: Tensor, which: Which) -> Tensor:
-    """Return the permutation that puts the wanted end of the spectrum first; for ``"ends"`` they take turns."""
+    """Return the permutation that puts the wanted end of the spectrum first; for ``"ends"`` the two ends alternate."""
     if which == "magnitude":
         return values.abs().argsort(descending=True, stable=True)
     order = values.argsort(descending=which != "smallest", stable=True)
     if which == "ends":
-        turns = torch.stack([order, order.flip(0)], dim=1).flatten()
-        order = turns[: len(order)]
+        order = torch.stack([order, order.flip(0)], dim=1).flatten()[: len(order)]
     return order
 
 
 @dataclass(frozen=True)
 class Goal:
-    """How many eigenpairs are wanted, from where, how well.
+    """The eigenpairs that are wanted: their number, their end of the spectrum, their accuracy.
 
     Attributes
     ----------
     k, which, tolerance
         See :func:`~msam_analysis.spectra.top_eigenvalues`.
     floor
-        Residual, relative to ``‖A‖``, that is always small enough; at least what rounding leaves.
+        Residual, relative to ``‖A‖``, that is always small enough; at least the rounding error.
     """
 
     k: int
@@ -52,3 +74,23 @@ class Goal:
             bottom = {-1: -float(wanted[1::2].max())} if len(wanted) > 1 else {}
             return {1: float(wanted[::2].min()), **bottom}
         return {1: last} if self.which == "largest" else {-1: -last}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The state of a search.
+
+    Attributes
+    ----------
+    values, norms
+        The wanted Ritz values and the norms of their residuals, at most ``k``.
+    done
+        Whether all ``k`` residuals are small enough.
+    whole
+        Whether the whole space was searched, so that no further eigenvalue can exist.
+    """
+
+    values: Tensor
+    norms: Tensor
+    done: bool
+    whole: bool

@@ -8,41 +8,42 @@ from torch import Tensor
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import orthonormalize
 from msam_analysis.spectra.beyond import Inside, require_finite, set_aside
-from msam_analysis.spectra.goal import Goal
-from msam_analysis.spectra.search import Found, Probes, Search
+from msam_analysis.spectra.goal import Draw, Found, Goal
 from msam_analysis.spectra.subspace import Subspace
 
 
-class LanczosSearch(Search):
-    r"""A Krylov space grown by the largest residual, with Rayleigh-Ritz extraction over all of it.
+class LanczosSearch:
+    r"""A Krylov space that grows by the largest residual, with Rayleigh-Ritz extraction over all of it.
 
-    From one start every Ritz residual points along the next Lanczos vector, and this is Lanczos with full
-    re-orthogonalisation: their norms are known without them, and are computed from the products only once they seem to
-    be small. When the basis is full it is cut to the leading Ritz vectors and the one that was worked on a step before,
-    which keeps the pace of a longer recurrence (thick restarts: Wu & Simon 2000; the further vector: Stathopoulos &
-    Saad 1998, section 4).
+    From a single start vector every Ritz residual points along the next Lanczos vector, so this is Lanczos with full
+    re-orthogonalisation. The residual norms are then known without the residuals, and are computed from the products
+    only once they seem to be small. A full basis is cut to the leading Ritz vectors and the vector that was worked on
+    one step before, which keeps the pace of a longer recurrence (thick restarts: Wu & Simon 2000; the further vector:
+    Stathopoulos & Saad 1998, section 4).
 
     Parameters
     ----------
-    operator, goal
-        Of what, and which pairs.
+    operator
+        The symmetric operator ``A``.
+    goal
+        The pairs that are wanted.
     capacity
         Columns of the basis, at least ``k + 2`` unless there are fewer parameters.
     start
-        Shape ``(size, p)``.
-    probes
-        Where fresh random vectors come from.
+        Start vectors, shape ``(size, p)``.
+    draw
+        Draws fresh random vectors.
     """
 
-    def __init__(self, operator: SymmetricOperator, goal: Goal, capacity: int, start: Tensor, probes: Probes) -> None:
+    def __init__(self, operator: SymmetricOperator, goal: Goal, capacity: int, start: Tensor, draw: Draw) -> None:
         self.goal = goal
-        self.probes = probes
+        self.draw = draw
         self.basis = Subspace(operator, capacity)
         self.norm = 0.0
         self._lead = torch.zeros(0, 0, dtype=torch.float64)  # coefficients of the wanted vectors
-        self._krylov = self.basis.expand(start[:, :capacity]) == 1  # whether `remainder` is all there is to know
+        self._krylov = self.basis.expand(start[:, :capacity]) == 1  # whether `remainder` gives every residual
         if not self.basis.columns:
-            self._krylov = self.basis.expand(probes.next()) == 1
+            self._krylov = self.basis.expand(draw(1)) == 1
 
     def run(self, stop: int) -> Found:
         """Grow the space until the wanted pairs have converged or ``operator.products`` reaches ``stop``."""
@@ -60,7 +61,7 @@ class LanczosSearch(Search):
             ahead = basis.remainder() if self._krylov and not over else None
             norms = basis.residual_norms(wanted, lead) if ahead is None else float(ahead.norm()) * lead[-1].abs()
             if ahead is not None and bool((norms <= limits).all()):
-                # A recurrence is not believed: what it says has to be seen.
+                # The recurrence only predicts these norms: compute them before they count.
                 ahead, norms = None, basis.residual_norms(wanted, lead)
             self._krylov = ahead is not None
             done = ahead is None and len(wanted) == k and bool((norms <= limits).all())
@@ -72,22 +73,22 @@ class LanczosSearch(Search):
                 direction = ahead[:, None]
             elif norms[worst] > limits[worst]:
                 direction = basis.residuals(wanted[worst], target)
-            else:  # an invariant subspace of fewer than k dimensions, which is left at random
-                direction = self.probes.next()
+            else:  # an invariant subspace of fewer than k dimensions: leave it in a random direction
+                direction = self.draw(1)
             if basis.columns == basis.capacity:
                 self._restart(coefficients, before)
                 before = None
             else:
                 before = target
             if not basis.expand(direction):
-                basis.expand(self.probes.next())
+                basis.expand(self.draw(1))
 
     def vectors(self) -> Tensor:
-        """Return the wanted vectors, shape ``(size, k)``."""
+        """Return the wanted vectors in the order of the goal, shape ``(size, k)``."""
         return self.basis.q @ self._lead.to(self.basis.q)
 
     def inside(self) -> Inside:
-        """Cut the basis to what was found, and return that."""
+        """Cut the basis to the pairs that were found, and return them for a look beyond."""
         values, coefficients = self.basis.pairs(self.goal.which)
         norms = self.basis.residual_norms(values, coefficients)
         whole = self.basis.columns == self.basis.operator.size

@@ -1,9 +1,9 @@
 """Other people's tools on the same objective: PyHessian, with this package's loss behind it.
 
 PyHessian takes a model, a criterion and a loader, calls ``model.eval()`` and ``loss.backward(create_graph=True)``,
-and draws from the global generator. Here it is handed stand-ins: their batches have the objective's gradients and
-weights, their parameters are private leaves, and its draws come from a private stream. So its answer is about the same
-function, BatchNorm policy, subset and all, and nothing of the user's is touched.
+and draws from the global generator. Here it gets stand-ins: their batches have the objective's gradients and weights,
+their parameters are private leaves, and its draws come from a private stream. So its answer is about the same function,
+with the same BatchNorm policy and subset of parameters, and nothing that belongs to the user is touched.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Backend = Literal["native", "pyhessian"]
 
 
 def check_backend(backend: str) -> None:
-    """Raise ``ValueError`` for a backend that there is none of."""
+    """Raise ``ValueError`` for an unknown backend."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
 
@@ -38,7 +38,7 @@ def check_backend(backend: str) -> None:
 def pyhessian_eigenvalues(
     target: object, k: int, *, iterations: int | None, tolerance: float, seed: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Return what PyHessian's power iteration finds: values in its order, unit vectors, and the products it made.
+    """Return the eigenpairs of PyHessian's power iteration: values in its order, unit vectors, number of products.
 
     Parameters
     ----------
@@ -47,12 +47,12 @@ def pyhessian_eigenvalues(
     k, iterations, tolerance
         PyHessian's ``top_n``, ``maxIter`` (``None``: its default) and ``tol``.
     seed
-        Of its random vectors.
+        Seed of PyHessian's random vectors.
 
     Returns
     -------
     values, vectors, products
-        Shapes ``(k,)``, float64, and ``(size, k)``; a vector that it multiplied by zero is zero.
+        Shapes ``(k,)``, float64, and ``(size, k)``; a vector that PyHessian multiplied by zero is zero.
     """
     loss = _objective(target)
     limit = {} if iterations is None else {"maxIter": iterations}
@@ -109,7 +109,7 @@ def _pyhessian(loss: Evaluation, seed: int) -> Iterator[tuple[Any, _Batches]]:
 
 
 class _Model:
-    """What PyHessian asks of a model: batch in, batch out."""
+    """A stand-in for the model that PyHessian calls: batch in, batch out."""
 
     def __init__(self, loss: Evaluation) -> None:
         self.leaves = loss.leaves()
@@ -129,10 +129,10 @@ class _Model:
 
 
 class _Batch:
-    """What PyHessian asks of inputs, output and loss: to be moved, what it weighs, and to be differentiated."""
+    """A stand-in for inputs, output and loss: PyHessian moves it, asks for its weight and differentiates it."""
 
     def __init__(self, leaves: dict[str, Tensor], loss: BatchLoss) -> None:
-        # A gradient that does not depend on its parameter is still to be differentiated by it.
+        # PyHessian differentiates every gradient by its parameter, also one that does not depend on it.
         gradients = loss_gradients(loss.value, leaves, create_graph=True)
         self._gradients = [(leaf, g + 0.0 * leaf) for leaf, g in zip(leaves.values(), gradients, strict=True)]
         self._weight = loss.weight
@@ -149,7 +149,7 @@ class _Batch:
 
 
 class _Batches:
-    """What PyHessian asks of a loader; it reads it once a product."""
+    """A stand-in for the loader, which PyHessian reads once for every product."""
 
     def __init__(self, loss: Evaluation, model: _Model) -> None:
         self.loss = loss

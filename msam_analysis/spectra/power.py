@@ -8,12 +8,11 @@ from torch import Tensor
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import orthonormalize
 from msam_analysis.spectra.beyond import Inside, require_finite
-from msam_analysis.spectra.goal import Goal, ordering
-from msam_analysis.spectra.search import Found, Probes, Search
+from msam_analysis.spectra.goal import Draw, Found, Goal, ordering
 from msam_analysis.spectra.subspace import Subspace
 
 
-class PowerSearch(Search):
+class PowerSearch:
     """Simultaneous iteration (Rutishauser 1970): one step multiplies every vector that has not converged.
 
     Converged vectors are locked and the others kept orthogonal to them (deflation); guard vectors beyond ``k`` make
@@ -22,21 +21,17 @@ class PowerSearch(Search):
 
     Parameters
     ----------
-    operator, goal
-        Of what, and which pairs.
+    operator, goal, start, draw
+        As for :class:`~msam_analysis.spectra.lanczos.LanczosSearch`.
     width
         Vectors in the block, at least ``k``.
-    start
-        Shape ``(size, p)``.
-    probes
-        Where fresh random vectors come from.
     """
 
-    def __init__(self, operator: SymmetricOperator, goal: Goal, width: int, start: Tensor, probes: Probes) -> None:
+    def __init__(self, operator: SymmetricOperator, goal: Goal, width: int, start: Tensor, draw: Draw) -> None:
         self.operator = operator
         self.goal = goal
         self.width = width
-        self.probes = probes
+        self.draw = draw
         self.norm = self.shift = 0.0
         self._begin(start)
 
@@ -46,10 +41,10 @@ class PowerSearch(Search):
         self._fill(orthonormalize(start)[:, : self.width])
 
     def _fill(self, block: Tensor) -> None:
-        """Make ``block`` the next one; vectors that the operator sends to zero are replaced by random ones."""
+        """Take ``block`` as the next block; random vectors replace those that the operator sent to zero."""
         missing = self.width - self.locked.shape[1] - block.shape[1]
         if missing > 0:
-            fresh = orthonormalize(self.probes.next(missing), torch.cat([self.locked, block], dim=1))
+            fresh = orthonormalize(self.draw(missing), torch.cat([self.locked, block], dim=1))
             block = torch.cat([block, fresh], dim=1)
         self.block = block
 
@@ -87,15 +82,15 @@ class PowerSearch(Search):
         return Found(self._values[:k], self._norms[:k], done, len(every) == self.operator.size)
 
     def vectors(self) -> Tensor:
-        """Return the wanted vectors, shape ``(size, k)``."""
+        """Return the wanted vectors in the order of the goal, shape ``(size, k)``."""
         return self._vectors[:, : self.goal.k]
 
     def inside(self) -> Inside:
-        """Return what was found; the guard vectors have not converged."""
+        """Return the pairs that were found, for a look beyond; the guard vectors, not converged, are not among them."""
         k = self.goal.k
         return Inside(self.vectors(), self._values[:k], self._norms[:k], self._values[k:], self.norm)
 
     def include(self, vector: Tensor) -> None:
-        """Start a new block from what was found, and a vector with a Rayleigh quotient beyond it."""
-        # First, so that a narrow block keeps it.
+        """Start a new block from the pairs that were found and a vector with a Rayleigh quotient beyond them."""
+        # The new vector comes first, so that a narrow block keeps it.
         self._begin(torch.cat([vector[:, None], self.vectors()], dim=1))

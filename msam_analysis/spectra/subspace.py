@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,8 @@ from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import orthonormalize
 from msam_analysis.spectra.goal import Which, ordering
 
-_BLOCK_ROWS = 2**20  # tall matrices are combined in pieces of so many rows, so that results need no second copy
-_NEW = 100  # of eps: what is left of a unit vector without its part in the basis is no new direction below this
+_BLOCK_ROWS = 2**20  # rows in which tall matrices are combined, so that results need no second copy
+_NEW = 100  # times eps: below this length the part of a unit vector outside of the basis is no new direction
 _CLEAN = 0.5  # a pass of Gram-Schmidt that leaves more than this of a vector need not be repeated
 
 
@@ -24,16 +24,16 @@ class Subspace:
     Parameters
     ----------
     operator
-        ``A``.
+        The symmetric operator ``A``.
     capacity
-        Most columns that will be held.
+        Largest number of columns that is held.
     """
 
     operator: SymmetricOperator
     capacity: int
 
     def __post_init__(self) -> None:
-        """Reserve the memory once: a vector a row, since every vector is read as a whole."""
+        """Reserve the memory once, one row for each vector, since vectors are read as a whole."""
         shape = (self.capacity, self.operator.size)
         self._q = torch.empty(shape, dtype=wide(self.operator), device=self.operator.device)
         self._aq = torch.empty_like(self._q)
@@ -41,7 +41,7 @@ class Subspace:
 
     @property
     def columns(self) -> int:
-        """Columns held."""
+        """Number of columns held."""
         return self.projection.shape[0]
 
     @property
@@ -55,7 +55,7 @@ class Subspace:
         return self._aq[: self.columns].T
 
     def expand(self, vectors: Tensor) -> int:
-        """Add the parts of ``vectors`` that are new, at one product each; return how many there were."""
+        """Add the new parts of ``vectors``, at one product each; return how many there were."""
         room = self.capacity - self.columns
         fresh = (self._direction(vectors) if vectors.shape[1] == 1 else orthonormalize(vectors, self.q))[:, :room]
         count, old = fresh.shape[1], self.columns
@@ -74,25 +74,17 @@ class Subspace:
     def remainder(self) -> Tensor:
         """Return the part of the last product outside of the span, shape ``(size,)``.
 
-        In a Krylov space every Ritz residual is this vector, times the last of its coefficients.
+        In a Krylov space every Ritz residual is this vector times the last of the Ritz vector's coefficients.
         """
         known = self.projection[:, -1].to(self._q)
         return self._aq[self.columns - 1] - known @ self._q[: self.columns]
 
     def _direction(self, vectors: Tensor) -> Tensor:
-        """Return what is new in one vector, as a unit vector: :func:`orthonormalize` without the QR.
-
-        Gram-Schmidt is repeated while it takes away most of the vector (Daniel, Gragg, Kaufman & Stewart 1976).
-        """
+        """Return the new part of one vector as a unit vector: :func:`orthonormalize` without the QR."""
         length = float(vectors.norm())
         if not length > 0:
             return vectors[:, :0]
-        vector, against, left = vectors[:, 0] / length, self._q[: self.columns], 1.0
-        for _ in range(3 if self.columns else 0):
-            vector = vector - (against @ vector) @ against
-            before, left = left, float(vector.norm())
-            if left > _CLEAN * before:
-                break
+        vector, left = cleared(vectors[:, 0] / length, [self._q[: self.columns]] if self.columns else [], 1.0)
         new = not left <= _NEW * torch.finfo(vector.dtype).eps
         return (vector / left)[:, None] if new else vectors[:, :0]
 
@@ -116,28 +108,40 @@ class Subspace:
         return self.aq @ small - (self.q @ small) * values.to(self._q)
 
     def residual_norms(self, values: Tensor, coefficients: Tensor) -> Tensor:
-        """Return the norms of :meth:`residuals`, float64 on the CPU, without room for the vectors."""
+        """Return the norms of :meth:`residuals`, float64 on the CPU, without memory for the vectors."""
         small, levels = coefficients.T.to(self._q), values.to(self._q)[:, None]
         q, aq = self._q[: self.columns], self._aq[: self.columns]
         pieces = [(small @ aq[:, rows] - levels * (small @ q[:, rows])).norm(dim=1) for rows in self._blocks()]
         norms: Tensor = torch.stack(pieces).norm(dim=0)
         return norms.cpu().double()
 
-    def ritz(self, which: Which, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Ritz values (all, ordered), their coefficients, and the residual vectors of the first ``k``.
-
-        Returns
-        -------
-        values, coefficients, residuals
-            Shapes ``(columns,)``, ``(columns, columns)``, ``(size, min(k, columns))``.
-        """
-        values, coefficients = self.pairs(which)
-        return values, coefficients, self.residuals(values[:k], coefficients[:, :k])
-
     def _blocks(self) -> Iterator[slice]:
         return (slice(first, first + _BLOCK_ROWS) for first in range(0, self.operator.size, _BLOCK_ROWS))
 
 
+def cleared(vector: Tensor, bases: Sequence[Tensor], length: float) -> tuple[Tensor, float]:
+    """Return the part of a vector outside of some bases, and its length.
+
+    Gram-Schmidt is repeated while it takes away most of the vector (Daniel, Gragg, Kaufman & Stewart 1976).
+
+    Parameters
+    ----------
+    vector
+        Shape ``(size,)``.
+    bases
+        Orthonormal vectors as rows, shape ``(p, size)`` each.
+    length
+        Length of the vector.
+    """
+    for _ in range(3 if bases else 0):
+        for basis in bases:
+            vector = vector - (basis @ vector) @ basis
+        before, length = length, float(vector.norm())
+        if length > _CLEAN * before:
+            break
+    return vector, length
+
+
 def wide(operator: SymmetricOperator) -> torch.dtype:
-    """Return the precision of a basis: in half precision it would lose its orthogonality, and has no QR."""
+    """Return the precision of a basis, at least float32: half precision loses orthogonality and has no QR."""
     return torch.promote_types(operator.dtype, torch.float32)

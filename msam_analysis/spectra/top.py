@@ -1,44 +1,36 @@
-"""Extreme eigenpairs by the solver of choice, with a look beyond what it found."""
+"""Extreme eigenpairs by the chosen solver, and a check that it missed none."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import no_autocast
 from msam_analysis.results import ConvergenceWarning, Eigenpairs
 from msam_analysis.spectra.beyond import look_beyond
-from msam_analysis.spectra.goal import Goal, Which, ordering
+from msam_analysis.spectra.goal import Found, Goal, Which, ordering, random_vectors
 from msam_analysis.spectra.lanczos import LanczosSearch
 from msam_analysis.spectra.peers import Backend, check_backend, pyhessian_eigenvalues
 from msam_analysis.spectra.power import PowerSearch
-from msam_analysis.spectra.search import Found, Probes, Search
 from msam_analysis.spectra.subspace import wide
 
 Method = Literal["lanczos", "power"]
 
 MEMORY_BYTES = 4 * 2**30
-"""What a solver may take where nothing else is said, unless its smallest basis takes more."""
+"""Bytes that a solver may hold by default, unless its smallest basis needs more."""
 
 
-class HasHessian(Protocol):
-    """Anything with a Hessian, such as an objective."""
-
-    def hessian(self) -> SymmetricOperator:
-        """Return the Hessian at the current weights."""
-        ...
-
-
-def as_operator(target: SymmetricOperator | HasHessian) -> SymmetricOperator:
-    """Return the operator itself, or the Hessian of an objective; ``TypeError`` for anything else."""
+def as_operator(target: SymmetricOperator | Objective) -> SymmetricOperator:
+    """Return the operator itself, or the Hessian of an objective; raise ``TypeError`` for anything else."""
     if isinstance(target, SymmetricOperator):
         return target
-    if not hasattr(target, "hessian"):
+    if not isinstance(target, Objective):
         raise TypeError(
             f"expected an Objective or a SymmetricOperator, got {type(target).__name__}: wrap a model and its data in "
             "msam_analysis.Objective, or a matrix in msam_analysis.MatrixOperator"
@@ -47,7 +39,7 @@ def as_operator(target: SymmetricOperator | HasHessian) -> SymmetricOperator:
 
 
 def top_eigenvalues(
-    target: SymmetricOperator | HasHessian,
+    target: SymmetricOperator | Objective,
     k: int = 5,
     *,
     method: Method = "lanczos",
@@ -67,66 +59,66 @@ def top_eigenvalues(
     multiplies every vector not yet converged; converged ones are locked and deflated; a few guard vectors beyond ``k``
     make close eigenvalues separate. Where values of the other sign would dominate, the operator is shifted.
 
-    Both go on until every residual is small, and then look beyond: an eigenvalue that occurs more than once, or that a
-    start has no part in, has no share in a single Krylov space. A Lanczos chain from a fresh random vector on the
-    complement of what was found either meets a value beyond the wanted ones, and the search goes on from there, or
-    rules out all but those whose vectors have next to no share in the random one, which is improbable: below 0.001 in
-    all (``spectra/beyond.py``; van Dorsselaer, Hochstenbach & van der Vorst 2000). Where the
-    spectrum goes on right behind the last wanted value, this excludes values that exceed it by more than ``margin``,
-    about 1 % of the spread of what is left of the spectrum; otherwise any.
+    Both methods go on until every residual is small, and then look beyond: a single Krylov space does not show an
+    eigenvalue that occurs more than once, or in which the start has no part. So a Lanczos chain starts from a fresh
+    random vector on the complement of the pairs that were found. Either it meets a value beyond the wanted ones, and
+    the search goes on from there. Or it rules out every such value, unless the value's vector has next to no part in
+    the random one, which has a probability below 0.001 in all (``spectra/beyond.py``; van Dorsselaer, Hochstenbach &
+    van der Vorst 2000). Where the spectrum goes on right behind the last wanted value, only values that exceed it by
+    more than ``margin`` are excluded, about 1 % of the spread of the remaining spectrum.
 
     Parameters
     ----------
     target
-        A symmetric operator, or an objective (then its Hessian at the current weights).
+        A symmetric operator, or an objective, which stands for its Hessian at the current weights.
     k
-        Number of pairs, at most ``size``. Default 5, as in the paper's table.
+        Number of eigenpairs, at most ``size``. Default 5, as in the paper's table.
     method
         ``"lanczos"`` (default) or ``"power"``.
     which
-        ``"largest"`` (default) and ``"smallest"`` algebraic values; ``"magnitude"``; or ``"ends"``, by Lanczos: the
-        ``⌈k/2⌉`` largest, then the ``⌊k/2⌋`` smallest, from one basis.
+        ``"largest"`` (default) or ``"smallest"`` algebraic values; ``"magnitude"``: the largest absolute values;
+        ``"ends"``, by Lanczos: the ``⌈k/2⌉`` largest, then the ``⌊k/2⌋`` smallest, from one basis.
     tolerance
-        A pair has converged when ``‖A v − λ v‖ ≤ tolerance · |λ|``, or below what rounding allows
-        (``30 eps ‖A‖``). The error of the value is at most the residual, and about ``residual² / gap``.
-        Default 1e-4, so that values are right to more digits than figures show.
+        A pair has converged when ``‖A v − λ v‖ ≤ tolerance · |λ|``, or when the residual is below the rounding error
+        ``30 eps ‖A‖``. The error of the value is at most the residual, and about ``residual² / gap``. Default 1e-4:
+        values are then right to more digits than figures show.
     max_hvps
-        Budget of products; default ``40 k + 400`` for Lanczos and ten times that for power iteration.
+        Largest number of products; default ``40 k + 400`` for Lanczos and ten times that for power iteration.
     start
-        Shape ``(size,)`` or ``(size, p)``: a warm start, such as the vectors of an earlier result.
+        Start vectors, shape ``(size,)`` or ``(size, p)``, such as the vectors of an earlier result.
     confirm
         Whether to look beyond. ``False`` leaves it out, and ``margin`` is infinite: every pair is as certain as its
-        residual says, but a larger value may exist. Meant for following λ₁ through training, from the vector of the
-        step before, with a confirmed run once in a while: on the digits network, a step apart, λ₁ takes 16 products
-        from scratch, 15 from the last vector, 9 of these without the look beyond, and 5 with ``tolerance=1e-2``, whose
-        values are then right to 3e-4.
+        residual says, but a larger value may exist. This is for following λ₁ through training, from the vector of the
+        step before, with a confirmed run from time to time. On the digits network λ₁ takes 16 products from scratch and
+        15 from the vector of the step before. Without the look beyond it takes 9 of these, and 5 with
+        ``tolerance=1e-2``, which leaves an error of 3e-4.
     memory_bytes
-        What the solver may hold: ``2 c + k + 6`` vectors for a basis of ``c`` columns, of which Lanczos uses up to
-        ``4 k + 120``; default 4 GiB. With fewer it restarts, and on most Hessians takes few products more (λ₁ of the
-        digits network: 21 with 64 columns, 31 with 3). The least are ``k + 2`` columns, that is ``3 k + 10`` vectors
-        (52 GB for λ₁ of 10⁹ parameters in float32); where that is more than 4 GiB, it is the default.
+        Bytes that the solver may hold: ``2 c + k + 6`` vectors for a basis of ``c`` columns. Lanczos uses up to ``c =
+        4 k + 120``; with fewer columns it restarts, and takes few products more on most Hessians (λ₁ of the digits
+        network: 21 with 64 columns, 31 with 3). It needs at least ``k + 2`` columns, that is ``3 k + 10`` vectors (52
+        GB for λ₁ of 10⁹ parameters in float32). Default 4 GiB, or the least where that is more.
     backend
-        ``"native"`` (default), or ``"pyhessian"``: what PyHessian's power iteration finds with ``tol=tolerance``
-        and at most ``max_hvps // k`` iterations a vector (by default its own 100), sorted, each pair with its residual
-        by this package's products. For an objective, the largest values or ``"magnitude"``, from a cold start; other
-        arguments do not matter to it. It stops when a value pauses, and finds the largest in magnitude.
+        ``"native"`` (default), or ``"pyhessian"``: PyHessian's power iteration with ``tol=tolerance`` and at most
+        ``max_hvps // k`` iterations a vector (by default its own 100). Its pairs are sorted, and their residuals come
+        from this package's products. It takes an objective, ``which="largest"`` or ``"magnitude"`` and no ``start``,
+        and ignores the other arguments. It stops when a value pauses, and finds the largest values in magnitude.
     seed
         Seed of the random vectors; the global generators are neither read nor advanced.
 
     Returns
     -------
     Eigenpairs
-        Values in the order asked for, orthonormal vectors as columns, residuals, whether all converged, the cost.
+        Values in the order asked for, orthonormal vectors as columns, residuals, whether all converged, and the cost.
 
     Raises
     ------
     ValueError
-        ``k``, ``method``, ``which``, ``tolerance``, ``max_hvps``, ``start``, ``backend`` is out of range,
-        ``memory_bytes`` too small, or the operator returns NaN or infinity.
+        ``k``, ``method``, ``which``, ``tolerance``, ``max_hvps``, ``start`` or ``backend`` is out of range,
+        ``memory_bytes`` is too small, or the operator returns NaN or infinity.
     TypeError
-        The target is neither an objective nor an operator, or a bare operator with ``backend="pyhessian"``.
+        The target is neither an objective nor an operator, or it is an operator with ``backend="pyhessian"``.
     ModuleNotFoundError
-        ``backend="pyhessian"`` without PyHessian.
+        ``backend="pyhessian"`` and PyHessian is not installed.
 
     Warns
     -----
@@ -141,7 +133,25 @@ def top_eigenvalues(
         if backend == "pyhessian":
             result = _from_pyhessian(target, operator, goal, max_hvps, start, seed)
         else:
-            result = _search(operator, goal, method, max_hvps, start, confirm, memory_bytes, seed)
+            before = operator.products
+            search, found, margin = search_for(
+                operator, goal, method, max_hvps, start, confirm=confirm, memory_bytes=memory_bytes, seed=seed
+            )
+            order = torch.arange(k)
+            if which == "ends":  # the two ends alternate
+                order = torch.cat([order[::2], order[1::2]])
+            result = Eigenpairs(
+                values=found.values[order],
+                vectors=search.vectors()[:, order.to(operator.device)],
+                residuals=found.norms[order],
+                converged=found.done and (margin < math.inf or not confirm),
+                hvps=operator.products - before,
+                margin=margin,
+                method=method,
+                which=which,
+                tolerance=tolerance,
+                settings=operator.settings,
+            )
     if not result.converged:
         beyond = " and a check that no value was missed" if confirm and backend == "native" else ""
         warnings.warn(
@@ -155,82 +165,44 @@ def top_eigenvalues(
     return result
 
 
-def _search(
-    operator: SymmetricOperator,
-    goal: Goal,
-    method: Method,
-    max_hvps: int | None,
-    start: Tensor | None,
-    confirm: bool,
-    memory_bytes: int | None,
-    seed: int,
-) -> Eigenpairs:
-    before = operator.products
-    search, found, margin = search_for(
-        operator,
-        goal,
-        method=method,
-        max_hvps=max_hvps,
-        start=start,
-        confirm=confirm,
-        memory_bytes=memory_bytes,
-        seed=seed,
-    )
-    order = torch.arange(goal.k)
-    if goal.which == "ends":  # which took turns
-        order = torch.cat([order[::2], order[1::2]])
-    return Eigenpairs(
-        values=found.values[order],
-        vectors=search.vectors()[:, order.to(operator.device)],
-        residuals=found.norms[order],
-        converged=found.done and (margin < math.inf or not confirm),
-        hvps=operator.products - before,
-        margin=margin,
-        method=method,
-        which=goal.which,
-        tolerance=goal.tolerance,
-        settings=operator.settings,
-    )
-
-
 def search_for(
     operator: SymmetricOperator,
     goal: Goal,
-    *,
     method: Method = "lanczos",
     max_hvps: int | None = None,
     start: Tensor | None = None,
+    *,
     confirm: bool = True,
     memory_bytes: int | None = None,
     seed: int = 0,
-) -> tuple[Search, Found, float]:
-    """Search, look beyond, and search on from what is there, until nothing is or the budget ends.
+) -> tuple[LanczosSearch | PowerSearch, Found, float]:
+    """Search, look beyond, and go on from a value that was missed, until none is left or the budget ends.
 
     Returns
     -------
     search, found, margin
-        The search as it stands, the wanted pairs (both ends take turns), and how far beyond them nothing is excluded;
-        arguments and margin as in :func:`top_eigenvalues`.
+        The search as it stands, the wanted pairs (the two ends alternate), and the margin; margin and arguments are
+        those of :func:`top_eigenvalues`.
     """
     vectors = _affordable(operator, goal.k, method, memory_bytes)
     budget = max_hvps if max_hvps is not None else (40 * goal.k + 400) * (1 if method == "lanczos" else 10)
     stop = operator.products + budget
     like = torch.empty(0, dtype=wide(operator), device=operator.device)
-    probes = Probes(operator.size, like, seed)
-    guess = probes.next() if start is None else start.detach().reshape(operator.size, -1).to(like)[:, :budget]
-    search: Search
+    draw = random_vectors(operator.size, like, seed)
+    guess = draw(1) if start is None else start.detach().reshape(operator.size, -1).to(like)[:, :budget]
+    search: LanczosSearch | PowerSearch
     if method == "lanczos":
         capacity = min(max(goal.k + 2, min(4 * goal.k + 120, (vectors - goal.k - 6) // 2)), operator.size)
-        search = LanczosSearch(operator, goal, capacity, guess, probes)
+        search = LanczosSearch(operator, goal, capacity, guess, draw)
     else:
         width = min(goal.k + max(goal.k, 4) + guess.shape[1] - 1, operator.size, budget)
-        search = PowerSearch(operator, goal, max(goal.k, min(width, (vectors - goal.k - 6) // 8)), guess, probes)
+        search = PowerSearch(operator, goal, max(goal.k, min(width, (vectors - goal.k - 6) // 8)), guess, draw)
     del guess
     while True:
         found = search.run(stop)
         if found.whole or not found.done or not confirm:
             return search, found, 0.0 if found.whole else math.inf
-        margin, vector = look_beyond(operator, search.inside(), goal, probes.next()[:, 0], stop)
+        margin, vector = look_beyond(operator, search.inside(), goal, draw(1)[:, 0], stop)
         if vector is None:
             return search, found, margin
         search.include(vector)
@@ -239,7 +211,7 @@ def search_for(
 def _from_pyhessian(
     target: object, operator: SymmetricOperator, goal: Goal, max_hvps: int | None, start: Tensor | None, seed: int
 ) -> Eigenpairs:
-    """Return PyHessian's pairs, sorted, with the residuals that ``operator`` finds."""
+    """Return PyHessian's pairs, sorted, with their residuals by products of ``operator``."""
     if goal.which not in ("largest", "magnitude") or start is not None:
         raise ValueError(
             "PyHessian finds the largest values in magnitude from random vectors: expected which='magnitude' or "
@@ -255,7 +227,7 @@ def _from_pyhessian(
     values, vectors = values[order], vectors[:, order.to(vectors.device)].to(wide(operator))
     norms = (operator.matmat(vectors) - vectors * values.to(vectors)).norm(dim=0).cpu().double()
     small = norms <= goal.limits(values, float(values.abs().max()))
-    # Of the largest in magnitude, a negative one is not among the largest.
+    # It finds the largest in magnitude: a negative one is not among the largest.
     asked_for = goal.which == "magnitude" or bool((values >= 0).all())
     return Eigenpairs(
         values=values,
@@ -272,16 +244,16 @@ def _from_pyhessian(
 
 
 def rounding(operator: SymmetricOperator) -> float:
-    """Return the residual, relative to ``‖A‖``, that rounding leaves."""
+    """Return the rounding error of a residual, relative to ``‖A‖``."""
     return 30 * torch.finfo(operator.dtype).eps
 
 
 def _affordable(operator: SymmetricOperator, k: int, method: Method, memory_bytes: int | None) -> int:
-    """Return how many vectors the budget holds; ``ValueError`` if the solver needs more."""
+    """Return how many vectors fit into the memory; raise ``ValueError`` if the solver needs more."""
     vector = operator.size * torch.finfo(wide(operator)).bits // 8
     least = 3 * k + 10 if method == "lanczos" else 9 * k + 6
     vectors = (MEMORY_BYTES if memory_bytes is None else memory_bytes) // vector
-    # A basis larger than the space is not needed.
+    # No basis is larger than the space.
     if memory_bytes is not None and vectors < min(least, 3 * operator.size + 6):
         raise ValueError(
             f"memory_bytes must be at least {least * vector} ({least * vector / 1e9:.3g} GB) for k = {k} by {method}: "

@@ -9,20 +9,21 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import no_autocast, orthonormalize
 from msam_analysis.results import ConvergenceWarning, Estimate
 from msam_analysis.spectra.peers import Backend, check_backend, pyhessian_trace
-from msam_analysis.spectra.top import HasHessian, as_operator
+from msam_analysis.spectra.top import as_operator
 
 Method = Literal["hutchinson", "hutch++"]
 
-_GROUP_BYTES = 2**28  # of vectors that are multiplied together
+_GROUP_BYTES = 2**28  # bytes of vectors that are multiplied together
 _FEWEST = 10  # draws before a standard error may end the drawing
 
 
 def trace(
-    target: SymmetricOperator | HasHessian,
+    target: SymmetricOperator | Objective,
     *,
     method: Method = "hutchinson",
     draws: int = 30,
@@ -35,46 +36,46 @@ def trace(
 
     ``"hutchinson"``: ``tr(A) ≈ mean(zᵀ A z)`` over random signs ``z`` (Hutchinson 1990). ``"hutch++"`` (Meyer, Musco,
     Musco & Woodruff 2021, algorithm 1): a third of the products go into a sketch ``Q = orth(A S)`` with random signs
-    ``S``, a third into the exact trace on it, and the rest into Hutchinson's estimate of what is left,
+    ``S``, a third into the exact trace on the sketch, and the rest into Hutchinson's estimate of the remainder,
     ``tr(A) ≈ tr(Qᵀ A Q) + mean(zᵀ P A P z)`` with ``P = I − Q Qᵀ``. It is better where a few eigenvalues far from the
     others make up much of ``‖A‖``: with 30 products on two digits networks of 1030 parameters its error is 1.7 % and
-    2.4 % of the trace, Hutchinson's 8.4 % and 5.7 %. On a spectrum without outliers it is the other way round.
+    2.4 % of the trace, Hutchinson's 8.4 % and 5.7 %. On a spectrum without outliers Hutchinson's method is better.
 
     Parameters
     ----------
     target
-        A symmetric operator, or an objective (its Hessian).
+        A symmetric operator, or an objective, which stands for its Hessian.
     method
-        See above.
+        ``"hutchinson"`` (default) or ``"hutch++"``, as above.
     draws
-        Products spent. Default 30.
+        Number of products. Default 30.
     target_error
-        Go on after ``draws`` products until the standard error is at most this fraction of the value, for example 0.01,
-        and comes from at least 10 draws: an error from few is small by chance too often.
+        Goal for the standard error, as a fraction of the value, for example 0.01. After ``draws`` products more follow
+        until it is reached with at least 10 random vectors: an error from fewer is too often small by chance.
     max_draws
-        Products after which that ends, reached or not; at least 30. Default 1000.
+        Largest number of products for ``target_error``, at least 30. Default 1000.
     backend
-        ``"native"`` (default), or ``"pyhessian"``: PyHessian's own ``draws`` values of ``zᵀ H z``, for an objective and
-        Hutchinson's method, without ``target_error`` (it stops when its running mean pauses, which is switched off).
+        ``"native"`` (default), or ``"pyhessian"``: ``draws`` values of ``zᵀ H z`` by PyHessian, for an objective and
+        Hutchinson's method, without ``target_error``. PyHessian's own stop, when its running mean pauses, is off.
     seed
-        Of the signs; the global generators are untouched.
+        Seed of the random signs; the global generators are neither read nor advanced.
 
     Returns
     -------
     Estimate
-        With its standard error over ``draws`` (those of what is left, for ``"hutch++"``; none are needed, and the error
-        is 0, where the sketch spans everything); ``evaluations`` are the products spent. NaN for an operator that
-        returns NaN.
+        The trace with its standard error over ``draws`` random vectors; ``evaluations`` is the number of products. For
+        ``"hutch++"`` the draws are those of the remainder; where the sketch spans everything there are none, and the
+        error is 0. NaN for an operator that returns NaN.
 
     Raises
     ------
     ValueError
-        Fewer than 2 draws (4 for ``"hutch++"``), which give no error; ``method``, ``target_error``, ``max_draws`` or
-        ``backend`` out of range.
+        There are fewer than 2 draws (4 for ``"hutch++"``), which give no error; ``method``, ``target_error``,
+        ``max_draws`` or ``backend`` is out of range.
     TypeError
-        The target is neither an objective nor an operator, or a bare operator with ``backend="pyhessian"``.
+        The target is neither an objective nor an operator, or it is an operator with ``backend="pyhessian"``.
     ModuleNotFoundError
-        ``backend="pyhessian"`` without PyHessian.
+        ``backend="pyhessian"`` and PyHessian is not installed.
 
     Warns
     -----
@@ -121,7 +122,7 @@ def trace(
 
 
 class _Signs:
-    """Random signs, one draw after the other, in groups that are multiplied together."""
+    """Random signs, drawn one vector after the other and multiplied in groups of ``group``."""
 
     def __init__(self, operator: SymmetricOperator, seed: int) -> None:
         self.operator = operator
@@ -129,7 +130,7 @@ class _Signs:
         self.group = max(1, min(16, _GROUP_BYTES // (operator.size * torch.finfo(operator.dtype).bits // 8)))
 
     def next(self, count: int) -> Tensor:
-        """Return ``count`` columns of signs."""
+        """Return the next ``count`` vectors of signs, as columns."""
         size = (self.operator.size,)
         drawn = [(2 * torch.randint(2, size, generator=self.generator) - 1).to(torch.int8) for _ in range(count)]
         return torch.stack(drawn, dim=1).to(self.operator.device, self.operator.dtype)
@@ -168,13 +169,13 @@ def _sample(
         wanted = first - len(sample)
         if wanted <= 0 and target_error is not None:
             value, error = _mean(sample, known)
-            # NaN stays what it is, however many draws there are.
+            # A NaN stays NaN, however many draws there are.
             wanted = min(signs.group, stop - operator.products) if error > target_error * abs(value) else 0
     return sample
 
 
 def _mean(sample: Tensor, known: float) -> tuple[float, float]:
-    """Return the estimate and its standard error; what a sketch knows of the whole has none."""
+    """Return the estimate and its standard error; ``known`` is the exact part of the trace."""
     if len(sample) == 0:
         return known, 0.0 if math.isfinite(known) else math.nan
     return known + float(sample.mean()), float(sample.std() / math.sqrt(len(sample)))
@@ -190,6 +191,6 @@ def _check(method: str, draws: int, target_error: float | None, max_draws: int) 
         raise ValueError(
             f"target_error must be a positive fraction of the value, got {target_error!r}: for example 0.01"
         )
-    # So many are spent whatever the error is.
+    # At least this many are spent, whatever the error is.
     if target_error is not None and max_draws < max(draws, 3 * _FEWEST):
         raise ValueError(f"max_draws must be at least {max(draws, 3 * _FEWEST)} for draws = {draws}, got {max_draws}")

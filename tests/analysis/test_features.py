@@ -130,8 +130,8 @@ class Last(nn.Module):
     ("layer", "message"),
     [
         ("third", "the model has no layer 'third': expected the name of a submodule"),
-        ("pair", "expected layer 'pair' to return a tensor of one entry a sample, got tuple"),
-        ("unused", "expected layer 'unused' to return a tensor of one entry a sample, got NoneType"),
+        ("pair", "expected layer 'pair' to return a tensor with one entry for each sample, got tuple"),
+        ("unused", "expected layer 'unused' to return a tensor with one entry for each sample, got NoneType"),
     ],
 )
 def test_layers_that_give_no_features(layer: str, message: str) -> None:

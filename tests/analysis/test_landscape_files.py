@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import msam_analysis as ma
-from msam_analysis.landscape import journal, metrics, sweep
+from msam_analysis.landscape import journal, metrics, point_table
 from msam_analysis.results import Slice1D, Slice2D, load
 
 from .cases import CONVNET, MLP, TAGGER, normal
@@ -52,7 +52,7 @@ LIVES: list[int] = []
 def every_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write after every point, as it is when each takes a second."""
     monkeypatch.setattr(journal, "INTERVAL", 0.0)
-    monkeypatch.setattr(sweep, "_BLOCK_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(point_table, "_BLOCK_SECONDS", (0.0, 0.0))
     monkeypatch.setattr(journal, "_SHARE", 0)
 
 
@@ -155,10 +155,10 @@ import os, signal, sys
 import torch
 from torch import nn
 import msam_analysis as ma
-from msam_analysis.landscape import journal, sweep
+from msam_analysis.landscape import journal, point_table
 
 journal.INTERVAL = journal._SHARE = 0
-sweep._BLOCK_SECONDS = (0, 0)
+point_table._BLOCK_SECONDS = (0, 0)
 calls = 0
 
 def loss(output, target):

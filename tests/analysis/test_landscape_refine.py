@@ -34,7 +34,7 @@ def refined(dense: Array, tolerance: float) -> tuple[int, Surface]:
         asked[places] = True
         return {"loss": np.where(asked, flat, np.nan)}
 
-    refine_grid(measure, dense.shape, tolerance, lambda surfaces, done: last.append(surfaces["loss"]))
+    refine_grid(measure, dense.shape, tolerance, lambda surfaces: last.append(surfaces["loss"]))
     assert last[-1].relative <= tolerance
     np.testing.assert_array_equal(last[-1].values[asked], flat[asked], "measured points stay as they are")
     return int(asked.sum()), last[-1]

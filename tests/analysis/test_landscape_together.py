@@ -17,8 +17,8 @@ from torch.nn import functional as F
 import msam_analysis as ma
 from msam_analysis.landscape import metrics
 from msam_analysis.landscape.evaluator import Evaluator
-from msam_analysis.landscape.ranks import Ranks
 from msam_analysis.landscape.together import Together, fastest
+from msam_analysis.objective.ranks import Ranks
 from msam_analysis.results import Slice2D, load
 
 from .cases import CASES, CONVNET, MLP, Case
@@ -90,7 +90,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "recalibrate": (
         lambda: ma.Objective(CONVNET.model(), CONVNET.loss_fn, CONVNET.data(), batchnorm="recalibrate"),
         {},
-        r"chunk=4 has no batchnorm='recalibrate'",
+        r"chunk=4 cannot serve batchnorm='recalibrate'",
     ),
     "metrics": (
         lambda: ma.Objective(MLP.model(), MLP.loss_fn, MLP.data()),
@@ -202,7 +202,7 @@ def test_two_processes_give_what_one_does() -> None:
             assert not (folder / f"{way}-written.rank1").exists()
         told = [(folder / f"told{rank}").read_text().splitlines() for rank in (0, 1)]
         for sentences in told:
-            assert sentences[0].startswith("process 1 measures something else than process 0, by its weights")
+            assert sentences[0].startswith("process 1 measures something else than process 0: they differ in weights")
             assert "belongs to another measurement" in sentences[2]
         assert told[0][1] != told[1][1], "each its own network, with distributed=False"
 

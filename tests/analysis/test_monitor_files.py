@@ -232,19 +232,19 @@ REFUSED: dict[str, tuple[bytes | None, Callable[[Path], Any], type[Exception], s
         None,
         other_probes,
         ValueError,
-        r"of another monitor, with the probes \[.MomentumGradientCosine\(",
+        r"belongs to another monitor, with the probes \[.MomentumGradientCosine\(",
     ),
     "another period": (
         None,
         lambda path: watched(optimizer_of(), path, every=3),
         ValueError,
-        r"of another monitor, with the periods \[1\]: expected \[3\]",
+        r"belongs to another monitor, with the periods \[1\]: expected \[3\]",
     ),
-    "text": (b"step,cosine\n", lambda path: watched(optimizer_of(), path), ValueError, "is no file of a Monitor"),
-    "half a text": (b"step", lambda path: watched(optimizer_of(), path), ValueError, "is no file of a Monitor"),
-    "a number": (b"3\n", ma.Monitor.read, ValueError, "is no file of a Monitor"),
-    "another format": (b'{"format": "2"}\n', ma.Monitor.read, ValueError, "is no file of a Monitor"),
-    "nothing": (b"", ma.Monitor.read, ValueError, "is no file of a Monitor"),
+    "text": (b"step,cosine\n", lambda path: watched(optimizer_of(), path), ValueError, "is not a file of a Monitor"),
+    "half a text": (b"step", lambda path: watched(optimizer_of(), path), ValueError, "is not a file of a Monitor"),
+    "a number": (b"3\n", ma.Monitor.read, ValueError, "is not a file of a Monitor"),
+    "another format": (b'{"format": "2"}\n', ma.Monitor.read, ValueError, "is not a file of a Monitor"),
+    "nothing": (b"", ma.Monitor.read, ValueError, "is not a file of a Monitor"),
 }
 
 
@@ -281,7 +281,7 @@ def test_no_file(tmp_path: Path) -> None:
 
 def test_the_state_of_other_probes() -> None:
     state = ma.Monitor(optimizer_of(), [Norms()]).state_dict()
-    with pytest.raises(ValueError, match=r"expected the state of a monitor of .*Cosine.*got one of .*Norms"):
+    with pytest.raises(ValueError, match=r"expected the state of a monitor with .*Cosine.*got one with .*Norms"):
         ma.Monitor(optimizer_of(), [MomentumGradientCosine()]).load_state_dict(state)
 
 

@@ -445,7 +445,7 @@ ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no number": (
         lambda: ma.data_interval(line(), lambda one: None),
         TypeError,
-        "the metric returned NoneType: expected a number.*BallSharpness, Eigenpairs, Estimate; return the number",
+        "the metric returned NoneType: expected a number.*BallSharpness, Eigenpairs, Estimate; return a number",
     ),
     "another result": (
         lambda: ma.data_interval(line(), lambda one: ma.slice_1d(one, one.point(), points=3)),

@@ -1,10 +1,10 @@
-"""The way an optimizer took: recorded while it trains, and seen on a plane with what the plane hides.
+"""Trajectories of optimizers: recorded while they train, and shown on a plane with the distance from that plane.
 
 >>> recorder = ma.TrajectoryRecorder("runs/MSAM", model, optimizer, every=10)  # doctest: +SKIP
 >>> for step, batch in enumerate(loader):
 ...     recorder.record(step, loss=train(batch))  # doctest: +SKIP
 
-Several optimizers on one plane, its surface, and what the plane hides of each:
+Several optimizers on one plane, its surface, and the distance of each from the plane:
 
 >>> runs = {name: ma.trajectory.load(f"runs/{name}") for name in ("SGD", "MSAM")}  # doctest: +SKIP
 >>> plane = ma.pca_plane(runs)  # doctest: +SKIP

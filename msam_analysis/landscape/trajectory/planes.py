@@ -1,4 +1,4 @@
-"""The plane that shows most of a trajectory, and what it does not show."""
+"""The plane that shows most of a trajectory, and how far the trajectory is from it."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from msam_analysis.objective.direction import Direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.results import Projection, Result, Trajectory
 
-_CHUNK_BYTES = 128 * 2**20  # of all points together in float64, read at a time
+_CHUNK_BYTES = 128 * 2**20  # bytes of all points together, in float64, that are read at a time
 
 Trajectories = Trajectory | Sequence[Trajectory] | Mapping[str, Trajectory]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrincipalPlane(Result):
-    """The plane through ``center`` from which the recorded points are least far away.
+    """The plane through ``center`` that is closest to the recorded points.
 
     Attributes
     ----------
     center
-        Shape ``(size,)``: the point the plane goes through, coordinates (0, 0).
+        The point with coordinates (0, 0), shape ``(size,)``.
     vectors
-        Shape ``(size, 2)``: orthonormal, the more important one first. The sign is such that the entry of largest
+        Orthonormal vectors that span the plane, the more important one first, shape ``(size, 2)``. The entry of largest
         magnitude is positive.
     singular_values
-        Shape ``(n,)``: all singular values of the matrix with rows ``w_t − center``, largest first, in L2 distance.
-        Those below ``1e-8`` of the first are rounding.
+        All singular values of the matrix with rows ``w_t − center``, largest first, in the unit of the weights, shape
+        ``(n,)``. Those below ``1e-8`` of the first are rounding.
     through
-        What ``center`` is.
+        Name of the point ``center``.
     labels
-        The trajectories.
+        Names of the trajectories.
     """
 
     center: Tensor
@@ -53,13 +53,13 @@ class PrincipalPlane(Result):
 
     @property
     def shares(self) -> Tensor:
-        """Shape ``(n,)``: each component's part of ``Σ_t ‖w_t − center‖²``; all together 1."""
+        """The share of each component in ``Σ_t ‖w_t − center‖²``, shape ``(n,)``; the sum is 1."""
         squares = self.singular_values**2
         return squares / squares.sum()
 
     @property
     def directions(self) -> tuple[Direction, Direction]:
-        """The two directions, of length 1, named by their share: for :func:`~msam_analysis.landscape.slice_2d`."""
+        """The two directions of length 1, named by their share, for :func:`~msam_analysis.landscape.slice_2d`."""
         first, second = (
             Direction(self.vectors[:, index], f"PCA {index + 1} ({100 * float(self.shares[index]):.1f} %)")
             for index in range(2)
@@ -81,40 +81,40 @@ class PrincipalPlane(Result):
 
 
 def pca_plane(trajectories: Trajectories, center: Literal["final", "mean"] | Tensor | None = None) -> PrincipalPlane:
-    r"""Return the plane through a point that one or several trajectories stay closest to.
+    r"""Return the plane through a point that is closest to one or several trajectories.
 
-    The two leading right singular vectors of the matrix ``M`` with rows ``w_t − center`` span, of all planes through
-    the centre, the one with the least ``Σ_t ‖off-plane‖²`` (Eckart and Young). They are found from the eigenvectors of
-    ``M Mᵀ``, of shape ``(n, n)`` in float64, in two passes over pieces of all points, so that trajectories on disk
-    need not fit in memory.
+    The two leading right singular vectors of the matrix ``M`` with rows ``w_t − center`` span the plane with the least
+    ``Σ_t ‖off-plane‖²`` among all planes through the centre (Eckart and Young). They are found from the eigenvectors of
+    ``M Mᵀ``, of shape ``(n, n)`` in float64, in two passes over pieces of all points, so that trajectories on disk need
+    not fit into memory.
 
     Parameters
     ----------
     trajectories
-        One or several of the same model. Every point counts once: record, or ``select``, as many of each for them to
-        have the same weight.
+        One or several trajectories of the same model. Every point counts once: record or ``select`` the same number of
+        points of each, so that the trajectories have the same weight.
     center
-        What the plane goes through: ``"final"``, the last point (Li et al.); of several trajectories the mean of their
-        last points; ``"mean"``, the mean of all points; or a point of shape ``(size,)``. Default: ``"final"`` for one
+        Point on the plane: ``"final"``, the last point (Li et al.), or the mean of the last points of several
+        trajectories; ``"mean"``, the mean of all points; or a point of shape ``(size,)``. Default: ``"final"`` for one
         trajectory, ``"mean"`` for several, so that no optimizer is nearer to the plane by construction.
 
     Returns
     -------
     PrincipalPlane
-        :func:`project` takes it as it is; a slice of the surface needs its ``directions`` and an objective at its
+        The plane, for :func:`project`. A slice of the surface needs its ``directions`` and an objective at its
         ``center``: ``objective.with_weights(plane.center)``.
 
     Raises
     ------
     ValueError
-        No trajectory, different models, a point that is NaN or infinite, or points that lie on one line with the
+        There is no trajectory, the models differ, a point is NaN or infinite, or the points lie on one line with the
         centre.
 
     Notes
     -----
-    Li et al., arXiv 1712.09913, section 7.2. A large share is not by itself a sign of order: the first two components
-    of a random walk in many dimensions have 6/π² = 61 % and 15 % of its variance about the mean, and draw a smooth
-    curve (Antognini and Sohl-Dickstein, arXiv 1806.08805).
+    Source: Li et al., arXiv 1712.09913, section 7.2. A large share is not by itself a sign of order: the first two
+    components of a random walk in many dimensions have 6/π² = 61 % and 15 % of its variance about the mean, and draw a
+    smooth curve (Antognini and Sohl-Dickstein, arXiv 1806.08805).
     """
     several = _several(trajectories)
     through = center if isinstance(center, str) else None
@@ -182,7 +182,7 @@ def _chunks(several: Sequence[Trajectory]) -> Iterator[tuple[int, int]]:
 
 
 def _columns(trajectory: Trajectory, start: int, stop: int) -> Tensor:
-    """Return some entries of every point in float64."""
+    """Return the entries from ``start`` to ``stop`` of every point, in float64."""
     points = trajectory.points
     found = points[:, start:stop] if isinstance(points, Tensor) else points.columns(start, stop)
     if not bool(torch.isfinite(found).all()):
@@ -195,7 +195,7 @@ def _columns(trajectory: Trajectory, start: int, stop: int) -> Tensor:
 
 
 def _differences(several: Sequence[Trajectory], origin: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Yield ``M`` in pieces of its columns: where a piece starts, and the piece of shape ``(n, width)``."""
+    """Yield ``M`` in pieces of its columns: the first column, and the piece of shape ``(n, width)``."""
     for start, stop in _chunks(several):
         rows = torch.cat([_columns(item, start, stop) for item in several])
         yield start, rows.sub_(origin[start:stop])
@@ -212,34 +212,39 @@ def project(
     objective: Objective | None = None,
     progress: bool = False,
 ) -> Projection:
-    r"""Project a trajectory onto a plane, and say how far from it every point really is.
+    r"""Project a trajectory onto a plane, and measure how far every point is from the plane.
 
     Parameters
     ----------
     trajectory
-        Its points are read one at a time.
+        The trajectory; its points are read one at a time.
     plane
-        From :func:`pca_plane`, or one or more directions. They need be neither of length 1 nor orthogonal: the
-        coordinates are the multiples of them, as on the axes of a slice along the same directions.
+        The plane from :func:`pca_plane`, or one or more directions. These need not have length 1 or be orthogonal: the
+        coordinates are multiples of them, as on the axes of a slice along the same directions.
     center
-        The point that the plane goes through, shape ``(size,)``. Default: the plane's own, or, for directions, the
-        objective's current weights, where a slice has its centre.
+        Point on the plane with coordinates 0, shape ``(size,)``. Default: that of the plane, or, for directions, the
+        objective's current weights, which are the centre of a slice.
     objective
-        With it the loss is measured at every point and at its projection: two forward passes over the objective's
-        data for each. Of a network with BatchNorm it should have ``batchnorm="recalibrate"`` or ``"batch"``, which
-        warns otherwise: the running statistics of today belong to none of the points.
+        Loss to measure at every point and at its projection, at two forward passes over the data for each. For a
+        network with BatchNorm it should have ``batchnorm="recalibrate"`` or ``"batch"``: the current running statistics
+        belong to none of the points.
     progress
         Show a progress bar.
 
     Returns
     -------
     Projection
-        NaN where a point is NaN.
+        Coordinates, distances and losses of every point; NaN where a point is NaN.
 
     Raises
     ------
     ValueError
-        Directions that do not fit, are not finite or are dependent; no centre; an objective of other parameters.
+        Directions do not fit, are not finite or are dependent; there is no centre; the objective has other parameters.
+
+    Warns
+    -----
+    UserWarning
+        The objective has the policy ``batchnorm="eval"``.
     """
     if isinstance(plane, PrincipalPlane):
         directions: list[Direction] = list(plane.directions)
@@ -276,7 +281,7 @@ def project(
 def _project_one(
     point: Tensor, origin: Tensor, basis: Tensor, triangle: Tensor, objective: Objective | None
 ) -> tuple[Tensor, float, float, float, float]:
-    """Return coordinates, distance, off-plane distance, loss, and loss of the projection; NaN for no objective."""
+    """Return coordinates, distance, off-plane distance, loss, and loss of the projection; NaN without objective."""
     difference = point.double() - origin
     inside = basis.T @ difference
     seen = basis @ inside
@@ -321,7 +326,7 @@ def _basis(directions: Sequence[Direction], trajectory: Trajectory) -> tuple[Ten
     )
     basis, triangle = torch.linalg.qr(columns)
     diagonal, norms = triangle.diagonal().abs(), columns.norm(dim=0)
-    if not bool((diagonal > 1e-7 * norms).all()):  # NaN is no better than 0
+    if not bool((diagonal > 1e-7 * norms).all()):  # also for NaN
         raise ValueError(
             f"the directions {[item.name for item in directions]} are dependent, or one is zero: expected directions "
             "that span a plane; choose others"
@@ -338,8 +343,8 @@ def _check_objective(objective: Objective, trajectory: Trajectory) -> None:
         )
     if str(objective.settings["batchnorm"]).startswith("eval"):
         warnings.warn(
-            "losses along a trajectory with batchnorm='eval' use today's running statistics at every point, to which "
-            "they do not belong: make the objective with batchnorm='recalibrate'",
+            "losses along a trajectory with batchnorm='eval' use the current running statistics at every point, to "
+            "which they do not belong: make the objective with batchnorm='recalibrate'",
             UserWarning,
             stacklevel=3,
         )
@@ -352,28 +357,28 @@ def grid(
     margin: float = 0.15,
     square: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return the grid of a slice on which whole trajectories are to be seen: ``slice_2d(..., coordinates=grid(...))``.
+    """Return the grid of a slice that shows whole trajectories, for ``slice_2d(..., coordinates=grid(...))``.
 
     Parameters
     ----------
     projections
-        On one plane.
+        One or several projections on one plane.
     points
-        Along each axis, default 25. At least 3.
+        Number of grid points along each axis, at least 3. Default 25.
     margin
-        How far beyond the outermost points to go on each side, as a fraction of their extent. Default 0.15.
+        Margin beyond the outermost points on each side, as a fraction of their extent. Default 0.15.
     square
-        Give both axes the same length in weight space (default), so that an equal aspect makes a square.
+        Whether both axes have the same length in weight space (default), so that an equal aspect makes a square.
 
     Returns
     -------
     tuple of Tensor
-        ``(x, y)``, each of shape ``(points,)``, with 0 among them, as the centre's loss is to be on the slice.
+        The axes ``(x, y)``, each of shape ``(points,)`` and with 0 among them, so that the slice shows the centre.
 
     Raises
     ------
     ValueError
-        No finite point, a projection that is not on a plane, fewer than 3 points, or a negative margin.
+        No point is finite, a projection is not on a plane, there are fewer than 3 points, or the margin is negative.
     """
     if isinstance(projections, Projection):
         projections = [projections]

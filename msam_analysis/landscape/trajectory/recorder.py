@@ -1,11 +1,11 @@
-"""Record the true weights while a training loop runs, so that nothing recorded is ever lost."""
+"""A recorder of the true weights while a training loop runs, which never loses a recorded point."""
 
 from __future__ import annotations
 
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,49 +26,48 @@ class TrajectoryRecorder:
     """Writes the true weights of a model to a folder, one file for each recorded step, while it is trained.
 
     A file appears only when it is complete: a run that is killed keeps what it had recorded, and a recorder that is
-    made again for the same folder goes on behind it. Optimizers of :mod:`msam` hold displaced weights between steps;
-    with ``optimizer`` given, the true ones are recorded.
+    made again for the same folder goes on after the last point. Optimizers of :mod:`msam` hold displaced weights
+    between steps; with ``optimizer`` given, the true ones are recorded.
 
     Parameters
     ----------
     path
-        The folder; parents are made. One writer at a time.
+        Folder for the files; parents are made. Only one recorder may write to it at a time.
     model
-        The module that is trained, or an objective of it, whose parameters are then the recorded ones.
+        The module that is trained, or an objective of it, whose parameters are then recorded.
     optimizer
-        What trains it. Without it the parameters are recorded as they stand.
+        The optimizer that trains the model. Without it the parameters are recorded as they are.
     every
-        Record steps that are multiples of this. Default 1: every step that :meth:`record` is called for.
+        Record steps that are multiples of this number. Default 1: every step for which :meth:`record` is called.
     dtype
-        ``None`` (default): weights are stored exactly. ``torch.float16``: as differences to the first point, scaled to
-        fill float16's range, so that the error is near 2·10⁻⁴ of the distance moved; it is measured and reported as
-        ``rounding``. Half the disk of float32.
+        ``None`` (default): weights are stored exactly. ``torch.float16``: they are stored as differences to the first
+        point, scaled to fill float16's range, with half the disk space of float32. The error is then near 2·10⁻⁴ of the
+        distance moved; it is measured and reported as ``rounding``.
     parameters
-        Which parameters, as for :class:`~msam_analysis.objective.objective.Objective`; default: every one with
+        Selection of parameters, as for :class:`~msam_analysis.objective.objective.Objective`; default: all with
         ``requires_grad``.
     buffers
-        Whether to record the model's buffers too (default): with them a point is a whole network again, BatchNorm's
-        running statistics as they were then.
+        Whether to record the model's buffers too (default). A point is then a whole network, with the running
+        statistics of BatchNorm at that step.
     max_points
-        Thin the recording to at most this many points: when they are there, the stride doubles and the points in
-        between are deleted. ``None`` (default): keep all. Points recorded with ``keep=True`` are neither counted nor
-        deleted.
+        Largest number of points: when it is reached, the stride doubles and the points in between are deleted. ``None``
+        (default): keep all. Points recorded with ``keep=True`` are neither counted nor deleted.
     label
-        Whose trajectory it is; default: the name of the optimizer's class, else the folder's.
+        Name of the trajectory; default: the name of the optimizer's class, or that of the folder.
 
     Attributes
     ----------
     stride
-        Distance of recorded steps: ``every``, doubled as often as the recording was thinned.
+        Distance between recorded steps: ``every``, doubled each time the recording was thinned.
     step
-        Steps of the optimizer that were seen since :meth:`attach`, counted from its ``start``.
+        Number of optimizer steps since :meth:`attach`, counted from its ``start``.
 
     Raises
     ------
     TypeError
         ``model`` is neither a module nor an objective.
     ValueError
-        ``every``, ``dtype`` or ``max_points`` make no sense, or the folder holds the trajectory of another model.
+        ``every``, ``dtype`` or ``max_points`` is out of range, or the folder holds the trajectory of another model.
 
     Examples
     --------
@@ -123,16 +122,16 @@ class TrajectoryRecorder:
     # ------------------------------------------------------------------------------------------------------- recording
 
     def record(self, step: int, *, keep: bool = False, **metrics: float) -> bool:
-        """Write the weights of now, if the step is due.
+        """Write the current weights, if the step is due.
 
         Parameters
         ----------
         step
-            How many steps the optimizer has taken, or any other count that grows.
+            Number of steps that the optimizer has taken, or any other count that grows.
         keep
-            Record it whatever the stride, and never thin it out: for the last weights, or the end of an epoch.
+            Record the point whatever the stride, and never delete it: for the last weights, or the end of an epoch.
         **metrics
-            Numbers to keep with the point, such as ``loss=0.3``.
+            Numbers to store with the point, such as ``loss=0.3``.
 
         Returns
         -------
@@ -156,8 +155,10 @@ class TrajectoryRecorder:
             raise ValueError("a metric cannot be called 'rounding', which is recorded anyway: choose another name")
         if not keep and not self._due(step):
             return False
-        with self._true_weights(), torch.no_grad():
-            vector = self._vector()
+        # Optimizers of msam return to the true weights inside this context.
+        with getattr(self.optimizer, "unperturbed", nullcontext)(), torch.no_grad():
+            parameters = dict(self._model.named_parameters())
+            vector = self._layout.flatten(parameters[name].detach() for name in self._names).cpu()
             buffers = self._current_buffers()
         if not self._begun:
             self._begin(vector)
@@ -173,37 +174,38 @@ class TrajectoryRecorder:
         return True
 
     def rewind(self, step: int) -> int:
-        """Forget what was recorded after ``step``, to go on from a checkpoint of that step.
+        """Delete the points recorded after ``step``, to go on from a checkpoint of that step.
 
         Returns
         -------
         int
-            How many points were deleted.
+            Number of deleted points.
         """
         return self._delete([recorded for recorded in self._steps if recorded > step])
 
     def trajectory(self) -> Trajectory:
-        """Return what was recorded so far; see :func:`~msam_analysis.landscape.trajectory.load`."""
+        """Return the trajectory recorded so far; see :func:`~msam_analysis.landscape.trajectory.load`."""
         return load_trajectory(self.path)
 
     # ------------------------------------------------------------------------------------------------------- attaching
 
     def attach(self, start: int = 0) -> Self:
-        """Record by the optimizer's own hook, after its steps; the loop does not change.
+        """Record after every step of the optimizer, by its own hook; the training loop does not change.
 
-        The weights of now are recorded as step ``start``, unless that was recorded already. SAM's ``first_step()`` and
-        ``second_step()`` count as the one step they are.
+        The current weights are recorded as step ``start``, unless that was recorded already. SAM's ``first_step()`` and
+        ``second_step()`` count as one step.
 
         Parameters
         ----------
         start
-            How many steps the optimizer has taken: 0 for a new run, the checkpoint's count for one that goes on.
+            Number of steps that the optimizer has taken: 0 for a new run, the count in the checkpoint for a resumed
+            one.
 
         Returns
         -------
         TrajectoryRecorder
-            Itself, for a ``with`` block: leaving it detaches the recorder, after recording the last weights, kept, if
-            they were not. :meth:`close` only detaches.
+            The recorder itself, for a ``with`` block. At the end of the block it records the last weights with
+            ``keep=True``, if they were not recorded, and detaches. :meth:`close` only detaches.
 
         Raises
         ------
@@ -231,7 +233,7 @@ class TrajectoryRecorder:
         return self
 
     def close(self) -> None:
-        """Detach from the optimizer; what was recorded stays. Safe to call twice."""
+        """Detach from the optimizer; the recorded points stay. Safe to call twice."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -250,7 +252,7 @@ class TrajectoryRecorder:
     # --------------------------------------------------------------------------------------------------------- private
 
     def _due(self, step: int) -> bool:
-        """Whether to record a step, after making room for it."""
+        """Return whether to record a step, after making room for it."""
         if step % self.stride:
             return False
         while self.max_points is not None and len(self._steps) - len(self._kept) >= self.max_points:
@@ -266,18 +268,10 @@ class TrajectoryRecorder:
         self._kept -= gone
         return len(gone)
 
-    def _true_weights(self) -> AbstractContextManager[None]:
-        unperturbed = getattr(self.optimizer, "unperturbed", None)
-        return nullcontext() if unperturbed is None else unperturbed()
-
-    def _vector(self) -> Tensor:
-        parameters = dict(self._model.named_parameters())
-        return self._layout.flatten(parameters[name].detach() for name in self._names).cpu()
-
     def _current_buffers(self) -> dict[str, Tensor]:
         if not self._buffers:
             return {}
-        saved = self._model.state_dict().keys()  # without those that a model rebuilds by itself, such as masks
+        saved = self._model.state_dict().keys()  # without buffers that the model rebuilds, such as masks
         named = {name: value for name, value in self._model.named_buffers() if name in saved}
         return {
             name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in named.items()
@@ -286,13 +280,11 @@ class TrajectoryRecorder:
     def _begin(self, vector: Tensor) -> None:
         if self._dtype is not None:
             self._origin = vector
-        fields = {**self._identity(vector.dtype), "label": self.label, "settings": self._settings()}
+        stored = "exact" if self._dtype is None else "float16 differences to the first point"
+        settings = {"recorded with": type(self.optimizer).__name__, "stored as": stored}
+        fields = {**self._identity(vector.dtype), "label": self.label, "settings": settings}
         points.write_header(self.path, self._origin, fields)
         self._begun = True
-
-    def _settings(self) -> dict[str, str]:
-        stored = "exact" if self._dtype is None else "float16 differences to the first point"
-        return {"recorded with": type(self.optimizer).__name__, "stored as": stored}
 
     def _identity(self, dtype: torch.dtype) -> dict[str, Any]:
         return {
@@ -302,9 +294,9 @@ class TrajectoryRecorder:
         }
 
     def _take_up(self) -> None:
-        """Go on behind what the folder holds."""
+        """Go on after the points in the folder."""
         for leftover in [*self.path.glob(".step-*.safetensors"), *self.path.glob(".trajectory.*.safetensors")]:
-            leftover.unlink(missing_ok=True)  # half a file of a run that was killed
+            leftover.unlink(missing_ok=True)  # half a file from a killed run
         try:
             fields, origin = points.read_header(self.path)
         except FileNotFoundError:
@@ -341,32 +333,32 @@ def from_weights(
     *,
     label: str = "",
 ) -> Trajectory:
-    """Return the trajectory through weights that are there already, such as the checkpoints of a run.
+    """Return the trajectory through existing weights, such as the checkpoints of a run.
 
     Parameters
     ----------
     objective
-        Whose parameters make up a point.
+        The loss, whose parameters make up a point.
     weights
-        In order: flat vectors of shape ``(size,)``, or state dicts, such as
-        :func:`~msam_analysis.checkpoints.loading.load_weights` returns. All are held in memory.
+        The weights in order: flat vectors of shape ``(size,)``, or state dicts as returned by
+        :func:`~msam_analysis.checkpoints.loading.load_weights`. All are held in memory.
     steps
-        When each was taken, increasing. Default: 0, 1, 2, ...
+        Step of each of the weights, increasing. Default: 0, 1, 2, ...
     label
         Name for legends.
 
     Returns
     -------
     Trajectory
-        Exact, and without buffers.
+        The trajectory, exact and without buffers.
 
     Raises
     ------
     ValueError
         There are no weights, a vector or a tensor in a state dict has another shape or is missing, or the steps do not
-        increase or are as many as the weights.
+        increase or do not match the weights in number.
     """
-    vectors = [_flat(objective, item, place) for place, item in enumerate(weights)]
+    vectors = [_flat(objective, item, number) for number, item in enumerate(weights)]
     if not vectors:
         raise ValueError("expected at least one vector or state dict, got none: pass the weights in order")
     at = torch.arange(len(vectors)) if steps is None else torch.as_tensor(list(steps), dtype=torch.int64)
@@ -386,14 +378,14 @@ def from_weights(
     )
 
 
-def _flat(objective: Objective, weights: Tensor | Mapping[str, Tensor], place: int) -> Tensor:
+def _flat(objective: Objective, weights: Tensor | Mapping[str, Tensor], number: int) -> Tensor:
     if isinstance(weights, Tensor):
-        objective.layout.check(weights, f"point number {place}")
+        objective.layout.check(weights, f"point number {number}")
         return weights.detach().cpu().clone()
     missing = [name for name in objective.layout.names if name not in weights]
     if missing:
         raise ValueError(
-            f"state dict number {place} has no {missing[0]!r}: expected every parameter of the objective; "
+            f"state dict number {number} has no {missing[0]!r}: expected every parameter of the objective; "
             "pass state dicts of the same model"
         )
     return objective.vector({name: weights[name] for name in objective.layout.names}).cpu()

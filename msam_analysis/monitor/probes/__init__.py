@@ -1,9 +1,9 @@
-"""Probes of a training step: what a :class:`~msam_analysis.monitor.Monitor` records.
+"""Probes of a training step, which a :class:`~msam_analysis.monitor.Monitor` records.
 
-A probe is called with the optimizer and the step number at the one moment when the step's gradient is in ``.grad``, the
-momentum is still the last step's and no weight has moved. It returns named numbers and changes nothing. One that also
-wants to see what the step did has a method ``across``, see :class:`StepProbe`. In a column of one layer, ``/`` and the
-layer's name follow the name.
+A probe is called with the optimizer and the step number, at the moment when the step's gradient is in ``.grad``, the
+momentum is still that of the last step and no weight has moved. It returns named numbers and changes nothing. A probe
+that also measures the effect of the step has a method ``across``, see :class:`StepProbe`. The column for a layer is
+named by the quantity, ``/`` and the layer.
 
 =============================== ========================================== ============================================
 probe                           columns                                    costs

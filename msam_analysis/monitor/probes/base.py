@@ -1,4 +1,4 @@
-"""What a probe is, how often it is asked, and what probes share."""
+"""The shape of a probe, its period, and functions that probes share."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.private import unwrap
 
 Finish = Callable[[Mapping[Tensor, Tensor]], Mapping[str, float]]
-"""Called after the step with the gradients that it was taken with, by parameter; returns named numbers."""
+"""A function that is called after the step with the step's gradients, by parameter, and returns named numbers."""
 
 By = Literal["parameter", "module"]
 
 ObjectiveSource = Objective | Callable[[], Objective]
-"""An objective, or a function that returns it, for example one over the batch now being trained on."""
+"""An objective, or a function that returns it, for example an objective over the current training batch."""
 
 
 class Probe(Protocol):
-    """Named numbers about one training step."""
+    """A function that returns named numbers about one training step."""
 
     def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> Mapping[str, float]:
         """Return the numbers; ``step`` counts optimizer steps from 0."""
@@ -31,21 +31,21 @@ class Probe(Protocol):
 
 @runtime_checkable
 class StepProbe(Protocol):
-    """A probe that also sees what the step has done.
+    """A probe that also sees the effect of the step.
 
-    A probe that carries something from one record to the next has ``state_dict()`` and ``load_state_dict(state)`` too,
-    of tensors and plain numbers, so that a resumed run records what an uninterrupted one does.
+    A probe that keeps a state between records has ``state_dict()`` and ``load_state_dict(state)`` too, with tensors and
+    plain numbers, so that a resumed run records the same as an uninterrupted one.
     """
 
     def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> Mapping[str, float]:
-        """Return what is known before the step."""
+        """Return the numbers that are known before the step."""
         ...
 
     def across(self, optimizer: torch.optim.Optimizer, step: int) -> Finish | None:
-        """Return a function that is called after the step, or nothing; asked before it, right after ``__call__``.
+        """Return a function to call after the step, or ``None``; called before the step, right after ``__call__``.
 
-        The gradients that function is given are those the step was taken with: without a loss scale, of what is
-        minimised, and for SAM the second ones.
+        That function gets the gradients of the step: without a loss scale, of the function that is minimised, and for
+        SAM the second ones.
         """
         ...
 
@@ -59,7 +59,7 @@ class Every:
     probe
         The probe.
     period
-        Recorded at steps ``0, period, 2 period, ...``; other rows have NaN in its columns.
+        Period in steps: it records at steps ``0, period, 2 period, ...``; other rows have NaN in its columns.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def check_period(name: str, period: object) -> None:
 
 
 def current(objective: ObjectiveSource) -> Objective:
-    """Return the objective of now."""
+    """Return the objective, or the one that the function returns now."""
     return objective if isinstance(objective, Objective) else objective()
 
 
@@ -92,12 +92,12 @@ def layers_of(model: nn.Module, by: By, optimizer: torch.optim.Optimizer) -> dic
     Parameters
     ----------
     model
-        Whose names are used; wrappers are looked through.
+        Model that gives the names, without its wrappers.
     by
-        ``"parameter"``: each is a layer. ``"module"``: those that one module holds itself are a layer, under the
-        module's name, the outermost module's under its class.
+        ``"parameter"``: each parameter is a layer. ``"module"``: the parameters that one module holds itself are a
+        layer with the module's name; for the outermost module, with the name of its class.
     optimizer
-        Parameters that are none of its own are left out.
+        Optimizer of the parameters; others are left out.
     """
     held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     whole = unwrap(model)
@@ -115,6 +115,6 @@ def layers_of(model: nn.Module, by: By, optimizer: torch.optim.Optimizer) -> dic
 
 
 def check_by(by: str) -> None:
-    """Raise ``ValueError`` unless ``by`` says what a layer is."""
+    """Raise ``ValueError`` unless ``by`` is a known kind of layer."""
     if by not in get_args(By):
-        raise ValueError(f"by must be one of {get_args(By)}, got {by!r}: choose what a layer is")
+        raise ValueError(f"by must be one of {get_args(By)}, got {by!r}: choose one of them")

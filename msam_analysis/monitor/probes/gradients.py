@@ -1,4 +1,4 @@
-"""What costs gradients of its own: other data, and other points."""
+"""Probes that cost gradients of their own: on other data, and at other points."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from msam_analysis.objective.objective import Objective
 
 @dataclass(eq=False)
 class HeldOutCosine:
-    """``held_out_cosine``: of momentum and the gradient on other data, ``cos(v_{t−1}, ∇L(w_t))`` (exhibits A3 and A4).
+    """``held_out_cosine``: cosine between momentum and the gradient on other data (exhibits A3 and A4).
 
-    ``w_t`` are the true weights. One gradient over the objective's data, or over one batch of them.
+    It is ``cos(v_{t−1}, ∇L(w_t))`` with the true weights ``w_t``. It costs one gradient over the objective's data, or
+    over one batch of it.
 
     Parameters
     ----------
     objective
-        The loss on held-out data, or a function that returns it. With one fixed batch as its data, and ``in_turn``
-        left out, that batch is asked every time.
+        The loss on held-out data, or a function that returns it. An objective over one fixed batch uses that batch
+        every time.
     in_turn
-        Ask one batch of the objective's data at a time, the next one at every record, from the first again after the
-        last: a fresh batch each time if there are as many batches as records.
+        Whether to use one batch of the objective's data at a time: the next one at every record, and the first again
+        after the last. With as many batches as records every record has a fresh batch. Default ``False``: all data.
 
     Raises
     ------
     TypeError
-        ``in_turn`` with a function for an objective.
+        ``in_turn`` is true, and ``objective`` is a function.
 
     Notes
     -----
-    With ``batchnorm="batch"`` the statistics are those of the batch asked. Which batch is next is part of the state
-    that :meth:`Monitor.state_dict() <msam_analysis.monitor.Monitor.state_dict>` saves.
+    With ``batchnorm="batch"`` the statistics are those of the batch in use. The number of the next batch is part of the
+    state that :meth:`Monitor.state_dict() <msam_analysis.monitor.Monitor.state_dict>` saves.
     """
 
     objective: ObjectiveSource
@@ -47,7 +48,7 @@ class HeldOutCosine:
     _turn: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Check that there is something to take turns in."""
+        """Check that there are batches to take in turn."""
         if self.in_turn and not isinstance(self.objective, Objective):
             raise TypeError(
                 f"in_turn takes the batches of an Objective in turn, got {type(self.objective).__name__}: pass the "
@@ -64,7 +65,7 @@ class HeldOutCosine:
         return {"held_out_cosine": max(-1.0, min(1.0, float(momentum @ gradient) / norms)) if known else math.nan}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which batch is next."""
+        """Return the number of the next batch."""
         return {"turn": self._turn}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -72,7 +73,7 @@ class HeldOutCosine:
         self._turn = int(state["turn"])
 
     def _next(self) -> Objective:
-        """Return the objective over the batch whose turn it is."""
+        """Return the objective over the next batch."""
         whole = current(self.objective)
         sizes = whole.batches.sizes
         index = self._turn % len(sizes)
@@ -83,24 +84,24 @@ class HeldOutCosine:
 
 @dataclass(frozen=True)
 class SamAngle:
-    """Where MSAM's gradient points seen from SAM's, over MSAM's perturbation strength, and ``rho_0`` (exhibit F3).
+    """Angle between MSAM's gradient and SAM's, over the strength of MSAM's perturbation, and ``rho_0`` (exhibit F3).
 
-    See :func:`~msam_analysis.sam_msam_angle`, at the true weights and with ``v_{t−1}``. It needs no MSAM: any
-    optimizer with momentum can be asked. Costs two gradients, and one for each ρ.
+    See :func:`~msam_analysis.sam_msam_angle`, at the true weights and with ``v_{t−1}``. The optimizer need not be MSAM:
+    any optimizer with momentum will do. It costs two gradients, and one for each ρ.
 
     Parameters
     ----------
     objective
-        The loss, or a function that returns it: for the paper's exhibit over the batch now being trained on.
+        The loss, or a function that returns it: for the paper's exhibit a loss over the current training batch.
     rhos
-        Strengths of MSAM's perturbation; 0, the plain gradient, is added. The root is looked for between them.
+        Strengths of MSAM's perturbation; 0, the plain gradient, is added. ``rho_0`` is searched between them.
     rho_sam
         Radius of SAM's displacement.
 
     Raises
     ------
     ValueError
-        At the first record: ``rho_sam`` is not positive, ``rhos`` are none or not finite.
+        At the first record: ``rho_sam`` is not positive, or ``rhos`` is empty or not finite.
     """
 
     objective: ObjectiveSource

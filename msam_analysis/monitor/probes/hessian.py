@@ -1,4 +1,4 @@
-"""Curvature while a network is trained."""
+"""Probes of the Hessian."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from msam_analysis.spectra.top import top_eigenvalues
 class Curvature:
     """Curvature ``dᵀHd / dᵀd`` at the true weights along momentum, gradient and a random direction (exhibit A8).
 
-    Three Hessian-vector products over the objective's data.
+    It costs three Hessian-vector products over the objective's data.
 
     Parameters
     ----------
     objective
-        The loss whose Hessian is meant.
+        The loss whose Hessian is used.
     seed
-        Of the random directions; a new one at every recorded step.
+        Seed of the random directions; every recorded step has a new direction.
     """
 
     objective: Objective
@@ -57,24 +57,25 @@ class TopEigenvalues:
     Parameters
     ----------
     objective
-        The loss whose Hessian is meant, or a function that returns it.
+        The loss whose Hessian is used, or a function that returns it.
     k
-        How many. Default 1.
+        Number of eigenvalues. Default 1.
     tolerance
-        Of the residuals, relative to the value. Default 1e-2, by which the values are right to about 1e-4 of themselves
-        where the spectrum has a gap; the bound that always holds is recorded as ``lambda_residual``.
+        Largest residual, as a fraction of the value. Default 1e-2: the values then have a relative error of about 1e-4
+        where the spectrum has a gap. ``lambda_residual`` is a bound on the error that always holds.
     confirm
-        Whether every search looks for a larger value that the start has no part in (default). ``False`` leaves this
-        out, at about a third of the cost: what is followed is an eigenvalue, but another may have overtaken it.
+        Whether every search looks for a larger value in which its start has no part (default). ``False`` leaves this
+        out and costs about a third: the value is an eigenvalue, but another one may have become larger.
     max_hvps
-        Budget of one search; default: that of :func:`~msam_analysis.spectra.top_eigenvalues`.
+        Largest number of Hessian-vector products of one search; default as in
+        :func:`~msam_analysis.spectra.top_eigenvalues`.
     seed
-        Of random starts.
+        Seed of random start vectors.
 
     Warns
     -----
     ConvergenceWarning
-        A search did not converge; ``lambda_converged`` is 0 then.
+        A search did not converge; ``lambda_converged`` is then 0.
     """
 
     objective: ObjectiveSource
@@ -103,9 +104,9 @@ class TopEigenvalues:
         return {**values, "lambda_residual": residual, "lambda_converged": float(found.converged)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the eigenvectors that the next search starts from."""
+        """Return the start vectors of the next search."""
         return {"start": self._start}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Start the next search where it would have."""
+        """Set the start vectors of the next search."""
         self._start = state["start"]

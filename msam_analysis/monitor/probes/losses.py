@@ -1,4 +1,4 @@
-"""What the loss does where the optimizer perturbs, and along its momentum."""
+"""Probes of the loss at the optimizer's perturbation and along its momentum."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from msam_analysis.monitor.probes.base import ObjectiveSource, current
 
 @dataclass(frozen=True)
 class PerturbationRise:
-    """``loss_before`` and ``loss_after`` the optimizer's own perturbation: ``L(w)`` and ``L(w + ε)`` (exhibit A12).
+    """``loss_before`` and ``loss_after`` the optimizer's own perturbation, ``L(w)`` and ``L(w + ε)`` (exhibit A12).
 
-    ``w`` are the true weights and ``ε`` the displacement at which this step's training gradient is evaluated; 0, and
-    so no rise, for optimizers that do not perturb. Two forward passes over the objective's data.
+    ``w`` are the true weights, and ``ε`` is the displacement at which this step's training gradient is evaluated. For
+    optimizers that do not perturb it is 0, and so is the rise. It costs two forward passes over the objective's data.
 
     Parameters
     ----------
     objective
-        The loss, or a function that returns it (for example one over the batch now being trained on).
+        The loss, or a function that returns it, for example a loss over the current training batch.
     """
 
     objective: ObjectiveSource
@@ -44,16 +44,16 @@ class PerturbationRise:
 class LossAlongMomentum:
     """``loss_along/<a>``: the loss at ``w + a v_{t−1}/‖v_{t−1}‖`` for every offset ``a`` (exhibit A2).
 
-    With an objective of the batch now being trained on: along the step just taken, seen by the next batch. ``w`` are
-    the true weights; the last step went along ``−v``, so that a minimum at ``a > 0`` says that it overshot. One forward
+    ``w`` are the true weights. The last step went along ``−v``, so a minimum at ``a > 0`` says that it overshot. With
+    an objective over the current training batch, this is the last step as the next batch sees it. It costs one forward
     pass for each offset.
 
     Parameters
     ----------
     objective
-        The loss, or a function that returns it (for example one over the batch now being trained on).
+        The loss, or a function that returns it, for example a loss over the current training batch.
     offsets
-        Distances ``a`` in the space of the weights; 0, the true point, is always among them.
+        Distances ``a``, in the unit of the weights; 0, the true weights, is added.
 
     Raises
     ------
@@ -71,7 +71,7 @@ class LossAlongMomentum:
         object.__setattr__(self, "offsets", tuple(sorted({0.0, *map(float, self.offsets)})))
 
     def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> Mapping[str, float]:
-        """Return the losses; but for ``loss_along/0`` NaN at the first step, when there is no momentum."""
+        """Return the losses; at the first step, without momentum, all except ``loss_along/0`` are NaN."""
         objective = current(self.objective)
         weights = objective.vector(true_weights(optimizer))
         momentum = objective.vector(momentum_buffers(optimizer))

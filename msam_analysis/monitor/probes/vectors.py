@@ -1,4 +1,4 @@
-"""What weights, gradient, momentum and step say by themselves, at no extra gradient."""
+"""Probes of weights, gradient, momentum and step, without gradients of their own."""
 
 from __future__ import annotations
 
@@ -19,32 +19,33 @@ Vector = Literal["weights", "gradient", "momentum", "step"]
 
 @dataclass(frozen=True)
 class MomentumGradientCosine:
-    """``cosine``: of momentum and gradient, ``cos(v_{t−1}, g_t)`` (exhibits F2C and A3 to A7); no extra gradient.
+    """``cosine``: cosine between momentum and gradient, ``cos(v_{t−1}, g_t)`` (exhibits F2C and A3 to A7).
 
-    See :func:`~msam_analysis.momentum_gradient_cosine`. For SAM, ``g_t`` is the first of its two gradients.
+    See :func:`~msam_analysis.momentum_gradient_cosine`. For SAM, ``g_t`` is the first of its two gradients. It costs no
+    further gradient.
 
     Parameters
     ----------
     after
-        Record ``cosine_after`` as well: ``cos(v_t, g_t)``, with the buffer that the step has left and the gradient it
-        was taken with (SAM: the second one).
+        Whether to record ``cosine_after`` as well: ``cos(v_t, g_t)``, with the buffer after the step and the gradient
+        of the step (SAM: the second one).
     model
-        Record the cosines of every layer as well, as ``cosine/<layer>`` and ``cosine_after/<layer>``: the angles in the
-        space of that layer's parameters.
+        Model that is trained: the cosines of its layers are recorded as well, in the space of each layer's parameters,
+        as ``cosine/<layer>`` and ``cosine_after/<layer>``. Default: no layers.
     by
-        What a layer is: ``"parameter"`` (default), or ``"module"``, for weight and bias together.
+        Kind of layer: ``"parameter"`` (default), or ``"module"``, which takes weight and bias together.
 
     Raises
     ------
     ValueError
-        ``by`` is neither; at the first record, none of the model's parameters belongs to the optimizer.
+        ``by`` is unknown; at the first record, none of the model's parameters belongs to the optimizer.
 
     Notes
     -----
-    The gradient is the one that the optimizer steps with, before it adds weight decay to it. Clipping by the global
-    norm and loss scales change no global cosine; what clips single values or parameters does, and its result is what is
-    recorded, as it enters the buffer. Momentum is the buffer itself, with the weight decay of torch's SGD and Adam (not
-    AdamW) in it.
+    The gradient is that of the step, before the optimizer adds weight decay to it. Clipping by the global norm and loss
+    scales do not change a global cosine. Clipping single values or parameters does; the clipped gradient is recorded,
+    as it enters the buffer. Momentum is the buffer itself; for torch's SGD and Adam, but not AdamW, it contains weight
+    decay.
     """
 
     after: bool = False
@@ -52,7 +53,7 @@ class MomentumGradientCosine:
     by: By = "parameter"
 
     def __post_init__(self) -> None:
-        """Check what a layer is."""
+        """Check the kind of layer."""
         check_by(self.by)
 
     def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> Mapping[str, float]:
@@ -60,7 +61,7 @@ class MomentumGradientCosine:
         return self._cosines("cosine", optimizer, present_gradients(optimizer))
 
     def across(self, optimizer: torch.optim.Optimizer, step: int) -> Finish | None:
-        """Return what gives ``cosine_after``, if it is wanted."""
+        """Return the function for ``cosine_after``, if it is wanted."""
         return (lambda grads: self._cosines("cosine_after", optimizer, grads)) if self.after else None
 
     def _cosines(
@@ -74,23 +75,24 @@ class MomentumGradientCosine:
 class Norms:
     """L2 norms of ``weights``, ``gradient``, ``momentum`` and ``step``, as ``weights_norm`` and so on.
 
-    Weights and momentum as the step finds them: ``‖w_t‖``, of the true weights, and ``‖v_{t−1}‖``, NaN before there is
-    any. The gradient is the one the step was taken with, without a loss scale, after clipping and before weight decay
-    (SAM: the second one). The step is ``‖w_{t+1} − w_t‖``, of the true weights, weight decay included.
+    Weights and momentum are those before the step: ``‖w_t‖`` for the true weights, and ``‖v_{t−1}‖``, NaN before there
+    is a momentum. The gradient is that of the step, without a loss scale, after clipping and before weight decay (SAM:
+    the second one). The step is ``‖w_{t+1} − w_t‖`` for the true weights, weight decay included.
 
     Parameters
     ----------
     of
-        Which of them. ``"step"`` keeps a copy of the weights while a recorded step is taken.
+        Names of the vectors; default: all four. ``"step"`` keeps a copy of the weights during a recorded step.
     model
-        Record the norms of every layer as well, as ``weights_norm/<layer>`` and so on.
+        Model that is trained: the norms of its layers are recorded as well, as ``weights_norm/<layer>`` and so on.
+        Default: no layers.
     by
-        What a layer is: ``"parameter"`` (default), or ``"module"``, for weight and bias together.
+        Kind of layer: ``"parameter"`` (default), or ``"module"``, which takes weight and bias together.
 
     Raises
     ------
     ValueError
-        ``of`` is empty or names something else, ``by`` is no layer; at the first record, none of the model's parameters
+        ``of`` is empty or has an unknown name, ``by`` is unknown; at the first record, none of the model's parameters
         belongs to the optimizer.
     """
 
@@ -99,7 +101,7 @@ class Norms:
     by: By = "parameter"
 
     def __post_init__(self) -> None:
-        """Check what is asked for."""
+        """Check the arguments."""
         check_by(self.by)
         unknown = [name for name in self.of if name not in get_args(Vector)]
         if unknown or not self.of or isinstance(self.of, str):
@@ -108,7 +110,7 @@ class Norms:
     def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> Mapping[str, float]:
         """Return the norms of weights and momentum."""
         found: dict[str, float] = {}
-        if "weights" in self.of and "step" not in self.of:  # otherwise they are at hand later
+        if "weights" in self.of and "step" not in self.of:  # otherwise `across` copies them anyway
             found |= self._norms("weights_norm", optimizer, true_weights(optimizer))
         if "momentum" in self.of:
             try:
@@ -119,7 +121,7 @@ class Norms:
         return found
 
     def across(self, optimizer: torch.optim.Optimizer, step: int) -> Finish | None:
-        """Return what gives the norms of gradient and step, if they are wanted."""
+        """Return the function for the norms of gradient and step, if they are wanted."""
         if not {"gradient", "step"} & {*self.of}:
             return None
         before = {}
@@ -161,7 +163,7 @@ def _numbers(
     by: By,
     optimizer: torch.optim.Optimizer,
 ) -> dict[str, float]:
-    """Return a number of two vectors by their inner products, with a model that of every layer too; NaN of nothing."""
+    """Return a number from the inner products of two vectors, with a model also for every layer; NaN without any."""
     if model is None:
         return {name: number([total_products(*vectors)]) if any(vectors) else math.nan}
     products = inner_products(*vectors)

@@ -1,4 +1,4 @@
-"""What passes between a network and its criterion, read on the way: metrics that cost no forward pass of their own."""
+"""Metrics and losses of single samples, read off the forward passes of the loss at no further cost."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from msam_analysis.landscape.sampling import per_sample
 from msam_analysis.objective.nested import count_samples
 
 
-class Watch:
-    """Reads metrics, and the losses of single samples, off the forward passes that the loss is computed from.
+class OutputReader:
+    """Reads metrics, and the losses of single samples, between a network and its criterion.
 
     Parameters
     ----------
     module
-        A private copy of network and criterion; its criterion is replaced by one that shows what it is given.
+        A private copy of network and criterion; its criterion is replaced by one that shows its arguments.
     metrics
-        Name to metric; those that are no :class:`OutputMetric` are somebody else's.
+        Metrics by name; only those that are an :class:`OutputMetric` are read here.
     losses
         Whether the losses of single samples are wanted.
 
     Attributes
     ----------
     names
-        Of the metrics read here.
+        Names of the metrics that are read here.
     """
 
     def __init__(self, module: Any, metrics: Mapping[str, Metric], *, losses: bool) -> None:
@@ -42,10 +42,10 @@ class Watch:
         if self._metrics or self._wanted:
             criterion = module.loss_fn
             del module.loss_fn
-            module.loss_fn = _Watched(criterion, self)
+            module.loss_fn = _ReadCriterion(criterion, self)
 
     def __call__(self, output: Any, target: Any) -> None:
-        """Note what one batch shows."""
+        """Note the metrics and the losses of one batch."""
         if isinstance(output, nn.Module):
             self._wanted = False
             if self._metrics:
@@ -58,10 +58,8 @@ class Watch:
         if self._wanted:
             self._losses.append(self._own_losses(output, target, samples))
         for name, metric in self._metrics.items():
-            if metric.per_sample is None:
-                measured = self._own_losses(output, target, samples)
-            else:
-                measured = metric.per_sample(output, target)
+            own = metric.per_sample
+            measured = self._own_losses(output, target, samples) if own is None else own(output, target)
             if not isinstance(measured, Tensor) or measured.shape != (samples,):
                 came = f"shape {tuple(measured.shape)}" if isinstance(measured, Tensor) else type(measured).__name__
                 raise ValueError(
@@ -77,7 +75,7 @@ class Watch:
         return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
 
     def losses(self, means: list[Any]) -> Tensor | None:
-        """Return every sample's loss since the last call; ``None`` if the loss of a batch is not their mean."""
+        """Return the loss of every sample since the last call; ``None`` if the loss of a batch is not their mean."""
         seen = [losses for losses in self._losses if losses is not None]
         self._losses = []
         if self._wanted and not self._checked:
@@ -95,20 +93,20 @@ class Watch:
         return [values[name] if metric.each else float(values[name].mean()) for name, metric in self._metrics.items()]
 
     def forget(self) -> None:
-        """Drop what was noted of a pass that does not count."""
+        """Drop the notes of a pass that does not count."""
         self._seen = {name: [] for name in self._metrics}
         self._losses = []
 
 
-class _Watched(nn.Module):
-    """A criterion that shows what it is given."""
+class _ReadCriterion(nn.Module):
+    """A criterion that shows its arguments to a reader."""
 
-    def __init__(self, loss_fn: Any, watch: Watch) -> None:
+    def __init__(self, loss_fn: Any, reader: OutputReader) -> None:
         super().__init__()
         self.loss_fn = loss_fn
-        self._watch = watch
+        self._reader = reader
 
     def forward(self, *arguments: Any) -> Any:
-        """Return what the criterion returns."""
-        self._watch(*arguments)
+        """Return the criterion's loss."""
+        self._reader(*arguments)
         return self.loss_fn(*arguments)

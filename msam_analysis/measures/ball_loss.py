@@ -1,4 +1,4 @@
-"""The loss over a ball, counting what it costs."""
+"""The rise of the loss over a ball, with a count of the gradients it took."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ from msam_analysis.objective.objective import Objective
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """A point of the ball, the loss rise there and the slope ``D∇L`` there."""
+    """A point ``z`` of the ball, with the rise of the loss and the slope ``D∇L`` there."""
 
     z: Tensor
     rise: float
     slope: Tensor
 
 
-class Problem:
-    """``L(w + D z) − L(w)`` over a ball.
+class BallLoss:
+    """The rise ``L(w + D z) − L(w)`` over a ball.
 
     Parameters
     ----------
-    objective, ball
-        The loss and where it is looked at.
+    objective
+        The loss.
+    ball
+        The ball around its current weights.
     budget
-        Most gradients; the first is spent here.
+        Largest number of gradients; the first is spent here.
 
     Attributes
     ----------
     center, base, slope
         ``w``, ``L(w)`` and ``D∇L(w)``.
     gradients, hvps
-        Spent so far.
+        Numbers of gradients and of Hessian-vector products so far.
     undefined
-        Points at which the loss, or a gradient, was not a number.
+        Number of points where the loss or its gradient was NaN.
 
     Raises
     ------
@@ -71,16 +73,13 @@ class Problem:
         loss, gradient = self.objective.loss_and_gradient(self.center + self.ball.displacement(z))
         self.gradients += 1
         rise, slope = float(loss) - self.base, self.ball.displacement(gradient)
-        # Beyond an infinite loss nothing is asked of the gradient.
+        # Where the loss is infinite the gradient does not matter.
         if math.isnan(rise) or (math.isfinite(rise) and not bool(torch.isfinite(slope).all())):
             self.undefined += 1
         return Point(z, rise, slope)
 
     def stationarity(self, at: Point) -> float:
-        """Return how much of the slope still points uphill inside the ball.
-
-        See :class:`~msam_analysis.results.BallSharpness`.
-        """
+        """Return how much of the slope still points uphill inside the ball, as in :class:`BallSharpness`."""
         length = euclidean(at.slope)
         uphill = euclidean(self.ball.uphill(at.z, at.slope))
         if not self.ball.holds_back(at.z):

@@ -1,4 +1,4 @@
-"""The processes of ``torch.distributed``: each takes its share of the points, and all end with all of them."""
+"""The processes of ``torch.distributed``: each does its share of the work, and all get the whole result."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Ranks:
     Parameters
     ----------
     together
-        Whether there may be others.
+        Whether other processes may take part.
 
     Attributes
     ----------
     rank, count
-        Which this one is, and how many there are.
+        Number of this process, from 0, and number of processes.
     """
 
     def __init__(self, *, together: bool = True) -> None:
@@ -31,24 +31,27 @@ class Ranks:
         self.rank = dist.get_rank() if together else 0
         self.count = dist.get_world_size() if together else 1
 
-    def share(self, items: Sequence[Item], size: int = 1) -> Sequence[Item]:
-        """Return this process's part of some items: of groups of ``size``, every ``count``-th."""
-        return self._share(items, size, self.rank)
+    def share(self, items: Sequence[Item], size: int = 1, rank: int | None = None) -> Sequence[Item]:
+        """Return the items of a process (default: this one): every ``count``-th of the groups of ``size`` items."""
+        if self.count == 1:
+            return items
+        groups = [items[start : start + size] for start in range(0, len(items), size)]
+        return [item for group in groups[self.rank if rank is None else rank :: self.count] for item in group]
 
     def gather(self, rows: Tensor, items: int, size: int = 1) -> Tensor:
-        """Return the rows of all items in their order, from those of this process's share."""
+        """Return the rows of all items in their order, from the rows for this process's share."""
         if self.count == 1:
             return rows
-        order = [item for rank in range(self.count) for item in self._share(range(items), size, rank)]
+        order = [item for rank in range(self.count) for item in self.share(range(items), size, rank)]
         every = torch.cat(self._all(rows))
         return torch.empty_like(every).index_copy_(0, torch.tensor(order), every)
 
     def slowest(self, seconds: float) -> float:
-        """Return the longest duration of all processes."""
+        """Return the longest duration among all processes."""
         return max(self._all(seconds))
 
     def from_first(self, value: Item) -> Item:
-        """Return the first process's value."""
+        """Return the value that the first process has."""
         if self.count == 1:
             return value
         values = [value if self.rank == 0 else None]
@@ -57,27 +60,21 @@ class Ranks:
         return received  # type: ignore[no-any-return]
 
     def check_alike(self, identity: Mapping[str, str]) -> None:
-        """Make sure that all processes measure the same.
+        """Check that all processes measure the same.
 
         Raises
         ------
         ValueError
-            One differs from the first.
+            A process differs from the first.
         """
         first, *others = self._all(dict(identity))
         for rank, other in enumerate(others, start=1):
             names = [name for name in first if other.get(name) != first[name]]
             if names:
                 raise ValueError(
-                    f"process {rank} measures something else than process 0, by its {' and '.join(names)}: expected "
-                    "the same network, data and arguments in every process"
+                    f"process {rank} measures something else than process 0: they differ in {' and '.join(names)}; "
+                    "expected the same network, data and arguments in every process"
                 )
-
-    def _share(self, items: Sequence[Item], size: int, rank: int) -> Sequence[Item]:
-        if self.count == 1:
-            return items
-        groups = [items[start : start + size] for start in range(0, len(items), size)]
-        return [item for group in groups[rank :: self.count] for item in group]
 
     def _all(self, value: Item) -> list[Item]:
         if self.count == 1:
