@@ -12,20 +12,21 @@ from torch import Tensor
 from msam_analysis.objective.direction import Direction
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import no_autocast
+from msam_analysis.results import Curvatures, Scalar
 from msam_analysis.spectra.top import HasHessian, as_operator
 
 
 @overload
-def curvature_along(target: SymmetricOperator | HasHessian, direction: Direction | Tensor) -> float: ...
+def curvature_along(target: SymmetricOperator | HasHessian, direction: Direction | Tensor) -> Scalar: ...
 
 
 @overload
-def curvature_along(target: SymmetricOperator | HasHessian, direction: Sequence[Direction | Tensor]) -> Tensor: ...
+def curvature_along(target: SymmetricOperator | HasHessian, direction: Sequence[Direction | Tensor]) -> Curvatures: ...
 
 
 def curvature_along(
     target: SymmetricOperator | HasHessian, direction: Direction | Tensor | Sequence[Direction | Tensor]
-) -> float | Tensor:
+) -> Scalar | Curvatures:
     """Return ``dᵀ A d / dᵀ d``, the curvature per unit length along ``d`` (exhibit A8), at one product each.
 
     Parameters
@@ -37,8 +38,9 @@ def curvature_along(
 
     Returns
     -------
-    float or Tensor
-        For several directions, shape ``(directions,)``, float64 on the CPU. NaN for a direction that is zero, which has
+    Scalar or Curvatures
+        For one direction a number, which is a ``float`` too; for several their ``values`` of shape ``(directions,)``,
+        float64 on the CPU. NaN for a direction that is zero, which has
         no curvature, or not finite.
     """
     operator = as_operator(target)
@@ -53,4 +55,7 @@ def curvature_along(
         with no_autocast(operator.device):
             units = torch.stack([vectors[index] / lengths[index] for index in known], dim=1)
             found[known] = (units * operator.matmat(units)).sum(dim=0).cpu().double()
-    return found if several else float(found[0])
+    names = [item.name if isinstance(item, Direction) else "a vector" for item in given]
+    if several:
+        return Curvatures(values=found, directions=tuple(names), settings=operator.settings)
+    return Scalar(quantity=f"curvature along {names[0]}", value=float(found[0]), settings=operator.settings)

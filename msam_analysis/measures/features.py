@@ -3,70 +3,16 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from msam_analysis.objective.batches import Batches
 from msam_analysis.objective.skeleton import unwrap
-from msam_analysis.results import Result
-from msam_analysis.results.base import column
+from msam_analysis.results import FeatureRank
 
 _EPS = torch.finfo(torch.float64).eps
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FeatureRank(Result):
-    r"""Ranks of a matrix of features, one row for each sample, by its singular values :math:`\sigma_i`.
-
-    Attributes
-    ----------
-    rank
-        Fewest principal components that explain the share ``threshold`` of the variance: least k with
-        :math:`\sum_{i \le k} \sigma_i^2 \ge \text{threshold} \sum_i \sigma_i^2`, of features centred over the samples.
-        0 where they do not vary.
-    threshold
-        Share of the variance.
-    effective_rank
-        :math:`\exp(-\sum_i p_i \ln p_i)` of :math:`p_i = \sigma_i / \sum_j \sigma_j` (Roy and Vetterli 2007), over the
-        singular values above ``resolution``.
-    stable_rank
-        :math:`\sum_i \sigma_i^2 / \sigma_1^2`.
-    numerical_rank
-        How many :math:`\sigma_i` exceed what rounding can make of a zero: ``resolution``.
-    resolution
-        :math:`\sigma_1 \sqrt{\varepsilon \max(N, D)}` in float64, below which a singular value that was found through
-        the Gram matrix is not known.
-    singular_values
-        Shape ``(min(N, D),)``, decreasing, float64, of the centred features.
-    samples, dimension
-        N and D.
-    """
-
-    rank: int
-    threshold: float
-    effective_rank: float
-    stable_rank: float
-    numerical_rank: int
-    resolution: float
-    singular_values: Tensor
-    samples: int
-    dimension: int
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row per component: ``component`` from 1, ``singular_value``, ``explained`` (share up to it)."""
-        squares = self.singular_values.square()
-        frame: pd.DataFrame = pd.DataFrame(
-            {
-                "component": range(1, len(squares) + 1),
-                "singular_value": column(self.singular_values),
-                "explained": column(squares.cumsum(0) / squares.sum()),
-            }
-        )
-        return frame
 
 
 def feature_rank(
