@@ -34,8 +34,8 @@ def momentum_gradient_cosine(optimizer: torch.optim.Optimizer) -> Scalar:
     Returns
     -------
     Scalar
-        A number in [−1, 1], which is a ``float`` too; NaN before the first step, when there is no momentum yet, if either vector is zero, or if one is not
-        finite.
+        A number in [−1, 1], which is a ``float`` too; NaN before the first step, when there is no momentum yet, if
+        either vector is zero, or if one is not finite.
 
     Raises
     ------

@@ -13,11 +13,13 @@ intervals of the mean over seeds, as in the paper. NaN and infinity are drawn as
 """
 
 from msam_analysis.plots.animation import animate_trajectory
+from msam_analysis.plots.contours import slice_2d
 from msam_analysis.plots.interactive import interactive_surface
+from msam_analysis.plots.lines import slice_1d, slice_1d_panels
 from msam_analysis.plots.live import LivePlot, live, recorded
 from msam_analysis.plots.look import COLUMN_WIDTH, PAGE_WIDTH, Look, look, panels, save, style
-from msam_analysis.plots.slices import slice_1d, slice_1d_panels, slice_2d, surface_3d
 from msam_analysis.plots.spectra import spectral_density
+from msam_analysis.plots.surfaces import surface_3d
 from msam_analysis.plots.trajectories import trajectory, trajectory_losses, trajectory_panels
 
 __all__ = [

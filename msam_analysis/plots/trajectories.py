@@ -17,6 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from msam_analysis.plots.contours import slice_2d
 from msam_analysis.plots.look import (
     PAGE_WIDTH,
     Array,
@@ -31,7 +32,7 @@ from msam_analysis.plots.look import (
     panels,
     style,
 )
-from msam_analysis.plots.slices import as_array, slice_2d
+from msam_analysis.plots.scale import as_array
 from msam_analysis.results import Projection, Slice2D
 from msam_analysis.results.slices import LARGE_RANGE
 

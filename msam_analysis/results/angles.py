@@ -52,7 +52,10 @@ class SamMsamAngle(Result):
         """Return where the angle is 0, with the farther end of the bracket, and the angle of the plain gradient."""
         low, high = self.bracket
         plain = float(self.angles[(self.rhos == 0).nonzero()[0, 0]])
-        return [Reading("rho_0", self.rho_0, max(self.rho_0 - low, high - self.rho_0)), Reading("angle at rho = 0, degrees", plain)]
+        return [
+            Reading("rho_0", self.rho_0, max(self.rho_0 - low, high - self.rho_0)),
+            Reading("angle at rho = 0, degrees", plain),
+        ]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per perturbation strength: ``rho``, ``angle``, ``share``."""

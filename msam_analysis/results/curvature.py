@@ -298,8 +298,13 @@ class SpectralDensity(Result):
 
     def readings(self) -> list[Reading]:
         """Return the eigenvalues at the two ends with their residuals; where there are none, the ends of the nodes."""
-        ends = numbered("largest", self.top, self.top_residuals) + numbered("smallest", self.bottom, self.bottom_residuals)
-        return ends or [Reading("largest node", float(self.nodes.max())), Reading("smallest node", float(self.nodes.min()))]
+        ends = numbered("largest", self.top, self.top_residuals) + numbered(
+            "smallest", self.bottom, self.bottom_residuals
+        )
+        return ends or [
+            Reading("largest node", float(self.nodes.max())),
+            Reading("smallest node", float(self.nodes.min())),
+        ]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per point of the grid: ``value``, ``density``, ``standard_error``."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from torch import Tensor
 
 from msam_analysis.results.base import Reading, Result, column
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +30,7 @@ class Scalar(Result, float):  # type: ignore[misc]  # float does not know that i
     quantity: str
     value: float
 
-    def __new__(cls, *number: float, value: float = math.nan, **_: Any) -> Scalar:
+    def __new__(cls, *number: float, value: float = math.nan, **_: Any) -> Self:
         """Make the number itself; copies and pickles give it by position."""
         return float.__new__(cls, *number or (value,))
 
