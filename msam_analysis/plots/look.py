@@ -317,6 +317,27 @@ def require_columns(frame: pd.DataFrame, columns: Iterable[str]) -> None:
         raise ValueError("the table has no rows, so there is nothing to draw")
 
 
+def require_some(result: Any, kind: type | tuple[type, ...]) -> dict[str, Any]:
+    """Return results by name, that of a single one empty; raise unless there are some, and all of a kind.
+
+    Raises
+    ------
+    ValueError
+        The mapping is empty.
+    TypeError
+        Something is of another kind.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    several = {"": result} if isinstance(result, kinds) or not isinstance(result, Mapping) else dict(result)
+    if not several:
+        raise ValueError("there is nothing to draw: pass a result, or a mapping with at least one")
+    for name, item in several.items():
+        if not isinstance(item, kinds):
+            expected = " or ".join(each.__name__ for each in kinds)
+            raise TypeError(f"expected {expected} results, got {type(item).__name__} under {name!r}")
+    return several
+
+
 def ordered(names: Iterable[str]) -> list[str]:
     """Return the names without repetition: SGD, NAG, SAM, MSAM first, then the others as they appear."""
     unique = list(dict.fromkeys(names))

@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from torch import Tensor
 
-from msam_analysis.plots.look import Array
+from msam_analysis.plots.look import Array, require_some
 from msam_analysis.results import Slice1D, Slice2D
 from msam_analysis.results.slices import LARGE_RANGE
 
@@ -58,17 +58,12 @@ def shown(item: Slice, values: str) -> Slice:
 
 def named_slices(result: Slice2D | Mapping[str, Slice2D], values: str) -> dict[str, Slice2D]:
     """Return slices by name, with what is to be drawn in the place of the loss; the name of a single one is empty."""
-    slices = {"": result} if isinstance(result, Slice2D) else dict(result)
-    for name, item in slices.items():
-        if not isinstance(item, Slice2D):
-            raise TypeError(f"expected Slice2D results, got {type(item).__name__} under {name!r}")
+    slices: dict[str, Slice2D] = require_some(result, Slice2D)
     return {name: shown(item, values) for name, item in slices.items()}
 
 
 def checked_losses(slices: Mapping[str, Slice2D]) -> list[Array]:
     """Return the losses of planes, NaN where they are not finite; raise :class:`ValueError` where none can be drawn."""
-    if not slices:
-        raise ValueError("expected at least one slice, got none")
     for item in slices.values():
         if min(item.loss.shape) < 2:
             raise ValueError(f"a plane needs two points along each direction, got {tuple(item.loss.shape)}")

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from msam_analysis.plots.look import Array, Look, draw_curve, look, name_curves, one_panel, ordered, style
+from msam_analysis.plots.look import Array, Look, draw_curve, look, name_curves, one_panel, ordered, require_some, style
 from msam_analysis.results import SpectralDensity
 from msam_analysis.results.statistics import LEVEL, bands
 
@@ -49,15 +49,15 @@ def spectral_density(
     ------
     ValueError
         There is nothing to draw, or ``level`` does not lie between 0 and 1.
+    TypeError
+        Something that is not a :class:`~msam_analysis.results.SpectralDensity`.
 
     Notes
     -----
     Ghorbani, Krishnan & Xiao 2019, figure 1. Ticks stand at ``top`` and ``bottom``; the legend says where these did not
     converge.
     """
-    results = {"": result} if isinstance(result, SpectralDensity) else dict(result)
-    if not results:
-        raise ValueError("there is no spectral density to draw: pass a result, or a mapping with at least one")
+    results: dict[str, SpectralDensity] = require_some(result, SpectralDensity)
     names = ordered(results)
     with style():
         made = ax is None

@@ -69,7 +69,10 @@ class BallSharpness(Result):
 
     def readings(self) -> list[Reading]:
         """Return the largest rise found, and that of a single step."""
-        return [Reading("sharpness", self.sharpness), Reading("one-step sharpness", self.one_step)]
+        return [
+            Reading("sharpness", self.sharpness, converged=self.converged),
+            Reading("one-step sharpness", self.one_step),
+        ]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row, without the displacement."""
@@ -122,7 +125,7 @@ class BatchSharpness(Result):
 
     def readings(self) -> list[Reading]:
         """Return the mean with its standard error."""
-        return [Reading("m-sharpness", self.value, self.standard_error)]
+        return [Reading("m-sharpness", self.value, self.standard_error, self.converged)]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per batch measured: its rise, its one-step rise, its size; the ball and ``m``."""
@@ -254,7 +257,7 @@ class Certificate(Result):
 
     def readings(self) -> list[Reading]:
         """Return the verdict, and what it goes by."""
-        curvature = Reading("curvature", self.curvature, self.curvature_residual)
+        curvature = Reading("curvature", self.curvature, self.curvature_residual, self.converged)
         return [Reading("verdict", self.verdict), Reading("gain", self.gain), curvature]
 
     def to_frame(self) -> pd.DataFrame:

@@ -48,11 +48,14 @@ class Reading(NamedTuple):
         The number, or a word.
     error
         Its residual or standard error, in the same unit; NaN where none is known.
+    converged
+        Whether the iteration that found it converged; true where there was none.
     """
 
     name: str
     value: float | str
     error: float = math.nan
+    converged: bool = True
 
     def __str__(self) -> str:
         """Return the value with its error."""
@@ -61,10 +64,10 @@ class Reading(NamedTuple):
         return f"{self.value:.5g}" + ("" if math.isnan(self.error) else f" ± {self.error:.2g}")
 
 
-def numbered(name: str, values: Tensor, errors: Tensor | None = None) -> list[Reading]:
+def numbered(name: str, values: Tensor, errors: Tensor, *, converged: bool) -> list[Reading]:
     """Return a reading for each value, numbered from 1."""
-    known = [math.nan] * len(values) if errors is None else errors.tolist()
-    return [Reading(f"{name} {index}", *pair) for index, pair in enumerate(zip(values.tolist(), known, strict=True), 1)]
+    pairs = zip(values.tolist(), errors.tolist(), strict=True)
+    return [Reading(f"{name} {index}", *pair, converged) for index, pair in enumerate(pairs, 1)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -53,7 +53,7 @@ class Eigenpairs(Result):
 
     def readings(self) -> list[Reading]:
         """Return the eigenvalues with their residuals."""
-        return numbered("eigenvalue", self.values, self.residuals)
+        return numbered("eigenvalue", self.values, self.residuals, converged=self.converged)
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per eigenvalue: ``index`` (from 1), ``value``, ``residual``, ``method``, ``converged``."""
@@ -98,7 +98,7 @@ class Estimate(Result):
 
     def readings(self) -> list[Reading]:
         """Return the mean with its standard error."""
-        return [Reading(self.quantity, self.value, self.standard_error)]
+        return [Reading(self.quantity, self.value, self.standard_error, self.converged)]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row."""
@@ -298,13 +298,10 @@ class SpectralDensity(Result):
 
     def readings(self) -> list[Reading]:
         """Return the eigenvalues at the two ends with their residuals; where there are none, the ends of the nodes."""
-        ends = numbered("largest", self.top, self.top_residuals) + numbered(
-            "smallest", self.bottom, self.bottom_residuals
-        )
-        return ends or [
-            Reading("largest node", float(self.nodes.max())),
-            Reading("smallest node", float(self.nodes.min())),
-        ]
+        largest = numbered("largest", self.top, self.top_residuals, converged=self.converged)
+        smallest = numbered("smallest", self.bottom, self.bottom_residuals, converged=self.converged)
+        nodes = {"largest node": self.nodes.max(), "smallest node": self.nodes.min()}
+        return largest + smallest or [Reading(name, float(node)) for name, node in nodes.items()]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per point of the grid: ``value``, ``density``, ``standard_error``."""

@@ -65,7 +65,8 @@ class DataInterval(Result):
 
     def readings(self) -> list[Reading]:
         """Return the numbers of the metric, their bias taken off, with their standard errors."""
-        return numbered("value less bias", self.corrected.reshape(-1), self.standard_error.reshape(-1))
+        values, errors = self.corrected.reshape(-1), self.standard_error.reshape(-1)
+        return numbered("value less bias", values, errors, converged=self.converged)
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per number of the metric: ``index`` (from 1), its value, interval, and how it was made."""

@@ -114,7 +114,9 @@ class Measurement(Result):
 
     def readings(self) -> list[Reading]:
         """Return the value of every metric with its uncertainty."""
-        return [Reading(row["metric"], row["value"], row["uncertainty"]) for row in self.rows]
+        return [
+            Reading(row["metric"], row["value"], row["uncertainty"], row["converged"] is not False) for row in self.rows
+        ]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per number.
