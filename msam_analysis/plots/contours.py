@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, overload
 
@@ -16,11 +15,19 @@ from matplotlib.patches import Patch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
-from msam_analysis.plots.look import COLUMN_WIDTH, PAGE_WIDTH, Array, AxesArray, given_axes, panels, style
+from msam_analysis.plots.look import (
+    COLUMN_WIDTH,
+    PAGE_WIDTH,
+    Array,
+    AxesArray,
+    given_axes,
+    panels,
+    size_of,
+    style,
+    wrapped,
+)
 from msam_analysis.plots.scale import COLORMAP, ROUND_STEPS, Scale, as_array, checked_losses, named_slices, number
 from msam_analysis.results import Slice2D
-
-_CHARACTERS_PER_INCH = 18  # of a label of 8 points
 
 
 @overload
@@ -248,28 +255,12 @@ def _name_directions(figure: Figure, drawn: AxesArray, slices: Sequence[Slice2D]
         figure.supxlabel(slices[0].directions[0], fontsize=8)
         for ax in drawn:
             if ax.get_subplotspec().is_first_col():
-                ax.set_ylabel(_broken(slices[0].directions[1], _size(ax)[1]))
+                ax.set_ylabel(wrapped(slices[0].directions[1], size_of(ax)[1]))
         return
     for ax, item in zip(drawn, slices, strict=True):
-        width, height = _size(ax)
-        ax.set_xlabel(_broken(item.directions[0], width))
-        ax.set_ylabel(_broken(item.directions[1], height))
-
-
-def _size(ax: Axes) -> tuple[float, float]:
-    """Return about how wide and how high axes will be, in inches."""
-    figure: Any = ax.figure
-    place = ax.get_position(original=True)
-    width, height = place.width * figure.get_figwidth(), place.height * figure.get_figheight()
-    if ax.get_aspect() == "auto":
-        return width, height
-    ratio = ax.get_data_ratio()
-    return min(width, height / ratio), min(height, width * ratio)
-
-
-def _broken(name: str, inches: float) -> str:
-    """Return the name of a direction in lines that are not much longer than its axis."""
-    return textwrap.fill(name, max(int(_CHARACTERS_PER_INCH * inches), 12), break_on_hyphens=False)
+        width, height = size_of(ax)
+        ax.set_xlabel(wrapped(item.directions[0], width))
+        ax.set_ylabel(wrapped(item.directions[1], height))
 
 
 __all__ = ["slice_2d"]

@@ -9,7 +9,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from msam_analysis.plots.look import Array, Look, draw_curve, look, name_curves, one_panel, require_some, style
+from msam_analysis.plots.look import (
+    Array,
+    Look,
+    draw_curve,
+    look,
+    name_curves,
+    one_panel,
+    require_some,
+    size_of,
+    style,
+    wrapped,
+)
 from msam_analysis.plots.scale import as_array
 from msam_analysis.results import DirectionalSharpness, FeatureRank, Result, RobustAccuracy, SamMsamAngle
 
@@ -56,7 +67,8 @@ def directional_sharpness(
             ax.plot(item.at, item.largest, marker=appearance.marker, color=appearance.color, **_NONE)
         _zero(ax)
         directions = {item.direction for item in several.values()}
-        ax.set_xlabel(f"distance along {directions.pop()}" if len(directions) == 1 else "distance")
+        where = f" along {directions.pop()}" if len(directions) == 1 else ""
+        ax.set_xlabel(wrapped(f"distance{where}", size_of(ax)[0]))
         ax.set_ylabel("rise of the loss")
         return _finished(ax, made=made, legend=legend)
 

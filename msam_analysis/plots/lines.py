@@ -20,7 +20,9 @@ from msam_analysis.plots.look import (
     name_curves,
     one_panel,
     panels,
+    size_of,
     style,
+    wrapped,
 )
 from msam_analysis.plots.scale import ROUND_STEPS, as_array, shown
 from msam_analysis.results import Slice1D
@@ -106,7 +108,7 @@ def slice_1d(
             log_scale(ax, means)
         directions = {slice_.direction for slices in curves.values() for slice_ in slices}
         where = f" along {directions.pop()}" if len(directions) == 1 else ""
-        ax.set_xlabel(f"{'displacement' if x == 'coordinate' else 'distance'}{where}")
+        ax.set_xlabel(wrapped(f"{'displacement' if x == 'coordinate' else 'distance'}{where}", size_of(ax)[0]))
         ax.set_ylabel(label or (f"{values} − {values} at centre" if relative else values))
         ax.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
         if legend:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,6 +34,8 @@ PAGE_WIDTH = 6.8
 LineStyle = Literal["-"] | tuple[float, tuple[float, ...]]
 Array = npt.NDArray[np.float64]
 AxesArray = npt.NDArray[np.object_]
+
+_CHARACTERS_PER_INCH = 18  # of a label of 8 points
 
 _FILE_METADATA: dict[str, dict[str, None]] = {
     "png": {"Software": None},
@@ -342,6 +345,22 @@ def ordered(names: Iterable[str]) -> list[str]:
     """Return the names without repetition: SGD, NAG, SAM, MSAM first, then the others as they appear."""
     unique = list(dict.fromkeys(names))
     return [name for name in _FIXED if name in unique] + [name for name in unique if name not in _FIXED]
+
+
+def wrapped(text: str, inches: float) -> str:
+    """Return a label of 8 points in lines that are not much longer than its axis."""
+    return textwrap.fill(text, max(int(_CHARACTERS_PER_INCH * inches), 12), break_on_hyphens=False)
+
+
+def size_of(ax: Axes) -> tuple[float, float]:
+    """Return about how wide and how high axes will be, in inches."""
+    figure: Any = ax.figure
+    place = ax.get_position(original=True)
+    width, height = place.width * figure.get_figwidth(), place.height * figure.get_figheight()
+    if ax.get_aspect() == "auto":
+        return width, height
+    ratio = ax.get_data_ratio()
+    return min(width, height / ratio), min(height, width * ratio)
 
 
 def words(name: str) -> str:

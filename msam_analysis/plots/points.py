@@ -20,7 +20,9 @@ from msam_analysis.plots.look import (
     one_panel,
     panels,
     require_some,
+    size_of,
     style,
+    wrapped,
 )
 from msam_analysis.plots.spectra import spectral_density
 from msam_analysis.results import (
@@ -45,7 +47,7 @@ Kind = TypeVar("Kind", bound=Result)
 
 _GREY = "#4d4d4d"
 _FEW = 6  # points that have their values written beside them
-_PER_INCH = 15  # characters of a tick label
+_PER_INCH = 19  # characters of a tick label
 _CURVATURE = "(loss / distance²)"
 _PANELS = {  # of the table of all metrics: what is in one unit, by how the names begin
     "eigenvalue (loss / distance²)": ("λ",),
@@ -55,6 +57,16 @@ _PANELS = {  # of the table of all metrics: what is in one unit, by how the name
     "Fisher-Rao norm (loss²)": ("Fisher-Rao",),
     "loss": ("loss",),
     "norm": ("gradient norm", "weight norm"),
+}
+_UNITS = {  # of a reading, by its name
+    "eigenvalue": f"eigenvalue {_CURVATURE}",
+    "trace": f"trace {_CURVATURE}",
+    "sharpness": "rise of the loss",
+    "m-sharpness": "mean largest rise of the loss",
+    "average sharpness": "mean rise of the loss",
+    "average sharpness (adaptive)": "mean rise of the loss",
+    "relative flatness": "relative flatness (loss)",
+    "squared Fisher-Rao norm": "squared Fisher-Rao norm (loss²)",
 }
 
 
@@ -104,7 +116,7 @@ def top_eigenvalues(
     """
     several = require_some(result, Eigenpairs)
     points = {name: _points(item, "eigenvalue ") for name, item in several.items()}
-    ax = draw_points(points, ax, f"eigenvalue {_CURVATURE}", log=log, legend=legend)
+    ax = draw_points(points, ax, _UNITS["eigenvalue"], log=log, legend=legend)
     ax.set_xlabel("index")
     return ax
 
@@ -113,28 +125,28 @@ def trace(
     result: Estimate | Mapping[str, Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw traces with their standard errors; parameters as for :func:`top_eigenvalues`."""
-    return _estimates(result, ax, f"trace {_CURVATURE}", log, legend)
+    return _estimates(result, ax, _UNITS["trace"], log, legend)
 
 
 def average_sharpness(
     result: Estimate | Mapping[str, Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw mean rises under noise with their standard errors; parameters as for :func:`top_eigenvalues`."""
-    return _estimates(result, ax, "mean rise of the loss", log, legend)
+    return _estimates(result, ax, _UNITS["average sharpness"], log, legend)
 
 
 def relative_flatness(
     result: Estimate | Mapping[str, Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw relative flatnesses with their standard errors; parameters as for :func:`top_eigenvalues`."""
-    return _estimates(result, ax, "relative flatness (loss)", log, legend)
+    return _estimates(result, ax, _UNITS["relative flatness"], log, legend)
 
 
 def fisher_rao_norm(
     result: Estimate | Mapping[str, Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw squared Fisher-Rao norms with their standard errors; parameters as for :func:`top_eigenvalues`."""
-    return _estimates(result, ax, "squared Fisher-Rao norm (loss²)", log, legend)
+    return _estimates(result, ax, _UNITS["squared Fisher-Rao norm"], log, legend)
 
 
 def ball_sharpness(
@@ -148,7 +160,7 @@ def ball_sharpness(
 
     Parameters as for :func:`top_eigenvalues`.
     """
-    return _readings(require_some(result, BallSharpness), ax, "rise of the loss", log, legend)
+    return _readings(require_some(result, BallSharpness), ax, _UNITS["sharpness"], log, legend)
 
 
 def m_sharpness(
@@ -159,7 +171,7 @@ def m_sharpness(
     legend: bool = True,
 ) -> Axes:
     """Draw mean largest rises of batches with their standard errors; parameters as for :func:`top_eigenvalues`."""
-    return _readings(require_some(result, BatchSharpness), ax, "mean largest rise of the loss", log, legend)
+    return _readings(require_some(result, BatchSharpness), ax, _UNITS["m-sharpness"], log, legend)
 
 
 def one_step_sharpness(
@@ -184,8 +196,7 @@ def certify(result: Certificate | Mapping[str, Certificate], ax: Axes | None = N
     points = {name: _points(item, only="curvature") for name, item in several.items()}
     ax = draw_points(points, ax, f"largest curvature left {_CURVATURE}", log=False, legend=legend)
     ax.axhline(0.0, color=_GREY, linewidth=0.7, zorder=1.5)
-    verdicts = [f"{name}\n{item.verdict}".strip() for name, item in several.items()]
-    ax.set_xticks(range(len(verdicts)), verdicts)
+    _name_ticks(ax, [f"{name}\n{item.verdict}".strip() for name, item in several.items()])
     return ax
 
 
@@ -260,7 +271,8 @@ def by_layer(
         points[name] = [
             _point(row, layer) for layer, rows in numbers.items() for row in rows if _stem(row.name) == stems[layer]
         ]
-    ax = draw_points(points, ax, " or ".join(dict.fromkeys(stems.values())), log=log, legend=legend, grouped=True)
+    label = " or ".join(dict.fromkeys(_UNITS.get(stem, stem) for stem in stems.values()))
+    ax = draw_points(points, ax, label, log=log, legend=legend, grouped=True)
     ax.set_xlabel("layer")
     return ax
 
@@ -296,11 +308,12 @@ def measure(
             panel = next((unit for unit, starts in _PANELS.items() if row.name.startswith(starts)), row.name)
             found.setdefault(panel, {}).setdefault(name, []).append(_point(row, row.name))
     found = {unit: found[unit] for unit in (*_PANELS, *found) if unit in found}
-    columns = min(len(found), 3)
-    drawn = panels(len(found), columns=columns)[1] if axes is None else given_axes(axes, len(found))
+    drawn = panels(len(found), panel_height=2.3)[1] if axes is None else given_axes(axes, len(found))
     handles: dict[str, Line2D] = {}
     for ax, (unit, points) in zip(drawn, found.items(), strict=True):
         draw_points(points, ax, unit, log=None, legend=False, grouped=True)
+        if len(ax.get_xticks()) == 1:  # what it is stands beside the other axis
+            ax.set_xticks([])
         handles |= _handles(points)
     with style():
         name_curves(drawn if axes is None else drawn[:1], made=axes is None, handles=handles)
@@ -326,10 +339,13 @@ def draw_points(
     """
     ticks = list(dict.fromkeys(point.at for rows in points.values() for point in rows))
     grouped = grouped or len(ticks) > 1
-    values = np.array([point.value for rows in points.values() for point in rows])
-    known = values[np.isfinite(values)]
+    known = np.array([point[1:4] for rows in points.values() for point in rows if math.isfinite(point.value)]).reshape(
+        -1, 3
+    )
+    certain = not (known <= 0).any()  # a bar that reaches 0 would have no end on a logarithmic axis
+    known = known[:, 0]
     if log is None:
-        log = bool(known.size) and known.min() > 0 and known.max() >= LARGE_RANGE * known.min()
+        log = bool(known.size) and known.min() > 0 and certain and known.max() >= LARGE_RANGE * known.min()
     with style():
         made = ax is None
         ax = one_panel(ax)
@@ -345,7 +361,7 @@ def draw_points(
         elif known.size and known.min() < 0 < known.max():
             ax.axhline(0.0, color=_GREY, linewidth=0.7, zorder=1.5)
         _name_ticks(ax, ticks if grouped or set(points) == {""} else list(points))
-        ax.set_ylabel(label)
+        ax.set_ylabel(wrapped(label, 0.8 * size_of(ax)[1]))
         handles = _handles(points if grouped else {"": [row for rows in points.values() for row in rows]})
         if dashes is not None:
             handles[dashes[0]] = Line2D([], [], marker="_", markersize=9, color=_GREY, linestyle="none")
@@ -375,17 +391,21 @@ def _draw(ax: Axes, x: float, point: Point, appearance: Look, *, written: bool) 
     )
     if written:
         known = (point.high - point.low) / 2
-        text = f"{point.value:.4g}" + (f" ± {known:.2g}" if math.isfinite(known) else "")
+        text = f"{point.value:.4g}" + (f" ± {known:.2g}" if known > 1e-4 * abs(point.value) else "")
+        text = text.replace("-", "−")  # as on the axes
         ax.annotate(text, (x, point.value), (6, 0), textcoords="offset points", va="center", fontsize=7)
 
 
 def _name_ticks(ax: Axes, ticks: Sequence[str]) -> None:
-    figure: Any = ax.figure
-    room = _PER_INCH * ax.get_position().width * figure.get_figwidth() / max(len(ticks), 1)
-    turned = max(map(len, ticks), default=0) > room
-    ax.set_xticks(
-        range(len(ticks)), ticks, **({"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if turned else {})
-    )
+    """Name the ticks: in lines where these fit between them, else turned."""
+    room = size_of(ax)[0] / max(len(ticks), 1)
+    lines = [tick if "\n" in tick else wrapped(tick, room) for tick in ticks]
+    longest = max((len(line) for text in lines for line in text.split("\n")), default=0)
+    turned: Any = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+    if longest <= _PER_INCH * room:
+        ax.set_xticks(range(len(ticks)), lines)
+    else:
+        ax.set_xticks(range(len(ticks)), [wrapped(tick, 1.2) for tick in ticks], **turned)
     ax.set_xlim(-0.6, len(ticks) - 0.4)
     ax.grid(False, axis="x")
 
