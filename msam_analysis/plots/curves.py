@@ -26,7 +26,7 @@ from msam_analysis.results import DirectionalSharpness, FeatureRank, Result, Rob
 
 _GREY = "#4d4d4d"
 _LITTLE = 0.1  # share of a gradient within a plane from which on its angle there says little
-_NONE = {"linestyle": "none"}
+_NONE: dict[str, Any] = {"linestyle": "none"}
 
 
 def directional_sharpness(

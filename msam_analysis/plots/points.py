@@ -48,10 +48,10 @@ Kind = TypeVar("Kind", bound=Result)
 _GREY = "#4d4d4d"
 _FEW = 6  # points that have their values written beside them
 _PER_INCH = 19  # characters of a tick label
-_CURVATURE = "(loss / distance²)"
+_CURVATURE = "(loss\u00a0/\u00a0distance²)"  # never in two lines
 _PANELS = {  # of the table of all metrics: what is in one unit, by how the names begin
-    "eigenvalue (loss / distance²)": ("λ",),
-    "trace (loss / distance²)": ("trace",),
+    f"eigenvalue {_CURVATURE}": ("λ",),
+    f"trace {_CURVATURE}": ("trace",),
     "rise of the loss": ("sharpness", "one-step", "average", "adaptive", "m-sharpness"),
     "relative flatness (loss)": ("relative flatness",),
     "Fisher-Rao norm (loss²)": ("Fisher-Rao",),
@@ -237,9 +237,9 @@ def data_interval(
     several = require_some(result, DataInterval)
     points = {}
     for name, item in several.items():
-        ends = (item.corrected, item.low, item.high)
-        rows = zip(*(part.reshape(-1).tolist() for part in ends), strict=True)
-        points[name] = [Point(str(index), *row, item.converged) for index, row in enumerate(rows, 1)]
+        rows = zip(*(part.reshape(-1).tolist() for part in (item.corrected, item.low, item.high)), strict=True)
+        numbered = enumerate(rows, 1)
+        points[name] = [Point(str(index), value, low, high, item.converged) for index, (value, low, high) in numbered]
     levels = {f"{100 * item.level:g} %" for item in several.values()}
     dashes = {name: item.value.reshape(-1).tolist() for name, item in several.items()}
     label = f"metric less bias, {' or '.join(sorted(levels))} interval"
@@ -339,13 +339,11 @@ def draw_points(
     """
     ticks = list(dict.fromkeys(point.at for rows in points.values() for point in rows))
     grouped = grouped or len(ticks) > 1
-    known = np.array([point[1:4] for rows in points.values() for point in rows if math.isfinite(point.value)]).reshape(
-        -1, 3
-    )
-    certain = not (known <= 0).any()  # a bar that reaches 0 would have no end on a logarithmic axis
-    known = known[:, 0]
-    if log is None:
-        log = bool(known.size) and known.min() > 0 and certain and known.max() >= LARGE_RANGE * known.min()
+    finite = [point for rows in points.values() for point in rows if math.isfinite(point.value)]
+    known = np.array([point.value for point in finite])
+    if log is None:  # a bar that reaches 0 has no end on a logarithmic axis
+        certain = known.size > 0 and not any(min(point.low, point.value) <= 0 for point in finite)
+        log = bool(certain and known.max() >= LARGE_RANGE * known.min())
     with style():
         made = ax is None
         ax = one_panel(ax)

@@ -218,7 +218,7 @@ def _plain_copy(value: Tensor) -> Tensor:
 def _unpacked(kind: type[Result], plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Result:
     """Return the result of which :func:`_packed` returned the plain fields and the tensors, without their prefix."""
     fields = dict(plain)
-    inner: dict[str, dict[str, Tensor]] = {}
+    inner: dict[str, Any] = {}
     for name, tensor in tensors.items():
         field, inside, key = name.partition(_INSIDE)
         if inside:

@@ -230,7 +230,7 @@ def _attributes(result: Result) -> dict[str, Any]:
     for field in dataclasses.fields(result):
         value = getattr(result, field.name)
         if isinstance(value, Mapping):
-            entries = {}
+            entries: dict[str, Any] = {}
             for key, item in value.items():
                 entry = _entry(field.name, key)
                 if isinstance(item, Result):

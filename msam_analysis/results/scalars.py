@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Scalar(Result, float):  # type: ignore[misc]  # float does not know that its subclasses may have attributes
+class Scalar(Result, float):
     """A number without a sampling error; it is a ``float`` as well, and works wherever one does.
 
     Attributes
