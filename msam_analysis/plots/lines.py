@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -199,7 +199,7 @@ def _band(
 
 def _curves(result: Curves) -> dict[str, list[Slice1D]]:
     named = result if isinstance(result, Mapping) else {"": result}
-    curves = {name: [item] if isinstance(item, Slice1D) else list(item) for name, item in named.items()}
+    curves = {name: list(item) if isinstance(item, Iterable) else [item] for name, item in named.items()}
     if not curves or not all(curves.values()):
         raise ValueError("expected at least one slice under every name, got none")
     for name, slices in curves.items():
