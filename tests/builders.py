@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from msam_analysis import results
 
 Kind = TypeVar("Kind", bound=results.Result)
 
-SETTINGS = {"batchnorm": "eval", "samples": 19, "fraction": 0.1 + 0.2, "cached": True, "subset": None}
+SETTINGS: results.Settings = {"batchnorm": "eval", "samples": 19, "fraction": 0.1 + 0.2, "cached": True, "subset": None}
 
 FIELDS: dict[str, dict[str, Any]] = {
     "Eigenpairs": {
@@ -180,7 +181,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 def built(kind: type[Kind], **changes: Any) -> Kind:
     """Return a result of a kind, with some of its fields changed."""
-    return kind(**{"settings": SETTINGS} | FIELDS[kind.__name__] | changes)
+    return kind(**{"settings": SETTINGS, **FIELDS[kind.__name__], **changes})
 
 
 SIGMA = 0.05
@@ -230,7 +231,7 @@ def measurement() -> results.Measurement:
 
 
 KINDS: dict[str, Callable[[], results.Result]] = {
-    **{name: (lambda name=name: built(getattr(results, name))) for name in FIELDS},
+    **{name: functools.partial(built, getattr(results, name)) for name in FIELDS},
     "SpectralDensity": density,
     "ByLayer": by_layer,
     "Measurement": measurement,

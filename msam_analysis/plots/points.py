@@ -278,7 +278,7 @@ def by_layer(
 
 
 def measure(
-    result: Measurement | Mapping[str, Measurement], axes: Sequence[Axes] | AxesArray | None = None
+    result: Measurement | Mapping[str, Measurement], axes: Axes | Sequence[Axes] | AxesArray | None = None
 ) -> AxesArray:
     """Draw the table of all metrics, a panel for what is in one unit.
 

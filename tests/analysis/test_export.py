@@ -281,7 +281,7 @@ def test_a_surface_for_paraview(log: bool, limits: tuple[float, float] | None, t
 
 @pytest.mark.parametrize("kind", ["line", "projection"])
 def test_a_path_for_paraview_has_a_gap_where_the_loss_is_not_finite(kind: str, tmp_path: Path) -> None:
-    result: Any = {"line": line, "projection": projection}[kind]()
+    result: Any = KINDS[kind]()
     path = export.to_vtk(result, tmp_path / "path.vtp", log=True)
     assert path == tmp_path / "path.vtp"
     body, piece = read(path, "PolyData")

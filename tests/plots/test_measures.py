@@ -189,7 +189,8 @@ def test_a_table_has_a_panel_for_each_unit() -> None:
 
 
 def curve(ax: Axes) -> list[list[float]]:
-    return np.asarray(ax.lines[0].get_xydata()).tolist()
+    points: list[list[float]] = np.asarray(ax.lines[0].get_xydata()).tolist()
+    return points
 
 
 def test_curves_are_what_was_measured() -> None:
