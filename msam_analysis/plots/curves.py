@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from msam_analysis.plots.look import (
     Array,
     Look,
+    Named,
     draw_curve,
     look,
     name_curves,
@@ -29,9 +30,7 @@ _LITTLE = 0.1  # share of a gradient within a plane from which on its angle ther
 _NONE: dict[str, Any] = {"linestyle": "none"}
 
 
-def directional_sharpness(
-    result: DirectionalSharpness | Mapping[str, DirectionalSharpness], ax: Axes | None = None, *, legend: bool = True
-) -> Axes:
+def directional_sharpness(result: Named[DirectionalSharpness], ax: Axes | None = None, *, legend: bool = True) -> Axes:
     """Draw the rise of the loss along a direction, with what rounding can make of it.
 
     Parameters
@@ -73,9 +72,7 @@ def directional_sharpness(
         return _finished(ax, made=made, legend=legend)
 
 
-def sam_msam_angle(
-    result: SamMsamAngle | Mapping[str, SamMsamAngle], ax: Axes | None = None, *, legend: bool = True
-) -> Axes:
+def sam_msam_angle(result: Named[SamMsamAngle], ax: Axes | None = None, *, legend: bool = True) -> Axes:
     """Draw the angle of MSAM's gradient to SAM's over the perturbation strength, and where it is 0.
 
     Parameters as for :func:`directional_sharpness`. A marker with a bar stands at ``rho_0`` and its bracket; dots are
@@ -104,9 +101,7 @@ def sam_msam_angle(
         return _finished(ax, made=made, legend=legend)
 
 
-def feature_rank(
-    result: FeatureRank | Mapping[str, FeatureRank], ax: Axes | None = None, *, legend: bool = True
-) -> Axes:
+def feature_rank(result: Named[FeatureRank], ax: Axes | None = None, *, legend: bool = True) -> Axes:
     """Draw the share of the variance of the features that the first components explain, with a marker at the rank.
 
     Parameters as for :func:`directional_sharpness`.
@@ -120,7 +115,7 @@ def feature_rank(
     return ax
 
 
-def pca_plane(result: Result | Mapping[str, Result], ax: Axes | None = None, *, legend: bool = True) -> Axes:
+def pca_plane(result: Named[Result], ax: Axes | None = None, *, legend: bool = True) -> Axes:
     """Draw the share of a trajectory that the first components of its points show, with a marker at the plane's two.
 
     Parameters as for :func:`directional_sharpness`; results are those of ``pca_plane``.
@@ -131,9 +126,7 @@ def pca_plane(result: Result | Mapping[str, Result], ax: Axes | None = None, *, 
     return ax
 
 
-def robust_accuracy(
-    result: RobustAccuracy | Mapping[str, RobustAccuracy], ax: Axes | None = None, *, legend: bool = True
-) -> Axes:
+def robust_accuracy(result: Named[RobustAccuracy], ax: Axes | None = None, *, legend: bool = True) -> Axes:
     """Draw the accuracy over the size of a disturbance of the inputs, from 0 on, with its standard error.
 
     Parameters as for :func:`directional_sharpness`.

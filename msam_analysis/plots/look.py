@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import matplotlib as mpl
 import matplotlib.style
@@ -34,6 +34,9 @@ PAGE_WIDTH = 6.8
 LineStyle = Literal["-"] | tuple[float, tuple[float, ...]]
 Array = npt.NDArray[np.float64]
 AxesArray = npt.NDArray[np.object_]
+Kind = TypeVar("Kind")
+Named: TypeAlias = Kind | Mapping[str, Kind]
+"""One result, or one for each name."""
 
 _CHARACTERS_PER_INCH = 18  # of a label of 8 points
 

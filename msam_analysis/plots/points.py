@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from msam_analysis.plots.look import (
     AxesArray,
     Look,
+    Named,
     given_axes,
     log_scale,
     look,
@@ -42,8 +43,6 @@ from msam_analysis.results import (
     SpectralDensity,
 )
 from msam_analysis.results.slices import LARGE_RANGE
-
-Kind = TypeVar("Kind", bound=Result)
 
 _GREY = "#4d4d4d"
 _FEW = 6  # points that have their values written beside them
@@ -81,11 +80,7 @@ class Point(NamedTuple):
 
 
 def top_eigenvalues(
-    result: Eigenpairs | Mapping[str, Eigenpairs],
-    ax: Axes | None = None,
-    *,
-    log: bool | None = None,
-    legend: bool = True,
+    result: Named[Eigenpairs], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw eigenvalues over their index, with their residuals.
 
@@ -121,40 +116,34 @@ def top_eigenvalues(
     return ax
 
 
-def trace(
-    result: Estimate | Mapping[str, Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
-) -> Axes:
+def trace(result: Named[Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True) -> Axes:
     """Draw traces with their standard errors; parameters as for :func:`top_eigenvalues`."""
     return _estimates(result, ax, _UNITS["trace"], log, legend)
 
 
 def average_sharpness(
-    result: Estimate | Mapping[str, Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+    result: Named[Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw mean rises under noise with their standard errors; parameters as for :func:`top_eigenvalues`."""
     return _estimates(result, ax, _UNITS["average sharpness"], log, legend)
 
 
 def relative_flatness(
-    result: Estimate | Mapping[str, Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+    result: Named[Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw relative flatnesses with their standard errors; parameters as for :func:`top_eigenvalues`."""
     return _estimates(result, ax, _UNITS["relative flatness"], log, legend)
 
 
 def fisher_rao_norm(
-    result: Estimate | Mapping[str, Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+    result: Named[Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw squared Fisher-Rao norms with their standard errors; parameters as for :func:`top_eigenvalues`."""
     return _estimates(result, ax, _UNITS["squared Fisher-Rao norm"], log, legend)
 
 
 def ball_sharpness(
-    result: BallSharpness | Mapping[str, BallSharpness],
-    ax: Axes | None = None,
-    *,
-    log: bool | None = None,
-    legend: bool = True,
+    result: Named[BallSharpness], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw the largest rise found in a ball, a lower bound, beside that of a single step.
 
@@ -164,22 +153,14 @@ def ball_sharpness(
 
 
 def m_sharpness(
-    result: BatchSharpness | Mapping[str, BatchSharpness],
-    ax: Axes | None = None,
-    *,
-    log: bool | None = None,
-    legend: bool = True,
+    result: Named[BatchSharpness], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw mean largest rises of batches with their standard errors; parameters as for :func:`top_eigenvalues`."""
     return _readings(require_some(result, BatchSharpness), ax, _UNITS["m-sharpness"], log, legend)
 
 
 def one_step_sharpness(
-    result: DirectionalSharpness | Mapping[str, DirectionalSharpness],
-    ax: Axes | None = None,
-    *,
-    log: bool | None = None,
-    legend: bool = True,
+    result: Named[DirectionalSharpness], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw rises after a single step, with the error of rounding; parameters as for :func:`top_eigenvalues`."""
     several = require_some(result, DirectionalSharpness)
@@ -187,7 +168,7 @@ def one_step_sharpness(
     return draw_points(points, ax, "rise of the loss after one step", log=log, legend=legend)
 
 
-def certify(result: Certificate | Mapping[str, Certificate], ax: Axes | None = None, *, legend: bool = True) -> Axes:
+def certify(result: Named[Certificate], ax: Axes | None = None, *, legend: bool = True) -> Axes:
     """Draw the curvature left within the ball with its residual, under the verdict: at a maximum none is positive.
 
     Parameters as for :func:`top_eigenvalues`.
@@ -201,11 +182,7 @@ def certify(result: Certificate | Mapping[str, Certificate], ax: Axes | None = N
 
 
 def curvature_along(
-    result: Scalar | Curvatures | Mapping[str, Scalar | Curvatures],
-    ax: Axes | None = None,
-    *,
-    log: bool | None = None,
-    legend: bool = True,
+    result: Named[Scalar | Curvatures], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw curvatures along directions; parameters as for :func:`top_eigenvalues`."""
     several: dict[str, Scalar | Curvatures] = require_some(result, (Scalar, Curvatures))
@@ -213,9 +190,7 @@ def curvature_along(
     return draw_points(points, ax, f"curvature {_CURVATURE}", log=log, legend=legend)
 
 
-def momentum_gradient_cosine(
-    result: Scalar | Mapping[str, Scalar], ax: Axes | None = None, *, legend: bool = True
-) -> Axes:
+def momentum_gradient_cosine(result: Named[Scalar], ax: Axes | None = None, *, legend: bool = True) -> Axes:
     """Draw cosines of momentum and gradient: a negative one overshot; parameters as for :func:`top_eigenvalues`."""
     ax = _readings(require_some(result, Scalar), ax, "cosine of momentum and gradient", False, legend)
     ax.axhline(0.0, color=_GREY, linewidth=0.7, zorder=1.5)
@@ -224,11 +199,7 @@ def momentum_gradient_cosine(
 
 
 def data_interval(
-    result: DataInterval | Mapping[str, DataInterval],
-    ax: Axes | None = None,
-    *,
-    log: bool | None = None,
-    legend: bool = True,
+    result: Named[DataInterval], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw a metric less its bias with its interval, beside a dash at the value on the samples.
 
@@ -250,11 +221,7 @@ def data_interval(
 
 
 def by_layer(
-    result: ByLayer[Any] | Mapping[str, ByLayer[Any]],
-    ax: Axes | None = None,
-    *,
-    log: bool | None = None,
-    legend: bool = True,
+    result: Named[ByLayer[Any]], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw a number of every layer with its error, all eigenvalues of each, or the layers' spectral densities.
 
@@ -277,9 +244,7 @@ def by_layer(
     return ax
 
 
-def measure(
-    result: Measurement | Mapping[str, Measurement], axes: Axes | Sequence[Axes] | AxesArray | None = None
-) -> AxesArray:
+def measure(result: Named[Measurement], axes: Axes | Sequence[Axes] | AxesArray | None = None) -> AxesArray:
     """Draw the table of all metrics, a panel for what is in one unit.
 
     Parameters
@@ -423,9 +388,7 @@ def _handles(points: Mapping[str, Iterable[Point]]) -> dict[str, Line2D]:
 # ---------------------------------------------------------------------------------------------- from results to points
 
 
-def _estimates(
-    result: Estimate | Mapping[str, Estimate], ax: Axes | None, label: str, log: bool | None, legend: bool
-) -> Axes:
+def _estimates(result: Named[Estimate], ax: Axes | None, label: str, log: bool | None, legend: bool) -> Axes:
     return _readings(require_some(result, Estimate), ax, label, log, legend)
 
 

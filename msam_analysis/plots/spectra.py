@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from msam_analysis.plots.look import Array, Look, draw_curve, look, name_curves, one_panel, ordered, require_some, style
+from msam_analysis.plots.look import (
+    Array,
+    Look,
+    Named,
+    draw_curve,
+    look,
+    name_curves,
+    one_panel,
+    ordered,
+    require_some,
+    style,
+)
 from msam_analysis.results import SpectralDensity
 from msam_analysis.results.statistics import LEVEL, bands
 
@@ -17,7 +27,7 @@ _TICK = 7.0  # points: length of the tick at an eigenvalue that is known
 
 
 def spectral_density(
-    result: SpectralDensity | Mapping[str, SpectralDensity],
+    result: Named[SpectralDensity],
     ax: Axes | None = None,
     *,
     log: bool = True,
