@@ -14,9 +14,9 @@ from rich.table import Table
 
 from msam_analysis.cli.factories import load_objectives
 from msam_analysis.cli.names import check_own, distinct_names
-from msam_analysis.measures.summary import DEFAULT_METRICS, METRICS, RADII, Metrics, measure
+from msam_analysis.measures.summary import DEFAULT_METRICS, METRICS, RADII, measure
 from msam_analysis.objective.objective import Objective
-from msam_analysis.results import atomic_folder
+from msam_analysis.results import Measurement, atomic_folder
 
 _METRICS = "metrics.csv"
 
@@ -62,22 +62,22 @@ def _show(status: Status, name: str, what: str) -> None:
     status.update(f"{name}: {what} ...")
 
 
-def save(metrics: Metrics, folder: Path) -> None:
+def save(metrics: Measurement, folder: Path) -> None:
     """Write ``metrics.csv`` and one ``.safetensors`` file per result, in place of all that an earlier call wrote."""
     with atomic_folder(folder) as partial:
         for name, result in metrics.results.items():
             result.save(partial / f"{name}.safetensors")
-        metrics.table.to_csv(partial / _METRICS, index=False, lineterminator="\n")
+        metrics.to_frame().to_csv(partial / _METRICS, index=False, lineterminator="\n")
 
 
-def _print(console: Console, title: str, objective: Objective, metrics: Metrics) -> None:
+def _print(console: Console, title: str, objective: Objective, metrics: Measurement) -> None:
     settings = ", ".join(f"{key} {value}" for key, value in objective.settings.items())
     table = Table(title=title, caption=settings, title_justify="left", caption_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("±", justify="right")
     table.add_column("what it is")
-    for row in metrics.table.to_dict("records"):
+    for row in metrics.to_frame().to_dict("records"):
         uncertainty = float(row["uncertainty"])
         shown = "" if math.isnan(uncertainty) else f"{uncertainty:.2g}"
         meaning = f"{row['meaning']}{'; NOT converged' if row['converged'] is False else ''}"

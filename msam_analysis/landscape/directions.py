@@ -37,6 +37,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 def random(
     objective: Objective, seed: int = 0, normalize: Normalization = "filter", *, one_d: bool = False
 ) -> Direction:

@@ -20,6 +20,7 @@ from msam_analysis.landscape.sampling import standard_error
 from msam_analysis.objective.batchnorm import batchnorm_layers, collect_statistics
 from msam_analysis.objective.nested import Batch
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.private import is_pair
 from msam_analysis.objective.randomness import RandomStream, same_state
 from msam_analysis.objective.vectors import widest
 from msam_analysis.objective.weighing import mean_and_weight
@@ -152,7 +153,11 @@ class Evaluator:
         if batches.nbytes > batches.cache_bytes:
             return None
         weighed = zip(batches, self.evaluation.weights, strict=True)
-        pairs = [(batch, weight) for batch, weight in weighed if _is_pair(batch)]
+        pairs = [
+            (batch, weight)
+            for batch, weight in weighed
+            if is_pair(batch) and all(isinstance(item, Tensor) for item in batch)
+        ]
         return pairs if len(pairs) == len(batches) else None
 
     def _first(self) -> Tensor:

@@ -12,12 +12,13 @@ from msam_analysis.measures.ball import ball_sharpness
 from msam_analysis.measures.certificate import certify
 from msam_analysis.measures.features import feature_rank
 from msam_analysis.measures.invariant import fisher_rao_norm, relative_flatness
-from msam_analysis.measures.layers import by_layer, layer_frame
+from msam_analysis.measures.layers import by_layer
 from msam_analysis.measures.lines import directional_sharpness, one_step_sharpness
 from msam_analysis.measures.minibatch import m_sharpness
 from msam_analysis.measures.resampling import data_interval
 from msam_analysis.measures.robustness import robust_accuracy
 from msam_analysis.measures.summary import measure
+from msam_analysis.results import layer_frame
 
 __all__ = [
     "average_sharpness",

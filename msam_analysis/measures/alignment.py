@@ -11,7 +11,7 @@ from torch import Tensor
 from msam_analysis.measures.momentum import gradients, momentum_buffers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.vectors import widest
-from msam_analysis.results import SamMsamAngle
+from msam_analysis.results import SamMsamAngle, Scalar
 
 _BLOCK = 2**15
 
@@ -19,7 +19,7 @@ Products = tuple[float, float, float]
 """``⟨a, b⟩``, ``‖a‖²`` and ``‖b‖²``."""
 
 
-def momentum_gradient_cosine(optimizer: torch.optim.Optimizer) -> float:
+def momentum_gradient_cosine(optimizer: torch.optim.Optimizer) -> Scalar:
     r"""Return ``cos(v_{t−1}, g_t) = ⟨v, g⟩ / (‖v‖ ‖g‖)`` over all parameters together (exhibit F2C).
 
     Call it after ``loss.backward()`` and before ``optimizer.step()``: then ``.grad`` holds the new gradient, and the
@@ -33,8 +33,9 @@ def momentum_gradient_cosine(optimizer: torch.optim.Optimizer) -> float:
 
     Returns
     -------
-    float
-        In [−1, 1]. NaN before the first step, when there is no momentum yet, and where a vector is zero or not finite.
+    Scalar
+        A number in [−1, 1], which is a ``float`` too; NaN before the first step, when there is no momentum yet, if
+        either vector is zero, or if one is not finite.
 
     Raises
     ------
@@ -47,7 +48,10 @@ def momentum_gradient_cosine(optimizer: torch.optim.Optimizer) -> float:
     that of ``−f``, as in their buffers.
     """
     grads, buffers = gradients(optimizer), momentum_buffers(optimizer)
-    return cosine([total_products(buffers, grads)]) if buffers else math.nan
+    value = cosine([total_products(buffers, grads)]) if buffers else math.nan
+    return Scalar(
+        quantity="cosine of momentum and gradient", value=value, settings={"optimizer": type(optimizer).__name__}
+    )
 
 
 def inner_products(first: Mapping[Tensor, Tensor], second: Mapping[Tensor, Tensor]) -> dict[Tensor, Products]:

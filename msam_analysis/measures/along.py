@@ -13,20 +13,21 @@ from msam_analysis.objective.direction import Direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import no_autocast
+from msam_analysis.results import Curvatures, Scalar
 from msam_analysis.spectra.top import as_operator
 
 
 @overload
-def curvature_along(target: SymmetricOperator | Objective, direction: Direction | Tensor) -> float: ...
+def curvature_along(target: SymmetricOperator | Objective, direction: Direction | Tensor) -> Scalar: ...
 
 
 @overload
-def curvature_along(target: SymmetricOperator | Objective, direction: Sequence[Direction | Tensor]) -> Tensor: ...
+def curvature_along(target: SymmetricOperator | Objective, direction: Sequence[Direction | Tensor]) -> Curvatures: ...
 
 
 def curvature_along(
     target: SymmetricOperator | Objective, direction: Direction | Tensor | Sequence[Direction | Tensor]
-) -> float | Tensor:
+) -> Scalar | Curvatures:
     """Return ``dᵀ A d / dᵀ d``, the curvature along ``d`` (exhibit A8); it costs one product for each direction.
 
     Parameters
@@ -38,9 +39,9 @@ def curvature_along(
 
     Returns
     -------
-    float or Tensor
-        For several directions a tensor of shape ``(directions,)``, float64 on the CPU. NaN for a direction that is zero
-        or not finite.
+    Scalar or Curvatures
+        For one direction a number, which is a ``float`` too; for several their ``values`` of shape ``(directions,)``,
+        float64 on the CPU. NaN for a direction that is zero or not finite.
     """
     operator = as_operator(target)
     several = not isinstance(direction, Direction | Tensor)
@@ -54,4 +55,7 @@ def curvature_along(
         with no_autocast(operator.device):
             units = torch.stack([vectors[index] / lengths[index] for index in known], dim=1)
             found[known] = (units * operator.matmat(units)).sum(dim=0).cpu().double()
-    return found if several else float(found[0])
+    names = [item.name if isinstance(item, Direction) else "a vector" for item in given]
+    if several:
+        return Curvatures(values=found, directions=tuple(names), settings=operator.settings)
+    return Scalar(quantity=f"curvature along {names[0]}", value=float(found[0]), settings=operator.settings)

@@ -3,70 +3,16 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from msam_analysis.objective.batches import Batches
 from msam_analysis.objective.private import unwrap
-from msam_analysis.results import Result
-from msam_analysis.results.base import column
+from msam_analysis.results import FeatureRank
 
 _EPS = torch.finfo(torch.float64).eps
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FeatureRank(Result):
-    r"""Ranks of a matrix of features, one row for each sample, from its singular values :math:`\sigma_i`.
-
-    Attributes
-    ----------
-    rank
-        Smallest number of principal components that explain the share ``threshold`` of the variance: the least k with
-        :math:`\sum_{i \le k} \sigma_i^2 \ge \text{threshold} \sum_i \sigma_i^2`, for features centred over the
-        samples. 0 if they do not vary.
-    threshold
-        Share of the variance, in (0, 1].
-    effective_rank
-        :math:`\exp(-\sum_i p_i \ln p_i)` with :math:`p_i = \sigma_i / \sum_j \sigma_j` (Roy and Vetterli 2007), over
-        the singular values above ``resolution``.
-    stable_rank
-        :math:`\sum_i \sigma_i^2 / \sigma_1^2`.
-    numerical_rank
-        Number of singular values above ``resolution``.
-    resolution
-        :math:`\sigma_1 \sqrt{\varepsilon \max(N, D)}` in float64: the error of a singular value of 0 that was found
-        through the Gram matrix.
-    singular_values
-        Singular values of the centred features, shape ``(min(N, D),)``, decreasing, float64.
-    samples, dimension
-        Number N of samples, and number D of features of a sample.
-    """
-
-    rank: int
-    threshold: float
-    effective_rank: float
-    stable_rank: float
-    numerical_rank: int
-    resolution: float
-    singular_values: Tensor
-    samples: int
-    dimension: int
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row per component: ``component`` from 1, ``singular_value``, ``explained`` (cumulative share)."""
-        squares = self.singular_values.square()
-        frame: pd.DataFrame = pd.DataFrame(
-            {
-                "component": range(1, len(squares) + 1),
-                "singular_value": column(self.singular_values),
-                "explained": column(squares.cumsum(0) / squares.sum()),
-            }
-        )
-        return frame
 
 
 def feature_rank(

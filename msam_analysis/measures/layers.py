@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal, TypeVar, get_args
 
-import pandas as pd
-
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.vectors import ParameterFilter, Selection
-from msam_analysis.results import Result
+from msam_analysis.results import ByLayer, Result
 
 Grouping = Literal["tensor", "layer", "block"]
 Measured = TypeVar("Measured", bound=Result)
@@ -20,8 +18,8 @@ def by_layer(
     measure: Callable[[Objective], Measured],
     *,
     groups: Grouping | Mapping[str, Selection] = "layer",
-) -> dict[str, Measured]:
-    """Measure the loss as a function of one group of parameters at a time, with the others at their current values.
+) -> ByLayer[Measured]:
+    """Measure the loss as a function of one group of parameters at a time, the others at their current values.
 
     The Hessian of a group is a diagonal block of the Hessian. So its largest eigenvalue is at most that of the whole
     Hessian, and the traces of groups that cover every parameter once add up to the whole trace.
@@ -42,8 +40,8 @@ def by_layer(
 
     Returns
     -------
-    dict
-        The result for each name of a group, in the order of the parameters or of the mapping.
+    ByLayer
+        A mapping from the name of the group to its result, in the order of the parameters or of the mapping.
 
     Raises
     ------
@@ -58,45 +56,14 @@ def by_layer(
     >>> data = (torch.eye(2).double(), torch.ones(2, 1).double())
     >>> objective = ma.Objective(model, torch.nn.functional.mse_loss, data)
     >>> traces = ma.by_layer(objective, ma.trace)
-    >>> ma.layer_frame(traces)[["layer", "quantity"]].values.tolist()
+    >>> traces.to_frame()[["layer", "quantity"]].values.tolist()
     [['0', 'trace'], ['2', 'trace']]
     """
-    found = {}
-    for name, selection in _selections(objective, groups).items():
-        part = objective.with_parameters(selection)
-        try:
-            found[name] = measure(part)
-        except ValueError as error:
-            raise ValueError(f"in the group {name!r}: {error}") from error
-    return found
-
-
-def layer_frame(results: Mapping[str, Result], *, name: str = "layer") -> pd.DataFrame:
-    """Return the tables of all groups below one another, the group's name in the first column.
-
-    Parameters
-    ----------
-    results
-        The results of :func:`by_layer`.
-    name
-        Name of the first column.
-
-    Returns
-    -------
-    pandas.DataFrame
-        The rows and columns of each result's ``to_frame()``, behind the first column.
-
-    Raises
-    ------
-    ValueError
-        There are no results.
-    """
-    if not results:
-        raise ValueError("there are no results to put into a table: expected those of by_layer")
-    frames = [result.to_frame() for result in results.values()]
-    for group, frame in zip(results, frames, strict=True):
-        frame.insert(0, name, group)
-    return pd.concat(frames, ignore_index=True)
+    results = {
+        name: _measured(name, objective.with_parameters(selection), measure)
+        for name, selection in _selections(objective, groups).items()
+    }
+    return ByLayer(results=results, settings=objective.settings)
 
 
 def _selections(objective: Objective, groups: Grouping | Mapping[str, Selection]) -> dict[str, Selection]:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -18,56 +17,9 @@ from msam_analysis.objective.batches import Batches
 from msam_analysis.objective.private import unwrap
 from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.objective.vectors import gaussian
-from msam_analysis.results import Result
-from msam_analysis.results.base import column
+from msam_analysis.results import RobustAccuracy
 
 Attack = Literal["noise", "fgsm", "pgd", "apgd"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RobustAccuracy(Result):
-    r"""Accuracy over the size of a disturbance of the inputs (exhibit TA4).
-
-    Attributes
-    ----------
-    attack
-        ``"noise"``, ``"fgsm"``, ``"pgd"`` or ``"apgd"``.
-    sizes
-        Sizes of the disturbance, in the units of the inputs, shape ``(n,)``: σ of the noise, or the largest change ε of
-        a single entry.
-    accuracies
-        Shares of right predictions, in [0, 1], shape ``(n,)``. For an attack they are upper bounds on the accuracy in
-        the worst case, as a better attack may exist.
-    clean
-        Accuracy on the undisturbed inputs, in [0, 1].
-    errors
-        Standard errors :math:`\sqrt{a (1 - a) / N}` of the accuracies, over the choice of samples, shape ``(n,)``.
-    samples
-        Number N of samples.
-    steps
-        Number of gradients for each sample.
-    """
-
-    attack: str
-    sizes: Tensor
-    accuracies: Tensor
-    clean: float
-    errors: Tensor
-    samples: int
-    steps: int
-
-    def to_frame(self) -> pd.DataFrame:
-        """Return one row per size: ``attack``, ``size``, ``accuracy``, ``error``; the first is undisturbed, size 0."""
-        spread = math.sqrt(self.clean * (1 - self.clean) / self.samples)
-        frame: pd.DataFrame = pd.DataFrame(
-            {
-                "attack": self.attack,
-                "size": [0.0, *column(self.sizes)],
-                "accuracy": [self.clean, *column(self.accuracies)],
-                "error": [spread, *column(self.errors)],
-            }
-        )
-        return frame
 
 
 def robust_accuracy(

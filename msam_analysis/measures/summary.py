@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import pandas as pd
 from torch import Tensor
 
 from msam_analysis.measures.average import average_sharpness
@@ -14,7 +13,7 @@ from msam_analysis.measures.ball import ball_sharpness
 from msam_analysis.measures.invariant import fisher_rao_norm, relative_flatness
 from msam_analysis.measures.minibatch import m_sharpness
 from msam_analysis.objective.objective import Objective
-from msam_analysis.results import Result
+from msam_analysis.results import Measurement, Result
 from msam_analysis.spectra.top import top_eigenvalues
 from msam_analysis.spectra.traces import trace
 
@@ -28,23 +27,6 @@ METRICS = (*DEFAULT_METRICS, "adaptive", "batches", "flatness", "fisher-rao")
 _NAN = math.nan
 
 
-@dataclass(frozen=True, eq=False)
-class Metrics:
-    """What was measured.
-
-    Attributes
-    ----------
-    table
-        One row per number: ``metric``, ``value``, ``uncertainty`` (a residual or a standard error; NaN for exact or
-        lower-bound values), ``converged`` (of an iterative solver; else missing), ``meaning``.
-    results
-        The results behind it, by name.
-    """
-
-    table: pd.DataFrame
-    results: dict[str, Result]
-
-
 def measure(
     objective: Objective,
     *,
@@ -54,7 +36,7 @@ def measure(
     eigenvalues: int = 5,
     seed: int = 0,
     tick: Callable[[str], None] | None = None,
-) -> Metrics:
+) -> Measurement:
     """Measure sharpness metrics on the same data, mode and parameters.
 
     Parameters
@@ -79,7 +61,7 @@ def measure(
 
     Returns
     -------
-    Metrics
+    Measurement
         A table for reading and the full results.
 
     Raises
@@ -94,7 +76,7 @@ def measure(
     for name in METRICS:
         if name in metrics:
             _MEASUREMENTS[name](sheet)
-    return Metrics(pd.DataFrame(sheet.rows).astype({"converged": "boolean"}), sheet.results)
+    return Measurement(rows=tuple(sheet.rows), results=sheet.results, settings=objective.settings)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from msam_analysis.plots.look import Array, style
-from msam_analysis.plots.slices import as_array
+from msam_analysis.plots.scale import as_array
 from msam_analysis.plots.trajectories import Drawn, Projections, draw_panels, named
 from msam_analysis.results import Projection, Slice2D, atomic_path
 

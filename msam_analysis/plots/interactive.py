@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msam_analysis.plots.look import Array, look
-from msam_analysis.plots.slices import Scale, as_array, checked_losses, named_slices, number, scale_of
+from msam_analysis.plots.scale import Scale, as_array, checked_losses, named_slices, number
 from msam_analysis.plots.trajectories import Projections, measured_losses, named, require_same_plane
 from msam_analysis.results import Projection, Slice2D, atomic_path
 
@@ -74,7 +74,7 @@ def interactive_surface(
     heights = measured_losses(several)
     for item in slices.values():
         require_same_plane(item, several)
-    scale = scale_of(losses, limits, log)
+    scale = Scale.of(losses, limits, log)
     figure = go.Figure()
     for (name, item), loss in zip(slices.items(), losses, strict=True):
         figure.add_trace(_surface(go, name, item, loss, scale, label, bar=not len(figure.data)))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import matplotlib as mpl
 import matplotlib.style
@@ -33,6 +34,11 @@ PAGE_WIDTH = 6.8
 LineStyle = Literal["-"] | tuple[float, tuple[float, ...]]
 Array = npt.NDArray[np.float64]
 AxesArray = npt.NDArray[np.object_]
+Kind = TypeVar("Kind")
+Named: TypeAlias = Kind | Mapping[str, Kind]
+"""One result, or one for each name."""
+
+_CHARACTERS_PER_INCH = 18  # of a label of 8 points
 
 _FILE_METADATA: dict[str, dict[str, None]] = {
     "png": {"Software": None},
@@ -317,10 +323,47 @@ def require_columns(frame: pd.DataFrame, columns: Iterable[str]) -> None:
         raise ValueError("the table has no rows, so there is nothing to draw")
 
 
+def require_some(result: Any, kind: type | tuple[type, ...]) -> dict[str, Any]:
+    """Return results by name, that of a single one empty; raise unless there are some, and all of a kind.
+
+    Raises
+    ------
+    ValueError
+        The mapping is empty.
+    TypeError
+        Something is of another kind.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    several = {"": result} if isinstance(result, kinds) or not isinstance(result, Mapping) else dict(result)
+    if not several:
+        raise ValueError("there is nothing to draw: pass a result, or a mapping with at least one")
+    for name, item in several.items():
+        if not isinstance(item, kinds):
+            expected = " or ".join(each.__name__ for each in kinds)
+            raise TypeError(f"expected {expected} results, got {type(item).__name__} under {name!r}")
+    return several
+
+
 def ordered(names: Iterable[str]) -> list[str]:
     """Return the names without repetition: SGD, NAG, SAM, MSAM first, then the others as they appear."""
     unique = list(dict.fromkeys(names))
     return [name for name in _FIXED if name in unique] + [name for name in unique if name not in _FIXED]
+
+
+def wrapped(text: str, inches: float) -> str:
+    """Return a label of 8 points in lines that are not much longer than its axis."""
+    return textwrap.fill(text, max(int(_CHARACTERS_PER_INCH * inches), 12), break_on_hyphens=False)
+
+
+def size_of(ax: Axes) -> tuple[float, float]:
+    """Return about how wide and how high axes will be, in inches."""
+    figure: Any = ax.figure
+    place = ax.get_position(original=True)
+    width, height = place.width * figure.get_figwidth(), place.height * figure.get_figheight()
+    if ax.get_aspect() == "auto":
+        return width, height
+    ratio = ax.get_data_ratio()
+    return min(width, height / ratio), min(height, width * ratio)
 
 
 def words(name: str) -> str:

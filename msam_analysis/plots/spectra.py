@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from msam_analysis.plots.look import Array, Look, draw_curve, look, name_curves, one_panel, ordered, style
+from msam_analysis.plots.look import (
+    Array,
+    Look,
+    Named,
+    draw_curve,
+    look,
+    name_curves,
+    one_panel,
+    ordered,
+    require_some,
+    style,
+)
 from msam_analysis.results import SpectralDensity
 from msam_analysis.results.statistics import LEVEL, bands
 
@@ -17,7 +27,7 @@ _TICK = 7.0  # points: length of the tick at an eigenvalue that is known
 
 
 def spectral_density(
-    result: SpectralDensity | Mapping[str, SpectralDensity],
+    result: Named[SpectralDensity],
     ax: Axes | None = None,
     *,
     log: bool = True,
@@ -49,15 +59,15 @@ def spectral_density(
     ------
     ValueError
         There is nothing to draw, or ``level`` does not lie between 0 and 1.
+    TypeError
+        Something that is not a :class:`~msam_analysis.results.SpectralDensity`.
 
     Notes
     -----
     Ghorbani, Krishnan & Xiao 2019, figure 1. Ticks stand at ``top`` and ``bottom``; the legend says where these did not
     converge.
     """
-    results = {"": result} if isinstance(result, SpectralDensity) else dict(result)
-    if not results:
-        raise ValueError("there is no spectral density to draw: pass a result, or a mapping with at least one")
+    results: dict[str, SpectralDensity] = require_some(result, SpectralDensity)
     names = ordered(results)
     with style():
         made = ax is None

@@ -17,6 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from msam_analysis.plots.contours import slice_2d
 from msam_analysis.plots.look import (
     PAGE_WIDTH,
     Array,
@@ -29,9 +30,10 @@ from msam_analysis.plots.look import (
     name_curves,
     one_panel,
     panels,
+    require_some,
     style,
 )
-from msam_analysis.plots.slices import as_array, slice_2d
+from msam_analysis.plots.scale import as_array
 from msam_analysis.results import Projection, Slice2D
 from msam_analysis.results.slices import LARGE_RANGE
 
@@ -89,6 +91,46 @@ def trajectory(projections: Projections, ax: Axes | None = None, *, circles: boo
         if legend:
             handles = _path_handles(ax, several, circles=circles)
             name_curves(np.array([ax], dtype=np.object_), made=made or _has_room_above(ax), handles=handles)
+    return ax
+
+
+def project(projections: Projections, ax: Axes | None = None, *, circles: bool = True, legend: bool = True) -> Axes:
+    """Draw projected trajectories: on their plane as :func:`trajectory` does, else their coordinates over the steps.
+
+    Parameters
+    ----------
+    projections, ax, circles, legend
+        As for :func:`trajectory`; there are circles on a plane only.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        On a plane as :func:`trajectory`. On a line, or along more than two directions, a curve over the steps for each
+        trajectory and direction, a marker of the trajectory at its end.
+
+    Raises
+    ------
+    ValueError
+        No projection, or projections on different planes.
+    TypeError
+        Something that is not a :class:`~msam_analysis.results.Projection`.
+    """
+    several = named(projections)
+    if all(item.coordinates.shape[1] == 2 for item in several.values()):
+        return trajectory(several, ax, circles=circles, legend=legend)
+    with style():
+        made, ax = ax is None, one_panel(ax)
+        for name, appearance in look(several).items():
+            steps = as_array(several[name].steps)
+            for index, coordinates in enumerate(as_array(several[name].coordinates).T):
+                (line,) = ax.plot(steps, coordinates, color=appearance.color, linestyle=_DIRECTIONS[index % 4])
+                line.set_label(f"{name}, {several[name].directions[index]}")
+                ax.plot(steps[-1:], coordinates[-1:], **_last(appearance), clip_on=False, zorder=4)
+        ax.set_xlabel("step")
+        ax.set_ylabel("coordinate (multiples of the direction)")
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if legend:
+            name_curves(np.array([ax], dtype=np.object_), made=made)
     return ax
 
 
@@ -183,12 +225,7 @@ def named(projections: Projections) -> dict[str, Projection]:
         for number, item in enumerate(projections):
             label = getattr(item, "label", "")
             found[label if label not in found else f"{label} {number + 1}"] = item
-    if not found:
-        raise ValueError("expected at least one projection, got none")
-    for name, item in found.items():
-        if not isinstance(item, Projection):
-            raise TypeError(f"expected Projection results, got {type(item).__name__} under {name!r}")
-    return found
+    return require_some(found, Projection)
 
 
 def _require_planes(several: Mapping[str, Projection]) -> None:
@@ -377,6 +414,7 @@ def draw_losses(axes: AxesArray, several: Mapping[str, Projection], *, log: bool
 
 _FIRST: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 3.4, "markerfacecolor": "white"}
 _PROJECTED: dict[str, Any] = {"linestyle": (0, (2.2, 1.2)), "linewidth": 0.8}
+_DIRECTIONS = ("-", "--", "-.", ":")
 _GREY = "#4d4d4d"
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import pandas as pd
 from torch import Tensor
 
-from msam_analysis.results.base import Result, column
+from msam_analysis.results.base import Reading, Result, column
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,9 +42,20 @@ class SamMsamAngle(Result):
     bracket: tuple[float, float] = (math.nan, math.nan)
     rho_sam: float
 
+    _asked: ClassVar = ("rho_sam", "bracket")
+
     def __post_init__(self) -> None:
         """Make the bracket, a list in a file, a tuple again."""
         object.__setattr__(self, "bracket", tuple(self.bracket))
+
+    def readings(self) -> list[Reading]:
+        """Return where the angle is 0, with the farther end of the bracket, and the angle of the plain gradient."""
+        low, high = self.bracket
+        plain = float(self.angles[(self.rhos == 0).nonzero()[0, 0]])
+        return [
+            Reading("rho_0", self.rho_0, max(self.rho_0 - low, high - self.rho_0)),
+            Reading("angle at rho = 0, degrees", plain),
+        ]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per perturbation strength: ``rho``, ``angle``, ``share``."""

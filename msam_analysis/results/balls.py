@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import ClassVar, Literal
 
 import pandas as pd
 from torch import Tensor
 
-from msam_analysis.results.base import Result, column
+from msam_analysis.results.base import Reading, Result, column
 
 Verdict = Literal["local maximum", "not a local maximum", "undecided"]
 
@@ -65,6 +65,15 @@ class BallSharpness(Result):
     hvps: int
     undefined: int = 0
 
+    _asked: ClassVar = ("rho", "norm", "adaptive")
+
+    def readings(self) -> list[Reading]:
+        """Return the largest rise found, and that of a single step."""
+        return [
+            Reading("sharpness", self.sharpness, converged=self.converged),
+            Reading("one-step sharpness", self.one_step),
+        ]
+
     def to_frame(self) -> pd.DataFrame:
         """Return one row, without the displacement."""
         names = ("rho", "norm", "adaptive", "sharpness", "one_step", "loss", "spread", "stationarity", "converged")
@@ -111,6 +120,12 @@ class BatchSharpness(Result):
     converged: bool
     gradients: int
     hvps: int
+
+    _asked: ClassVar = ("m", "rho", "norm", "adaptive")
+
+    def readings(self) -> list[Reading]:
+        """Return the mean with its standard error."""
+        return [Reading("m-sharpness", self.value, self.standard_error, self.converged)]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per batch measured: its rise, its one-step rise, its size; the ball and ``m``."""
@@ -167,6 +182,12 @@ class DirectionalSharpness(Result):
     direction: str
     rho: float
     evaluations: int
+
+    _asked: ClassVar = ("direction", "rho")
+
+    def readings(self) -> list[Reading]:
+        """Return the rise at ``rho`` with its rounding, and the largest."""
+        return [Reading("sharpness", self.sharpness, self.resolution), Reading("largest rise", self.largest)]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per point: ``coordinate`` and ``rise``."""
@@ -232,12 +253,18 @@ class Certificate(Result):
     tolerance: float
     hvps: int
 
+    _asked: ClassVar = ("tolerance", "on_surface", "dimensions")
+
+    def readings(self) -> list[Reading]:
+        """Return the verdict, and what it goes by."""
+        curvature = Reading("curvature", self.curvature, self.curvature_residual, self.converged)
+        return [Reading("verdict", self.verdict), Reading("gain", self.gain), curvature]
+
     def to_frame(self) -> pd.DataFrame:
         """Return one row."""
         names = (
             *("verdict", "multiplier", "residual", "relative_residual", "curvature", "curvature_residual", "gain"),
             *("on_surface", "dimensions", "converged"),
         )
-        row: dict[str, Any] = {name: getattr(self, name) for name in names}
-        frame: pd.DataFrame = pd.DataFrame([row])
+        frame: pd.DataFrame = pd.DataFrame([{name: getattr(self, name) for name in names}])
         return frame

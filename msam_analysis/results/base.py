@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import html
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd
 import torch
@@ -21,6 +23,10 @@ from msam_analysis.results.files import atomic_path
 Settings = Mapping[str, str | int | float | bool | None]
 
 _INSIDE = "/"  # between a field's name and the key of a tensor in it
+_NESTED = "<results>"  # the key under which a file has the results that a field holds
+_COSTS = ("gradients", "hvps", "evaluations")  # fields that say what was spent
+_MOST = 3  # readings in a line of text
+_MOST_ROWS = 12  # readings in a notebook
 
 
 class ConvergenceWarning(UserWarning):
@@ -31,7 +37,40 @@ class ApproximationWarning(UserWarning):
     """A number is coarser than it looks: what was asked for had to be replaced, or was rounded away."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading(NamedTuple):
+    """One number of a result, as texts and pictures show it.
+
+    Attributes
+    ----------
+    name
+        What the number is.
+    value
+        The number, or a word.
+    error
+        Its residual or standard error, in the same unit; NaN where none is known.
+    converged
+        Whether the iteration that found it converged; true where there was none.
+    """
+
+    name: str
+    value: float | str
+    error: float = math.nan
+    converged: bool = True
+
+    def __str__(self) -> str:
+        """Return the value with its error."""
+        if isinstance(self.value, str):
+            return self.value
+        return f"{self.value:.5g}" + ("" if math.isnan(self.error) else f" ± {self.error:.2g}")
+
+
+def numbered(name: str, values: Tensor, errors: Tensor, *, converged: bool) -> list[Reading]:
+    """Return a reading for each value, numbered from 1."""
+    pairs = zip(values.tolist(), errors.tolist(), strict=True)
+    return [Reading(f"{name} {index}", *pair, converged) for index, pair in enumerate(pairs, 1)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Result(abc.ABC):
     """Base of every result.
 
@@ -44,14 +83,49 @@ class Result(abc.ABC):
     settings: Settings = dataclasses.field(default_factory=dict)
 
     _kinds: ClassVar[dict[str, type[Result]]] = {}
+    _asked: ClassVar[tuple[str, ...]] = ()  # fields that say what was asked for
 
     def __init_subclass__(cls) -> None:
         """Register the kind, so that :func:`load` finds it by name."""
+        super().__init_subclass__()
         Result._kinds[cls.__name__] = cls
+        cls.__repr__ = Result.__repr__  # type: ignore[method-assign]  # dataclasses would write one that dumps tensors
 
     @abc.abstractmethod
     def to_frame(self) -> pd.DataFrame:
         """Return the result as a tidy table; each kind says what its rows are."""
+
+    @abc.abstractmethod
+    def readings(self) -> Sequence[Reading]:
+        """Return the numbers that say most, each with its error: texts and pictures show these."""
+
+    def __repr__(self) -> str:
+        """Return one line: the first numbers with their errors, and what they were measured on."""
+        readings = self.readings()
+        parts = [f"{reading.name} = {reading}" for reading in readings[:_MOST]]
+        parts += [f"{len(readings) - _MOST} more"] if len(readings) > _MOST else []
+        parts += [] if getattr(self, "converged", True) else ["NOT converged"]
+        parts += [] if getattr(self, "complete", True) else ["NOT complete"]
+        settings = self.settings
+        parts += [f"{settings['samples']} samples"] if "samples" in settings else []
+        parts += [str(settings[name]) for name in ("batchnorm", "dtype") if name in settings]
+        return f"{type(self).__name__}({'; '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        """Return a small table for a notebook: numbers with their errors, whether they converged, cost, settings."""
+        readings = self.readings()
+        rows: list[tuple[str, object]] = [(reading.name, reading) for reading in readings[:_MOST_ROWS]]
+        rows += [("", f"{len(readings) - _MOST_ROWS} more")] if len(readings) > _MOST_ROWS else []
+        states = [(name, getattr(self, name)) for name in ("converged", "complete") if hasattr(self, name)]
+        rows += [(name, "yes" if state else "NO") for name, state in states]
+        rows += [(name, getattr(self, name)) for name in (*_COSTS, *self._asked) if hasattr(self, name)]
+        rows += list(self.settings.items())
+        cells = (
+            f"<tr><th style='text-align: left'>{html.escape(name)}</th>"
+            f"<td style='text-align: left'>{html.escape(str(value))}</td></tr>"
+            for name, value in rows
+        )
+        return f"<table><caption>{type(self).__name__}</caption>{''.join(cells)}</table>"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the result to one ``.safetensors`` file, atomically.
@@ -68,17 +142,7 @@ class Result(abc.ABC):
         """
         path = Path(path)
         tensors: dict[str, Tensor] = {}
-        plain: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                # A copy each: safetensors refuses tensors that share memory.
-                tensors[field.name] = _plain_copy(value)
-            elif isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values()):
-                tensors |= {f"{field.name}{_INSIDE}{key}": _plain_copy(item) for key, item in value.items()}
-            else:
-                plain[field.name] = dict(value) if isinstance(value, Mapping) else value
-        header = {"kind": type(self).__name__, "fields": json.dumps(plain)}
+        header = {"kind": type(self).__name__, "fields": json.dumps(_packed(self, "", tensors))}
         with atomic_path(path) as partial:
             save_file(tensors, partial, metadata=header)
         return path
@@ -119,28 +183,59 @@ def load(path: str | os.PathLike[str]) -> Result:
             f"{path} holds {header.get('kind', 'no kind of result')!r}, expected one of {sorted(Result._kinds)}"
         )
     try:
-        return kind(**json.loads(header["fields"]), **_nested(tensors))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        return _unpacked(kind, json.loads(header["fields"]), tensors)
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged: its header does not describe a {kind.__name__} ({type(error).__name__}: {error}); "
             "write it anew"
         ) from None
 
 
+def _packed(result: Result, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the plain fields of a result, and add its tensors to ``tensors`` under names that begin with a prefix."""
+    plain: dict[str, Any] = {}
+    for field in dataclasses.fields(result):
+        value, name = getattr(result, field.name), f"{prefix}{field.name}"
+        items = list(value.values()) if isinstance(value, Mapping) else []
+        if isinstance(value, Tensor):
+            tensors[name] = _plain_copy(value)
+        elif any(isinstance(item, Result) for item in items):
+            packed = (_packed(item, f"{name}{_INSIDE}{index}{_INSIDE}", tensors) for index, item in enumerate(items))
+            kinds = (type(item).__name__ for item in items)
+            plain[field.name] = {_NESTED: list(zip(value, kinds, packed, strict=True))}
+        elif any(isinstance(item, Tensor) for item in items):
+            tensors |= {f"{name}{_INSIDE}{key}": _plain_copy(item) for key, item in value.items()}
+        else:
+            plain[field.name] = dict(value) if isinstance(value, Mapping) else value
+    return plain
+
+
 def _plain_copy(value: Tensor) -> Tensor:
+    # A copy each: safetensors refuses tensors that share memory.
     return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def _nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the tensors of a file as fields: those of one mapping together."""
-    fields: dict[str, Any] = {}
+def _unpacked(kind: type[Result], plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Result:
+    """Return the result of which :func:`_packed` returned the plain fields and the tensors, without their prefix."""
+    fields = dict(plain)
+    inner: dict[str, Any] = {}
     for name, tensor in tensors.items():
         field, inside, key = name.partition(_INSIDE)
         if inside:
-            fields.setdefault(field, {})[key] = tensor
+            inner.setdefault(field, {})[key] = tensor
         else:
             fields[field] = tensor
-    return fields
+    for field, value in plain.items():
+        if isinstance(value, dict) and set(value) == {_NESTED}:
+            parts: dict[str, dict[str, Tensor]] = {}
+            for name, tensor in inner.pop(field, {}).items():
+                index, _, key = name.partition(_INSIDE)
+                parts.setdefault(index, {})[key] = tensor
+            fields[field] = {
+                key: _unpacked(Result._kinds[name], inside, parts.get(str(index), {}))
+                for index, (key, name, inside) in enumerate(value[_NESTED])
+            }
+    return kind(**fields, **inner)
 
 
 def column(values: Tensor) -> Any:

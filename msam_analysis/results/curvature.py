@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from msam_analysis.results.base import Result, column
+from msam_analysis.results.base import Reading, Result, column, numbered
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,12 @@ class Eigenpairs(Result):
     which: str
     tolerance: float
     margin: float = math.inf
+
+    _asked: ClassVar = ("method", "which", "tolerance")
+
+    def readings(self) -> list[Reading]:
+        """Return the eigenvalues with their residuals."""
+        return numbered("eigenvalue", self.values, self.residuals, converged=self.converged)
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per eigenvalue: ``index`` (from 1), ``value``, ``residual``, ``method``, ``converged``."""
@@ -87,6 +93,12 @@ class Estimate(Result):
     draws: int
     evaluations: int
     converged: bool = True
+
+    _asked: ClassVar = ("draws",)
+
+    def readings(self) -> list[Reading]:
+        """Return the mean with its standard error."""
+        return [Reading(self.quantity, self.value, self.standard_error, self.converged)]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row."""
@@ -172,6 +184,8 @@ class SpectralDensity(Result):
     size: int
     steps: int
     hvps: int
+
+    _asked: ClassVar = ("probes", "steps", "sigma")
 
     @classmethod
     def smoothed(cls, *, sigma: float | None, points: int | None, **fields: Any) -> SpectralDensity:
@@ -281,6 +295,13 @@ class SpectralDensity(Result):
             evaluations=self.hvps,
             settings=self.settings,
         )
+
+    def readings(self) -> list[Reading]:
+        """Return the eigenvalues at the two ends with their residuals; where there are none, the ends of the nodes."""
+        largest = numbered("largest", self.top, self.top_residuals, converged=self.converged)
+        smallest = numbered("smallest", self.bottom, self.bottom_residuals, converged=self.converged)
+        nodes = {"largest node": self.nodes.max(), "smallest node": self.nodes.min()}
+        return largest + smallest or [Reading(name, float(node)) for name, node in nodes.items()]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per point of the grid: ``value``, ``density``, ``standard_error``."""

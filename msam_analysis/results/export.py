@@ -209,7 +209,12 @@ def _tensors(result: Result) -> dict[str, Tensor]:
         elif isinstance(value, Tensor):
             found[field.name] = value
         elif isinstance(value, Mapping):
-            found |= {_entry(field.name, key): item for key, item in value.items() if isinstance(item, Tensor)}
+            for key, item in value.items():
+                entry = _entry(field.name, key)
+                if isinstance(item, Result):
+                    found |= {f"{entry}.{name}": values for name, values in _tensors(item).items()}
+                elif isinstance(item, Tensor):
+                    found[entry] = item
     return found
 
 
@@ -225,7 +230,13 @@ def _attributes(result: Result) -> dict[str, Any]:
     for field in dataclasses.fields(result):
         value = getattr(result, field.name)
         if isinstance(value, Mapping):
-            entries = {_entry(field.name, key): item for key, item in value.items() if not isinstance(item, Tensor)}
+            entries: dict[str, Any] = {}
+            for key, item in value.items():
+                entry = _entry(field.name, key)
+                if isinstance(item, Result):
+                    entries |= {f"{entry}.{name}": inside for name, inside in _attributes(item).items()}
+                elif not isinstance(item, Tensor):
+                    entries[entry] = item
         elif value is None or isinstance(value, Tensor) or field.name == "points":
             continue
         else:
@@ -423,3 +434,7 @@ def _write_fields(parent: ET.Element, attributes: Mapping[str, Any]) -> None:
 
 
 __all__ = ["to_hdf5", "to_netcdf", "to_npz", "to_vtk", "to_xarray"]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

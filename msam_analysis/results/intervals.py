@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import pandas as pd
 from torch import Tensor
 
-from msam_analysis.results.base import Result, column
+from msam_analysis.results.base import Reading, Result, column, numbered
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,10 +56,17 @@ class DataInterval(Result):
     failed: int
     converged: bool
 
+    _asked: ClassVar = ("method", "level", "samples", "failed")
+
     @property
     def corrected(self) -> Tensor:
         """``value − bias``, the middle of the interval."""
         return self.value - self.bias
+
+    def readings(self) -> list[Reading]:
+        """Return the numbers of the metric, their bias taken off, with their standard errors."""
+        values, errors = self.corrected.reshape(-1), self.standard_error.reshape(-1)
+        return numbered("value less bias", values, errors, converged=self.converged)
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per number of the metric: ``index`` (from 1), its value, interval, and how it was made."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import pandas as pd
 import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from msam_analysis.results.base import Result, column
+from msam_analysis.results.base import Reading, Result, column
 
 LARGE_RANGE = 10.0
 """From this ratio of largest to smallest loss on, pictures have a logarithmic scale."""
@@ -65,6 +66,14 @@ class _Points:
     rise_error: Tensor | None = None
     units: int = 0
     identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def readings(self) -> list[Reading]:
+        """Return the loss at the centre, and the ends of its range over the finite points."""
+        finite = self.loss[self.loss.isfinite()]
+        ends = [("smallest loss", finite.min()), ("largest loss", finite.max())] if len(finite) else []
+        shape = " × ".join(str(size) for size in self.loss.shape)
+        known = [Reading("loss at the centre", self.center_loss), *(Reading(name, float(end)) for name, end in ends)]
+        return [*known, Reading("largest interpolation error", self.error), Reading("points", shape)]
 
     @property
     def evaluations(self) -> int:
@@ -129,6 +138,8 @@ class Slice1D(_Points, Result):
     direction: str
     direction_norm: float
 
+    _asked: ClassVar = ("direction", "direction_norm")
+
     def to_frame(self) -> pd.DataFrame:
         """Return one row per point: ``coordinate``, ``distance``, ``loss``, and what else was measured there."""
         coordinates = column(self.coordinates)
@@ -186,6 +197,8 @@ class Slice2D(_Points, Result):
     directions: tuple[str, str]
     direction_norms: tuple[float, float]
     cosine: float
+
+    _asked: ClassVar = ("directions", "direction_norms", "cosine")
 
     def __post_init__(self) -> None:
         """Turn lists from a file back into tuples."""

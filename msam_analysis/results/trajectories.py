@@ -7,13 +7,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from msam_analysis.results.base import Result, column
+from msam_analysis.results.base import Reading, Result, column
 
 
 class PointsOnDisk(Protocol):
@@ -128,6 +128,10 @@ class Trajectory(Result):
         }
         return parameters | {name: values[index] for name, values in self.buffers.items()}
 
+    def readings(self) -> list[Reading]:
+        """Return whose trajectory it is, and how many points and weights it has."""
+        return [Reading("label", self.label), Reading("points", len(self)), Reading("weights", self.size)]
+
     def to_frame(self) -> pd.DataFrame:
         """Return one row per point: ``step``, ``rounding`` and the metrics; not the weights."""
         columns = {"step": self.steps, "rounding": self.rounding, **self.metrics}
@@ -196,6 +200,8 @@ class Projection(Result):
     projected_loss: Tensor | None = None
     center_loss: float | None = None
 
+    _asked: ClassVar = ("directions", "direction_norms")
+
     def __post_init__(self) -> None:
         """Turn lists from a file back into tuples."""
         object.__setattr__(self, "directions", tuple(self.directions))
@@ -208,6 +214,12 @@ class Projection(Result):
         0: the picture shows all of it; NaN at the centre.
         """
         return (self.off_plane / self.distance) ** 2
+
+    def readings(self) -> list[Reading]:
+        """Return whose trajectory it is, and how far it ends from the centre and from its picture."""
+        ends = [("distance at the end", self.distance), ("distance from plane at the end", self.off_plane)]
+        known = [Reading(name, float(values[-1]), float(self.rounding[-1])) for name, values in ends if len(values)]
+        return [Reading("label", self.label), Reading("points", len(self.steps)), *known]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per point: ``step``, ``x``, ``y``, ``off_plane``, ``distance``, ``rounding``, the losses."""

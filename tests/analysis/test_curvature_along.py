@@ -30,7 +30,7 @@ def test_every_direction_of_the_exhibit() -> None:
         ma.directions.eigenvector(objective),
         normal(objective.size, seed=8),
     ]
-    together = ma.curvature_along(objective, directions)
+    together = ma.curvature_along(objective, directions).values
     assert together.shape == (5,)
     for direction, found in zip(directions, together.tolist(), strict=True):
         d = direction.vector if isinstance(direction, ma.Direction) else direction
@@ -42,9 +42,9 @@ def test_every_direction_of_the_exhibit() -> None:
 def test_a_direction_without_length_has_no_curvature() -> None:
     operator = ma.MatrixOperator(symmetric([3.0, 2.0, 1.0]))
     ones = torch.ones(3).double()
-    found = ma.curvature_along(operator, [0 * ones, ones, math.nan * ones, -7 * ones, math.inf * ones])
+    found = ma.curvature_along(operator, [0 * ones, ones, math.nan * ones, -7 * ones, math.inf * ones]).values
     assert found.isnan().tolist() == [True, False, True, False, True]
     assert float(found[1]) == pytest.approx(float(found[3]))
     assert operator.products == 2
     assert math.isnan(ma.curvature_along(operator, 0 * ones))
-    assert ma.curvature_along(operator, []).shape == (0,)
+    assert ma.curvature_along(operator, []).values.shape == (0,)

@@ -17,86 +17,48 @@ import pytest
 import torch
 
 from msam_analysis import export, results
+from tests.builders import built, by_layer, measurement
 
 xr = pytest.importorskip("xarray")
 h5py = pytest.importorskip("h5py")
 pytest.importorskip("h5netcdf")
 
 Array = npt.NDArray[Any]
-SETTINGS = {"batchnorm": "eval", "samples": 19, "fraction": 0.1 + 0.2, "cached": True, "subset": None}
 X, Y = torch.arange(-3.0, 4.0).double() / 3, torch.arange(13.0).double() / 4
 
 
 def plane(**changes: Any) -> results.Slice2D:
     loss = 10 * X[:, None] + Y[None]
     loss[0, 1], loss[6, 12], loss[3, 0] = math.nan, math.inf, -math.inf
+    samples = torch.arange(7 * 13 * 2.0).reshape(7, 13, 2)
     fields: dict[str, Any] = {
         "x": X,
         "y": Y,
         "loss": loss,
         "center_loss": 0.5,
         "directions": ('PCA 1 <&"é>', "second"),
-        "direction_norms": (1.0, 0.1 + 0.2),
-        "cosine": 0.25,
-        "settings": SETTINGS,
-        "metrics": {"train/accuracy": X[:, None] * Y[None], "of samples": torch.arange(7 * 13 * 2.0).reshape(7, 13, 2)},
+        "metrics": {"train/accuracy": X[:, None] * Y[None], "of samples": samples},
         "evaluated": (torch.arange(7)[:, None] + torch.arange(13)[None]) % 2 == 0,
     }
-    return results.Slice2D(**fields | changes)
+    return built(results.Slice2D, **fields | changes)
 
 
-def line(**changes: Any) -> results.Slice1D:
-    fields: dict[str, Any] = {
-        "coordinates": X,
-        "loss": torch.tensor([3.0, math.nan, 2.0, 1.0, math.inf, 2.0, 3.0]).double(),
-        "center_loss": 1.0,
-        "direction": "random 0",
-        "direction_norm": 4.0,
-        "settings": SETTINGS,
-    }
-    return results.Slice1D(**fields | changes)
+def line() -> results.Slice1D:
+    loss = torch.tensor([3.0, math.nan, 2.0, 1.0, math.inf, 2.0, 3.0]).double()
+    return built(results.Slice1D, coordinates=X, loss=loss)
 
 
 def projection(**changes: Any) -> results.Projection:
     fields: dict[str, Any] = {
-        "label": "MSAM",
         "steps": torch.tensor([0, 10, 20, 30, 40]),
         "coordinates": torch.arange(10.0).reshape(5, 2).double(),
         "distance": torch.arange(5.0).double(),
         "off_plane": torch.arange(5.0).double() / 3,
         "rounding": torch.zeros(5).double(),
-        "directions": ("a", "b"),
-        "direction_norms": (1.0, 2.0),
         "loss": torch.tensor([100.0, 10.0, math.nan, 1.0, 0.1]).double(),
         "projected_loss": torch.tensor([90.0, 9.0, 2.0, 0.9, 0.09]).double(),
     }
-    return results.Projection(**fields | changes)
-
-
-def trajectory() -> results.Trajectory:
-    return results.Trajectory(
-        label="SGD",
-        steps=torch.tensor([0, 5]),
-        points=torch.arange(6.0).reshape(2, 3).bfloat16(),
-        rounding=torch.zeros(2).double(),
-        names=("a", "b"),
-        shapes=((2,), (1,)),
-        metrics={"loss": torch.tensor([1.0, math.nan]).double()},
-        buffers={"bn.mean": torch.arange(4.0).reshape(2, 2)},
-    )
-
-
-def eigenpairs() -> results.Eigenpairs:
-    return results.Eigenpairs(
-        values=torch.tensor([3.0, -1.0]).double(),
-        vectors=torch.eye(5, 2).double(),
-        residuals=torch.tensor([1e-7, math.nan]).double(),
-        converged=False,
-        hvps=17,
-        method="lanczos",
-        which="largest",
-        tolerance=1e-4,
-    )
+    return built(results.Projection, **fields | changes)
 
 
 KINDS: dict[str, Callable[[], results.Result]] = {
@@ -104,8 +66,10 @@ KINDS: dict[str, Callable[[], results.Result]] = {
     "line": line,
     "projection": projection,
     "bare projection": lambda: projection(loss=None, projected_loss=None),
-    "trajectory": trajectory,
-    "eigenpairs": eigenpairs,
+    "trajectory": lambda: built(results.Trajectory, points=torch.arange(6.0).reshape(2, 3).bfloat16()),
+    "eigenpairs": lambda: built(results.Eigenpairs),
+    "by layer": by_layer,
+    "measurement": measurement,
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -164,7 +128,7 @@ def test_dimensions_of_the_other_kinds() -> None:
 def test_a_line_is_labelled() -> None:
     data = export.to_xarray(line())
     assert float(data.loss.sel(coordinate=0.0)) == 1.0
-    assert data.coordinate.attrs["direction_norm"] == 4.0
+    assert data.coordinate.attrs["direction_norm"] == 2.0
 
 
 def test_a_square_plane_does_not_mix_up_its_axes() -> None:
@@ -317,7 +281,7 @@ def test_a_surface_for_paraview(log: bool, limits: tuple[float, float] | None, t
 
 @pytest.mark.parametrize("kind", ["line", "projection"])
 def test_a_path_for_paraview_has_a_gap_where_the_loss_is_not_finite(kind: str, tmp_path: Path) -> None:
-    result: Any = {"line": line, "projection": projection}[kind]()
+    result: Any = KINDS[kind]()
     path = export.to_vtk(result, tmp_path / "path.vtp", log=True)
     assert path == tmp_path / "path.vtp"
     body, piece = read(path, "PolyData")
@@ -350,7 +314,11 @@ loose: Any = export
     [
         (lambda p: loose.to_xarray({"loss": 1}), TypeError, "expected a result of this package, got dict"),
         (lambda p: loose.to_npz([1], p), TypeError, "got list"),
-        (lambda p: loose.to_vtk(eigenpairs(), p), TypeError, "expected Slice1D, Slice2D or Projection, got Eigenpairs"),
+        (
+            lambda p: loose.to_vtk(built(results.Eigenpairs), p),
+            TypeError,
+            "expected Slice1D, Slice2D or Projection, got Eigenpairs",
+        ),
         (lambda p: export.to_vtk(plane(), p, limits=(2.0, 1.0)), ValueError, "the lower first"),
         (lambda p: export.to_vtk(plane(loss=torch.full((7, 13), math.nan)), p), ValueError, "no loss has a finite"),
         (lambda p: export.to_vtk(plane(loss=-torch.ones(7, 13)), p, log=True), ValueError, "set log=False"),

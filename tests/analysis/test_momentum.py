@@ -70,7 +70,7 @@ def test_cosine(name: str, dtype: torch.dtype) -> None:
             assert math.isnan(got)
         else:
             assert got == pytest.approx(expected, abs=1e-6 if dtype == torch.float32 else 1e-13)
-            assert got != 0
+            assert got != 0.0
         optimizer.step()
 
 

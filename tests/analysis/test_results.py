@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import html
 import json
 import math
-from collections.abc import Callable
+import pickle
+import re
+import warnings
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pandas as pd
@@ -16,222 +21,8 @@ from safetensors.torch import save_file
 
 import msam_analysis as ma
 from msam_analysis import results
+from tests.builders import KINDS, MEASURES, built, by_layer, measurement, objective
 
-SETTINGS = {"batchnorm": "eval", "samples": 19, "fraction": 0.5, "cached": True, "subset": None}
-
-
-def eigenpairs(**changes: Any) -> results.Eigenpairs:
-    fields: dict[str, Any] = {
-        "settings": SETTINGS,
-        "values": torch.tensor([3.0, -1.0]).double(),
-        "vectors": torch.eye(5, 2).double(),
-        "residuals": torch.tensor([1e-7, math.nan], dtype=torch.float64),
-        "converged": False,
-        "hvps": 17,
-        "method": "lanczos",
-        "which": "largest",
-        "tolerance": 1e-4,
-    }
-    return results.Eigenpairs(**fields | changes)
-
-
-def ball(**changes: Any) -> results.BallSharpness:
-    fields: dict[str, Any] = {
-        "settings": SETTINGS,
-        "sharpness": 0.1 + 0.2,
-        "one_step": 0.1,
-        "loss": math.inf,
-        "displacement": torch.linspace(0, 1, 5),
-        "rho": 0.05,
-        "norm": "l2",
-        "adaptive": True,
-        "starts": {"gradient": 0.3, "random": 0.2},
-        "spread": 1 / 3,
-        "stationarity": math.nan,
-        "converged": True,
-        "gradients": 40,
-        "hvps": 0,
-    }
-    return results.BallSharpness(**fields | changes)
-
-
-def line(**changes: Any) -> results.Slice1D:
-    fields: dict[str, Any] = {
-        "settings": SETTINGS,
-        "coordinates": torch.linspace(-1, 1, 3).double(),
-        "loss": torch.tensor([math.nan, 1 / 3, -math.inf], dtype=torch.float64),
-        "center_loss": 1 / 3,
-        "direction": "random (filter)",
-        "direction_norm": 2.0,
-    }
-    return results.Slice1D(**fields | changes)
-
-
-def surface(**changes: Any) -> results.Slice2D:
-    fields: dict[str, Any] = {
-        "settings": SETTINGS,
-        "x": torch.tensor([-1.0, 0.0, 1.0]).double(),
-        "y": torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).double(),
-        "loss": torch.arange(15.0).reshape(3, 5).double(),
-        "center_loss": 7.0,
-        "directions": ("first", "second"),
-        "direction_norms": (1.0, 0.1 + 0.2),
-        "cosine": 1e-17,
-    }
-    return results.Slice2D(**fields | changes)
-
-
-def estimate(**changes: Any) -> results.Estimate:
-    fields: dict[str, Any] = {
-        "settings": SETTINGS,
-        "quantity": "trace",
-        "value": 0.1 + 0.2,
-        "standard_error": math.nan,
-        "draws": 3,
-        "evaluations": 3,
-    }
-    return results.Estimate(**fields | changes)
-
-
-def interval(**changes: Any) -> results.DataInterval:
-    fields: dict[str, Any] = {
-        "settings": SETTINGS,
-        **{
-            name: torch.tensor([0.1 + 0.2, math.nan], dtype=torch.float64)
-            for name in ("value", "bias", "standard_error", "low", "high")
-        },
-        "replicates": torch.eye(3, 2).double(),
-        "samples": 19,
-        "method": "jackknife",
-        "level": 0.68,
-        "failed": 1,
-        "converged": False,
-    }
-    return results.DataInterval(**fields | changes)
-
-
-def batch_sharpness(**changes: Any) -> results.BatchSharpness:
-    fields: dict[str, Any] = {
-        "settings": SETTINGS,
-        "value": 0.1 + 0.2,
-        "standard_error": math.nan,
-        "rises": torch.tensor([0.1, math.inf, 1 / 3], dtype=torch.float64),
-        "one_steps": torch.tensor([0.05, math.nan, -0.1], dtype=torch.float64),
-        "sizes": torch.tensor([8, 8, 3]),
-        "m": 8,
-        "rho": 0.05,
-        "norm": "linf",
-        "adaptive": "filter",
-        "batches": 5,
-        "converged": False,
-        "gradients": 90,
-        "hvps": 36,
-    }
-    return results.BatchSharpness(**fields | changes)
-
-
-def certificate(**changes: Any) -> results.Certificate:
-    fields: dict[str, Any] = {
-        "settings": SETTINGS,
-        "verdict": "local maximum",
-        "multiplier": 1 / 3,
-        "residual": 1e-17,
-        "relative_residual": math.nan,
-        "curvature": -math.inf,
-        "curvature_residual": 0.0,
-        "gain": 0.1 + 0.2,
-        "on_surface": True,
-        "dimensions": 0,
-        "converged": True,
-        "tolerance": 1e-2,
-        "hvps": 0,
-    }
-    return results.Certificate(**fields | changes)
-
-
-def directional(**changes: Any) -> results.DirectionalSharpness:
-    fields: dict[str, Any] = {
-        "settings": SETTINGS,
-        "sharpness": 1 / 3,
-        "largest": math.inf,
-        "at": -0.5,
-        "coordinates": torch.tensor([-0.5, 0.0, 0.5], dtype=torch.float64),
-        "rises": torch.tensor([math.inf, 0.0, 1 / 3], dtype=torch.float64),
-        "resolution": 1e-17,
-        "loss": 0.1,
-        "displacement": torch.linspace(0, 1, 5),
-        "direction": "random (filter)",
-        "rho": 0.5,
-        "evaluations": 3,
-    }
-    return results.DirectionalSharpness(**fields | changes)
-
-
-def projection(**changes: Any) -> results.Projection:
-    fields: dict[str, Any] = {
-        "settings": SETTINGS,
-        "label": "MSAM",
-        "steps": torch.tensor([0, 10]),
-        "coordinates": torch.tensor([[0.1 + 0.2, math.nan], [1.0, -0.0]]).double(),
-        "distance": torch.tensor([1.0, math.inf]).double(),
-        "off_plane": torch.tensor([0.5, math.nan]).double(),
-        "rounding": torch.zeros(2).double(),
-        "directions": ("PCA 1 (90.0 %)", "PCA 2 (9.0 %)"),
-        "direction_norms": (1.0, 0.1 + 0.2),
-        "loss": torch.tensor([1 / 3, math.inf]).double(),
-        "projected_loss": None,
-        "center_loss": 1e-17,
-    }
-    return results.Projection(**fields | changes)
-
-
-def trajectory(**changes: Any) -> results.Trajectory:
-    fields: dict[str, Any] = {
-        "settings": SETTINGS,
-        "label": "SGD",
-        "steps": torch.tensor([0, 5]),
-        "points": torch.tensor([[1.0, 2.0, 3.0], [math.nan, 0.5, -math.inf]]),
-        "rounding": torch.tensor([0.0, math.nan]).double(),
-        "names": ("a", "b"),
-        "shapes": ((2, 1), (1,)),
-        "metrics": {"loss": torch.tensor([1 / 3, math.nan]).double()},
-        "buffers": {"bn.mean": torch.arange(4.0).reshape(2, 2), "bn.count": torch.tensor([3, 4])},
-    }
-    return results.Trajectory(**fields | changes)
-
-
-def density() -> results.Result:
-    return ma.spectral_density(ma.MatrixOperator(torch.diag(torch.arange(6.0).double())), extremes=1)
-
-
-def angles(**changes: Any) -> results.SamMsamAngle:
-    fields: dict[str, Any] = {
-        "settings": SETTINGS,
-        "rhos": torch.tensor([0.0, 0.1 + 0.2, 1.0]).double(),
-        "angles": torch.tensor([20.0, 1 / 3, math.nan]).double(),
-        "shares": torch.tensor([1.0, 0.9, 0.0]).double(),
-        "rho_0": math.nan,
-        "bracket": (0.1 + 0.2, 1.0),
-        "rho_sam": 0.05,
-    }
-    return results.SamMsamAngle(**fields | changes)
-
-
-KINDS: dict[str, Callable[..., results.Result]] = {
-    "Eigenpairs": eigenpairs,
-    "BallSharpness": ball,
-    "BatchSharpness": batch_sharpness,
-    "Certificate": certificate,
-    "DirectionalSharpness": directional,
-    "DataInterval": interval,
-    "Slice1D": line,
-    "Slice2D": surface,
-    "SpectralDensity": density,
-    "Estimate": estimate,
-    "Projection": projection,
-    "SamMsamAngle": angles,
-    "Trajectory": trajectory,
-}
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -239,8 +30,12 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         same_type = isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.shape == b.shape
         return same_type and a.contiguous().numpy().tobytes() == b.contiguous().numpy().tobytes()
+    if isinstance(a, results.Result):
+        return type(a) is type(b) and same(vars(a), vars(b))
     if isinstance(a, float) and math.isnan(a):
         return isinstance(b, float) and math.isnan(b)
+    if isinstance(a, tuple):
+        return isinstance(b, tuple) and len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     return type(a) is type(b) and bool(a == b)
@@ -257,7 +52,7 @@ def files(folder: Path) -> list[str]:
 
 
 def test_every_kind_is_in_the_table() -> None:
-    public = {name for name in results.__all__ if not name.endswith(("Result", "Warning", "Settings"))}
+    public = {name for name in results.__all__ if not name.endswith(("Result", "Reading", "Warning", "Settings"))}
     kinds = {name for name in public if name[0].isupper()}
     assert kinds == set(KINDS)
 
@@ -280,43 +75,138 @@ def test_results_are_frozen(kind: str) -> None:
         result.settings = {}  # type: ignore[misc]
 
 
-def test_measured_results_round_trip(tmp_path: Path) -> None:
-    """What the package itself makes, with the tensors as they come: shared, strided or transposed."""
-    model = torch.nn.Linear(3, 2).double()
-    objective = ma.Objective(model, torch.nn.functional.mse_loss, (torch.eye(3).double(), torch.ones(3, 2).double()))
-    direction = ma.directions.random(objective)
-    for index, result in enumerate(
-        [
-            ma.top_eigenvalues(objective, k=2),
-            ma.top_eigenvalues(objective, k=1, method="power"),
-            ma.trace(objective, draws=4),
-            ma.ball_sharpness(objective, 0.1),
-            ma.ball_sharpness(objective, 0.1, norm="linf", adaptive=True),
-            ma.average_sharpness(objective, 0.1, draws=4),
-            ma.slice_1d(objective, direction, points=3),
-            ma.slice_2d(objective, (direction, ma.directions.gradient(objective)), points=3),
-            ma.slice_2d(objective, (direction, direction), points=(3, 5)),
-        ]
+@pytest.fixture(scope="module")
+def tiny() -> ma.Objective:
+    return objective()
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_what_measures_return(name: str, tiny: ma.Objective, tmp_path: Path) -> None:
+    """A frozen result that survives a file, with the tensors as they come, and says itself in a line and a table."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", results.ConvergenceWarning)
+        result = MEASURES[name](tiny)
+    assert isinstance(result, results.Result)
+    check_same(ma.results.load(result.save(tmp_path / "a.safetensors")), result)
+    assert len(result.to_frame()) > 0
+    check_texts(result)
+    with pytest.raises(AttributeError):
+        result.settings = {}  # type: ignore[misc]
+
+
+def test_other_ways_to_measure(tiny: ma.Objective, tmp_path: Path) -> None:
+    direction = ma.directions.random(tiny)
+    for result in (
+        ma.top_eigenvalues(tiny, k=1, method="power"),
+        ma.ball_sharpness(tiny, 0.1, norm="linf", adaptive=True),
+        ma.slice_2d(tiny, (direction, direction), points=(3, 5)),
+        ma.curvature_along(tiny, [direction, ma.directions.gradient(tiny)]),
+        ma.by_layer(tiny, lambda part: ma.by_layer(part, ma.trace, groups="tensor")),
     ):
-        path = result.save(tmp_path / f"{index}.safetensors")
-        check_same(ma.results.load(path), result)
+        check_same(ma.results.load(result.save(tmp_path / "a.safetensors")), result)
+        check_texts(result)
+
+
+# --- texts
+
+
+def check_texts(result: results.Result) -> None:
+    """A line and a small table with the readings, and no tensors."""
+    line, page = repr(result), result._repr_html_()
+    assert line.startswith(f"{type(result).__name__}(")
+    assert "\n" not in line
+    assert len(line) < 400
+    ET.fromstring(page)  # noqa: S314 - written two lines above; it parses: every text is escaped
+    first = result.readings()[0]
+    assert f"{first.name} = {first}" in line
+    assert html.escape(first.name) in page
+    assert len(page) < 6000
+    for text in (line, page):
+        assert not re.search(r"tensor|array|Tensor", text)
+
+
+@each_kind
+def test_texts_of_every_kind(kind: str) -> None:
+    check_texts(KINDS[kind]())
+
+
+def test_a_line_says_value_error_and_what_it_was_measured_on() -> None:
+    assert repr(built(results.Estimate, standard_error=0.0123)) == ("Estimate(trace = 0.3 ± 0.012; 19 samples; eval)")
+    assert repr(built(results.Eigenpairs, values=torch.arange(5.0), residuals=torch.full((5,), 0.5))) == (
+        "Eigenpairs(eigenvalue 1 = 0 ± 0.5; eigenvalue 2 = 1 ± 0.5; eigenvalue 3 = 2 ± 0.5; 2 more; NOT converged; "
+        "19 samples; eval)"
+    )
+    assert "NOT complete" in repr(built(results.Slice1D, complete=False))
+    assert repr(built(results.Scalar, settings={})) == "Scalar(curvature along <gradient> = 0.3)"
+
+
+def test_a_table_in_a_notebook_has_numbers_state_cost_and_settings() -> None:
+    pairs = built(results.Eigenpairs, values=torch.arange(20.0), residuals=torch.zeros(20))
+    rows = {
+        row[0].text: row[1].text
+        for row in ET.fromstring(pairs._repr_html_()).iter("tr")  # noqa: S314 - our own text
+    }
+    assert rows["eigenvalue 12"] == "11 ± 0"
+    assert "eigenvalue 13" not in rows
+    assert rows[None] == "8 more"
+    assert (rows["converged"], rows["hvps"], rows["method"]) == ("NO", "17", "lanczos")
+    assert (rows["batchnorm"], rows["samples"]) == ("eval", "19")
+    assert "&lt;gradient&gt;" in built(results.Scalar)._repr_html_()
+
+
+# --- numbers
+
+
+def test_a_scalar_is_a_number() -> None:
+    one = built(results.Scalar, value=0.25)
+    assert isinstance(one, float)
+    assert (one, one + 1, f"{one:.1f}", math.sqrt(one), json.dumps(one)) == (0.25, 1.25, "0.2", 0.5, "0.25")
+    assert pd.DataFrame({"a": [one]})["a"].dtype == float
+    for again in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):  # noqa: S301 - our own bytes
+        check_same(again, one)
+        assert again == one
+
+
+def test_by_layer_is_a_mapping() -> None:
+    layers = by_layer()
+    assert list(layers) == list(layers.results) == ["0/<a>", "head"]
+    assert layers["head"].converged
+    assert not layers.converged
+    assert layers.to_frame()["layer"].tolist() == ["0/<a>", "0/<a>", "head", "head"]
+
+
+def test_a_measurement_keeps_its_table() -> None:
+    frame = measurement().to_frame()
+    assert list(frame.columns) == ["metric", "value", "uncertainty", "converged", "meaning"]
+    assert frame["converged"].isna().tolist() == [True, False, False]
+    assert not measurement().converged
+    pd.testing.assert_frame_equal(frame, measurement().table)
+
+
+@pytest.mark.parametrize("nested", [[["a", "NoSuchKind", {}]], [["a"]], [["a", "Estimate", {"no": 1}]]])
+def test_damaged_nested_results(nested: Any, tmp_path: Path) -> None:
+    path = tmp_path / "result.safetensors"
+    fields = json.dumps({"settings": {}, "results": {"<results>": nested}})
+    save_file({}, path, metadata={"kind": "ByLayer", "fields": fields})
+    with pytest.raises(ValueError, match=r"result\.safetensors is damaged"):
+        ma.results.load(path)
 
 
 def test_tensors_that_share_memory(tmp_path: Path) -> None:
     """A square grid has one tensor for both axes; rows of one array are no copies."""
     axis = torch.tensor([-1.0, 0.0, 1.0]).double()
-    square = surface(x=axis, y=axis, loss=torch.zeros(3, 3).double())
+    square = built(results.Slice2D, x=axis, y=axis, loss=torch.zeros(3, 3).double())
     check_same(ma.results.load(square.save(tmp_path / "a.safetensors")), square)
     rows = torch.arange(6.0).reshape(2, 3).double()
-    shared = line(coordinates=rows[0], loss=rows[1])
+    shared = built(results.Slice1D, coordinates=rows[0], loss=rows[1])
     check_same(ma.results.load(shared.save(tmp_path / "b.safetensors")), shared)
-    transposed = eigenpairs(vectors=torch.arange(10.0).reshape(2, 5).T)
+    transposed = built(results.Eigenpairs, vectors=torch.arange(10.0).reshape(2, 5).T)
     check_same(ma.results.load(transposed.save(tmp_path / "c.safetensors")), transposed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
-    result = ball(displacement=torch.linspace(0, 1, 5).to(dtype))
+    result = built(results.BallSharpness, displacement=torch.linspace(0, 1, 5).to(dtype))
     loaded = ma.results.load(result.save(tmp_path / "a.safetensors"))
     assert isinstance(loaded, results.BallSharpness)
     assert loaded.displacement.dtype == dtype
@@ -327,21 +217,21 @@ def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
 
 
 def test_eigenpairs_frame() -> None:
-    frame = eigenpairs().to_frame()
+    frame = built(results.Eigenpairs).to_frame()
     assert list(frame.columns) == ["index", "value", "residual", "method", "converged"]
     assert frame["index"].tolist() == [1, 2]
     assert frame["value"].tolist() == [3.0, -1.0]
 
 
 def test_line_frame() -> None:
-    frame = line().to_frame()
+    frame = built(results.Slice1D).to_frame()
     assert frame["coordinate"].tolist() == [-1.0, 0.0, 1.0]
     assert frame["distance"].tolist() == [-2.0, 0.0, 2.0]
     np.testing.assert_array_equal(frame["loss"], [math.nan, 1 / 3, -math.inf])
 
 
 def test_surface_frame_pairs_x_and_y_with_their_loss() -> None:
-    result = surface()
+    result = built(results.Slice2D)
     frame = result.to_frame().set_index(["x", "y"])["loss"]
     assert len(frame) == 15
     for i, x in enumerate(result.x.tolist()):
@@ -350,8 +240,8 @@ def test_surface_frame_pairs_x_and_y_with_their_loss() -> None:
 
 
 def test_one_row_frames() -> None:
-    assert estimate().to_frame()["value"].tolist() == [0.1 + 0.2]
-    frame = ball().to_frame()
+    assert built(results.Estimate).to_frame()["value"].tolist() == [0.1 + 0.2]
+    frame = built(results.BallSharpness).to_frame()
     assert frame["sharpness"].tolist() == [0.1 + 0.2]
     assert frame["rho"].tolist() == [0.05]
 
@@ -383,7 +273,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
 ) -> None:
     path = tmp_path / "result.safetensors"
     if exists:
-        estimate(value=1.0).save(path)
+        built(results.Estimate, value=1.0).save(path)
 
     def full(tensors: Any, filename: Any, metadata: Any = None) -> None:
         Path(filename).write_bytes(b"half a file")
@@ -391,7 +281,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
     monkeypatch.setattr(results.base, "save_file", full)
     with pytest.raises(error, match="no space"):
-        estimate(value=2.0).save(path)
+        built(results.Estimate, value=2.0).save(path)
     assert files(tmp_path) == (["result.safetensors"] if exists else [])
     if exists:
         loaded = ma.results.load(path)
@@ -402,15 +292,15 @@ def test_a_disk_that_fills_up_leaves_nothing(
 def test_saved_files_are_as_readable_as_others(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_text("")
-    saved = estimate().save(tmp_path / "result.safetensors")
+    saved = built(results.Estimate).save(tmp_path / "result.safetensors")
     assert saved.stat().st_mode == other.stat().st_mode
 
 
 def test_saving_over_replaces(tmp_path: Path) -> None:
     path = tmp_path / "result.safetensors"
-    estimate(value=1.0).save(path)
-    line().save(path)
-    check_same(ma.results.load(path), line())
+    built(results.Estimate, value=1.0).save(path)
+    built(results.Slice1D).save(path)
+    check_same(ma.results.load(path), built(results.Slice1D))
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -429,7 +319,7 @@ def test_file_of_another_format(content: bytes, tmp_path: Path) -> None:
 
 
 def test_truncated_file(tmp_path: Path) -> None:
-    path = line().save(tmp_path / "result.safetensors")
+    path = built(results.Slice1D).save(tmp_path / "result.safetensors")
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"(?s)not a safetensors file.*pass one"):
         ma.results.load(path)

@@ -13,7 +13,8 @@ from torch import nn
 
 import msam_analysis as ma
 from msam_analysis import cli
-from msam_analysis.measures.summary import DEFAULT_METRICS, METRICS, Metrics, measure
+from msam_analysis.measures.summary import DEFAULT_METRICS, METRICS, measure
+from msam_analysis.results import Measurement
 
 from .cases import MLP, Quadratic, mean_output
 
@@ -23,18 +24,18 @@ def objective() -> ma.Objective:
     return ma.Objective(MLP.model(), MLP.loss_fn, MLP.data())
 
 
-def value(metrics: Metrics, name: str, column: str = "value") -> float:
+def value(metrics: Measurement, name: str, column: str = "value") -> float:
     found = metrics.table.loc[metrics.table["metric"] == name, column]
     assert len(found) == 1, name
     return float(found.iloc[0])
 
 
 @pytest.fixture(scope="module")
-def everything(objective: ma.Objective) -> Metrics:
+def everything(objective: ma.Objective) -> Measurement:
     return measure(objective, metrics=METRICS, radii=(0.3,))
 
 
-def test_the_further_metrics(everything: Metrics, objective: ma.Objective) -> None:
+def test_the_further_metrics(everything: Measurement, objective: ma.Objective) -> None:
     ball = ma.ball_sharpness(objective, 0.3, adaptive=True)
     batches = ma.m_sharpness(objective, 0.3, 19)
     flatness, norm = ma.relative_flatness(objective, "3.weight"), ma.fisher_rao_norm(objective)
@@ -53,7 +54,7 @@ def test_the_further_metrics(everything: Metrics, objective: ma.Objective) -> No
     assert everything.table["meaning"].str.len().gt(0).all()
 
 
-def test_the_default_is_a_part_of_everything(everything: Metrics, objective: ma.Objective) -> None:
+def test_the_default_is_a_part_of_everything(everything: Measurement, objective: ma.Objective) -> None:
     default = measure(objective, radii=(0.3,))
     names = list(default.table["metric"])
     assert list(everything.table["metric"])[: len(names)] == names
@@ -63,7 +64,7 @@ def test_the_default_is_a_part_of_everything(everything: Metrics, objective: ma.
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_each_metric_alone(name: str, everything: Metrics, objective: ma.Objective) -> None:
+def test_each_metric_alone(name: str, everything: Measurement, objective: ma.Objective) -> None:
     told: list[str] = []
     alone = measure(objective, metrics=(name,), radii=(0.3,), tick=told.append)
     rows = alone.table["metric"].tolist()

@@ -1,6 +1,7 @@
 """Results and tables with known contents."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -8,6 +9,7 @@ import pandas as pd
 import torch
 
 from msam_analysis.results import Projection, Slice1D, Slice2D
+from tests.builders import built
 
 OPTIMIZERS = ("SGD", "NAG", "SAM", "MSAM")
 SHARPNESS = {"SGD": 12.0, "NAG": 9.0, "SAM": 3.0, "MSAM": 1.6}
@@ -16,23 +18,14 @@ SHARPNESS = {"SGD": 12.0, "NAG": 9.0, "SAM": 3.0, "MSAM": 1.6}
 def line(scale: float = 1.0, *, center: float = 0.5, points: int = 11, direction: str = "random (filter)") -> Slice1D:
     """A parabola of height ``scale`` at coordinates -1 and 1, with a slope."""
     x = np.linspace(-1.0, 1.0, points)
-    return Slice1D(
-        coordinates=torch.tensor(x),
-        loss=torch.tensor(center + scale * (x**2 + 0.1 * x)),
-        center_loss=center,
-        direction=direction,
-        direction_norm=3.0,
-    )
+    loss = torch.tensor(center + scale * (x**2 + 0.1 * x))
+    return with_loss(loss, center_loss=center, coordinates=torch.tensor(x), direction=direction, direction_norm=3.0)
 
 
-def with_loss(loss: Sequence[float]) -> Slice1D:
-    return Slice1D(
-        coordinates=torch.arange(float(len(loss))),
-        loss=torch.tensor(loss, dtype=torch.float64),
-        center_loss=loss[0],
-        direction="d",
-        direction_norm=1.0,
-    )
+def with_loss(loss: Sequence[float] | torch.Tensor, **changes: Any) -> Slice1D:
+    fields = {"coordinates": torch.arange(float(len(loss))), "center_loss": float(loss[0])}
+    fields |= {"direction": "d", "direction_norm": 1.0, "loss": torch.as_tensor(loss, dtype=torch.float64)}
+    return built(Slice1D, **fields | changes)
 
 
 def plane(
@@ -51,7 +44,8 @@ def plane(
 def with_surface(
     x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], loss: npt.NDArray[np.float64], directions: tuple[str, str]
 ) -> Slice2D:
-    return Slice2D(
+    return built(
+        Slice2D,
         x=torch.tensor(x),
         y=torch.tensor(y),
         loss=torch.tensor(loss),
@@ -68,7 +62,8 @@ def projection(label: str = "MSAM", *, turn: float = 1.0, points: int = 9, losse
     coordinates = torch.stack([0.8 * (1 - time), 0.3 * (1 - turn * time)], dim=1)
     x, y = coordinates.T
     seen = 0.01 + 10.0 * x**2 + y**2 + 0.5 * x * y
-    return Projection(
+    return built(
+        Projection,
         label=label,
         steps=10 * torch.arange(points),
         coordinates=coordinates,

@@ -678,8 +678,8 @@ THIN = with_surface(np.arange(1.0), np.arange(3.0), np.ones((1, 3)), ("u", "v"))
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: plots.slice_1d({}), "at least one slice"),
-        (lambda: plots.slice_1d({"SGD": []}), "at least one slice"),
+        (lambda: plots.slice_1d({}), "at least one"),
+        (lambda: plots.slice_1d({"SGD": []}), "at least one"),
         (lambda: plots.slice_1d(line(), x="norm"), "must be 'coordinate' or 'distance'"),
         (lambda: plots.slice_1d(line(), summary="mode"), "must be 'mean' or 'median'"),  # type: ignore[arg-type]
         (lambda: plots.slice_1d({"SGD": DIFFERENT_GRIDS}), "'SGD' have different coordinates"),
@@ -688,7 +688,7 @@ THIN = with_surface(np.arange(1.0), np.arange(3.0), np.ones((1, 3)), ("u", "v"))
             lambda: plots.slice_1d_panels({"a": line(), "b": line()}, [plt.figure().subplots()]),
             "2 panels need 2 axes, got 1",
         ),
-        (lambda: plots.slice_2d({}), "at least one slice"),
+        (lambda: plots.slice_2d({}), "at least one"),
         (lambda: plots.slice_2d(plane(), values="accuracy"), "values must be one of 'loss', got 'accuracy'"),
         (lambda: plots.slice_1d(PER_SAMPLE, values="losses"), "'losses' has \\(4,\\) numbers at every point"),
         (lambda: plots.slice_2d(NOT_FINITE), "NaN or infinite"),

@@ -15,36 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from msam_analysis import plots
-from msam_analysis.results import SpectralDensity
 from msam_analysis.results.statistics import mean_interval
-
-SIGMA = 0.05
-
-
-def density(shift: float = 0.0, *, ends: bool = True, converged: bool = True) -> SpectralDensity:
-    """Ten eigenvalues, two known and eight seen by three probes as two nodes each."""
-    known = torch.tensor([-0.5, 4.0]) if ends else torch.zeros(0)
-    share = (10 - len(known)) / 10
-    nodes = torch.cat([known, torch.tensor([0.0, 1.0, 0.1, 1.1, -0.1, 0.9])]).double() + shift
-    part = torch.tensor([0.8, 0.2, 0.7, 0.3, 0.75, 0.25]).double() * share
-    none = torch.zeros(0).double()
-    return SpectralDensity.smoothed(
-        sigma=SIGMA,
-        points=None,
-        nodes=nodes,
-        weights=torch.cat([torch.full((len(known),), 0.1).double(), part]),
-        probe=torch.tensor([-1] * len(known) + [0, 0, 1, 1, 2, 2]),
-        exhausted=torch.zeros(3, dtype=torch.bool),
-        top=nodes[1:2] if ends else none,
-        top_residuals=torch.full((int(ends),), 1e-6).double(),
-        bottom=nodes[:1] if ends else none,
-        bottom_residuals=torch.full((int(ends),), 1e-6).double(),
-        converged=converged,
-        margin=0.0,
-        size=10,
-        steps=2,
-        hvps=30,
-    )
+from tests.builders import SIGMA, density
 
 
 def ticks(ax: Axes) -> list[Line2D]:
@@ -117,7 +89,7 @@ def test_bytes_repeat_and_rcparams_stay(tmp_path: Path) -> None:
 
 
 def test_nothing_to_draw() -> None:
-    with pytest.raises(ValueError, match="no spectral density to draw: pass a result"):
+    with pytest.raises(ValueError, match="nothing to draw: pass a result"):
         plots.spectral_density({})
     with pytest.raises(ValueError, match="level must lie between 0 and 1"):
         plots.spectral_density(density(), level=2.0)

@@ -370,7 +370,7 @@ ON_A_LINE = dataclasses.replace(projection(), coordinates=torch.ones(9, 1), dire
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: plots.trajectory([]), "at least one projection"),
+        (lambda: plots.trajectory([]), "at least one"),
         (lambda: plots.trajectory(ON_A_LINE), "onto 1 directions, expected two"),
         (lambda: plots.trajectory([projection(), LONGER]), "'SGD' is projected onto another plane"),
         (lambda: plots.trajectory_losses(BARE), "'MSAM' were not measured"),
@@ -380,7 +380,7 @@ ON_A_LINE = dataclasses.replace(projection(), coordinates=torch.ones(9, 1), dire
         (lambda: plots.trajectory_panels(plane(), LONGER), "expected the same directions"),
         (lambda: plots.interactive_surface(plane(), trajectories=BARE), "'MSAM' were not measured"),
         (lambda: plots.interactive_surface(plane(), trajectories=ELSEWHERE), "expected the same directions"),
-        (lambda: plots.interactive_surface({}), "at least one slice"),
+        (lambda: plots.interactive_surface({}), "at least one"),
         (lambda: plots.animate_trajectory(plane(), BARE, "a.gif"), "'MSAM' were not measured"),
         (lambda: plots.animate_trajectory(plane(), projection(), "a.avi"), "to .gif or .mp4, got 'a.avi'"),
         (lambda: plots.animate_trajectory(plane(), projection(), "a.gif", seconds=0.0), "must be positive"),

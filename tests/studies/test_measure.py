@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import msam_analysis as ma
-from msam_analysis.measures.summary import RADII, SIGMA, Metrics, measure
-from msam_analysis.results import BallSharpness, Eigenpairs, Estimate, Slice1D, Slice2D
+from msam_analysis.measures.summary import RADII, SIGMA, measure
+from msam_analysis.results import BallSharpness, Eigenpairs, Estimate, Measurement, Slice1D, Slice2D
 from msam_analysis.studies import measuring
 from msam_analysis.studies.measuring import scores
 from msam_analysis.studies.training import Trained, train
@@ -32,7 +32,7 @@ def objective(trained: Trained) -> ma.Objective:
 
 
 @pytest.fixture(scope="module")
-def metrics(objective: ma.Objective) -> Metrics:
+def metrics(objective: ma.Objective) -> Measurement:
     return measure(objective)
 
 
@@ -83,13 +83,13 @@ def test_scores_are_of_the_network_in_eval_mode(trained: Trained) -> None:
 # --- the metrics of one network
 
 
-def value(metrics: Metrics, name: str, column: str = "value") -> float:
+def value(metrics: Measurement, name: str, column: str = "value") -> float:
     found = metrics.table.loc[metrics.table["metric"] == name, column]
     assert len(found) == 1, name
     return float(found.iloc[0])
 
 
-def test_loss_and_norms(metrics: Metrics, objective: ma.Objective) -> None:
+def test_loss_and_norms(metrics: Measurement, objective: ma.Objective) -> None:
     for name, expected in (
         ("loss", objective.loss()),
         ("gradient norm", objective.gradient().norm()),
@@ -99,7 +99,7 @@ def test_loss_and_norms(metrics: Metrics, objective: ma.Objective) -> None:
         assert math.isnan(value(metrics, name, "uncertainty"))
 
 
-def test_eigenvalues(metrics: Metrics, objective: ma.Objective) -> None:
+def test_eigenvalues(metrics: Measurement, objective: ma.Objective) -> None:
     pairs = ma.top_eigenvalues(objective, 5)
     for index in range(5):
         assert value(metrics, f"λ{index + 1}") == float(pairs.values[index])
@@ -107,7 +107,7 @@ def test_eigenvalues(metrics: Metrics, objective: ma.Objective) -> None:
     assert isinstance(metrics.results["eigenvalues"], Eigenpairs)
 
 
-def test_trace(metrics: Metrics, objective: ma.Objective) -> None:
+def test_trace(metrics: Measurement, objective: ma.Objective) -> None:
     expected = ma.trace(objective)
     assert value(metrics, "trace") == expected.value
     assert value(metrics, "trace", "uncertainty") == expected.standard_error
@@ -118,7 +118,7 @@ def test_trace(metrics: Metrics, objective: ma.Objective) -> None:
 
 
 @pytest.mark.parametrize("radius", RADII)
-def test_balls(radius: float, metrics: Metrics, objective: ma.Objective) -> None:
+def test_balls(radius: float, metrics: Measurement, objective: ma.Objective) -> None:
     expected = ma.ball_sharpness(objective, radius)
     assert value(metrics, f"sharpness ρ={radius:g}") == expected.sharpness
     assert value(metrics, f"one-step ρ={radius:g}") == expected.one_step
@@ -128,7 +128,7 @@ def test_balls(radius: float, metrics: Metrics, objective: ma.Objective) -> None
     assert torch.equal(ball.displacement, expected.displacement)
 
 
-def test_average(metrics: Metrics, objective: ma.Objective) -> None:
+def test_average(metrics: Measurement, objective: ma.Objective) -> None:
     expected = ma.average_sharpness(objective, SIGMA, adaptive=True)
     assert value(metrics, f"average σ={SIGMA:g}") == expected.value
     assert value(metrics, f"average σ={SIGMA:g}", "uncertainty") == expected.standard_error
@@ -146,11 +146,11 @@ def test_choices(objective: ma.Objective) -> None:
     assert len(set(names)) == len(names)
 
 
-def test_the_same_seed_gives_the_same_table(metrics: Metrics, objective: ma.Objective) -> None:
+def test_the_same_seed_gives_the_same_table(metrics: Measurement, objective: ma.Objective) -> None:
     pd.testing.assert_frame_equal(measure(objective).table, metrics.table, check_exact=True)
 
 
-def test_every_number_has_a_meaning(metrics: Metrics) -> None:
+def test_every_number_has_a_meaning(metrics: Measurement) -> None:
     assert list(metrics.table.columns) == ["metric", "value", "uncertainty", "converged", "meaning"]
     assert metrics.table["meaning"].str.len().gt(0).all()
     assert metrics.table["value"].notna().all()

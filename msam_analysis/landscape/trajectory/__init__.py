@@ -19,3 +19,7 @@ from msam_analysis.landscape.trajectory.recorder import TrajectoryRecorder, from
 from msam_analysis.results import load_trajectory as load
 
 __all__ = ["PrincipalPlane", "TrajectoryRecorder", "from_weights", "grid", "load", "pca_plane", "project"]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from msam_analysis.objective.direction import Direction
 from msam_analysis.objective.objective import Objective
-from msam_analysis.results import Projection, Result, Trajectory
+from msam_analysis.results import Projection, Reading, Result, Trajectory
 
 _CHUNK_BYTES = 128 * 2**20  # bytes of all points together, in float64, that are read at a time
 
@@ -65,6 +65,12 @@ class PrincipalPlane(Result):
             for index in range(2)
         )
         return first, second
+
+    def readings(self) -> list[Reading]:
+        """Return the shares of the two components, and of both together."""
+        first, second = self.shares[:2].tolist()
+        shares = {"share of component 1": first, "share of component 2": second, "share of both": first + second}
+        return [*(Reading(name, share) for name, share in shares.items()), Reading("through", self.through)]
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per component: ``component`` (from 1), ``singular_value``, ``share``, ``cumulative``."""

@@ -43,3 +43,7 @@ __all__ = [
     "StepProbe",
     "TopEigenvalues",
 ]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -45,7 +45,7 @@ class Curvature:
             "gradient": objective.vector(present_gradients(optimizer)),
             "random": draw,
         }
-        return {f"curvature_{name}": curvature_along(hessian, vector) for name, vector in along.items()}
+        return {f"curvature_{name}": curvature_along(hessian, vector).value for name, vector in along.items()}
 
 
 @dataclass(eq=False)

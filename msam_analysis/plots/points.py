@@ -1,0 +1,434 @@
+"""Results that are a number or a few: points with their errors, in one picture for all kinds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from msam_analysis.plots.look import (
+    AxesArray,
+    Look,
+    Named,
+    given_axes,
+    log_scale,
+    look,
+    name_curves,
+    one_panel,
+    panels,
+    require_some,
+    size_of,
+    style,
+    wrapped,
+)
+from msam_analysis.plots.spectra import spectral_density
+from msam_analysis.results import (
+    BallSharpness,
+    BatchSharpness,
+    ByLayer,
+    Certificate,
+    Curvatures,
+    DataInterval,
+    DirectionalSharpness,
+    Eigenpairs,
+    Estimate,
+    Measurement,
+    Reading,
+    Result,
+    Scalar,
+    SpectralDensity,
+)
+from msam_analysis.results.slices import LARGE_RANGE
+
+_GREY = "#4d4d4d"
+_FEW = 6  # points that have their values written beside them
+_PER_INCH = 19  # characters of a tick label
+_CURVATURE = "(loss\u00a0/\u00a0distance²)"  # never in two lines
+_PANELS = {  # of the table of all metrics: what is in one unit, by how the names begin
+    f"eigenvalue {_CURVATURE}": ("λ",),
+    f"trace {_CURVATURE}": ("trace",),
+    "rise of the loss": ("sharpness", "one-step", "average", "adaptive", "m-sharpness"),
+    "relative flatness (loss)": ("relative flatness",),
+    "Fisher-Rao norm (loss²)": ("Fisher-Rao",),
+    "loss": ("loss",),
+    "norm": ("gradient norm", "weight norm"),
+}
+_UNITS = {  # of a reading, by its name
+    "eigenvalue": f"eigenvalue {_CURVATURE}",
+    "trace": f"trace {_CURVATURE}",
+    "sharpness": "rise of the loss",
+    "m-sharpness": "mean largest rise of the loss",
+    "average sharpness": "mean rise of the loss",
+    "average sharpness (adaptive)": "mean rise of the loss",
+    "relative flatness": "relative flatness (loss)",
+    "squared Fisher-Rao norm": "squared Fisher-Rao norm (loss²)",
+}
+
+
+class Point(NamedTuple):
+    """A number in a picture: over which tick it stands, its value, the ends of its bar, whether it converged."""
+
+    at: str
+    value: float
+    low: float
+    high: float
+    converged: bool = True
+
+
+def top_eigenvalues(
+    result: Named[Eigenpairs], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+) -> Axes:
+    """Draw eigenvalues over their index, with their residuals.
+
+    Parameters
+    ----------
+    result
+        A result, or one for each name, such as an optimizer's.
+    ax
+        Where to draw; by default new axes, 3.3 in wide.
+    log
+        Logarithmic axis of the values; by default where all are positive and the largest is at least 10 times the
+        smallest.
+    legend
+        Whether to say what the markers stand for.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        Bars are residuals, within which an exact eigenvalue lies. Open markers did not converge; a value that is NaN or
+        infinite is written at its place.
+
+    Raises
+    ------
+    ValueError
+        There is nothing to draw.
+    TypeError
+        Something that is not the result of the measure.
+    """
+    several = require_some(result, Eigenpairs)
+    points = {name: _points(item, "eigenvalue ") for name, item in several.items()}
+    ax = draw_points(points, ax, _UNITS["eigenvalue"], log=log, legend=legend)
+    ax.set_xlabel("index")
+    return ax
+
+
+def trace(result: Named[Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True) -> Axes:
+    """Draw traces with their standard errors; parameters as for :func:`top_eigenvalues`."""
+    return _estimates(result, ax, _UNITS["trace"], log, legend)
+
+
+def average_sharpness(
+    result: Named[Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+) -> Axes:
+    """Draw mean rises under noise with their standard errors; parameters as for :func:`top_eigenvalues`."""
+    return _estimates(result, ax, _UNITS["average sharpness"], log, legend)
+
+
+def relative_flatness(
+    result: Named[Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+) -> Axes:
+    """Draw relative flatnesses with their standard errors; parameters as for :func:`top_eigenvalues`."""
+    return _estimates(result, ax, _UNITS["relative flatness"], log, legend)
+
+
+def fisher_rao_norm(
+    result: Named[Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+) -> Axes:
+    """Draw squared Fisher-Rao norms with their standard errors; parameters as for :func:`top_eigenvalues`."""
+    return _estimates(result, ax, _UNITS["squared Fisher-Rao norm"], log, legend)
+
+
+def ball_sharpness(
+    result: Named[BallSharpness], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+) -> Axes:
+    """Draw the largest rise found in a ball, a lower bound, beside that of a single step.
+
+    Parameters as for :func:`top_eigenvalues`.
+    """
+    return _readings(require_some(result, BallSharpness), ax, _UNITS["sharpness"], log, legend)
+
+
+def m_sharpness(
+    result: Named[BatchSharpness], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+) -> Axes:
+    """Draw mean largest rises of batches with their standard errors; parameters as for :func:`top_eigenvalues`."""
+    return _readings(require_some(result, BatchSharpness), ax, _UNITS["m-sharpness"], log, legend)
+
+
+def one_step_sharpness(
+    result: Named[DirectionalSharpness], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+) -> Axes:
+    """Draw rises after a single step, with the error of rounding; parameters as for :func:`top_eigenvalues`."""
+    several = require_some(result, DirectionalSharpness)
+    points = {name: _points(item, only="sharpness") for name, item in several.items()}
+    return draw_points(points, ax, "rise of the loss after one step", log=log, legend=legend)
+
+
+def certify(result: Named[Certificate], ax: Axes | None = None, *, legend: bool = True) -> Axes:
+    """Draw the curvature left within the ball with its residual, under the verdict: at a maximum none is positive.
+
+    Parameters as for :func:`top_eigenvalues`.
+    """
+    several = require_some(result, Certificate)
+    points = {name: _points(item, only="curvature") for name, item in several.items()}
+    ax = draw_points(points, ax, f"largest curvature left {_CURVATURE}", log=False, legend=legend)
+    ax.axhline(0.0, color=_GREY, linewidth=0.7, zorder=1.5)
+    _name_ticks(ax, [f"{name}\n{item.verdict}".strip() for name, item in several.items()])
+    return ax
+
+
+def curvature_along(
+    result: Named[Scalar | Curvatures], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+) -> Axes:
+    """Draw curvatures along directions; parameters as for :func:`top_eigenvalues`."""
+    several: dict[str, Scalar | Curvatures] = require_some(result, (Scalar, Curvatures))
+    points = {name: _points(item, "curvature along ") for name, item in several.items()}
+    return draw_points(points, ax, f"curvature {_CURVATURE}", log=log, legend=legend)
+
+
+def momentum_gradient_cosine(result: Named[Scalar], ax: Axes | None = None, *, legend: bool = True) -> Axes:
+    """Draw cosines of momentum and gradient: a negative one overshot; parameters as for :func:`top_eigenvalues`."""
+    ax = _readings(require_some(result, Scalar), ax, "cosine of momentum and gradient", False, legend)
+    ax.axhline(0.0, color=_GREY, linewidth=0.7, zorder=1.5)
+    ax.set_ylim(-1.05, 1.05)
+    return ax
+
+
+def data_interval(
+    result: Named[DataInterval], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+) -> Axes:
+    """Draw a metric less its bias with its interval, beside a dash at the value on the samples.
+
+    Parameters as for :func:`top_eigenvalues`; the unit is that of the metric.
+    """
+    several = require_some(result, DataInterval)
+    points = {}
+    for name, item in several.items():
+        rows = zip(*(part.reshape(-1).tolist() for part in (item.corrected, item.low, item.high)), strict=True)
+        numbered = enumerate(rows, 1)
+        points[name] = [Point(str(index), value, low, high, item.converged) for index, (value, low, high) in numbered]
+    levels = {f"{100 * item.level:g} %" for item in several.values()}
+    dashes = {name: item.value.reshape(-1).tolist() for name, item in several.items()}
+    label = f"metric less bias, {' or '.join(sorted(levels))} interval"
+    ax = draw_points(points, ax, label, log=log, legend=legend, dashes=("on the samples", dashes))
+    if len(ax.get_xticks()) > 1 and any(len(rows) > 1 for rows in points.values()):
+        ax.set_xlabel("index")
+    return ax
+
+
+def by_layer(
+    result: Named[ByLayer[Any]], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+) -> Axes:
+    """Draw a number of every layer with its error, all eigenvalues of each, or the layers' spectral densities.
+
+    Parameters as for :func:`top_eigenvalues`. Of a result with several numbers, such as a ball, the first is drawn.
+    """
+    several: dict[str, ByLayer[Any]] = require_some(result, ByLayer)
+    first = next(iter(several.values()))
+    if any(isinstance(item, SpectralDensity) for item in first.values()) and len(several) == 1:
+        return spectral_density(dict(first), ax, legend=legend)
+    points: dict[str, list[Point]] = {}
+    for name, layers in several.items():
+        numbers = {layer: _numbers(item.readings()) for layer, item in layers.items()}
+        stems = {layer: _stem(rows[0].name) for layer, rows in numbers.items() if rows}
+        points[name] = [
+            _point(row, layer) for layer, rows in numbers.items() for row in rows if _stem(row.name) == stems[layer]
+        ]
+    label = " or ".join(dict.fromkeys(_UNITS.get(stem, stem) for stem in stems.values()))
+    ax = draw_points(points, ax, label, log=log, legend=legend, grouped=True)
+    ax.set_xlabel("layer")
+    return ax
+
+
+def measure(result: Named[Measurement], axes: Axes | Sequence[Axes] | AxesArray | None = None) -> AxesArray:
+    """Draw the table of all metrics, a panel for what is in one unit.
+
+    Parameters
+    ----------
+    result
+        A result, or one for each name, such as an optimizer's.
+    axes
+        Where to draw, one for each panel; by default a new figure, 6.8 in wide.
+
+    Returns
+    -------
+    numpy.ndarray
+        The axes, shape ``(panels,)``: bars are residuals or standard errors, open markers did not converge.
+
+    Raises
+    ------
+    ValueError
+        There is nothing to draw, or fewer axes than panels.
+    TypeError
+        Something that is not the result of the measure.
+    """
+    several = require_some(result, Measurement)
+    found: dict[str, dict[str, list[Point]]] = {}
+    for name, item in several.items():
+        for row in _numbers(item.readings()):
+            panel = next((unit for unit, starts in _PANELS.items() if row.name.startswith(starts)), row.name)
+            found.setdefault(panel, {}).setdefault(name, []).append(_point(row, row.name))
+    found = {unit: found[unit] for unit in (*_PANELS, *found) if unit in found}
+    drawn = panels(len(found), panel_height=2.3)[1] if axes is None else given_axes(axes, len(found))
+    handles: dict[str, Line2D] = {}
+    for ax, (unit, points) in zip(drawn, found.items(), strict=True):
+        draw_points(points, ax, unit, log=None, legend=False, grouped=True)
+        if len(ax.get_xticks()) == 1:  # what it is stands beside the other axis
+            ax.set_xticks([])
+        handles |= _handles(points)
+    with style():
+        name_curves(drawn if axes is None else drawn[:1], made=axes is None, handles=handles)
+    return drawn
+
+
+# ------------------------------------------------------------------------------------------------------ the one picture
+
+
+def draw_points(
+    points: Mapping[str, Sequence[Point]],
+    ax: Axes | None,
+    label: str,
+    *,
+    log: bool | None,
+    legend: bool,
+    dashes: tuple[str, Mapping[str, Sequence[float]]] | None = None,
+    grouped: bool = False,
+) -> Axes:
+    """Draw points with their bars: side by side where each name has one, else over what they are (``grouped``).
+
+    ``dashes`` are further values of the same points, with what they are.
+    """
+    ticks = list(dict.fromkeys(point.at for rows in points.values() for point in rows))
+    grouped = grouped or len(ticks) > 1
+    finite = [point for rows in points.values() for point in rows if math.isfinite(point.value)]
+    known = np.array([point.value for point in finite])
+    if log is None:  # a bar that reaches 0 has no end on a logarithmic axis
+        certain = known.size > 0 and not any(min(point.low, point.value) <= 0 for point in finite)
+        log = bool(certain and known.max() >= LARGE_RANGE * known.min())
+    with style():
+        made = ax is None
+        ax = one_panel(ax)
+        written = known.size <= _FEW and not grouped
+        for place, (name, appearance) in enumerate(look(points).items()):
+            for index, point in enumerate(points[name]):
+                x = ticks.index(point.at) + 0.6 * ((place + 0.5) / len(points) - 0.5) if grouped else float(place)
+                _draw(ax, x, point, appearance, written=written)
+                if dashes is not None:
+                    ax.plot(x, dashes[1][name][index], marker="_", markersize=9, color=appearance.color, zorder=3)
+        if log:
+            log_scale(ax, [known])
+        elif known.size and known.min() < 0 < known.max():
+            ax.axhline(0.0, color=_GREY, linewidth=0.7, zorder=1.5)
+        _name_ticks(ax, ticks if grouped or set(points) == {""} else list(points))
+        ax.set_ylabel(wrapped(label, 0.8 * size_of(ax)[1]))
+        handles = _handles(points if grouped else {"": [row for rows in points.values() for row in rows]})
+        if dashes is not None:
+            handles[dashes[0]] = Line2D([], [], marker="_", markersize=9, color=_GREY, linestyle="none")
+        if legend and handles:
+            name_curves(np.array([ax], dtype=np.object_), made=made, handles=handles)
+    return ax
+
+
+def _draw(ax: Axes, x: float, point: Point, appearance: Look, *, written: bool) -> None:
+    color = appearance.color
+    if not math.isfinite(point.value):
+        ax.text(x, 0.03, f"{point.value:g}", color=color, ha="center", fontsize=7, transform=ax.get_xaxis_transform())
+        return
+    bar = [[point.value - point.low], [point.high - point.value]]
+    ax.errorbar(
+        x,
+        point.value,
+        bar if np.isfinite(bar).all() else None,
+        color=color,
+        marker=appearance.marker,
+        markersize=5,
+        markerfacecolor=color if point.converged else "white",
+        elinewidth=1.2,
+        capsize=3,
+        linestyle="none",
+        zorder=3,
+    )
+    if written:
+        known = (point.high - point.low) / 2
+        text = f"{point.value:.4g}" + (f" ± {known:.2g}" if known > 1e-4 * abs(point.value) else "")
+        text = text.replace("-", "−")  # as on the axes
+        ax.annotate(text, (x, point.value), (6, 0), textcoords="offset points", va="center", fontsize=7)
+
+
+def _name_ticks(ax: Axes, ticks: Sequence[str]) -> None:
+    """Name the ticks: in lines where these fit between them, else turned."""
+    room = size_of(ax)[0] / max(len(ticks), 1)
+    lines = [tick if "\n" in tick else wrapped(tick, room) for tick in ticks]
+    longest = max((len(line) for text in lines for line in text.split("\n")), default=0)
+    turned: Any = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"}
+    if longest <= _PER_INCH * room:
+        ax.set_xticks(range(len(ticks)), lines)
+    else:
+        ax.set_xticks(range(len(ticks)), [wrapped(tick, 1.2) for tick in ticks], **turned)
+    ax.set_xlim(-0.6, len(ticks) - 0.4)
+    ax.grid(False, axis="x")
+
+
+def _handles(points: Mapping[str, Iterable[Point]]) -> dict[str, Line2D]:
+    """Return what the markers stand for."""
+    shapes: dict[str, Any] = {"linestyle": "none", "markersize": 5}
+    looks = look(points)
+    handles = {
+        name: Line2D([], [], color=looks[name].color, marker=looks[name].marker, **shapes) for name in points if name
+    }
+    if not all(point.converged for rows in points.values() for point in rows):
+        handles["not converged"] = Line2D([], [], color=_GREY, marker="o", markerfacecolor="white", **shapes)
+    return handles
+
+
+# ---------------------------------------------------------------------------------------------- from results to points
+
+
+def _estimates(result: Named[Estimate], ax: Axes | None, label: str, log: bool | None, legend: bool) -> Axes:
+    return _readings(require_some(result, Estimate), ax, label, log, legend)
+
+
+def _readings(several: Mapping[str, Result], ax: Axes | None, label: str, log: bool | None, legend: bool) -> Axes:
+    points = {name: _points(item) for name, item in several.items()}
+    return draw_points(points, ax, label, log=log, legend=legend)
+
+
+def _points(result: Result, prefix: str = "", only: str | None = None) -> list[Point]:
+    """Return the readings that are numbers (of one name) as points, the tick named without a prefix."""
+    rows = [row for row in _numbers(result.readings()) if only is None or row.name == only]
+    return [_point(row, row.name.removeprefix(prefix)) for row in rows]
+
+
+def _point(row: Reading, at: str) -> Point:
+    value = float(row.value)
+    return Point(at, value, value - row.error, value + row.error, row.converged)
+
+
+def _numbers(readings: Iterable[Reading]) -> list[Reading]:
+    return [row for row in readings if not isinstance(row.value, str)]
+
+
+def _stem(name: str) -> str:
+    return name.rstrip("0123456789 ")
+
+
+__all__ = [
+    "average_sharpness",
+    "ball_sharpness",
+    "by_layer",
+    "certify",
+    "curvature_along",
+    "data_interval",
+    "fisher_rao_norm",
+    "m_sharpness",
+    "measure",
+    "momentum_gradient_cosine",
+    "one_step_sharpness",
+    "relative_flatness",
+    "top_eigenvalues",
+    "trace",
+]

@@ -1,0 +1,128 @@
+"""Several results in one: those of the layers of a network, and all metrics of one objective."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+import pandas as pd
+
+from msam_analysis.results.base import Reading, Result
+
+Measured = TypeVar("Measured", bound=Result)
+
+
+def layer_frame(results: Mapping[str, Result], *, name: str = "layer") -> pd.DataFrame:
+    """Return the tables of all groups below one another, the group's name in the first column.
+
+    Parameters
+    ----------
+    results
+        Name to result, such as what :func:`by_layer` returned.
+    name
+        Name of the first column.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Rows and other columns as in the results' own ``to_frame()``.
+
+    Raises
+    ------
+    ValueError
+        There are no results.
+    """
+    if not results:
+        raise ValueError("there are no results to put into a table: expected those of by_layer")
+    frames = [result.to_frame() for result in results.values()]
+    for group, frame in zip(results, frames, strict=True):
+        frame.insert(0, name, group)
+    return pd.concat(frames, ignore_index=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByLayer(Result, Mapping[str, Measured], Generic[Measured]):
+    """Results of one kind, one for each group of parameters: a mapping from the name of the group to its result.
+
+    Attributes
+    ----------
+    results
+        Name of the group to result.
+    """
+
+    results: Mapping[str, Measured]
+
+    def __getitem__(self, name: str) -> Measured:
+        """Return the result of one group."""
+        return self.results[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the groups."""
+        return iter(self.results)
+
+    def __len__(self) -> int:
+        """Return the number of groups."""
+        return len(self.results)
+
+    @property
+    def converged(self) -> bool:
+        """Whether the measurement of every group did."""
+        return all(getattr(result, "converged", True) for result in self.results.values())
+
+    def readings(self) -> list[Reading]:
+        """Return the readings of all groups, each with the name of its group."""
+        return [
+            reading._replace(name=f"{name}: {reading.name}")
+            for name, result in self.results.items()
+            for reading in result.readings()
+        ]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the tables of all groups below one another, the name of the group in the column ``layer``."""
+        return layer_frame(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement(Result):
+    """The sharpness metrics of one objective, in one table, with the results behind it.
+
+    Attributes
+    ----------
+    rows
+        The rows of the table, see :meth:`to_frame`.
+    results
+        The results behind it, by name.
+    """
+
+    rows: tuple[Mapping[str, Any], ...]
+    results: Mapping[str, Result]
+
+    def __post_init__(self) -> None:
+        """Turn a list from a file back into a tuple."""
+        object.__setattr__(self, "rows", tuple(self.rows))
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """What :meth:`to_frame` returns."""
+        return self.to_frame()
+
+    @property
+    def converged(self) -> bool:
+        """Whether every iterative solver did."""
+        return all(row["converged"] is not False for row in self.rows)
+
+    def readings(self) -> list[Reading]:
+        """Return the value of every metric with its uncertainty."""
+        return [
+            Reading(row["metric"], row["value"], row["uncertainty"], row["converged"] is not False) for row in self.rows
+        ]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per number.
+
+        Columns: ``metric``, ``value``, ``uncertainty`` (a residual or a standard error; NaN for exact or lower-bound
+        values), ``converged`` (of an iterative solver; else missing), ``meaning``.
+        """
+        frame: pd.DataFrame = pd.DataFrame(list(self.rows)).astype({"converged": "boolean"})
+        return frame
