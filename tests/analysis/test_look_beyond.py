@@ -1,0 +1,39 @@
+"""What an eigensolver says of the values that it did not return, against dense eigenvalues."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import msam_analysis as ma
+
+
+def coupled(inner: float, part: float) -> np.ndarray:
+    """Return a matrix with 1 and -1 on the diagonal, each coupled by ``part`` to a value within ``inner`` of zero."""
+    matrix = np.diag([1.0, -1.0, inner, -inner, *np.linspace(0.8, -0.8, 60)])
+    matrix[0, 3] = matrix[3, 0] = matrix[1, 2] = matrix[2, 1] = part
+    return matrix
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("which", ["magnitude", "ends"])
+def test_rough_pairs_exclude_no_more_than_their_residuals_allow(which: Any, seed: int) -> None:
+    """Pairs with a residual of 0.297 hide values of 1.03 and -1.03 beside those of 1.04 and -1.04 that they stand for.
+
+    Outside of the two vectors there is nothing beyond 0.99, so that a look at the rest alone would exclude whatever is
+    beyond 1.01.
+    """
+    matrix = coupled(inner=0.99, part=0.297)
+    start = torch.eye(len(matrix), 2).double()
+    operator = ma.MatrixOperator(torch.from_numpy(matrix))
+    pairs = ma.top_eigenvalues(operator, k=2, which=which, tolerance=0.3, start=start, seed=seed)
+    np.testing.assert_allclose(pairs.values.abs().numpy(), 1.0)
+    np.testing.assert_allclose(pairs.residuals.numpy(), 0.297)
+    exact = np.linalg.eigvalsh(matrix)
+    assert pairs.converged
+    third = np.sort(np.abs(exact))[-3]
+    assert third > 1.03
+    assert 1.0 + pairs.margin >= third
