@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 import msam_analysis as ma
 from msam_analysis.landscape import journal, metrics, sweep
 from msam_analysis.results import Slice1D, Slice2D, load
+from tests.programs import ended
 
 from .cases import CONVNET, MLP, TAGGER, normal
 
@@ -185,7 +185,7 @@ def test_a_process_that_is_killed(tmp_path: Path) -> None:
     """SIGKILL, which no process can answer: the file is there, and another process ends it in the same bits."""
 
     def run(path: Path, calls: int) -> int:
-        return subprocess.run([sys.executable, "-c", KILL, str(path), str(calls)], check=False).returncode
+        return ended([sys.executable, "-c", KILL, str(path), str(calls)]).code
 
     path = tmp_path / "slice"
     assert run(path, 30) == -signal.SIGKILL

@@ -2,15 +2,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import jupytext
 import pytest
+
+from tests.programs import ended
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 SCRIPTS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
@@ -79,12 +79,10 @@ def test_every_plot_of_a_notebook_is_shown(script: Path) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_script_runs_and_its_assertions_hold(build: ModuleType, script: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
     tiny = tmp_path / "tiny.py"
     tiny.write_text(jupytext.writes(build.load(script, TINY[script.stem]), fmt="py:percent"), encoding="utf-8")
-    command = [sys.executable, str(tiny)]
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", check=False)
-    assert ended.returncode == 0, ended.stderr
+    program = ended([sys.executable, str(tiny)], tmp_path, {"MPLBACKEND": "Agg"})
+    assert program.code == 0, program.err
 
 
 def test_the_same_script_gives_the_same_file(build: ModuleType, small: Path, tmp_path: Path) -> None:
