@@ -91,7 +91,7 @@ PASSES = {"line": 27, "plane": 63, "metrics": 27, "refined": 210, "samples": 18}
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_killed_at_any_point_and_continued(way: str, tmp_path: Path, data: st.DataObject) -> None:
     """Bit for bit what one run gives, after any number of ends."""
