@@ -56,3 +56,16 @@ def test_the_same_order_is_the_same_data() -> None:
     data: Any = Reordered(torch.arange)
     objective = ma.Objective(MLP.model(), MLP.loss_fn, data)
     assert torch.equal(objective.loss(), ma.Objective(MLP.model(), MLP.loss_fn, concatenate(MLP.data())).loss())
+
+
+@pytest.mark.parametrize(("missing", "read"), [(0, 0), (1, 3)])
+def test_data_are_kept_up_to_the_size_that_they_may_take(missing: int, read: int) -> None:
+    """At that size still, so that evaluations read nothing; a byte less, and every one reads all of them."""
+    data: Any = Reordered(torch.arange)
+    nbytes = sum(tensor.nbytes for tensor in concatenate(MLP.data()))
+    objective = ma.Objective(MLP.model(), MLP.loss_fn, data, cache_bytes=nbytes - missing)
+    objective.loss()
+    before = data.passes
+    for _ in range(3):
+        objective.loss()
+    assert data.passes - before == read

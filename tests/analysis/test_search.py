@@ -1,0 +1,64 @@
+"""The parts of an eigensolver one by one: which pairs it sets aside, when it stops, what it forgets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import msam_analysis as ma
+from msam_analysis.spectra.beyond import set_aside
+from msam_analysis.spectra.chain import Chain
+from msam_analysis.spectra.goal import Goal
+
+from .cases import normal
+from .oracles import symmetric
+
+SMALL = [1e-6] * 6
+
+# What is wanted of which Ritz values with which residuals, and the pairs that the look beyond should leave out. Values
+# within 2 % of the spread of the wanted ones stay in its way, and all residuals together must stay below 1 %.
+ASIDE: dict[str, tuple[int, Any, list[float], list[float], list[int]]] = {
+    "all that lie well inside": (1, "largest", [10.0, 9.9, 9.7, 5.0, 1.0, 0.0], SMALL, [0, 2, 3, 4, 5]),
+    "the smallest residuals first": (
+        1, "largest", [10.0, 9.9, 9.0, 5.0, 1.0, 0.0], [0.01, 0.001, 0.06, 0.07, 0.001, 0.5], [0, 2, 3, 4],
+    ),
+    "none where the wanted ones have used it up": (
+        1, "largest", [10.0, 9.9, 9.0, 5.0, 1.0, 0.0], [0.11, *SMALL[1:]], [0],
+    ),
+    "inside of the last wanted one": (2, "largest", [10.0, 6.0, 5.9, 5.7, 1.0, 0.0], SMALL, [0, 1, 3, 4, 5]),
+    "at the lower end": (1, "smallest", [0.0, 0.1, 0.3, 5.0, 9.0, 10.0], SMALL, [0, 2, 3, 4, 5]),
+    "between both": (2, "magnitude", [10.0, -8.0, 7.7, -7.7, 7.0, -7.0], SMALL, [0, 1, 4, 5]),
+    "between two ends": (2, "ends", [10.0, -10.0, 9.7, -9.7, 9.5, -9.5], SMALL, [0, 1, 4, 5]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ASIDE)
+def test_what_is_set_aside(case: str) -> None:
+    k, which, values, norms, expected = ASIDE[case]
+    chosen = set_aside(torch.tensor(values).double(), torch.tensor(norms).double(), Goal(k, which, 1e-4, 1e-14))
+    assert chosen.nonzero()[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("method", ["lanczos", "power"])
+def test_an_eigenvalue_of_zero_converges(method: Any) -> None:
+    """No residual is small beside it; it is small beside the norm of the matrix."""
+    matrix = symmetric([0.0, *np.linspace(1, 2, 30)], seed=3)
+    pairs = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=1, method=method, which="smallest")
+    assert pairs.converged
+    assert abs(float(pairs.values[0])) < 1e-12
+    assert pairs.margin == 0.0
+
+
+def test_a_chain_forgets_its_vectors_and_keeps_what_it_saw() -> None:
+    matrix = symmetric(np.linspace(1, 2, 12), seed=4)
+    chain = Chain(normal(12, seed=1), torch.zeros(12, 0).double(), remember=12)
+    while not chain.exhausted and chain.steps < 12:
+        chain.advance(matrix @ chain.current)
+    chain.forget()
+    held = [value for value in vars(chain).values() if isinstance(value, torch.Tensor)]
+    assert held
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 0
+    np.testing.assert_allclose(chain.ritz_values().numpy(), np.linspace(1, 2, 12), rtol=1e-10)
