@@ -62,3 +62,14 @@ def test_a_chain_forgets_its_vectors_and_keeps_what_it_saw() -> None:
     assert held
     assert sum(tensor.untyped_storage().nbytes() for tensor in held) == 0
     np.testing.assert_allclose(chain.ritz_values().numpy(), np.linspace(1, 2, 12), rtol=1e-10)
+
+
+@pytest.mark.parametrize("length", [1e-150, 1e-20, 1.0, 1e20, 1e150])
+def test_a_chain_does_not_mind_how_long_its_start_is(length: float) -> None:
+    """It sees the complement of what it is kept out of, and nothing where its start lies inside of that."""
+    matrix, inside = torch.diag(torch.arange(1.0, 7.0).double()), torch.eye(6, 2).double()
+    chain = Chain(length * normal(6, seed=1), inside, remember=6)
+    while not chain.exhausted:
+        chain.advance(matrix @ chain.current)
+    np.testing.assert_allclose(chain.ritz_values().numpy(), [3, 4, 5, 6], rtol=1e-10)
+    assert Chain(length * (inside @ normal(2, seed=2)), inside).exhausted

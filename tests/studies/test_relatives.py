@@ -100,7 +100,5 @@ def test_without_scikit_learn(load: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
     load.cache_clear()
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(
-        ModuleNotFoundError, match=r"the (text|table|digits) workload needs scikit-learn: install"
-    ):
+    with pytest.raises(ModuleNotFoundError, match=r"the (text|table|digits) workload needs scikit-learn: install"):
         load()
