@@ -12,6 +12,7 @@ import msam_analysis as ma
 from msam_analysis.spectra.beyond import set_aside
 from msam_analysis.spectra.chain import Chain
 from msam_analysis.spectra.goal import Goal
+from msam_analysis.spectra.subspace import Subspace
 
 from .cases import normal
 from .oracles import symmetric
@@ -42,14 +43,45 @@ def test_what_is_set_aside(case: str) -> None:
     assert chosen.nonzero()[:, 0].tolist() == expected
 
 
-@pytest.mark.parametrize("method", ["lanczos", "power"])
-def test_an_eigenvalue_of_zero_converges(method: Any) -> None:
+@pytest.mark.parametrize(("method", "most"), [("lanczos", 100), ("power", 600)])
+def test_an_eigenvalue_of_zero_converges(method: Any, most: int) -> None:
     """No residual is small beside it; it is small beside the norm of the matrix."""
-    matrix = symmetric([0.0, *np.linspace(1, 2, 30)], seed=3)
+    matrix = symmetric([0.0, *np.linspace(1, 2, 199)], seed=3)
     pairs = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=1, method=method, which="smallest")
     assert pairs.converged
     assert abs(float(pairs.values[0])) < 1e-12
     assert pairs.margin == 0.0
+    assert pairs.hvps < most
+
+
+def test_more_memory_saves_products() -> None:
+    """Of a spectrum without gaps, which a short basis has to look at again after each restart."""
+    operator = ma.MatrixOperator(symmetric(np.linspace(1, -1, 300), seed=5))
+    long, short = (ma.top_eigenvalues(operator, k=2, memory_bytes=n * 300 * 8) for n in (200, 16))
+    default = ma.top_eigenvalues(operator, k=2)
+    assert default.hvps == long.hvps < 0.8 * short.hvps
+    torch.testing.assert_close(long.values, short.values, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "k", "size", "least"),
+    [("lanczos", 1, 2, 12), ("lanczos", 1, 30, 13), ("lanczos", 3, 30, 19), ("power", 1, 2, 12), ("power", 3, 30, 33)],
+)
+def test_the_least_memory_is_what_the_error_says(method: Any, k: int, size: int, least: int) -> None:
+    """``3 k + 10`` vectors for Lanczos, ``9 k + 6`` for power iteration, and no more than a small space takes."""
+    operator = ma.MatrixOperator(symmetric(np.linspace(2, 1, size), seed=6))
+    pairs = ma.top_eigenvalues(operator, k=k, method=method, memory_bytes=least * size * 8)
+    np.testing.assert_allclose(pairs.values.numpy(), np.linspace(2, 1, size)[:k], rtol=1e-6)
+    with pytest.raises(ValueError, match=rf"memory_bytes must be at least .*got {least * size * 8 - 1}: raise it"):
+        ma.top_eigenvalues(operator, k=k, method=method, memory_bytes=least * size * 8 - 1)
+
+
+def test_a_basis_takes_no_more_than_it_has_room_for() -> None:
+    basis = Subspace(ma.MatrixOperator(symmetric(np.linspace(2, 1, 9), seed=7)), 3)
+    assert [basis.expand(normal(18, seed=seed).reshape(9, 2)) for seed in range(3)] == [2, 1, 0]
+    assert basis.expand(normal(9, seed=4)[:, None]) == 0
+    assert basis.columns == 3
+    torch.testing.assert_close(basis.q.T @ basis.q, torch.eye(3).double(), rtol=0, atol=1e-14)
 
 
 def test_a_chain_forgets_its_vectors_and_keeps_what_it_saw() -> None:

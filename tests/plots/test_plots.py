@@ -108,7 +108,7 @@ def kind(request: pytest.FixtureRequest) -> Any:
 # ------------------------------------------------------------------------------------------------------- every picture
 
 
-@pytest.mark.parametrize(("name", "suffix"), zip(EVERY_KIND, itertools.cycle(["svg", "png"]), strict=False))
+@pytest.mark.parametrize(("name", "suffix"), list(zip(EVERY_KIND, itertools.cycle(["svg", "png"]), strict=False)))
 def test_bytes_repeat_and_rcparams_stay(name: str, suffix: str, tmp_path: Path) -> None:
     """The formats take turns: what changes from file to file belongs to a format or to a picture, not to both."""
     before = dict(mpl.rcParams)
