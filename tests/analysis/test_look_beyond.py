@@ -10,6 +10,8 @@ import torch
 
 import msam_analysis as ma
 
+from .oracles import symmetric
+
 
 def coupled(inner: float, part: float) -> np.ndarray:
     """Return a matrix with 1 and -1 on the diagonal, each coupled by ``part`` to a value within ``inner`` of zero."""
@@ -37,3 +39,22 @@ def test_rough_pairs_exclude_no_more_than_their_residuals_allow(which: Any, seed
     third = np.sort(np.abs(exact))[-3]
     assert third > 1.03
     assert 1.0 + pairs.margin >= third
+
+
+ONE_SIDED = [3.0, *np.linspace(1.0, -2.9, 120)]
+UNLIKE: dict[str, tuple[int, Any, list[float], list[float]]] = {
+    "magnitude": (1, "magnitude", ONE_SIDED, [3.0]),
+    "magnitude, below": (1, "magnitude", [-value for value in ONE_SIDED], [-3.0]),
+    "ends": (2, "ends", [3.0, *np.linspace(1.0, -2.9, 120), -3.0], [3.0, -3.0]),
+    "ends, the other way": (2, "ends", [3.0, *np.linspace(2.9, -1.0, 120), -3.0], [3.0, -3.0]),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_both_ends_are_looked_at_until_both_are_excluded(case: str) -> None:
+    """One of them is far from all else, the other so close to what is left that it takes longer."""
+    k, which, spectrum, wanted = UNLIKE[case]
+    pairs = ma.top_eigenvalues(ma.MatrixOperator(symmetric(spectrum, seed=8)), k=k, which=which)
+    assert pairs.converged
+    np.testing.assert_allclose(pairs.values.numpy(), wanted, rtol=1e-6)
+    assert pairs.margin < 0.04 * 6
