@@ -43,8 +43,6 @@ _ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's, where ipywidgets are not installed
 }
 _PATIENCE = 10**6  # seconds for a kernel to start or to show something; one that dies is noticed at once
-    10**6
-)  # seconds for a kernel to start or to show something, on any machine; one that dies is noticed at once
 
 
 def load(script: Path, values: Mapping[str, Any] | None = None) -> Any:

@@ -15,7 +15,7 @@ from msam_analysis.spectra.goal import Goal
 from msam_analysis.spectra.subspace import Subspace
 
 from .cases import normal
-from .oracles import symmetric
+from .oracles import rotation, symmetric
 
 SMALL = [1e-6] * 6
 
@@ -105,3 +105,26 @@ def test_a_chain_does_not_mind_how_long_its_start_is(length: float) -> None:
         chain.advance(matrix @ chain.current)
     np.testing.assert_allclose(chain.ritz_values().numpy(), [3, 4, 5, 6], rtol=1e-10)
     assert Chain(length * (inside @ normal(2, seed=2)), inside).exhausted
+
+
+def test_a_chain_stays_outside_of_what_the_operator_mixes_in() -> None:
+    """Each product lies almost wholly inside of ``W``, so that one pass of Gram-Schmidt leaves rounding of its size."""
+    q = torch.from_numpy(rotation(12, 9))
+    inside, outside = q[:, :4].contiguous(), q[:, 4:]
+    within = torch.diag(torch.arange(1.0, 9.0).double())
+    mixed = 1e8 * inside @ normal(32, seed=3).reshape(4, 8) @ outside.T
+    matrix = outside @ within @ outside.T + mixed + mixed.T
+    chain = Chain(normal(12, seed=1), inside, norm=1e8, remember=8)
+    while not chain.exhausted and chain.steps < 8:
+        chain.advance(matrix @ chain.current)
+    np.testing.assert_allclose(chain.ritz_values().numpy(), range(1, 9), rtol=1e-5)
+
+
+def test_a_full_basis_makes_room_for_what_was_missed() -> None:
+    """All that the least memory holds has converged, and the largest value is not among it."""
+    spectrum = [5.0, 3.0, 1.0, 0.5, *np.linspace(0.4, -1.0, 40)]
+    matrix = symmetric(spectrum, seed=10)
+    start = torch.linalg.eigh(matrix)[1].flip(1)[:, 1:4]
+    pairs = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=1, start=start, memory_bytes=13 * len(spectrum) * 8)
+    assert float(pairs.values[0]) == pytest.approx(5.0, rel=1e-6)
+    assert pairs.converged
