@@ -58,3 +58,12 @@ def test_both_ends_are_looked_at_until_both_are_excluded(case: str) -> None:
     assert pairs.converged
     np.testing.assert_allclose(pairs.values.numpy(), wanted, rtol=1e-6)
     assert pairs.margin < 0.04 * 6
+
+
+@pytest.mark.parametrize(("k", "which"), [(2, "ends"), (1, "magnitude")])
+def test_the_margin_is_that_of_the_end_with_the_larger_one(k: int, which: Any) -> None:
+    """Right behind the lowest value the spectrum goes on; at the other end there is nothing near."""
+    spectrum = [*([3.0] if which == "ends" else []), *np.linspace(0.3, -1.0, 400)]
+    pairs = ma.top_eigenvalues(ma.MatrixOperator(symmetric(spectrum, seed=1)), k=k, which=which)
+    assert pairs.converged
+    assert 0.0 < pairs.margin < 0.04 * 4
