@@ -12,7 +12,9 @@ import msam_analysis as ma
 from msam_analysis.spectra.beyond import set_aside
 from msam_analysis.spectra.chain import Chain
 from msam_analysis.spectra.goal import Goal
+from msam_analysis.spectra.power import PowerSearch
 from msam_analysis.spectra.subspace import Subspace
+from msam_analysis.spectra.top import search_for
 
 from .cases import normal
 from .oracles import rotation, symmetric
@@ -128,3 +130,15 @@ def test_a_full_basis_makes_room_for_what_was_missed() -> None:
     pairs = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=1, start=start, memory_bytes=13 * len(spectrum) * 8)
     assert float(pairs.values[0]) == pytest.approx(5.0, rel=1e-6)
     assert pairs.converged
+
+
+@pytest.mark.parametrize("vectors", range(51, 100, 6))
+def test_a_block_is_as_wide_as_its_memory_allows(vectors: int) -> None:
+    """Eight vectors for each of its columns, beside ``k + 6``; at least ``k`` columns, and no more than ``2 k``."""
+    operator = ma.MatrixOperator(symmetric(np.linspace(2, 1, 30), seed=11))
+    goal = Goal(5, "largest", 1e-4, 1e-14)
+    search, found, _ = search_for(operator, goal, method="power", memory_bytes=vectors * 30 * 8)
+    assert isinstance(search, PowerSearch)
+    assert found.done
+    assert 8 * search.width + 5 + 6 <= vectors
+    assert search.width == 10 or 8 * (search.width + 1) + 5 + 6 > vectors
