@@ -67,3 +67,20 @@ def test_the_margin_is_that_of_the_end_with_the_larger_one(k: int, which: Any) -
     pairs = ma.top_eigenvalues(ma.MatrixOperator(symmetric(spectrum, seed=1)), k=k, which=which)
     assert pairs.converged
     assert 0.0 < pairs.margin < 0.04 * 4
+
+
+@pytest.mark.parametrize(("inner", "missed"), [(1.02, False), (1.04, True)])
+@pytest.mark.parametrize("which", ["magnitude", "ends"])
+def test_a_value_beyond_rough_pairs_counts_from_a_tenth_of_their_residuals(
+    which: Any, inner: float, missed: bool
+) -> None:
+    """Less is within the error of the pairs themselves: they stay, and the margin says what may be there."""
+    matrix = coupled(inner=inner, part=0.297)
+    start = torch.eye(len(matrix), 2).double()
+    pairs = ma.top_eigenvalues(
+        ma.MatrixOperator(torch.from_numpy(matrix)), k=2, which=which, tolerance=0.3, start=start
+    )
+    assert pairs.converged
+    lowest = float(pairs.values.abs().min())
+    assert lowest > 1.03 if missed else lowest == pytest.approx(1.0)
+    assert lowest + pairs.margin >= np.sort(np.abs(np.linalg.eigvalsh(matrix)))[-3]
