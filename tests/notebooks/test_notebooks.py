@@ -17,7 +17,7 @@ SCRIPTS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 # The experiments of a notebook at a size at which its assertions still hold.
 TINY: dict[str, dict[str, object]] = {
     "01_sharpness_of_a_checkpoint": {"EPOCHS": 16, "ITERATIONS": 8, "POINTS": 5},
-    "02_loss_landscapes": {"EPOCHS": 14, "POINTS": 13, "REFINE": 0.05, "WIDE": 9},
+    "02_loss_landscapes": {"EPOCHS": 14, "POINTS": 13, "REFINE": 0.05, "WIDE": 7},
     "03_momentum_and_gradient": {"EPOCHS": 8, "SEEDS": 1},
     "04_from_msam_to_nag": {"EPOCHS": 10, "STRENGTHS": 2},
     "05_sam_and_msam_gradients": {"EPOCHS": 4, "SEEDS": 1},
