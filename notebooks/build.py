@@ -42,6 +42,7 @@ _ENVIRONMENT = {
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences the kernel's debugger, which is not used
     "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's, where ipywidgets are not installed
 }
+_PATIENCE = 10**6  # seconds for a kernel to start or to show something; one that dies is noticed at once
 
 
 def load(script: Path, values: Mapping[str, Any] | None = None) -> Any:
@@ -82,9 +83,7 @@ def load(script: Path, values: Mapping[str, Any] | None = None) -> Any:
     return notebook
 
 
-def build(
-    script: Path, target: Path | None = None, timeout: float = 600, values: Mapping[str, Any] | None = None
-) -> Path:
+def build(script: Path, target: Path | None = None, values: Mapping[str, Any] | None = None) -> Path:
     """Execute one script in a fresh kernel, in an empty folder, and write the notebook.
 
     Parameters
@@ -93,8 +92,6 @@ def build(
         The script, in jupytext's percent format.
     target
         The notebook to write; beside the script, when None. Nothing is written when a cell fails.
-    timeout
-        The longest a cell may take, in seconds.
     values
         Other values for the script's parameters, see :func:`load`; needs a target.
 
@@ -119,7 +116,9 @@ def build(
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(
             notebook,
-            timeout=timeout,
+            timeout=None,
+            startup_timeout=_PATIENCE,
+            iopub_timeout=_PATIENCE,
             kernel_name="python3",
             extra_arguments=["--log-level=ERROR", "--InlineBackend.figure_formats={'retina'}"],
             record_timing=False,

@@ -43,7 +43,7 @@ def in_the_plane(H: Any, g: Any, v: Any, rho: float, rho_sam: float) -> tuple[fl
     return math.copysign(angle, side), float(np.linalg.norm(projected) / np.linalg.norm(msam))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     rho_sam=st.floats(0.05, 2.0),
@@ -180,7 +180,7 @@ def test_bad_arguments(case: str) -> None:
 # --- inner products
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10**6),
     shapes=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 3), st.booleans(), st.booleans()), max_size=5),

@@ -220,7 +220,7 @@ def test_size_one(method: Any) -> None:
         assert pairs.converged
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @example(spectrum=[0.392, 0.393, *[0.0] * 7, 0.086, 0.086, 0.393], k=2, seed=0)
 @example(spectrum=[0.0, -1.0], k=1, seed=0)
 @given(
@@ -587,7 +587,7 @@ def test_the_margin_says_what_is_not_excluded() -> None:
     assert unchecked.converged
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     spectrum=st.lists(st.integers(-100, 100), min_size=2, max_size=9, unique=True),
     shares=st.lists(st.floats(0.01, 1), min_size=9, max_size=9),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.utils.data import (
 )
 
 import msam_analysis as ma
+from msam_analysis.landscape import logarithmic
 
 from .cases import MLP, concatenate, generator, normal
 
@@ -30,6 +32,7 @@ NAN, INF = math.nan, math.inf
 
 # The mistakes below are such as mypy finds; users without mypy make them, too.
 loose: Any = ma
+half: Any = 2.5
 
 
 def dataset() -> TensorDataset:
@@ -202,6 +205,23 @@ def test_everything_frozen() -> None:
     model = MLP.model().requires_grad_(False)
     with pytest.raises(ValueError, match=r"no parameter with requires_grad=True.*unfreeze.*parameters="):
         ma.Objective(model, MLP.loss_fn, MLP.data())
+
+
+class Locked(nn.Module):
+    """A model that holds what nothing can copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.lock = nn.Linear(4, 3).double(), threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out
+
+
+def test_a_model_that_cannot_be_copied() -> None:
+    with pytest.raises(ValueError, match=r"cannot be copied \(TypeError: .*lock.*expected modules .*remove attributes"):
+        ma.Objective(Locked(), F.cross_entropy, MLP.data()).loss()
 
 
 def unreduced(output: Tensor, target: Tensor) -> Tensor:
@@ -432,6 +452,22 @@ CALLS: dict[str, tuple[Callable[[ma.Objective], Any], str]] = {
     "no coordinates": (lambda o: loose.slice_1d(o, o.point(), coordinates=[]), r"coordinates must be finite.*got \[\]"),
     "NaN coordinate": (lambda o: loose.slice_1d(o, o.point(), coordinates=[0.0, NAN]), r"coordinates must be finite"),
     "decreasing": (lambda o: loose.slice_1d(o, o.point(), coordinates=[1.0, 0.0]), r"coordinates must be .*increasing"),
+    "start of another size": (
+        lambda o: loose.top_eigenvalues(o, start=torch.ones(3)),
+        r"start .*\(59,\).*got \(3,",
+    ),
+    "start of three dimensions": (
+        lambda o: loose.top_eigenvalues(o, start=torch.ones(59, 1, 1)),
+        r"start .*shape .*\(59, p\), got \(59, 1, 1\)",
+    ),
+    "ends in another order": (lambda o: logarithmic(2.0, 1.0), r"0 < smallest < largest, got 2\.0 and 1"),
+    "an end of zero": (lambda o: logarithmic(0.0, 1.0), r"0 < smallest < largest, got 0\.0 and 1\.0"),
+    "one point": (lambda o: logarithmic(1.0, 2.0, points=1), r"points must be an integer .*2, got 1"),
+    "half a point": (lambda o: logarithmic(1.0, 2.0, points=half), r"points must be an integer .*got 2\.5"),
+    "weights of another shape": (
+        lambda o: o.vector({"0.weight": torch.ones(2)}),
+        r"expected shape .*'0\.weight', got \(2,\)",
+    ),
     "NaN direction": (lambda o: loose.slice_1d(o, o.point() * NAN, points=3), r"direction.*NaN"),
 }
 
@@ -446,6 +482,14 @@ def test_bad_arguments(name: str, objective: ma.Objective) -> None:
 TYPES: dict[str, tuple[Callable[[ma.Objective], Any], str]] = {
     "slice along a word": (lambda o: loose.slice_1d(o, "gradient"), r"expected a Direction or a flat tensor, got str"),
     "eigenvalues of a model": (lambda o: loose.top_eigenvalues(MLP.model()), r"expected .*Objective.*got Sequential"),
+    "batches without a tensor": (
+        lambda o: ma.Objective(MLP.model(), MLP.loss_fn, [{"words": "text"}]).loss(),
+        r"a batch holds no tensor with a sample dimension \(got dict\): expected \(inputs, targets\)",
+    ),
+    "batches of one number": (
+        lambda o: ma.Objective(MLP.model(), MLP.loss_fn, [{"number": torch.tensor(1.0)}]).loss(),
+        r"a batch holds no tensor with a sample dimension \(got dict\)",
+    ),
     "trace of a model": (lambda o: loose.trace(MLP.model(), draws=3), r"expected .*Objective.*got Sequential"),
 }
 
@@ -491,6 +535,18 @@ def test_momentum_direction_without_momentum(objective: ma.Objective) -> None:
         ma.directions.momentum(torch.optim.SGD(parameters, lr=0.1), objective)
     with pytest.raises(RuntimeError, match=r"no momentum yet.*at least one step"):
         ma.directions.momentum(torch.optim.SGD(parameters, lr=0.1, momentum=0.9), objective)
+
+
+@pytest.mark.parametrize("normalize", ["filter", "layer"])
+def test_momentum_direction_without_the_weights(normalize: Any) -> None:
+    """What is measured against the weights needs them; the length of the vector does not."""
+    weight = nn.Parameter(torch.ones(2, 3))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    weight.grad = torch.full_like(weight, 2.0)
+    optimizer.step()
+    with pytest.raises(ValueError, match=rf"normalize='{normalize}' needs the weights: pass objective="):
+        ma.directions.momentum(optimizer, normalize=normalize)
+    assert float(ma.directions.momentum(optimizer, normalize="l2").vector.norm()) == pytest.approx(1.0)
 
 
 def test_momentum_of_another_model(objective: ma.Objective) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import runpy
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import msam_analysis as ma
 from msam_analysis.landscape import journal, metrics, point_table
 from msam_analysis.results import Slice1D, Slice2D, load
+from tests.programs import ended
 
 from .cases import CONVNET, MLP, TAGGER, normal
 
@@ -91,7 +92,7 @@ PASSES = {"line": 27, "plane": 63, "metrics": 27, "refined": 210, "samples": 18}
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_killed_at_any_point_and_continued(way: str, tmp_path: Path, data: st.DataObject) -> None:
     """Bit for bit what one run gives, after any number of ends."""
@@ -181,19 +182,19 @@ ma.slice_1d(objective, direction, points=41).save(sys.argv[1] + ".whole")
 """
 
 
-def test_a_process_that_is_killed(tmp_path: Path) -> None:
-    """SIGKILL, which no process can answer: the file is there, and another process ends it in the same bits."""
-
-    def run(path: Path, calls: int) -> int:
-        return subprocess.run([sys.executable, "-c", KILL, str(path), str(calls)], check=False).returncode
-
-    path = tmp_path / "slice"
-    assert run(path, 30) == -signal.SIGKILL
+def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL, which no process can answer: the file is there, and this process ends it in the same bits."""
+    path, script = tmp_path / "slice", tmp_path / "script.py"
+    script.write_text(KILL, encoding="utf-8")
+    assert ended([sys.executable, str(script), str(path), "30"]).code == -signal.SIGKILL
     partial = load(path)
     assert isinstance(partial, Slice1D)
     assert not partial.complete
     assert partial.evaluations == 29, "thirty passes: the centre, the others, and the one that was its end"
-    assert run(path, 0) == 0
+    for name, module in (("INTERVAL", journal), ("_SHARE", journal), ("_BLOCK_SECONDS", sweep)):
+        monkeypatch.setattr(module, name, getattr(module, name))  # what the script sets is taken back
+    monkeypatch.setattr(sys, "argv", [str(script), str(path), "0"])
+    runpy.run_path(str(script), run_name="__main__")
     same(load(path), load(tmp_path / "slice.whole"))
 
 

@@ -75,31 +75,32 @@ def off(values: Array, dense: Array) -> float:
     return float(max(found, np.abs(np.log(values / dense)).max() / np.ptp(np.log(dense))))
 
 
-def covered(grids: list[tuple[str, Array]], tolerances: tuple[float, ...]) -> tuple[float, list[str]]:
+def covered(cases: list[tuple[str, Array, float]]) -> tuple[float, list[str]]:
+    """Return which share of the errors is within its estimate, and the surfaces and tolerances where it is not."""
     missed = []
-    for name, dense in grids:
-        for tolerance in tolerances:
-            count, surface = refined(dense, tolerance)
-            flat, rounding = dense.ravel(), 1e-12 * np.abs(dense).max()
-            absolute = np.abs(surface.values - flat).max() > surface.error + rounding
-            if absolute or off(surface.values, flat) > surface.relative + rounding / np.ptp(dense):
-                missed.append(f"{name} at {tolerance}, {count} points")
-    return 1 - len(missed) / (len(grids) * len(tolerances)), missed
+    for name, dense, tolerance in cases:
+        count, surface = refined(dense, tolerance)
+        flat, rounding = dense.ravel(), 1e-12 * np.abs(dense).max()
+        absolute = np.abs(surface.values - flat).max() > surface.error + rounding
+        if absolute or off(surface.values, flat) > surface.relative + rounding / np.ptp(dense):
+            missed.append(f"{name} at {tolerance}, {count} points")
+    return 1 - len(missed) / len(cases), missed
 
 
 def test_the_estimate_covers_the_error_on_planes() -> None:
-    rate, missed = covered(list(surfaces(31)), (0.05, 0.01))
+    """Every kind of surface at both tolerances, each with two seeds of the four."""
+    rate, missed = covered([(name, dense, (0.05, 0.01)[int(name[-1]) % 2]) for name, dense in surfaces(31)])
     assert rate >= 0.95, missed
 
 
 def test_the_estimate_covers_the_error_on_unequal_planes() -> None:
-    rate, missed = covered([(name, dense[:, ::2]) for name, dense in surfaces(41) if name.endswith("0")], (0.02,))
+    rate, missed = covered([(name, dense[:, ::2], 0.02) for name, dense in surfaces(41) if name.endswith("0")])
     assert rate >= 0.9, missed
 
 
 def test_the_estimate_covers_the_error_on_lines() -> None:
     lines = [(f"{name} {row}", dense[row]) for name, dense in surfaces(51) for row in (3, 25)]
-    rate, missed = covered(lines, (0.05, 0.01))
+    rate, missed = covered([(name, dense, tolerance) for name, dense in lines for tolerance in (0.05, 0.01)])
     assert rate >= 0.95, missed
 
 

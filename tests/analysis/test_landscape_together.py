@@ -185,7 +185,7 @@ def test_two_processes_give_what_one_does() -> None:
     """Bit for bit, on both; with one file, written by the first."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        spawn(work, args=(name,), nprocs=2)
+        spawn(work, args=(name,), nprocs=2, daemon=True)
         slices(folder, "alone")
         for way in ("plain", "metrics", "refined", "batched", "samples"):
             alone, first, second, written = (

@@ -200,7 +200,7 @@ def test_nan_and_infinity_come_back_as_they_are(tmp_path: Path) -> None:
 IDENTITY = {"probes": ["a"], "periods": [1]}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(rows=st.lists(st.floats(), min_size=1, max_size=4), cut=st.integers(0, 400), back=st.integers(0, 4))
 def test_a_file_cut_anywhere_keeps_its_whole_lines(
     rows: list[float], cut: int, back: int, tmp_path_factory: pytest.TempPathFactory

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+
+from tests.programs import ended
 
 from . import monitored
 
@@ -31,11 +31,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         encoding="utf-8",
     )
     command = [sys.executable, "-W", "error", str(WATCHED), str(folder / "recipe.py"), str(folder / "passes.pt")]
-    home = {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        command, cwd=folder, env=os.environ | home, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = ended(command, folder, {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"})
+    assert done.code == 0, done.err
     read: dict[str, Any] = json.loads((folder / "found.json").read_text(encoding="utf-8"))
     return read
 

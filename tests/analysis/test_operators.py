@@ -48,7 +48,7 @@ def dense(operator: ma.SymmetricOperator) -> Tensor:
 
 @each_operator
 @given(columns=st.integers(1, 9), seed=st.integers(0, 99))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_products_agree(name: str, columns: int, seed: int) -> None:
     operator, matrix = MATRICES[name]()
     block = normal(59, columns, seed=seed)

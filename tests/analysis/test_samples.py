@@ -40,7 +40,7 @@ def rows(data: Any, indices: list[int]) -> Any:
 
 @each_case
 @given(indices=chosen, batch_size=st.one_of(st.none(), st.integers(1, 12)))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_loss_and_derivatives_are_those_of_the_chosen_samples(
     case: Case, indices: list[int], batch_size: int | None
 ) -> None:
@@ -56,7 +56,6 @@ def test_loss_and_derivatives_are_those_of_the_chosen_samples(
 
 
 @given(indices=chosen, batch_size=st.one_of(st.none(), st.integers(1, 12)))
-@settings(deadline=None)
 def test_samples_come_in_the_order_asked_for_in_ragged_batches(indices: list[int], batch_size: int | None) -> None:
     got = objective(TAGGER).with_samples(torch.tensor(indices), batch_size=batch_size).batches
     size = batch_size or 4  # of the largest batch

@@ -160,7 +160,7 @@ def test_interior_maximum() -> None:
     torch.testing.assert_close(result.displacement, top, rtol=1e-3, atol=1e-4)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(data=st.data())
 def test_any_quadratic(data: st.DataObject) -> None:
     n = data.draw(st.integers(1, 40), label="n")

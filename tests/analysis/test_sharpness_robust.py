@@ -180,7 +180,7 @@ def test_a_linear_model_in_single_precision() -> None:
 # --- one parameter, one sample
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     coefficients=st.lists(st.integers(-40, 40), min_size=3, max_size=3),
     rho=st.sampled_from([0.1, 0.7, 2.0]),

@@ -564,7 +564,7 @@ def test_points_in_the_plane_are_where_they_seem_to_be(objective: ma.Objective) 
     assert seen.center_loss == pytest.approx(closed_form(W))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), directions=st.integers(1, 4), tilt=st.floats(1e-3, 1.0))
 def test_any_point_and_any_directions_as_by_least_squares(seed: int, directions: int, tilt: float) -> None:
     D = normal(5, directions, seed=seed)
@@ -637,7 +637,7 @@ def test_the_statistics_of_today_are_not_those_of_the_points(tmp_path: Path) -> 
     torch.testing.assert_close(seen.loss, right.loss().reshape(1))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 10**6), points=st.integers(3, 30), margin=st.floats(0, 2), square=st.booleans())
 def test_a_grid_holds_every_point_and_the_centre(seed: int, points: int, margin: float, square: bool) -> None:
     seen = [

@@ -43,7 +43,7 @@ def one_by_one(images: Tensor, draw: Draw, augmentation: Augmentation) -> Tensor
     return torch.from_numpy(np.stack(results))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     count=st.integers(1, 5),
     height=st.integers(1, 9),
@@ -194,7 +194,7 @@ def test_images_may_be_views() -> None:
 # --- standardisation
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(count=st.integers(1, 4), channels=st.integers(1, 4), side=st.integers(1, 6), seed=st.integers(0, 1000))
 def test_statistics_by_numpy(count: int, channels: int, side: int, seed: int) -> None:
     images = random_images(count, channels, side, side, seed=seed)

@@ -359,7 +359,7 @@ def test_generated_files_have_the_format(kind: Kind, tmp_path: Path) -> None:
             assert torch.equal(split.superclasses, split.labels // 5)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 2**40))
 def test_generated_files_repeat(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:
     a, b, c = (tmp_path_factory.mktemp("data") for _ in range(3))

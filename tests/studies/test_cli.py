@@ -8,10 +8,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +29,7 @@ from msam_analysis.cli.names import distinct_names
 from msam_analysis.measures.summary import RADII, measure
 from msam_analysis.results import Result
 from msam_analysis.studies import study
+from tests.programs import ended
 
 MODULE = "workbench"
 SOURCE = '''
@@ -558,11 +557,8 @@ def installed(*arguments: str, folder: Path) -> Outcome:
     """Run the command that stands beside this interpreter."""
     script = shutil.which("msam-analysis", path=str(Path(sys.executable).parent))
     assert script is not None, "the package is not installed"
-    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [script, *arguments], cwd=folder, env=one_thread, capture_output=True, text=True, timeout=120, check=False
-    )
-    return Outcome(done.returncode, done.stdout, done.stderr)
+    done = ended([script, *arguments], folder)
+    return Outcome(done.code, done.out, done.err)
 
 
 def test_the_installed_command_measures(bench: Path) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from msam_analysis.cli import landscape as cli_landscape
 from msam_analysis.cli.processes import own_device
 from msam_analysis.landscape.trajectory import TrajectoryRecorder
 from msam_analysis.results import Result, Slice1D, Slice2D
+from tests.programs import ended
 
 MODULE = "lookout"
 SOURCE = '''
@@ -486,15 +485,12 @@ def test_two_processes_measure_what_one_does(bench: Path, command: Command) -> N
         "gradient",
     ]
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*start, "-m", "msam_analysis", "landscape", *arguments, *FACTORIES, "--out", "two"],
-        cwd=bench, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("written: two/landscape.png") == 1
+    done = ended([*start, "-m", "msam_analysis", "landscape", *arguments, *FACTORIES, "--out", "two"], bench)
+    assert done.code == 0, done.err
+    assert done.out.count("written: two/landscape.png") == 1
     alone = command(*arguments, "--out", "one")
     assert alone.code == 0, alone.err
-    assert done.stdout == alone.out.replace("one/", "two/")
+    assert done.out == alone.out.replace("one/", "two/")
     assert files(bench / "two") == files(bench / "one")
     for name in ("a.safetensors", "b.safetensors"):
         assert same(results.load(bench / "two" / name), results.load(bench / "one" / name), but=())

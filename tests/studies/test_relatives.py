@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from msam_analysis.studies import relatives
+from msam_analysis.studies import digits, relatives
 from msam_analysis.studies.runs import Run
 from msam_analysis.studies.workloads import DIGITS, RELATIVES, Workload
 
@@ -89,7 +89,7 @@ def test_the_table_is_standardised_and_has_its_share_of_flipped_labels() -> None
     assert torch.equal(truth[300:], test_labels)
 
 
-@pytest.mark.parametrize("load", [relatives.text, relatives.table])
+@pytest.mark.parametrize("load", [relatives.text, relatives.table, digits.load])
 def test_without_scikit_learn(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     original = builtins.__import__
 
@@ -100,5 +100,5 @@ def test_without_scikit_learn(load: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
     load.cache_clear()
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ModuleNotFoundError, match=r"the (text|table) workload needs scikit-learn: install it with"):
+    with pytest.raises(ModuleNotFoundError, match=r"the (text|table|digits) workload needs scikit-learn: install"):
         load()
