@@ -7,7 +7,7 @@ lies. :func:`verdict` is the rule.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,6 +187,37 @@ def times(label: str, larger: Values, smaller: Values, at_least: float = 1.0) ->
         return Comparison(f"{label} (not all positive: first − second{multiple})", mean_interval(excess))
     values = np.log(larger) - np.log(smaller)
     return Comparison(label, mean_interval(values), factor=True, above=math.log(at_least))
+
+
+def over_seeds(
+    what: str, column: str, *by: str, where: Mapping[str, object] | None = None, **region: Any
+) -> Callable[[pd.DataFrame], list[Comparison]]:
+    """Return a function that makes one :class:`Comparison` of a column's values for every group of a table.
+
+    Parameters
+    ----------
+    what
+        What the numbers are, for the label.
+    column
+        Column with one number a seed.
+    *by
+        Columns whose values make the groups, and name them in the label.
+    where
+        Columns to the value that a row must have there to be looked at; default all rows.
+    **region
+        Unit and bounds of the comparisons.
+    """
+
+    def compare(table: pd.DataFrame) -> list[Comparison]:
+        found = []
+        for name, value in (where or {}).items():
+            table = table[table[name] == value]
+        for group, part in table.groupby([*by], sort=False):
+            values = part.sort_values("seed")[column].to_numpy(dtype=np.float64)
+            found.append(Comparison(f"{' '.join(map(str, group))}, {what}", mean_interval(values), **region))
+        return found
+
+    return compare
 
 
 def _per_seed(steps: pd.DataFrame, optimizer: str, statistic: Callable[[pd.DataFrame], float]) -> Values:

@@ -96,18 +96,15 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
 
 def outcomes(runs: Sequence[FinishedRun]) -> pd.DataFrame:
     """Return one row per run: optimizer, seed, its settings (see ``Run.settings``) and its scores."""
-    rows = [{"optimizer": run.optimizer, "seed": run.seed, **run.settings, **run.scores} for run in runs]
+    return per_run(runs, lambda run: {**run.settings, **run.scores})
+
+
+def per_run(
+    runs: Iterable[FinishedRun], columns: Callable[[FinishedRun], Mapping[str, object]], **same: object
+) -> pd.DataFrame:
+    """Return one row per run: optimizer, seed, what is the ``same`` for all of them, and what ``columns`` gives."""
+    rows = [{"optimizer": run.optimizer, "seed": run.seed, **same, **columns(run)} for run in runs]
     table: pd.DataFrame = pd.DataFrame(rows)
-    return table
-
-
-def recorded(runs: Sequence[FinishedRun]) -> pd.DataFrame:
-    """Return one row per step of every run: optimizer, seed, its settings, and what was recorded."""
-    frames = [
-        run.steps.assign(**{"optimizer": run.optimizer, "seed": run.seed, **_apart(run.settings, run.steps)})
-        for run in runs
-    ]
-    table: pd.DataFrame = pd.concat(frames, ignore_index=True)
     return table
 
 
@@ -134,11 +131,6 @@ def mean_cosine(steps: pd.DataFrame) -> float:
 def negative_share(values: pd.Series[float]) -> float:
     """Return how many of some numbers are negative, in percent; NaN where one of them is."""
     return math.nan if values.isna().any() or values.empty else 100 * float((values < 0).mean())
-
-
-def _apart(settings: Mapping[str, Any], steps: pd.DataFrame) -> dict[str, Any]:
-    """Name a setting that is also recorded at every step, the learning rate, by what it is there: the peak."""
-    return {f"peak_{name}" if name in steps else name: value for name, value in settings.items()}
 
 
 def tabulate(runs: Sequence[FinishedRun], controls: Sequence[FinishedRun] = ()) -> Tables:

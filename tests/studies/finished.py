@@ -8,7 +8,7 @@ import pandas as pd
 
 from msam_analysis.report.page import Claim
 from msam_analysis.studies.claims import PaperClaim
-from msam_analysis.studies.exhibits.base import Evidence, Exhibit
+from msam_analysis.studies.exhibits.base import Exhibit
 from msam_analysis.studies.measuring import scores
 from msam_analysis.studies.runs import Run, gather
 from msam_analysis.studies.tables import FinishedRun
@@ -30,10 +30,10 @@ def finish(run: Run, every: int = 2) -> FinishedRun:
     return FinishedRun(run.optimizer, run.seed, reached, trained.steps, {}, run.settings)
 
 
-def evidence_of(problem: Workload, seeds: int, exhibits: Iterable[Exhibit]) -> Evidence:
+def finished_of(workload: Workload, seeds: int, exhibits: Iterable[Exhibit]) -> dict[str, FinishedRun]:
     """Train what exhibits need, each network once."""
-    wanted = gather(run for exhibit in exhibits for run in exhibit.runs(problem, seeds))
-    return Evidence(problem, seeds, {identity: finish(run) for identity, run in wanted.items()})
+    wanted = gather(run for exhibit in exhibits for run in exhibit.runs(workload, seeds))
+    return {identity: finish(run) for identity, run in wanted.items()}
 
 
 def judged(claims: Iterable[PaperClaim], words: str, table: pd.DataFrame) -> Claim:

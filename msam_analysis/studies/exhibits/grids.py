@@ -1,4 +1,4 @@
-"""What exhibits that vary one setting share: grids relative to a workload's own values, and the best of a grid."""
+"""Grids of one setting around a workload's own value, and the best of a grid."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pandas as pd
 from msam import Perturbation
 from msam_analysis.results.statistics import mean_interval, summarise
 from msam_analysis.studies.claims import Comparison
+from msam_analysis.studies.pictures import Sweep
 from msam_analysis.studies.runs import Run, gather, variant
 from msam_analysis.studies.workloads import Workload
 
@@ -23,7 +24,7 @@ SAME_ACCURACY = 1.0
 """A difference of fewer points of test accuracy counts as none."""
 
 
-def base(problem: Workload, name: str) -> Perturbation:
+def base(workload: Workload, name: str) -> Perturbation:
     """Return a workload's perturbation, around whose strength a grid is laid.
 
     Raises
@@ -33,9 +34,9 @@ def base(problem: Workload, name: str) -> Perturbation:
     TypeError
         Its ρ is not a number.
     """
-    perturbation = problem.perturbations.get(name)
+    perturbation = workload.perturbations.get(name)
     if perturbation is None:
-        raise ValueError(f"a grid around the ρ of {name} needs that perturbation, got {list(problem.perturbations)}")
+        raise ValueError(f"a grid around the ρ of {name} needs that perturbation, got {list(workload.perturbations)}")
     if not isinstance(perturbation.rho, int | float):
         raise TypeError(f"a grid around the ρ of {name} needs a number, got {perturbation.rho!r}: give it a constant ρ")
     return perturbation
@@ -46,13 +47,13 @@ def scaled(value: Any, sixths: int) -> float:
     return float(f"{value * 10 ** (sixths / 6):.3g}")
 
 
-def plain(problem: Workload, seeds: int) -> list[Run]:
+def plain(workload: Workload, seeds: int) -> list[Run]:
     """Return the runs without a perturbation."""
-    return [Run(variant(problem, "SGD", None), "SGD", seed) for seed in range(seeds)]
+    return [Run(variant(workload, "SGD", None), "SGD", seed) for seed in range(seeds)]
 
 
 def grid(
-    problem: Workload,
+    workload: Workload,
     label: str,
     perturbation: Perturbation,
     sixths: Iterable[int],
@@ -62,10 +63,15 @@ def grid(
     """Return the runs of a perturbation at strengths around its own, in sixths of a decade."""
     strengths = [dataclasses.replace(perturbation, rho=scaled(perturbation.rho, sixth)) for sixth in sixths]
     return [
-        Run(variant(problem, label, strength), label, seed, watched=watched)
+        Run(variant(workload, label, strength), label, seed, watched=watched)
         for strength in strengths
         for seed in range(seeds)
     ]
+
+
+def against_rho(frame: pd.DataFrame) -> Sweep:
+    """Return the panel of test accuracy against ρ."""
+    return Sweep(frame, "rho", "test_accuracy", r"$\rho$", "test accuracy (%)", percent=True)
 
 
 def once(runs: Iterable[Run]) -> list[Run]:
