@@ -94,6 +94,12 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
         frame.to_csv(partial, index=False, lineterminator="\n")
 
 
+def as_table(data: Any) -> pd.DataFrame:
+    """Return a table of rows, or a table that pandas gives back without its type."""
+    table: pd.DataFrame = pd.DataFrame(data)
+    return table
+
+
 def outcomes(runs: Sequence[FinishedRun]) -> pd.DataFrame:
     """Return one row per run: optimizer, seed, its settings (see ``Run.settings``) and its scores."""
     return per_run(runs, lambda run: {**run.settings, **run.scores})
@@ -104,8 +110,7 @@ def per_run(
 ) -> pd.DataFrame:
     """Return one row per run: optimizer, seed, what is the ``same`` for all of them, and what ``columns`` gives."""
     rows = [{"optimizer": run.optimizer, "seed": run.seed, **same, **columns(run)} for run in runs]
-    table: pd.DataFrame = pd.DataFrame(rows)
-    return table
+    return as_table(rows)
 
 
 def of_training(steps: pd.DataFrame, statistic: Callable[[pd.DataFrame], float]) -> float:
@@ -177,5 +182,4 @@ def _stack(runs: Sequence[FinishedRun], frames: Callable[[FinishedRun], Iterable
     parts = [frame.assign(optimizer=run.optimizer, seed=run.seed) for run in runs for frame in frames(run)]
     first = ["optimizer", "seed"]
     table: pd.DataFrame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=first)
-    ordered: pd.DataFrame = table[first + [column for column in table.columns if column not in first]]
-    return ordered
+    return as_table(table[first + [column for column in table.columns if column not in first]])

@@ -263,8 +263,7 @@ def test_nothing_is_perturbed_in_the_warmup() -> None:
     assert perturbation.rho == Jump(0.3, 4), "one epoch of 16, 16, 16 and 12 samples"
     assert wanted.after_warmup(one, "AdamW") is one
     runs = {
-        name: train(tried, name, 0, every=1, watched=["rise"]).steps
-        for tried, name in ((late, "MSAM"), (one, "AdamW"))
+        name: train(tried, name, 0, every=1, watched=["rise"]).steps for tried, name in ((late, "MSAM"), (one, "AdamW"))
     }
     lengths = runs["MSAM"]["epsilon_norm"].to_numpy()
     assert (lengths[:4] == 0).all()

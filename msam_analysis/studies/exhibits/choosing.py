@@ -22,7 +22,7 @@ from msam_analysis.studies.exhibits.grids import SAME_ACCURACY, base, best, grid
 from msam_analysis.studies.exhibits.strengths import POSITIVE, part, strength_table
 from msam_analysis.studies.pictures import Sweep
 from msam_analysis.studies.runs import Run
-from msam_analysis.studies.tables import outcomes
+from msam_analysis.studies.tables import as_table, outcomes
 from msam_analysis.studies.workloads import Batches, Workload
 
 _HELD_OUT = (-4, -2, -1, 0, 1, 2, 3, 4)
@@ -129,8 +129,7 @@ def rule_table(table: pd.DataFrame, validation: pd.DataFrame) -> pd.DataFrame:
             reached = math.nan if math.isnan(rho) else float(accuracy.loc[seed, rho])
             lost = 100 * (float(accuracy.loc[seed, best_rho]) - reached)
             rows.append({"rule": rule, "seed": seed, "rho": rho, "test_accuracy": reached, "lost": lost})
-    found: pd.DataFrame = pd.DataFrame(rows)
-    return found
+    return as_table(rows)
 
 
 def _least(values: pd.Series[float]) -> float:
@@ -163,8 +162,7 @@ def _draw(_: pd.DataFrame, evidence: Evidence) -> Any:
 def _shown(found: pd.DataFrame) -> pd.DataFrame:
     percent = found.assign(test_accuracy=100 * found["test_accuracy"])
     shown = summarise(percent, ["rule"], ["rho", "test_accuracy", "lost"]).drop(columns="count")
-    words: pd.DataFrame = shown.assign(rule=shown["rule"].map(RULES))
-    return words
+    return as_table(shown.assign(rule=shown["rule"].map(RULES)))
 
 
 def _loses_little(rule: str) -> PaperClaim:

@@ -20,7 +20,7 @@ from msam_analysis.studies.exhibits.wanted import controls, networks
 from msam_analysis.studies.measuring import LINES
 from msam_analysis.studies.runs import Run
 from msam_analysis.studies.store import DivergedError
-from msam_analysis.studies.tables import FinishedRun, Tables, tabulate
+from msam_analysis.studies.tables import FinishedRun, Tables, as_table, tabulate
 from msam_analysis.studies.workloads import Workload
 
 CURVATURES = tuple(f"curvature_{name}" for name in ("momentum", "gradient", "random"))
@@ -56,8 +56,7 @@ def _per_epoch(steps: pd.DataFrame, *columns: str) -> pd.DataFrame:
     finite = epochs["finite"].all()
     means = epochs[list(columns)].mean()
     means.loc[~finite] = math.nan
-    kept: pd.DataFrame = means[means.notna().all(axis=1) | ~finite].reset_index()
-    return kept
+    return as_table(means[means.notna().all(axis=1) | ~finite].reset_index())
 
 
 def _summary(steps: pd.DataFrame, *columns: str) -> pd.DataFrame:
@@ -68,8 +67,7 @@ def _summary(steps: pd.DataFrame, *columns: str) -> pd.DataFrame:
 def _cosines(tables: Tables) -> pd.DataFrame:
     sources = {"epochs": tables.steps} | ({"replacement": tables.controls} if len(tables.controls) else {})
     parts = [_summary(steps, "cosine").assign(sampling=name) for name, steps in sources.items()]
-    together: pd.DataFrame = pd.concat(parts, ignore_index=True)
-    return together
+    return as_table(pd.concat(parts, ignore_index=True))
 
 
 def _draw_cosine(tables: Tables, _: Evidence) -> Any:

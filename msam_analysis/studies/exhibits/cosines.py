@@ -13,7 +13,15 @@ from msam_analysis.studies.claims import Comparison, PaperClaim, over_seeds
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.exhibits.wanted import each, unperturbed, with_recipe
 from msam_analysis.studies.runs import Run
-from msam_analysis.studies.tables import FinishedRun, cosines, mean_cosine, negative_share, of_training, per_run
+from msam_analysis.studies.tables import (
+    FinishedRun,
+    as_table,
+    cosines,
+    mean_cosine,
+    negative_share,
+    of_training,
+    per_run,
+)
 from msam_analysis.studies.workloads import Workload
 
 # ----------------------------------------------------------------------------------------------- A3, models and tasks
@@ -31,8 +39,7 @@ def _models_runs(workload: Workload, seeds: int) -> dict[str, list[Run]]:
 
 def _models_table(evidence: Evidence) -> pd.DataFrame:
     parts = [per_run(runs, _three, problem=name) for name, runs in evidence.groups.items()]
-    table: pd.DataFrame = pd.concat(parts, ignore_index=True)
-    return table
+    return as_table(pd.concat(parts, ignore_index=True))
 
 
 def _three(run: FinishedRun) -> dict[str, float]:
@@ -128,8 +135,7 @@ def _conditions_table(evidence: Evidence) -> pd.DataFrame:
         for name in _SERIES
         if name in run.steps
     ]
-    table: pd.DataFrame = pd.DataFrame(rows)
-    return table
+    return as_table(rows)
 
 
 def _draw_conditions(table: pd.DataFrame, _: Evidence) -> Any:

@@ -16,6 +16,7 @@ from msam_analysis.results.statistics import mean_interval, summarise
 from msam_analysis.studies.claims import Comparison
 from msam_analysis.studies.pictures import Sweep
 from msam_analysis.studies.runs import Run, gather, variant
+from msam_analysis.studies.tables import as_table
 from msam_analysis.studies.workloads import Workload
 
 HALF_DECADES = (-6, -3, 0, 3, 6)
@@ -85,8 +86,7 @@ def best(frame: pd.DataFrame, x: str = "rho", y: str = "test_accuracy") -> pd.Da
     A NaN of one seed is not outvoted by the others: where there is one, ``x`` comes last.
     """
     means = frame.groupby(x)[y].agg(lambda values: values.mean(skipna=False))
-    chosen: pd.DataFrame = frame[frame[x] == means.fillna(-math.inf).idxmax()]
-    return chosen
+    return as_table(frame[frame[x] == means.fillna(-math.inf).idxmax()])
 
 
 def best_of_each(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -110,8 +110,7 @@ def best_of_each(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
                 "at_grid_end": "yes" if at_end else "no",
             }
         )
-    table: pd.DataFrame = pd.DataFrame(rows).drop(columns="count")
-    return table
+    return as_table(pd.DataFrame(rows).drop(columns="count"))
 
 
 def paired(

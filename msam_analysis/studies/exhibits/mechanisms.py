@@ -15,7 +15,7 @@ from msam_analysis.studies.claims import Comparison, PaperClaim, over_seeds
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.exhibits.wanted import constant, each, with_recipe
 from msam_analysis.studies.runs import Run
-from msam_analysis.studies.tables import FinishedRun, mean_cosine, of_training, per_run
+from msam_analysis.studies.tables import FinishedRun, as_table, mean_cosine, of_training, per_run
 from msam_analysis.studies.watching import OFFSETS, STRENGTHS
 from msam_analysis.studies.workloads import Workload
 
@@ -52,8 +52,7 @@ def _along_table(evidence: Evidence) -> pd.DataFrame:
         for run in evidence.runs
         for offset in sorted((*OFFSETS, 0.0))
     ]
-    table: pd.DataFrame = pd.DataFrame(rows)
-    return table
+    return as_table(rows)
 
 
 def minimum(offsets: Sequence[float], changes: Sequence[float]) -> float:
@@ -187,8 +186,7 @@ def _angle_table(evidence: Evidence) -> pd.DataFrame:
         # A run without a record is not left out.
         rows = (run.steps.iloc[-1:] if recorded.empty else recorded)[["step", "epoch", "rho_0"]]
         roots.append(rows.assign(optimizer=run.optimizer, seed=run.seed, best_rho=best, finished=finished))
-    table: pd.DataFrame = pd.concat(roots, ignore_index=True)
-    return table
+    return as_table(pd.concat(roots, ignore_index=True))
 
 
 def _draw_angle(table: pd.DataFrame, evidence: Evidence) -> Any:

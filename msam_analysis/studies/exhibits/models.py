@@ -17,7 +17,7 @@ from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.exhibits.wanted import after_warmup, each, unperturbed
 from msam_analysis.studies.measuring import SOME
 from msam_analysis.studies.runs import Run
-from msam_analysis.studies.tables import FinishedRun, cosines, mean_cosine, negative_share, of_training
+from msam_analysis.studies.tables import FinishedRun, as_table, cosines, mean_cosine, negative_share, of_training
 from msam_analysis.studies.workloads import Workload
 
 OUTSIDE = ("text", "table")
@@ -55,8 +55,7 @@ def _warmup_runs(workload: Workload, seeds: int) -> dict[str, list[Run]]:
 
 def _warmup_table(evidence: Evidence) -> pd.DataFrame:
     rows = [{"perturbed": when, **_scores(run)} for when, runs in evidence.groups.items() for run in runs]
-    table: pd.DataFrame = pd.DataFrame(rows)
-    return table
+    return as_table(rows)
 
 
 def _above_base(table: pd.DataFrame) -> list[Comparison]:
@@ -129,8 +128,7 @@ def _outside_table(evidence: Evidence) -> pd.DataFrame:
                     "negative": of_training(run.steps, lambda steps: negative_share(cosines(steps))),
                 }
             )
-    table: pd.DataFrame = pd.DataFrame(rows)
-    return table
+    return as_table(rows)
 
 
 def _bases(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:

@@ -16,6 +16,7 @@ from msam_analysis.results.statistics import Interval
 from msam_analysis.studies import pictures
 from msam_analysis.studies.claims import Comparison, PaperClaim
 from msam_analysis.studies.exhibits.base import Exhibit
+from msam_analysis.studies.tables import as_table
 
 LR, MOMENTUM, BEFORE = 0.12, 0.8, 4
 """Recipe of the schematic, and how many plain steps lead to the state that all optimizers share."""
@@ -81,8 +82,7 @@ def surface(steps: pd.DataFrame, points: int = 61) -> pd.DataFrame:
         axes.append(np.linspace(values.min() - margin, values.max() + margin, points))
     x, y = (values.ravel() for values in np.meshgrid(*axes))
     at = torch.tensor(np.stack([x, y], axis=1))
-    frame: pd.DataFrame = pd.DataFrame({"x": x, "y": y, "loss": loss(at).numpy()})
-    return frame
+    return as_table({"x": x, "y": y, "loss": loss(at).numpy()})
 
 
 def _last_step(steps: pd.DataFrame, name: str) -> tuple[npt.NDArray[np.float64], ...]:

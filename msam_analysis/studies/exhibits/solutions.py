@@ -16,7 +16,7 @@ from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.exhibits.wanted import each
 from msam_analysis.studies.measuring import DISTURBANCES
 from msam_analysis.studies.pictures import Sweep
-from msam_analysis.studies.tables import FinishedRun, per_run
+from msam_analysis.studies.tables import FinishedRun, as_table, per_run
 
 # ------------------------------------------------------------------------------------------------ A6r, rank of features
 
@@ -68,8 +68,7 @@ def _robust_table(evidence: Evidence) -> pd.DataFrame:
             whose = {"optimizer": run.optimizer, "seed": run.seed, "attack": attack}
             for share, accuracy in zip((0.0, *shares), [found.clean, *found.accuracies.tolist()], strict=True):
                 rows.append({**whose, "share": share, "test_accuracy": 100 * accuracy})
-    table: pd.DataFrame = pd.DataFrame(rows)
-    return table
+    return as_table(rows)
 
 
 def _title(attack: str) -> str:

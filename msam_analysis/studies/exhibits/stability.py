@@ -16,7 +16,7 @@ from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.exhibits.grids import SAME_ACCURACY, base, once, paired, scaled
 from msam_analysis.studies.pictures import Sweep
 from msam_analysis.studies.runs import Run, variant
-from msam_analysis.studies.tables import of_training, outcomes
+from msam_analysis.studies.tables import as_table, of_training, outcomes
 from msam_analysis.studies.workloads import Workload
 
 _LR = (-18, -12, -6, -3, 0, 3)
@@ -51,8 +51,7 @@ def _by_setting(evidence: Evidence, table: pd.DataFrame, columns: list[str]) -> 
         frames.append(
             table.loc[own, ["optimizer", "seed", "replacement", *columns]].assign(setting=name, value=table[name])
         )
-    stacked: pd.DataFrame = pd.concat(frames, ignore_index=True)
-    return stacked
+    return as_table(pd.concat(frames, ignore_index=True))
 
 
 # --- A5, A6, A7: the cosine
@@ -105,8 +104,7 @@ def _draw_cosines(table: pd.DataFrame, _: Evidence) -> Any:
 def _shown_cosines(table: pd.DataFrame) -> pd.DataFrame:
     percent = table.sort_values(["setting", "value"]).assign(train_accuracy=100 * table["train_accuracy"])
     shown = summarise(percent, ["setting", "value", "replacement"], ["cosine", "train_accuracy"]).drop(columns="count")
-    words: pd.DataFrame = shown.assign(replacement=shown["replacement"].map(_ORDER))
-    return words
+    return as_table(shown.assign(replacement=shown["replacement"].map(_ORDER)))
 
 
 def _at(table: pd.DataFrame, setting: str, value: float, replacement: bool) -> pd.Series[float]:
@@ -218,8 +216,7 @@ def _gain_table(evidence: Evidence) -> pd.DataFrame:
     table = _by_setting(evidence, outcomes(evidence.runs), ["train_accuracy", "test_accuracy"])
     table = table[table["setting"] != "batch_size"].drop(columns="replacement")
     decades = np.abs(np.log10(table["value"].to_numpy(dtype=np.float64) / evidence.workload.recipe.lr))
-    found: pd.DataFrame = table.assign(near=(table["setting"] != "lr") | (decades < _NEAR))
-    return found
+    return as_table(table.assign(near=(table["setting"] != "lr") | (decades < _NEAR)))
 
 
 def _draw_gains(table: pd.DataFrame, _: Evidence) -> Any:
@@ -304,8 +301,7 @@ def _budget_table(evidence: Evidence) -> pd.DataFrame:
     columns = ["optimizer", "seed", "epochs", "gradients_per_step", "train_accuracy", "test_accuracy"]
     table = outcomes(evidence.runs)[columns]
     budget = (table["epochs"] * table["gradients_per_step"]).round().astype(int)
-    found: pd.DataFrame = table.assign(budget=budget, short=budget < evidence.workload.recipe.epochs)
-    return found
+    return as_table(table.assign(budget=budget, short=budget < evidence.workload.recipe.epochs))
 
 
 def _shown_budgets(table: pd.DataFrame) -> pd.DataFrame:

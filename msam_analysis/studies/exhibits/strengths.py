@@ -29,7 +29,7 @@ from msam_analysis.studies.exhibits.grids import (
 )
 from msam_analysis.studies.pictures import Sweep
 from msam_analysis.studies.runs import Run
-from msam_analysis.studies.tables import FinishedRun, of_training, outcomes
+from msam_analysis.studies.tables import FinishedRun, as_table, of_training, outcomes
 from msam_analysis.studies.workloads import Workload
 
 POSITIVE = (-9, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6)
@@ -78,14 +78,12 @@ def strength_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
     rises = [
         of_training(run.steps, lambda steps: steps["rise"].mean()) if "rise" in run.steps else math.nan for run in runs
     ]
-    table: pd.DataFrame = outcomes(runs)[_COLUMNS].assign(rise=rises)
-    return table
+    return as_table(outcomes(runs)[_COLUMNS].assign(rise=rises))
 
 
 def part(table: pd.DataFrame, optimizer: str, sign: int = 1) -> pd.DataFrame:
     """Return an optimizer's rows with one sign of ρ."""
-    rows: pd.DataFrame = table[(table["optimizer"] == optimizer) & (table["sign"] == sign)]
-    return rows
+    return as_table(table[(table["optimizer"] == optimizer) & (table["sign"] == sign)])
 
 
 def _gains(table: pd.DataFrame) -> list[Comparison]:
@@ -245,8 +243,7 @@ _STEPS = {"l2": "−ρ v/‖v‖", "none": "−ρ v", "lr": "−ρ η v"}
 def _step_table(evidence: Evidence) -> pd.DataFrame:
     """Return one row per run; ``step`` is the displacement, ``SGD`` for none."""
     table = outcomes(evidence.runs)[_COLUMNS]
-    found: pd.DataFrame = table.assign(step=table["normalize"].map(_STEPS).where(table["optimizer"] != "SGD", "SGD"))
-    return found
+    return as_table(table.assign(step=table["normalize"].map(_STEPS).where(table["optimizer"] != "SGD", "SGD")))
 
 
 def _draw_steps(table: pd.DataFrame, _: Evidence) -> Any:
@@ -265,8 +262,7 @@ def _draw_steps(table: pd.DataFrame, _: Evidence) -> Any:
 
 
 def _step(table: pd.DataFrame, normalize: str) -> pd.DataFrame:
-    rows: pd.DataFrame = table[table["step"] == _STEPS[normalize]]
-    return rows
+    return as_table(table[table["step"] == _STEPS[normalize]])
 
 
 def _only_shifts(table: pd.DataFrame) -> list[Comparison]:

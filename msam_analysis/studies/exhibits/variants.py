@@ -26,7 +26,7 @@ from msam_analysis.studies.exhibits.grids import (
     plain,
 )
 from msam_analysis.studies.runs import Run
-from msam_analysis.studies.tables import outcomes
+from msam_analysis.studies.tables import as_table, outcomes
 from msam_analysis.studies.workloads import Workload
 
 _COARSE = (-6, -3, 0, 3)
@@ -68,8 +68,7 @@ def _variant_table(evidence: Evidence) -> pd.DataFrame:
     """Return one row per run; ``variant`` is one of :data:`KINDS`, and empty for SGD."""
     table = outcomes(evidence.runs)
     name = table["scale"].replace("none", "vanilla").mask(table["subset"] == "some", "normalisation layers")
-    found: pd.DataFrame = table[_COLUMNS].assign(variant=name.mask(table["optimizer"] == "SGD", ""))
-    return found
+    return as_table(table[_COLUMNS].assign(variant=name.mask(table["optimizer"] == "SGD", "")))
 
 
 def _draw_variants(table: pd.DataFrame, _: Evidence) -> Any:
@@ -159,8 +158,7 @@ def _other_table(evidence: Evidence) -> pd.DataFrame:
     last = table["optimizer"] == "last gradient"
     signs = table["sign"].map({1: "+ last gradient", -1: "− last gradient"})
     scale = table["scale"].replace("none", "absolute")
-    found: pd.DataFrame = table.assign(kind=table["optimizer"].mask(last, signs), scale=scale)
-    return found
+    return as_table(table.assign(kind=table["optimizer"].mask(last, signs), scale=scale))
 
 
 def _draw_others(table: pd.DataFrame, _: Evidence) -> Any:
