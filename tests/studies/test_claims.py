@@ -16,9 +16,11 @@ from scipy import stats
 
 from msam_analysis.report.page import Claim
 from msam_analysis.results.statistics import Interval, mean_interval
-from msam_analysis.studies.claims import CLAIMS, FADED, MUCH, Comparison, PaperClaim, difference, ratio, verdict
+from msam_analysis.studies.claims import Comparison, PaperClaim, difference, ratio, verdict
+from msam_analysis.studies.exhibits.core import CORE, FADED, MUCH
 from msam_analysis.studies.tables import Tables
 
+CLAIMS = [claim for exhibit in CORE for claim in exhibit.claims]
 OPTIMIZERS = ("SGD", "NAG", "SAM", "MSAM")
 SEEDS = 4
 EPOCHS, STEPS = 9, 6  # epochs 0 to 8, so that the middle half is 2 to 6

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 
 from msam_analysis.report.page import Claim
 from msam_analysis.studies import prose
-from msam_analysis.studies.claims import PaperClaim
+from msam_analysis.studies.claims import Compare, PaperClaim
 from msam_analysis.studies.prose import Prose
 from msam_analysis.studies.runs import Run
 from msam_analysis.studies.store import DivergedError
@@ -87,19 +87,22 @@ class Exhibit:
         that the exhibit could be about.
     draw
         Table and finished runs to the axes of a new figure.
-    claims
-        What is tested on the table.
+    comparisons
+        Name of a claim to its test: table to what is compared.
     shown
         Table to a short one for the report; default none.
+    constants
+        Numbers that the words name.
     facts
-        Table and finished runs to the numbers that the note names; default none. The note can also ask whether there
+        Table and finished runs to more numbers that the note names; default none. The note can also ask whether there
         is anything to show: ``found``.
     written
         Table to what is written beside the figure; default the table itself.
     main
         Whether it is part of the study that is made when none is chosen.
     words
-        Title, caption and note; default those under its name in ``templates/exhibits.md.j2``.
+        Title, caption, note and claims, as :func:`~msam_analysis.studies.prose.read` expects them; default those under
+        its name in ``templates/exhibits.md.j2``.
     """
 
     ids: tuple[str, ...]
@@ -107,17 +110,23 @@ class Exhibit:
     wants: Callable[[Workload, int], Wanted]
     table: Callable[[Evidence], Any]
     draw: Callable[[Any, Evidence], Any]
-    claims: tuple[PaperClaim, ...] = ()
+    comparisons: Mapping[str, Compare] = field(default_factory=dict)
     shown: Callable[[Any], pd.DataFrame] | None = None
+    constants: Mapping[str, object] = field(default_factory=dict)
     facts: Callable[[Any, Evidence], Mapping[str, object]] = lambda *_: {}
     written: Callable[[Any], pd.DataFrame] = lambda table: table
     main: bool = False
-    words: Prose | None = None
+    words: str = ""
 
-    @property
+    @functools.cached_property
     def prose(self) -> Prose:
-        """Title, caption and note."""
-        return self.words or prose.of_exhibits()[self.name]
+        """Title, caption, note and claims, in words."""
+        return prose.read(self.words) if self.words else prose.of_exhibits()[self.name]
+
+    @functools.cached_property
+    def claims(self) -> tuple[PaperClaim, ...]:
+        """What is tested on the table."""
+        return self.prose.claimed(self.comparisons, self.constants)
 
     def groups(self, workload: Workload, seeds: int) -> Mapping[str, Sequence[Run]]:
         """Return the runs that it needs, by group."""
@@ -156,7 +165,8 @@ def find(exhibit: Exhibit, workload: Workload, seeds: int, finished: Mapping[str
     try:
         table = exhibit.table(evidence)
         found = not (isinstance(table, pd.DataFrame) and table.empty)
-        note = exhibit.prose.noted({"found": found, **exhibit.facts(table, evidence)})
+        facts = {"found": found, **exhibit.constants, **exhibit.facts(table, evidence)}
+        note = prose.fill(exhibit.prose.note, facts)
         if not found:
             return _untold(exhibit.claims, note=note)
         return Finding(

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import Comparison, PaperClaim, over_seeds
+from msam_analysis.studies.claims import Comparison, over_seeds
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.exhibits.wanted import each, unperturbed, with_recipe
 from msam_analysis.studies.runs import Run
@@ -72,23 +72,10 @@ MODELS = Exhibit(
     facts=lambda _, evidence: {
         "descriptions": ". ".join(f"{name}: {one.description}" for name, one in _workloads(evidence.workload).items())
     },
-    claims=(
-        PaperClaim(
-            "A3",
-            "The cosine is negative for most of training whatever the model and the task.",
-            "negative for all models",
-            _mostly_negative,
-            note="Networks and tasks: see the table; one of them alone tells nothing. The paper's are all of images.",
-        ),
-        PaperClaim(
-            "A4",
-            "After the buffer has taken in the gradient, their cosine is positive, just below 0.5.",
-            "just below 0.5",
-            over_seeds("mean cos(v_t, g_t)", "after_update", "problem", "optimizer", above=0.25, below=0.5),
-            note="Between 0.25 and 0.5 is required here. Of independent gradients it would be √(1 − μ²) = 0.44 at "
-            "μ = 0.9.",
-        ),
-    ),
+    comparisons={
+        "negative": _mostly_negative,
+        "after_update": over_seeds("mean cos(v_t, g_t)", "after_update", "problem", "optimizer", above=0.25, below=0.5),
+    },
 )
 
 # ------------------------------------------------------------------------------------------------------- A4, conditions
@@ -151,55 +138,24 @@ def _rows(quantity: str, schedule: str = "decay") -> Mapping[str, str]:
     return {"quantity": quantity, "schedule": schedule}
 
 
+_BELOW_0 = {"above": -math.inf, "below": 0.0}
+
 CONDITIONS = Exhibit(
     ("A4",),
     "cosine_conditions",
     wants=_conditions_runs,
     table=_conditions_table,
     draw=_draw_conditions,
-    claims=(
-        PaperClaim(
-            "A4",
-            "With a constant learning rate the cosine stays negative to the end of training.",
-            "negative without decay",
-            over_seeds(
-                "cosine in the last quarter",
-                "last_quarter",
-                "optimizer",
-                where=_rows("cosine", "constant"),
-                above=-math.inf,
-                below=0.0,
-            ),
+    comparisons={
+        "constant": over_seeds(
+            "cosine in the last quarter", "last_quarter", "optimizer", where=_rows("cosine", "constant"), **_BELOW_0
         ),
-        PaperClaim(
-            "A4",
-            "On fresh held-out batches, along whose momentum no step is taken, it is positive.",
-            "positive",
-            over_seeds("mean cosine", "mean", "optimizer", where=_rows("own_cosine_fresh")),
+        "fresh": over_seeds("mean cosine", "mean", "optimizer", where=_rows("own_cosine_fresh")),
+        "fixed": over_seeds("mean cosine", "mean", "optimizer", where=_rows("own_cosine_fixed"), above=0.8),
+        "training_momentum": over_seeds(
+            "mean cosine", "mean", "optimizer", where=_rows("held_out_cosine_fresh"), **_BELOW_0
         ),
-        PaperClaim(
-            "A4",
-            "On one fixed held-out batch it is near 1.",
-            "near 1",
-            over_seeds("mean cosine", "mean", "optimizer", where=_rows("own_cosine_fixed"), above=0.8),
-            note="More than 0.8 is required here.",
-        ),
-        PaperClaim(
-            "A4",
-            "Control, not in the paper: the training's momentum is an ascent direction on unseen batches as well.",
-            "not tested",
-            over_seeds(
-                "mean cosine",
-                "mean",
-                "optimizer",
-                where=_rows("held_out_cosine_fresh"),
-                above=-math.inf,
-                below=0.0,
-            ),
-            note="If so, the negative cosine is no property of the batches that are still to come in an epoch.",
-            control=True,
-        ),
-    ),
+    },
 )
 
 COSINES = (MODELS, CONDITIONS)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from msam_analysis.results.statistics import mean_interval
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import Comparison, PaperClaim, over_seeds
+from msam_analysis.studies.claims import Comparison, over_seeds
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.exhibits.wanted import constant, each, with_recipe
 from msam_analysis.studies.runs import Run
@@ -83,24 +83,10 @@ ALONG = Exhibit(
     wants=lambda workload, seeds: each(workload, workload.perturbations, seeds, watched=("along_momentum", "rise")),
     table=_along_table,
     draw=lambda table, _: pictures.along_momentum(table),
-    claims=(
-        PaperClaim(
-            "A2",
-            "Along the last step, the loss of the next batch has its minimum behind the weights: the step overshot.",
-            "overshoots",
-            lambda table: _minima(table, "SGD"),
-            note="The step went towards negative a; the change of the loss at each a is averaged over training, and "
-            "its minimum is found by a parabola through three points.",
-        ),
-        PaperClaim(
-            "A2",
-            "Control, not in the paper: so it has for the other optimizers, at their true weights.",
-            "shown for one optimizer",
-            lambda table: _minima(table, "NAG", "SAM", "MSAM"),
-            note="MSAM takes its gradient further along the step, and sees the overshoot of that point.",
-            control=True,
-        ),
-    ),
+    comparisons={
+        "behind": lambda table: _minima(table, "SGD"),
+        "behind_control": lambda table: _minima(table, "NAG", "SAM", "MSAM"),
+    },
 )
 
 # --------------------------------------------------------------------------- A12, the change of the loss itself, for η
@@ -147,24 +133,10 @@ RISE_RATES = Exhibit(
     wants=_rates_runs,
     table=_rates_table,
     draw=_draw_rates,
-    claims=(
-        PaperClaim(
-            "A12",
-            "The perturbation raises the loss of the batch for every learning rate.",
-            "raises, for several η",
-            over_seeds("mean L(w − ρ v/‖v‖) − L(w)", "virtual_rise", "optimizer", "learning_rate"),
-            note="For SGD the perturbation that MSAM would make is evaluated and not used.",
-        ),
-        PaperClaim(
-            "A12",
-            "Control, not in the paper: a small move further along the last step, by 0.1, also raises the batch's "
-            "loss.",
-            "not tested",
-            over_seeds("mean L(w − 0.1 v/‖v‖) − L(w)", "small_rise", "optimizer", "learning_rate"),
-            note="A long perturbation may raise any loss, by curvature alone; a short one tells the slope.",
-            control=True,
-        ),
-    ),
+    comparisons={
+        "every_rate": over_seeds("mean L(w − ρ v/‖v‖) − L(w)", "virtual_rise", "optimizer", "learning_rate"),
+        "small_move": over_seeds("mean L(w − 0.1 v/‖v‖) − L(w)", "small_rise", "optimizer", "learning_rate"),
+    },
 )
 
 # ---------------------------------------------------------------------------------- F3, the angle between MSAM and SAM
@@ -216,16 +188,7 @@ ANGLE = Exhibit(
     table=_angle_table,
     draw=_draw_angle,
     facts=lambda table, _: {"longest": f"{max(STRENGTHS):g}", "best": f"{table['best_rho'].iloc[0]:g}"},
-    claims=(
-        PaperClaim(
-            "F3",
-            "The strength ρ₀ at which MSAM's gradient points where SAM's does lies close to the best ρ for most "
-            "epochs.",
-            "close for most epochs",
-            _near_best,
-            note="A record without a root counts as not close.",
-        ),
-    ),
+    comparisons={"close": _near_best},
 )
 
 MECHANISMS = (ANGLE, ALONG, RISE_RATES)

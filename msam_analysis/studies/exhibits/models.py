@@ -12,7 +12,7 @@ import pandas as pd
 from msam_analysis.results import Eigenpairs
 from msam_analysis.results.statistics import mean_interval
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import FAR, Comparison, PaperClaim, difference, ratio
+from msam_analysis.studies.claims import FAR, Comparison, difference, ratio
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.exhibits.wanted import after_warmup, each, unperturbed
 from msam_analysis.studies.measuring import SOME
@@ -24,8 +24,6 @@ OUTSIDE = ("text", "table")
 """Relatives that have nothing to do with images."""
 
 _PERTURBED = ("SAM", "MSAM")
-_TUNED = "Learning rate and ρ were chosen by the test accuracy of two other seeds."
-_THROUGHOUT = "ρ is the one chosen for perturbing throughout, which favours that over starting after warm-up."
 
 
 def _scores(run: FinishedRun) -> dict[str, float | str | int]:
@@ -65,19 +63,15 @@ def _above_base(table: pd.DataFrame) -> list[Comparison]:
     return [dataclasses.replace(gain, label=f"{gain.label}, gain", above=FAR) for gain in gains]
 
 
-def _later_is_better(name: str, paper: str) -> PaperClaim:
-    def compare(table: pd.DataFrame) -> list[Comparison]:
-        mine = table[table["optimizer"] == name].sort_values("seed")
-        late, always = (
-            mine.loc[mine["perturbed"] == when, "test_accuracy"].to_numpy(dtype=np.float64)
-            for when in ("after warm-up only", "throughout")
-        )
-        if not len(late):
-            return []
-        return [Comparison(f"{name} after warm-up only − throughout", mean_interval(late - always), "points")]
-
-    sentence = f"{name} does better on a vision transformer where it starts after warm-up."
-    return PaperClaim("TA2", sentence, paper, compare, note=f"{_TUNED} {_THROUGHOUT}")
+def _later(table: pd.DataFrame, name: str) -> list[Comparison]:
+    mine = table[table["optimizer"] == name].sort_values("seed")
+    late, always = (
+        mine.loc[mine["perturbed"] == when, "test_accuracy"].to_numpy(dtype=np.float64)
+        for when in ("after warm-up only", "throughout")
+    )
+    if not len(late):
+        return []
+    return [Comparison(f"{name} after warm-up only − throughout", mean_interval(late - always), "points")]
 
 
 WARMUP = Exhibit(
@@ -88,18 +82,12 @@ WARMUP = Exhibit(
     draw=lambda table, _: pictures.by_group(
         table, {"test_accuracy": "test accuracy (%)", "train_accuracy": "train accuracy (%)"}, "perturbed"
     ),
-    facts=lambda *_: {"tuned": _TUNED, "throughout": _THROUGHOUT},
-    claims=(
-        PaperClaim(
-            "T2",
-            "On a vision transformer SAM and MSAM are far above AdamW.",
-            "69.1 % and 69.1 % against 67.0 % (ViT-S/32, ImageNet)",
-            _above_base,
-            note=f"Perturbed throughout, here; far above is by more than {FAR:g} points. {_TUNED}",
-        ),
-        _later_is_better("MSAM", "69.1 % after warm-up only, 66.1 % throughout"),
-        _later_is_better("SAM", "69.8 % after warm-up only, 69.2 % throughout"),
-    ),
+    constants={"far": f"{FAR:g}"},
+    comparisons={
+        "above": _above_base,
+        "msam_later": lambda table: _later(table, "MSAM"),
+        "sam_later": lambda table: _later(table, "SAM"),
+    },
 )
 
 # -------------------------------------------------------------------------------------------------- outside of vision
@@ -137,34 +125,19 @@ def _bases(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
         yield str(name), next(one for one in part["optimizer"] if one not in _PERTURBED), part
 
 
+def _lower_loss(table: pd.DataFrame, name: str) -> list[Comparison]:
+    return [
+        _named(workload, difference(part, "test_loss", base, name, unit="nats"))
+        for workload, base, part in _bases(table)
+    ]
+
+
+def _flatter(table: pd.DataFrame, name: str) -> list[Comparison]:
+    return [_named(workload, ratio(part, "lambda_1", base, name)) for workload, base, part in _bases(table)]
+
+
 def _named(workload: str, comparison: Comparison) -> Comparison:
     return dataclasses.replace(comparison, label=f"{workload}, {comparison.label}")
-
-
-def _generalises(name: str) -> tuple[PaperClaim, PaperClaim]:
-    return (
-        PaperClaim(
-            "T2",
-            f"Outside of vision, too, {name} lowers the test loss.",
-            "not in the paper; asked by its readers",
-            lambda table: [
-                _named(workload, difference(part, "test_loss", base, name, unit="nats"))
-                for workload, base, part in _bases(table)
-            ],
-            note=_TUNED,
-            control=True,
-        ),
-        PaperClaim(
-            "TA1",
-            f"Outside of vision, too, {name}'s minimum is flatter.",
-            "not in the paper; asked by its readers",
-            lambda table: [
-                _named(workload, ratio(part, "lambda_1", base, name)) for workload, base, part in _bases(table)
-            ],
-            note=f"Largest eigenvalue of the Hessian of the loss on the first {SOME} training samples. {_TUNED}",
-            control=True,
-        ),
-    )
 
 
 OUTSIDE_VISION = Exhibit(
@@ -183,8 +156,13 @@ OUTSIDE_VISION = Exhibit(
         "problem",
         log=("lambda_1",),
     ),
-    facts=lambda *_: {"tuned": _TUNED, "samples": SOME},
-    claims=(*_generalises("MSAM"), *_generalises("SAM")),
+    constants={"samples": SOME},
+    comparisons={
+        "msam_loss": lambda table: _lower_loss(table, "MSAM"),
+        "msam_flat": lambda table: _flatter(table, "MSAM"),
+        "sam_loss": lambda table: _lower_loss(table, "SAM"),
+        "sam_flat": lambda table: _flatter(table, "SAM"),
+    },
 )
 
 MODELS_AND_TASKS = (WARMUP, OUTSIDE_VISION)

@@ -14,7 +14,7 @@ from torch import Tensor
 from msam import Jump, Perturbation, PerturbedSGD
 from msam_analysis.results.statistics import Interval
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import Comparison, PaperClaim
+from msam_analysis.studies.claims import Comparison
 from msam_analysis.studies.exhibits.base import Exhibit
 from msam_analysis.studies.tables import as_table
 
@@ -128,16 +128,6 @@ SCHEMATIC = Exhibit(
     wants=lambda *_: [],
     table=lambda _: pd.DataFrame([one_step(name) for name in PERTURBATIONS]),
     draw=lambda steps, _: pictures.one_step(steps, surface(steps)),
-    facts=lambda *_: {"before": BEFORE, "momentum": MOMENTUM},
-    claims=(
-        PaperClaim(
-            "F1",
-            "SGD takes its gradient at the weights, SAM at distance ρ up the gradient, NAG and MSAM further along the "
-            "last step: NAG at a distance that shrinks with the step, MSAM at ρ.",
-            "a drawing",
-            lambda steps: [*_where(steps)],
-            note="Of the steps that are drawn, which the optimizers themselves make: no luck is in them, and they need "
-            "no interval.",
-        ),
-    ),
+    constants={"before": BEFORE, "momentum": MOMENTUM},
+    comparisons={"where": lambda steps: [*_where(steps)]},
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import pandas as pd
 
 from msam_analysis.results.statistics import mean_interval, summarise
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import Comparison, PaperClaim
+from msam_analysis.studies.claims import Compare, Comparison
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.exhibits.grids import SAME_ACCURACY, base, once, paired, scaled
 from msam_analysis.studies.pictures import Sweep
@@ -118,9 +118,6 @@ def _tried(table: pd.DataFrame, setting: str) -> list[float]:
     return sorted(set(table.loc[table["setting"] == setting, "value"]))
 
 
-Compare = Callable[[pd.DataFrame], list[Comparison]]
-
-
 def _rises_with(setting: str, toward: int, replacement: bool) -> Compare:
     """Compare the cosine at the two ends of a setting; ``toward`` is the end where it is said to be higher."""
 
@@ -134,7 +131,9 @@ def _rises_with(setting: str, toward: int, replacement: bool) -> Compare:
     return compare
 
 
-def _small_lr(replacement: bool) -> Compare:
+def _small_rates(replacement: bool) -> Compare:
+    """Compare the cosine at the two smallest learning rates with 0."""
+
     def compare(table: pd.DataFrame) -> list[Comparison]:
         return [
             Comparison(
@@ -149,20 +148,6 @@ def _small_lr(replacement: bool) -> Compare:
     return compare
 
 
-def _pair(
-    exhibit: str, sentence: str, paper: str, make: Callable[[bool], Compare], note: str = ""
-) -> tuple[PaperClaim, PaperClaim]:
-    """Return a claim of the paper, and what it must be read beside."""
-    control = (
-        f"Control, not in the paper: {sentence[0].lower()}{sentence[1:-1]}, also with batches drawn with replacement."
-    )
-    note = f"Mean over the middle half of the steps, SGD.{note}"
-    return (
-        PaperClaim(exhibit, sentence, paper, make(False), note=note),
-        PaperClaim(exhibit, control, "not tested", make(True), note=note, control=True),
-    )
-
-
 COSINE = Exhibit(
     ("A5", "A6", "A7"),
     "cosine_settings",
@@ -170,29 +155,14 @@ COSINE = Exhibit(
     table=_cosine_table,
     draw=_draw_cosines,
     shown=_shown_cosines,
-    claims=(
-        *_pair(
-            "A5",
-            "The cosine is negative even at very small learning rates.",
-            "negative",
-            _small_lr,
-            " The two smallest learning rates tried. A run that ends before it has crossed a valley, as its train "
-            "accuracy tells, cannot overshoot.",
-        ),
-        *_pair(
-            "A6",
-            "A smaller μ overshoots more: the cosine is lower.",
-            "lower",
-            lambda replacement: _rises_with("momentum", 1, replacement),
-        ),
-        *_pair(
-            "A7",
-            "Larger batches have a lower cosine.",
-            "lower",
-            lambda replacement: _rises_with("batch_size", -1, replacement),
-            " The same number of steps for every batch size, as an epoch here has few of them.",
-        ),
-    ),
+    comparisons={
+        "small_rates": _small_rates(False),
+        "small_rates_control": _small_rates(True),
+        "momentum": _rises_with("momentum", 1, False),
+        "momentum_control": _rises_with("momentum", 1, True),
+        "batches": _rises_with("batch_size", -1, False),
+        "batches_control": _rises_with("batch_size", -1, True),
+    },
 )
 
 
@@ -238,7 +208,7 @@ def _draw_gains(table: pd.DataFrame, _: Evidence) -> Any:
 def _shown_gains(table: pd.DataFrame) -> pd.DataFrame:
     wide = table.pivot_table(index=["setting", "value", "seed"], columns="optimizer", values="test_accuracy")
     wide = (100 * wide).assign(gain=lambda frame: frame["MSAM"] - frame["SGD"]).reset_index()
-    return summarise(wide, ["setting", "value"], ["SGD", "MSAM", "gain"]).drop(columns="count")
+    return as_table(summarise(wide, ["setting", "value"], ["SGD", "MSAM", "gain"]).drop(columns="count"))
 
 
 def _gains(table: pd.DataFrame, near: bool) -> list[Comparison]:
@@ -260,23 +230,7 @@ GAIN = Exhibit(
     draw=_draw_gains,
     shown=_shown_gains,
     facts=lambda _, evidence: {"rho": f"{base(evidence.workload, 'MSAM').rho:g}"},
-    claims=(
-        PaperClaim(
-            "A10",
-            "At one ρ, MSAM's gain over SGD holds over wide ranges of η and μ.",
-            "holds, at ρ = 2.2",
-            lambda table: _gains(table, near=True),
-            note="Every momentum tried, and every learning rate within a decade of the recipe's; test accuracy.",
-        ),
-        PaperClaim(
-            "A10",
-            "Control, not in the paper: it holds at learning rates further away, too.",
-            "not tested",
-            lambda table: _gains(table, near=False),
-            note="A perturbation of fixed length does not shrink with the learning rate, as the steps do.",
-            control=True,
-        ),
-    ),
+    comparisons={"near": lambda table: _gains(table, near=True), "far": lambda table: _gains(table, near=False)},
 )
 
 
@@ -307,7 +261,7 @@ def _budget_table(evidence: Evidence) -> pd.DataFrame:
 def _shown_budgets(table: pd.DataFrame) -> pd.DataFrame:
     accuracies = ["test_accuracy", "train_accuracy"]
     percent = table.assign(**{name: 100 * table[name] for name in accuracies}).sort_values("budget")
-    return summarise(percent, ["budget", "optimizer", "epochs"], accuracies).drop(columns="count")
+    return as_table(summarise(percent, ["budget", "optimizer", "epochs"], accuracies).drop(columns="count"))
 
 
 def _budgets(table: pd.DataFrame, short: bool, above: float = 0.0, below: float = math.inf) -> list[Comparison]:
@@ -331,22 +285,10 @@ COMPUTE = Exhibit(
         ]
     ),
     shown=_shown_budgets,
-    claims=(
-        PaperClaim(
-            "A11",
-            "At equal compute, MSAM is ahead of SAM, which has half the epochs, for short budgets.",
-            "ahead",
-            lambda table: _budgets(table, short=True),
-            note="Budgets below the recipe's own; test accuracy.",
-        ),
-        PaperClaim(
-            "A11",
-            "They are equal for long ones.",
-            "equal",
-            lambda table: _budgets(table, short=False, above=-SAME_ACCURACY, below=SAME_ACCURACY),
-            note="The recipe's own budget and beyond, within a point of test accuracy.",
-        ),
-    ),
+    comparisons={
+        "short": lambda table: _budgets(table, short=True),
+        "long": lambda table: _budgets(table, short=False, above=-SAME_ACCURACY, below=SAME_ACCURACY),
+    },
 )
 
 STABILITY = (COSINE, GAIN, COMPUTE)

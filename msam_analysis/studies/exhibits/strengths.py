@@ -13,7 +13,7 @@ import pandas as pd
 from msam import Perturbation
 from msam_analysis.results.statistics import mean_interval, summarise
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import Comparison, PaperClaim, Values, times
+from msam_analysis.studies.claims import Comparison, Values, times
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.exhibits.grids import (
     SAME_ACCURACY,
@@ -152,7 +152,7 @@ def _forgiving(table: pd.DataFrame) -> list[Comparison]:
 def _best_strengths(table: pd.DataFrame) -> pd.DataFrame:
     shown = best_of_each(table, ["optimizer", "sign"]).drop(columns="tried")
     keys = zip(shown["optimizer"], shown["sign"], strict=True)
-    return shown.assign(within_a_point=[_range_in_words(part(table, *key)) for key in keys])
+    return as_table(shown.assign(within_a_point=[_range_in_words(part(table, *key)) for key in keys]))
 
 
 def _range_in_words(rows: pd.DataFrame) -> str:
@@ -172,50 +172,14 @@ STRENGTH = Exhibit(
         table, {"test_accuracy": "test accuracy (%)", "train_accuracy": "train accuracy (%)"}
     ),
     shown=_best_strengths,
-    claims=(
-        PaperClaim(
-            "F2AB",
-            "A positive ρ raises the test accuracy of SAM and MSAM by more than 2 points.",
-            "76.90 % to 79.25 % (SAM) and 79.11 % (MSAM)",
-            _gains,
-            note="At the ρ with the best mean test accuracy of the grid, which favours the grid a little.",
-        ),
-        PaperClaim("F2AB", "At that ρ the train accuracy falls.", "falls", _costs),
-        PaperClaim(
-            "F2AB",
-            "A negative ρ never helps.",
-            "never above ρ = 0",
-            _negative,
-            note="Every negative ρ must be below SGD. Where training labels are wrong, whatever keeps a network from "
-            "fitting them helps it, and so may a negative ρ of the right size.",
-        ),
-        PaperClaim(
-            "F2AB",
-            "NAG helps the training rather than the generalisation.",
-            "test 77.09 % against 76.90 % (SGD) and 79.11 % (MSAM)",
-            _nesterov,
-            note="NAG is the displacement −ρ η v at ρ = μ: its train loss below SGD's, its test accuracy well below "
-            "MSAM's.",
-        ),
-        PaperClaim(
-            "A15",
-            "MSAM's best ρ is about ten times SAM's.",
-            "2 to 3 against 0.2 to 0.3",
-            _tenfold,
-            note="The best ρ of a seed is the middle, on a logarithmic scale, of the range within a point of its best "
-            "test accuracy; about ten is between five and twenty.",
-        ),
-        PaperClaim(
-            "A15",
-            "Readers' question, not in the paper: ρ is forgiving, half a decade of it stays within a point of the "
-            "best.",
-            "asked by readers",
-            _forgiving,
-            note="Range of ρ within one point of a seed's own best test accuracy, interpolated, and cut off at the "
-            "grid's ends. The best of one seed is partly luck, so that the range of the mean over seeds is wider.",
-            control=True,
-        ),
-    ),
+    comparisons={
+        "gains": _gains,
+        "costs": _costs,
+        "negative": _negative,
+        "nesterov": _nesterov,
+        "tenfold": _tenfold,
+        "forgiving": _forgiving,
+    },
 )
 
 
@@ -287,23 +251,7 @@ NORMALISATION = Exhibit(
     table=_step_table,
     draw=_draw_steps,
     shown=lambda table: best_of_each(table, ["step"]),
-    claims=(
-        PaperClaim(
-            "A1",
-            "Dropping the normalisation only shifts the best ρ.",
-            "same best test accuracy",
-            _only_shifts,
-            note="Best test accuracies within a point of each other.",
-        ),
-        PaperClaim(
-            "A1",
-            "Tying ρ to the learning rate turns the gain in generalisation into one in optimisation.",
-            "test accuracy falls towards SGD's, train accuracy rises above it",
-            _loses,
-            note="The best test accuracy is more than a point lower, and at some ρ the train loss is lower than SGD's. "
-            "Train loss and not train accuracy, which has no room where every sample is fitted.",
-        ),
-    ),
+    comparisons={"shifts": _only_shifts, "loses": _loses},
 )
 
 STRENGTHS = (STRENGTH, NORMALISATION)

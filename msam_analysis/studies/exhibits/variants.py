@@ -11,7 +11,7 @@ import pandas as pd
 from msam import NamedSubset, Perturbation, normalization_layers
 from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import Comparison, PaperClaim
+from msam_analysis.studies.claims import Comparison
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.exhibits.grids import (
     HALF_DECADES,
@@ -94,7 +94,7 @@ def _improves(table: pd.DataFrame) -> list[Comparison]:
 def _carries_over(table: pd.DataFrame) -> list[Comparison]:
     def change(family: str, name: str) -> pd.DataFrame:
         to, of = (_variant(table, family, which).set_index("seed")["test_accuracy"] for which in (name, "vanilla"))
-        return (to - of).rename("change").reset_index()
+        return as_table((to - of).rename("change").reset_index())
 
     return [
         paired(
@@ -115,24 +115,7 @@ VARIANT = Exhibit(
     table=_variant_table,
     draw=_draw_variants,
     shown=lambda table: best_of_each(table, ["optimizer", "variant"]),
-    claims=(
-        PaperClaim(
-            "T3",
-            "Vanilla, adaptive, relative and of the normalisation layers alone, SAM and MSAM generalise better than "
-            "SGD.",
-            "all above SGD",
-            _improves,
-            note="Each at the ρ with the best mean test accuracy of its own grid.",
-        ),
-        PaperClaim(
-            "T3",
-            "The variants carry over from SAM to MSAM.",
-            "the variants do for MSAM what they do for SAM",
-            _carries_over,
-            note="What a variant changes in MSAM's best test accuracy is no more than a point worse than what it "
-            "changes in SAM's.",
-        ),
-    ),
+    comparisons={"better": _improves, "carry_over": _carries_over},
 )
 
 
@@ -194,22 +177,7 @@ OTHER = Exhibit(
     table=_other_table,
     draw=_draw_others,
     shown=lambda table: best_of_each(table, ["kind", "scale"]),
-    claims=(
-        PaperClaim(
-            "A9",
-            "No random perturbation and none along the last gradient is as good as MSAM, at equal cost.",
-            "none as good",
-            _as_good,
-            note="Each at the ρ with the best mean test accuracy of its own grid; one gradient a step for all.",
-        ),
-        PaperClaim(
-            "A9",
-            "Readers' question, not in the paper: a random perturbation generalises better than none.",
-            "asked by readers",
-            _noise_helps,
-            control=True,
-        ),
-    ),
+    comparisons={"none_as_good": _as_good, "noise": _noise_helps},
 )
 
 VARIANTS = (VARIANT, OTHER)
