@@ -22,6 +22,8 @@ _CLAIM = re.compile(
 class Prose:
     """The words of an exhibit: jinja2 templates, which name numbers as in ``{{ samples }}``.
 
+    Tags such as ``{% if found %}`` stand on lines of their own.
+
     Attributes
     ----------
     title
@@ -100,6 +102,19 @@ def of_exhibits() -> dict[str, Prose]:
     text = (_FOLDER / "exhibits.md.j2").read_text(encoding="utf-8")
     preamble, *parts = re.split(r"^# (\w+): ", text, flags=re.MULTILINE)
     return {name: read(part, preamble) for name, part in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def of_exhibit(name: str) -> Prose:
+    """Return the words of one exhibit.
+
+    Raises
+    ------
+    ValueError
+        There are none.
+    """
+    if name not in of_exhibits():
+        raise ValueError(f"exhibit {name!r} has no words: give it some, or write '# {name}: title' in exhibits.md.j2")
+    return of_exhibits()[name]
 
 
 def render(template: str, facts: Mapping[str, object]) -> str:

@@ -56,7 +56,8 @@ def finished() -> Finished:
 
 def test_a_new_exhibit_is_thirty_lines_at_most_and_those_of_the_manual() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
-    _, example, _ = (part.split("\n", 1)[-1] for part in source.split("# The example of CONTRIBUTING.md"))
+    begin, end = (f"# The example of CONTRIBUTING.md {verb} here.\n" for verb in ("begins", "ends"))
+    example = source.partition(begin)[2].partition(end)[0]
     assert GAP.name in example
     assert len(example.splitlines()) <= 30
     assert example.strip() in (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -122,7 +123,9 @@ def test_what_a_diverged_network_does_not_have(tmp_path: Path, finished: Finishe
     trained = train(TOY, "SGD", 1, every=None)
     write_run(tmp_path / "run", trained, {"train_loss": math.inf, "test_loss": math.inf}, {})
     lost = {**finished, run.identity: read_run(tmp_path / "run", "SGD", 1, run.settings)}
-    asks = dataclasses.replace(GAP, table=lambda evidence: [run.results["plane"] for run in evidence.runs])
+    asks = dataclasses.replace(
+        GAP, table=lambda evidence: [run.results["plane"] for run in evidence.runs if run.seed == 1]
+    )
     finding = find(asks, TOY, SEEDS, {**finished, **lost})
     assert finding.draw is None
     (claim,) = finding.claims
@@ -139,7 +142,7 @@ def test_no_main_tables_of_a_diverged_network(finished: Finished, tmp_path: Path
 
 # --- words
 
-FORM = "A title\n\nA caption\nof two lines.\n\n{% if found %}One {{ number }}.{% endif %}\n\nTwo.\n\n"
+FORM = "A title\n\nA caption\nof two lines.\n\n{% if found %}\nOne {{ number }}.\n{% endif %}\n\nTwo.\n\n"
 CLAIM = "* first, T1: A sentence\n  of two lines.\n  paper: 1 %\n  note: {{ number }} words.\n"
 
 
@@ -162,13 +165,18 @@ def test_words_are_read() -> None:
     ("text", "message"),
     [
         ("A title alone", "need a title, an empty line and a caption"),
-        (FORM + "* first: A sentence.\n  paper: 1\n", "a claim is '\\* name, ID: sentence'"),
-        (FORM + "* first, T1: A sentence.\n", "a claim is '\\* name, ID: sentence'"),
+        (FORM + "* first: A sentence.\n  paper: 1\n", "a claim must be '\\* name, ID: sentence'"),
+        (FORM + "* first, T1: A sentence.\n", "a claim must be '\\* name, ID: sentence'"),
     ],
 )
 def test_words_in_another_form(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prose.read(text)
+
+
+def test_an_exhibit_without_words() -> None:
+    with pytest.raises(ValueError, match=r"exhibit 'gap' has no words: give it some, or write '# gap: title' in"):
+        _ = dataclasses.replace(GAP, words="").claims
 
 
 def test_a_claim_without_a_comparison() -> None:

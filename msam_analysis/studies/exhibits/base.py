@@ -121,7 +121,7 @@ class Exhibit:
     @functools.cached_property
     def prose(self) -> Prose:
         """Title, caption, note and claims, in words."""
-        return prose.read(self.words) if self.words else prose.of_exhibits()[self.name]
+        return prose.read(self.words) if self.words else prose.of_exhibit(self.name)
 
     @functools.cached_property
     def claims(self) -> tuple[PaperClaim, ...]:
