@@ -33,15 +33,15 @@ class Comparison:
     Attributes
     ----------
     label
-        What it is: "whose, what".
+        Name of the quantity: "whose, what".
     interval
-        Mean over seeds, with its 68 % interval; of the logarithm, for a factor.
+        Mean over seeds with its 68 % interval; for a factor, that of the logarithm.
     unit
         Shown after the number.
     factor
         The quantity is a ratio.
     above, below
-        The claim's region, on the interval's scale; by default the numbers above 0 (ratios above 1).
+        Bounds of the claim's region, on the interval's scale; by default all numbers above 0 (ratios above 1).
     """
 
     label: str
@@ -124,11 +124,11 @@ class PaperClaim:
     paper
         The paper's number.
     compare
-        What was found (the main tables, or an exhibit's own table) to comparisons.
+        Function that makes comparisons of the exhibit's table; those of the main exhibits get the main tables.
     note
         How the test was set up, where that matters.
     control
-        Not a claim of the paper, but what one of them must be read beside.
+        Whether it is no claim of the paper, but must be read beside one.
     """
 
     exhibit: str
@@ -199,7 +199,7 @@ def over_seeds(what: str, column: str, *by: str, where: Mapping[str, object] | N
     Parameters
     ----------
     what
-        What the numbers are, for the label.
+        Name of the numbers, for the label.
     column
         Column with one number a seed.
     *by

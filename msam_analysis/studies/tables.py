@@ -23,13 +23,13 @@ class FinishedRun:
     Attributes
     ----------
     optimizer, seed
-        Which.
+        Name of the optimizer, and the seed.
     scores
         Losses, accuracies and gradients per step.
     steps
-        What was recorded while training.
+        Records of the training, one row a step.
     results
-        What was measured after it.
+        Results of the measurements after training, by name.
     settings
         The recipe and the perturbation, as columns of a table.
     """
