@@ -216,7 +216,7 @@ def test_controls_are_marked() -> None:
 
 
 def test_a_grid_is_laid_around_the_workload_s_own() -> None:
-    runs = grids.grid(TOY, "MSAM", grids.base(TOY, "MSAM"), (-6, 0, 3), 2)
+    runs = grids.grid(TOY, "MSAM", (-6, 0, 3), 2)
     assert [(run.settings["rho"], run.seed) for run in runs] == [
         (rho, seed) for rho in (0.03, 0.3, 0.949) for seed in (0, 1)
     ]

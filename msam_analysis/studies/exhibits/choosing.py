@@ -18,7 +18,7 @@ from msam_analysis.studies import pictures
 from msam_analysis.studies.cifar100 import Augmented
 from msam_analysis.studies.claims import Compare, Comparison
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
-from msam_analysis.studies.exhibits.grids import SAME_ACCURACY, base, best, grid, once
+from msam_analysis.studies.exhibits.grids import SAME_ACCURACY, best, grid, once
 from msam_analysis.studies.exhibits.strengths import POSITIVE, part, strength_table
 from msam_analysis.studies.pictures import Sweep
 from msam_analysis.studies.runs import Run
@@ -71,12 +71,8 @@ def _is_held_out(samples: int) -> Tensor:
 
 def _runs(workload: Workload, seeds: int) -> dict[str, list[Run]]:
     """Return the runs of F2AB with positive ρ of SAM and MSAM, and those of MSAM with samples held out."""
-    watched = frozenset({"rise"})
-    sam, msam = (grid(workload, name, base(workload, name), POSITIVE, seeds, watched) for name in ("SAM", "MSAM"))
-    return {
-        "whole": once([*sam, *msam]),
-        "held out": grid(held_out(workload), "MSAM", base(workload, "MSAM"), _HELD_OUT, seeds),
-    }
+    sam, msam = (grid(workload, name, POSITIVE, seeds, watched=("rise",)) for name in ("SAM", "MSAM"))
+    return {"whole": once([*sam, *msam]), "held out": grid(held_out(workload), "MSAM", _HELD_OUT, seeds)}
 
 
 RULES = {

@@ -56,15 +56,21 @@ def plain(workload: Workload, seeds: int) -> list[Run]:
 def grid(
     workload: Workload,
     label: str,
-    perturbation: Perturbation,
     sixths: Iterable[int],
     seeds: int,
-    watched: frozenset[str] = frozenset(),
+    *,
+    around: Perturbation | None = None,
+    watched: Iterable[str] = (),
+    **switches: Any,
 ) -> list[Run]:
-    """Return the runs of a perturbation at strengths around its own, in sixths of a decade."""
-    strengths = [dataclasses.replace(perturbation, rho=scaled(perturbation.rho, sixth)) for sixth in sixths]
+    """Return the runs of a perturbation at strengths around its own, in sixths of a decade.
+
+    The perturbation is ``around``, by default the workload's own under that label, with other ``switches``.
+    """
+    middle = dataclasses.replace(around or base(workload, label), **switches)
+    strengths = [dataclasses.replace(middle, rho=scaled(middle.rho, sixth)) for sixth in sixths]
     return [
-        Run(variant(workload, label, strength), label, seed, watched=watched)
+        Run(variant(workload, label, strength), label, seed, watched=frozenset(watched))
         for strength in strengths
         for seed in range(seeds)
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -64,12 +63,10 @@ def strength_runs(workload: Workload, seeds: int) -> list[Run]:
     """Return SGD, and SAM, MSAM and NAG's displacement −ρ η v on grids of ρ with both signs."""
     runs = plain(workload, seeds)
     for name in ("SAM", "MSAM"):
-        perturbation = base(workload, name)
-        runs += grid(workload, name, perturbation, POSITIVE, seeds, frozenset({"rise"}))
-        runs += grid(workload, name, dataclasses.replace(perturbation, sign=-1), _NEGATIVE, seeds)
-    nag = base(workload, "NAG")
-    runs += grid(workload, "NAG", nag, _NAG_POSITIVE, seeds)
-    runs += grid(workload, "NAG", dataclasses.replace(nag, sign=-1), _NAG_NEGATIVE, seeds)
+        runs += grid(workload, name, POSITIVE, seeds, watched=("rise",))
+        runs += grid(workload, name, _NEGATIVE, seeds, sign=-1)
+    runs += grid(workload, "NAG", _NAG_POSITIVE, seeds)
+    runs += grid(workload, "NAG", _NAG_NEGATIVE, seeds, sign=-1)
     return once(runs)
 
 
@@ -188,17 +185,12 @@ STRENGTH = Exhibit(
 
 def step_runs(workload: Workload, seeds: int) -> list[Run]:
     """Return the runs of −ρ v/‖v‖, −ρ v and −ρ η v, with positive ρ; the first and the last are those of F2AB."""
-    nag = base(workload, "NAG")
     # At the peak learning rate as long as Nesterov's.
-    unnormalised = Perturbation(direction="momentum", normalize="none", rho=scaled(nag.rho, 0) * workload.recipe.lr)
-    return once(
-        [
-            *plain(workload, seeds),
-            *grid(workload, "MSAM", base(workload, "MSAM"), POSITIVE, seeds),
-            *grid(workload, "MSAM", unnormalised, _UNNORMALISED, seeds),
-            *grid(workload, "NAG", nag, _NAG_POSITIVE, seeds),
-        ]
-    )
+    rho = scaled(base(workload, "NAG").rho, 0) * workload.recipe.lr
+    unnormalised = Perturbation(direction="momentum", normalize="none", rho=rho)
+    runs = plain(workload, seeds) + grid(workload, "MSAM", POSITIVE, seeds)
+    runs += grid(workload, "MSAM", _UNNORMALISED, seeds, around=unnormalised)
+    return once(runs + grid(workload, "NAG", _NAG_POSITIVE, seeds))
 
 
 _STEPS = {"l2": "−ρ v/‖v‖", "none": "−ρ v", "lr": "−ρ η v"}

@@ -52,11 +52,10 @@ def _variant_runs(workload: Workload, seeds: int) -> list[Run]:
     subset = normalization_subset(workload)
     runs = plain(workload, seeds)
     for name in _FAMILIES:
-        perturbation = base(workload, name)
-        runs += grid(workload, name, perturbation, HALF_DECADES, seeds)
-        runs += grid(workload, name, dataclasses.replace(perturbation, scale="adaptive"), _LONGER, seeds)
-        runs += grid(workload, name, dataclasses.replace(perturbation, scale="relative"), _COARSE, seeds)
-        runs += grid(workload, name, dataclasses.replace(perturbation, subset=subset), _LONGER, seeds)
+        runs += grid(workload, name, HALF_DECADES, seeds)
+        runs += grid(workload, name, _LONGER, seeds, scale="adaptive")
+        runs += grid(workload, name, _COARSE, seeds, scale="relative")
+        runs += grid(workload, name, _LONGER, seeds, subset=subset)
     return once(runs)
 
 
@@ -124,14 +123,14 @@ VARIANT = Exhibit(
 
 def _other_runs(workload: Workload, seeds: int) -> list[Run]:
     """Return MSAM, and displacements along noise and along the last gradient with both signs, on grids of ρ."""
-    msam = base(workload, "MSAM")
-    runs = plain(workload, seeds) + grid(workload, "MSAM", msam, HALF_DECADES, seeds)
+    rho = base(workload, "MSAM").rho
+    runs = plain(workload, seeds) + grid(workload, "MSAM", HALF_DECADES, seeds)
     for scale in ("none", "relative"):
-        noise = Perturbation(direction="random", rho=msam.rho, scale=scale)
-        runs += grid(workload, "random", noise, _NOISE, seeds)
+        noise = Perturbation(direction="random", rho=rho, scale=scale)
+        runs += grid(workload, "random", _NOISE, seeds, around=noise)
         for sign in (1, -1):
-            last = Perturbation(direction="last_gradient", rho=msam.rho, scale=scale, sign=sign)
-            runs += grid(workload, "last gradient", last, _COARSE, seeds)
+            last = Perturbation(direction="last_gradient", rho=rho, scale=scale, sign=sign)
+            runs += grid(workload, "last gradient", _COARSE, seeds, around=last)
     return once(runs)
 
 
