@@ -110,7 +110,7 @@ def test_groups_have_the_exhibit_s_names(finished: Finished) -> None:
 
 def test_a_table_without_rows_tells_nothing(finished: Finished) -> None:
     words = GAP.words.replace("Trained for {{ epochs }} epochs.", "{% if found %}found{% else %}not asked{% endif %}")
-    empty = dataclasses.replace(GAP, table=lambda evidence: outcomes([]), facts=lambda *_: {}, words=words)
+    empty = dataclasses.replace(GAP, table=lambda evidence: outcomes([]), words=words)
     finding = find(empty, TOY, SEEDS, finished)
     assert (finding.draw, finding.table, finding.shown, finding.note) == (None, None, None, "not asked")
     assert [(claim.measured, claim.verdict) for claim in finding.claims] == [

@@ -52,15 +52,15 @@ class Finding:
     Attributes
     ----------
     draw
-        Makes the figure; returns its axes. None where there is nothing to show.
+        Function that makes the figure and returns its axes. None where there is nothing to show.
     table
-        What is written beside the figure. None where there is nothing to show.
+        The table that is written beside the figure. None where there is nothing to show.
     claims
-        The claims about it, with their verdicts.
+        The claims with their verdicts.
     shown
         A short table for the report.
     note
-        What a reader must know to read it, for the report.
+        The note for the report: what a reader must know.
     """
 
     draw: Callable[[], Any] | None
@@ -77,32 +77,33 @@ class Exhibit:
     Attributes
     ----------
     ids
-        Ids of the paper's figures and tables that it answers; empty for an addition of ours.
+        Ids of the paper's figures and tables that the exhibit answers; empty for an addition of ours.
     name
         Name of its files.
     wants
-        Workload and number of seeds to the runs that it needs: a list, or groups of runs by name.
+        Function of the workload and the number of seeds. It returns the runs that the exhibit needs: a list, or lists
+        by the name of a group.
     table
-        Finished runs to what is judged and drawn: a tidy table. One without rows means that the workload has nothing
-        that the exhibit could be about.
+        Function of the finished runs. It returns what is judged and drawn: a tidy table. A table without rows means
+        that the workload has nothing that the exhibit could be about.
     draw
-        Table and finished runs to the axes of a new figure.
+        Function of the table and the finished runs. It draws a new figure, and returns its axes.
     comparisons
-        Name of a claim to its test: table to what is compared.
+        Name of a claim to the function of the table that tests it.
     shown
-        Table to a short one for the report; default none.
+        Function of the table. It returns a short one for the report; default none.
     constants
         Numbers that the words name.
     facts
-        Table and finished runs to more numbers that the note names; default none. The note can also ask whether there
-        is anything to show: ``found``.
+        Function of the table and the finished runs. It returns more numbers for the note; default none. The note can
+        also ask whether there is anything to show: ``found``.
     written
-        Table to what is written beside the figure; default the table itself.
+        Function of the table. It returns what is written beside the figure; default the table itself.
     main
-        Whether it is part of the study that is made when none is chosen.
+        Whether the exhibit is part of the study that is made when none is chosen.
     words
-        Title, caption, note and claims, as :func:`~msam_analysis.studies.prose.read` expects them; default those under
-        its name in ``templates/exhibits.md.j2``.
+        Title, caption, note and claims, in the form of :func:`~msam_analysis.studies.prose.read`; default those under
+        the exhibit's name in ``templates/exhibits.md.j2``.
     """
 
     ids: tuple[str, ...]
@@ -165,8 +166,8 @@ def find(exhibit: Exhibit, workload: Workload, seeds: int, finished: Mapping[str
     try:
         table = exhibit.table(evidence)
         found = not (isinstance(table, pd.DataFrame) and table.empty)
-        facts = {"found": found, **exhibit.constants, **exhibit.facts(table, evidence)}
-        note = prose.fill(exhibit.prose.note, facts)
+        facts = exhibit.facts(table, evidence) if found else {}
+        note = prose.fill(exhibit.prose.note, {"found": found, **exhibit.constants, **facts})
         if not found:
             return _untold(exhibit.claims, note=note)
         return Finding(
