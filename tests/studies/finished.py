@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
 from msam_analysis.report.page import Claim
 from msam_analysis.studies.claims import PaperClaim
@@ -40,3 +43,13 @@ def judged(claims: Iterable[PaperClaim], words: str, table: pd.DataFrame) -> Cla
     """Return the row of the one claim whose sentence contains some words."""
     (claim,) = (claim for claim in claims if words in claim.sentence)
     return claim.judge(table)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(found.replace("−", "-")) for found in re.findall(r"[-−]?\d+\.?\d*(?:e[-+]?\d+)?", text)]
+
+
+def t_interval(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float]:
+    """Return mean and half width of a 68 % interval, by scipy."""
+    low, high = stats.t.interval(0.68, len(values) - 1, loc=values.mean(), scale=stats.sem(values))
+    return float(values.mean()), float(high - low) / 2
