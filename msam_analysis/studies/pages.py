@@ -79,58 +79,37 @@ def compose(
 
 
 def _summary(setting: Setting, claims: list[report.Claim], tables: Tables | None) -> str:
-    solvers = None if tables is None else tables.solvers
-    measured = 0 if tables is None else len(tables.runs)
-    return prose.render(
-        "summary.md.j2",
-        {
-            "measured": measured,
-            "others": f"{setting.networks - measured:,}",
-            "verdicts": report.counted(claims),
-            "departures": "; ".join(setting.workload.departures),
-            "diverged": setting.diverged,
-            "solved": 0 if solvers is None else len(solvers),
-            "unsolved": "none" if solvers is None or solvers.all() else int((~solvers).sum()),
-        },
-    )
+    facts = {
+        "setting": setting,
+        "measured": 0 if tables is None else len(tables.runs),
+        "verdicts": report.counted(claims),
+        "solved": [] if tables is None else tables.solvers.to_list(),
+    }
+    return prose.render("summary.md.j2", facts)
 
 
 def _setup(setting: Setting) -> str:
-    workload, samples, recipe = setting.workload, setting.protocol.samples, setting.workload.recipe
-    whole = samples is None or samples >= workload.training_samples
-    usual = Protocol(samples=samples)
-    return prose.render(
-        "setup.md.j2",
-        {
-            "description": f"{workload.description[0].upper()}{workload.description[1:]}",
-            "base": "SGD with momentum" if recipe.base == "sgd" else "AdamW",
-            "recipe": ", ".join(
-                f"{field.name.replace('_', ' ')} {getattr(recipe, field.name)}"
-                for field in fields(Recipe)
-                if getattr(recipe, field.name) != field.default
-            ),
-            "schedule": "cosine decay to 0" if recipe.schedule == "cosine" else "constant learning rate",
-            "perturbations": "; ".join(
-                f"{name}: {'none' if value is None else formula(value)}"
-                for name, value in workload.perturbations.items()
-            ),
-            "part": "the training set" if whole else f"{samples:,} of the training samples",
-            "labels": "labels as trained on" if workload.augmented is None else "without augmentation",
-            "controls": workload.controls,
-            "computing": setting.computing,
-            "departures": "; ".join(workload.departures),
-            "coarser": "; ".join(
-                f"{field.name.replace('_', ' ')} {getattr(setting.protocol, field.name)} instead of "
-                f"{getattr(usual, field.name)}"
-                for field in fields(Protocol)
-                if getattr(setting.protocol, field.name) != getattr(usual, field.name)
-            ),
-            "seeds": setting.seeds,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "version": version("msam-analysis"),
-        },
-    )
+    workload = setting.workload
+    unusual = [change for change in _changes(setting.protocol) if change[0] != "samples"]
+    facts = {
+        "setting": setting,
+        "workload": workload,
+        "recipe": ", ".join(f"{name} {value}" for name, value, _ in _changes(workload.recipe)),
+        "perturbations": "; ".join(
+            f"{name}: {'none' if value is None else formula(value)}" for name, value in workload.perturbations.items()
+        ),
+        "unusual": "; ".join(f"{name} {value} instead of {usual}" for name, value, usual in unusual),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "version": version("msam-analysis"),
+    }
+    return prose.render("setup.md.j2", facts)
+
+
+def _changes(values: Recipe | Protocol) -> list[tuple[str, object, object]]:
+    """Return the fields that are not at their defaults: name in words, value, default."""
+    given = [(field.name.replace("_", " "), getattr(values, field.name), field.default) for field in fields(values)]
+    return [change for change in given if change[1] != change[2]]
 
 
 def _summary_tables(setting: Setting, tables: Tables | None, caption: str) -> list[report.Table]:

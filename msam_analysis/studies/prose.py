@@ -104,19 +104,6 @@ def of_exhibits() -> dict[str, Prose]:
     return {name: read(part, preamble) for name, part in zip(parts[::2], parts[1::2], strict=True)}
 
 
-def of_exhibit(name: str) -> Prose:
-    """Return the words of one exhibit.
-
-    Raises
-    ------
-    ValueError
-        There are none.
-    """
-    if name not in of_exhibits():
-        raise ValueError(f"exhibit {name!r} has no words: give it some, or write '# {name}: title' in exhibits.md.j2")
-    return of_exhibits()[name]
-
-
 def render(template: str, facts: Mapping[str, object]) -> str:
     """Return the text of a template of this folder; see :func:`fill`."""
     return _lines(_environment().get_template(template).render(facts))

@@ -121,8 +121,14 @@ class Exhibit:
 
     @functools.cached_property
     def prose(self) -> Prose:
-        """Title, caption, note and claims, in words."""
-        return prose.read(self.words) if self.words else prose.of_exhibit(self.name)
+        """Title, caption, note and claims, in words; a ValueError says that there are none."""
+        if self.words:
+            return prose.read(self.words)
+        if self.name not in prose.of_exhibits():
+            raise ValueError(
+                f"exhibit {self.name!r} has no words: give it some, or write '# {self.name}: title' in exhibits.md.j2"
+            )
+        return prose.of_exhibits()[self.name]
 
     @functools.cached_property
     def claims(self) -> tuple[PaperClaim, ...]:
