@@ -392,17 +392,3 @@ def _environment() -> jinja2.Environment:
     }
     environment.filters.update(filters)
     return environment
-
-
-__all__ = [
-    "Claim",
-    "Figure",
-    "Report",
-    "Section",
-    "Table",
-    "Verdict",
-    "counted",
-    "plus_minus",
-    "write",
-    "write_markdown",
-]

@@ -16,24 +16,15 @@ from msam_analysis.studies.exhibits.stability import STABILITY
 from msam_analysis.studies.exhibits.strengths import STRENGTHS
 from msam_analysis.studies.exhibits.variants import VARIANTS
 from msam_analysis.studies.exhibits.wanted import controls, networks
-
-_ORDER = (
-    *("F1", "T1", "T2", "T3", "F2AB", "F2C", "F3", "F4A", "F4B", "F4C", "A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8"),
-    *("TA1", "A6r", "A9", "A10", "A11", "A12", "A13", "TA2", "A15", "TA4"),
-)
-
-
-def _position(exhibit: Exhibit) -> int:
-    return min((_ORDER.index(key) for key in exhibit.ids), default=len(_ORDER))
-
+from msam_analysis.studies.prose import of_exhibits
 
 _ALL = (
     *(SCHEMATIC, *CORE, *STRENGTHS, *VARIANTS, *STABILITY, *MECHANISMS, *COSINES, *MODELS_AND_TASKS, *SOLUTIONS),
     CHOOSING,
 )
 
-EXHIBITS: tuple[Exhibit, ...] = tuple(sorted(_ALL, key=_position))
-"""In the report's order: the paper's, and then what is not in it."""
+EXHIBITS: tuple[Exhibit, ...] = tuple(sorted(_ALL, key=lambda exhibit: [*of_exhibits()].index(exhibit.name)))
+"""In the order of their words, which is the report's: the paper's order, and then what is not in it."""
 
 
 def choose(ids: Sequence[str] | None) -> tuple[Exhibit, ...]:

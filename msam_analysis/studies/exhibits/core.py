@@ -96,12 +96,10 @@ def _draw_curvature(tables: Tables, _: Evidence) -> Any:
 
 
 def _draw_lines(_: Tables, evidence: Evidence) -> Any:
-    panels: dict[str, Mapping[str, list[Slice1D]]] = {}
-    for name in LINES:
-        curves: dict[str, list[Slice1D]] = {}
-        for run in evidence.groups["networks"]:
+    panels: dict[str, dict[str, list[Slice1D]]] = {name: {} for name in LINES}
+    for run in evidence.groups["networks"]:
+        for name, curves in panels.items():
             curves.setdefault(run.optimizer, []).append(cast(Slice1D, run.results[f"line-{name}"]))
-        panels[name] = curves
     return plots.slice_1d_panels(panels, share_y=False)
 
 

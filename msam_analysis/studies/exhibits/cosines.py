@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import Comparison, over_seeds
+from msam_analysis.studies.claims import Compare, Comparison, over_seeds
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.exhibits.wanted import each, unperturbed, with_recipe
 from msam_analysis.studies.runs import Run
@@ -134,11 +133,18 @@ def _draw_conditions(table: pd.DataFrame, _: Evidence) -> Any:
     return pictures.by_group(table.assign(where=where), quantities, "where")
 
 
-def _rows(quantity: str, schedule: str = "decay") -> Mapping[str, str]:
-    return {"quantity": quantity, "schedule": schedule}
+def _cosine(
+    quantity: str,
+    schedule: str = "decay",
+    what: str = "mean cosine",
+    column: str = "mean",
+    *,
+    above: float = 0.0,
+    below: float = math.inf,
+) -> Compare:
+    where = {"quantity": quantity, "schedule": schedule}
+    return over_seeds(what, column, "optimizer", where=where, above=above, below=below)
 
-
-_BELOW_0 = {"above": -math.inf, "below": 0.0}
 
 CONDITIONS = Exhibit(
     ("A4",),
@@ -147,14 +153,12 @@ CONDITIONS = Exhibit(
     table=_conditions_table,
     draw=_draw_conditions,
     comparisons={
-        "constant": over_seeds(
-            "cosine in the last quarter", "last_quarter", "optimizer", where=_rows("cosine", "constant"), **_BELOW_0
+        "constant": _cosine(
+            "cosine", "constant", "cosine in the last quarter", "last_quarter", above=-math.inf, below=0.0
         ),
-        "fresh": over_seeds("mean cosine", "mean", "optimizer", where=_rows("own_cosine_fresh")),
-        "fixed": over_seeds("mean cosine", "mean", "optimizer", where=_rows("own_cosine_fixed"), above=0.8),
-        "training_momentum": over_seeds(
-            "mean cosine", "mean", "optimizer", where=_rows("held_out_cosine_fresh"), **_BELOW_0
-        ),
+        "fresh": _cosine("own_cosine_fresh"),
+        "fixed": _cosine("own_cosine_fixed", above=0.8),
+        "training_momentum": _cosine("held_out_cosine_fresh", above=-math.inf, below=0.0),
     },
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -12,7 +12,7 @@ import pandas as pd
 from msam_analysis.results import Eigenpairs
 from msam_analysis.results.statistics import mean_interval
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import FAR, Comparison, difference, ratio
+from msam_analysis.studies.claims import FAR, Compare, Comparison, difference, ratio
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.exhibits.wanted import after_warmup, each, unperturbed
 from msam_analysis.studies.measuring import SOME
@@ -119,25 +119,18 @@ def _outside_table(evidence: Evidence) -> pd.DataFrame:
     return as_table(rows)
 
 
-def _bases(table: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """Yield the workloads with the name of their optimizer that does not perturb, and their rows."""
-    for name, part in table.groupby("problem", sort=False):
-        yield str(name), next(one for one in part["optimizer"] if one not in _PERTURBED), part
+def _everywhere(compare: Callable[[pd.DataFrame, str], Comparison]) -> Compare:
+    """Compare every workload's optimizer that does not perturb with another one."""
 
+    def compared(table: pd.DataFrame) -> list[Comparison]:
+        found = []
+        for workload, part in table.groupby("problem", sort=False):
+            base = next(name for name in part["optimizer"] if name not in _PERTURBED)
+            comparison = compare(part, base)
+            found.append(dataclasses.replace(comparison, label=f"{workload}, {comparison.label}"))
+        return found
 
-def _lower_loss(table: pd.DataFrame, name: str) -> list[Comparison]:
-    return [
-        _named(workload, difference(part, "test_loss", base, name, unit="nats"))
-        for workload, base, part in _bases(table)
-    ]
-
-
-def _flatter(table: pd.DataFrame, name: str) -> list[Comparison]:
-    return [_named(workload, ratio(part, "lambda_1", base, name)) for workload, base, part in _bases(table)]
-
-
-def _named(workload: str, comparison: Comparison) -> Comparison:
-    return dataclasses.replace(comparison, label=f"{workload}, {comparison.label}")
+    return compared
 
 
 OUTSIDE_VISION = Exhibit(
@@ -158,10 +151,10 @@ OUTSIDE_VISION = Exhibit(
     ),
     constants={"samples": SOME},
     comparisons={
-        "msam_loss": lambda table: _lower_loss(table, "MSAM"),
-        "msam_flat": lambda table: _flatter(table, "MSAM"),
-        "sam_loss": lambda table: _lower_loss(table, "SAM"),
-        "sam_flat": lambda table: _flatter(table, "SAM"),
+        "msam_loss": _everywhere(lambda part, base: difference(part, "test_loss", base, "MSAM", unit="nats")),
+        "msam_flat": _everywhere(lambda part, base: ratio(part, "lambda_1", base, "MSAM")),
+        "sam_loss": _everywhere(lambda part, base: difference(part, "test_loss", base, "SAM", unit="nats")),
+        "sam_flat": _everywhere(lambda part, base: ratio(part, "lambda_1", base, "SAM")),
     },
 )
 

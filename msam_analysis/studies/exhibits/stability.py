@@ -190,18 +190,9 @@ def _gain_table(evidence: Evidence) -> pd.DataFrame:
 
 
 def _draw_gains(table: pd.DataFrame, _: Evidence) -> Any:
-    panels = [
-        Sweep(
-            table[table["setting"] == name],
-            "value",
-            "test_accuracy",
-            SETTINGS[name],
-            "test accuracy (%)",
-            log=name == "lr",
-            percent=True,
-        )
-        for name in ("lr", "momentum")
-    ]
+    quantity: dict[str, Any] = {"y": "test_accuracy", "label_y": "test accuracy (%)", "percent": True}
+    rows = {name: table[table["setting"] == name] for name in ("lr", "momentum")}
+    panels = [Sweep(part, "value", label_x=SETTINGS[name], log=name == "lr", **quantity) for name, part in rows.items()]
     return pictures.sweep(panels, share_y=True)
 
 
