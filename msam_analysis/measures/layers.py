@@ -59,10 +59,13 @@ def by_layer(
     >>> traces.to_frame()[["layer", "quantity"]].values.tolist()
     [['0', 'trace'], ['2', 'trace']]
     """
-    results = {
-        name: _measured(name, objective.with_parameters(selection), measure)
-        for name, selection in _selections(objective, groups).items()
-    }
+    results = {}
+    for name, selection in _selections(objective, groups).items():
+        part = objective.with_parameters(selection)
+        try:
+            results[name] = measure(part)
+        except ValueError as error:
+            raise ValueError(f"in the group {name!r}: {error}") from error
     return ByLayer(results=results, settings=objective.settings)
 
 

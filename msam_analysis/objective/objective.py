@@ -1,8 +1,8 @@
 """The loss as a function of the weights, with its derivatives, for any model and any data.
 
-An objective never touches the model it was given. It evaluates a private skeleton of the model (same parameters, own
-modes, no hooks) through :func:`torch.func.functional_call` on views of one flat vector, with copies of the buffers; so
-nothing has to be restored afterwards, whatever is raised.
+An objective never touches the model it was given. It evaluates a private copy of the model (own modes, no hooks) at
+tensors that are put in place of its parameters, with copies of the buffers; so nothing has to be restored afterwards,
+whatever is raised.
 """
 
 from __future__ import annotations

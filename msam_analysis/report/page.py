@@ -50,7 +50,7 @@ class Figure:
     caption
         What the picture shows, as a sentence.
     alt
-        What it shows to somebody who cannot see it; by default the caption.
+        The same for somebody who cannot see it; by default the caption.
     """
 
     path: str | os.PathLike[str]
@@ -65,11 +65,11 @@ class Table:
     Attributes
     ----------
     frame
-        Its columns are shown, its index is not; underscores in their names become spaces. A column ``q`` that has
+        The table. Its index is not shown; underscores in names of columns become spaces. A column ``q`` that has
         its interval in ``q_half_width``, as :func:`msam_analysis.results.statistics.summarise` gives it, becomes one
         column with ``mean ± half width``.
     caption
-        What the rows are, as a sentence.
+        Meaning of the rows, as a sentence.
     digits
         Significant digits of floating-point numbers that stand alone, default 4. NaN is shown as a dash.
     """
@@ -98,7 +98,7 @@ class Claim:
     note
         Why, where the numbers do not say it.
     control
-        Not a claim of the paper, and not counted as one.
+        Whether it is no claim of the paper, and not counted as one.
 
     Raises
     ------
@@ -127,7 +127,7 @@ class Section:
     Attributes
     ----------
     title
-        Its heading.
+        Heading of the part.
     text
         Plain text; empty lines part the paragraphs.
     items
@@ -146,11 +146,11 @@ class Report:
     Attributes
     ----------
     title
-        Its heading.
+        Heading of the page.
     summary
         Plain text; empty lines part the paragraphs.
     sections
-        In the order they appear.
+        Parts, in the order in which they appear.
     claims
         Rows of the table of claims, which comes before the sections; none, no table.
     """
@@ -167,7 +167,7 @@ def plus_minus(mean: float, half_width: float, *, digits: int = 2, unit: str = "
     Parameters
     ----------
     mean, half_width
-        For example from :func:`msam_analysis.results.statistics.mean_interval`.
+        Two numbers, for example those of :func:`msam_analysis.results.statistics.mean_interval`.
     digits
         Significant digits of the half width, default 2. Without a half width (NaN, for one seed) the mean alone gets
         two digits more.
@@ -188,16 +188,16 @@ def plus_minus(mean: float, half_width: float, *, digits: int = 2, unit: str = "
     else:
         scale = half_width if half_width > 0 else abs(mean)
         extra = digits if half_width > 0 else digits + 2
-        places = extra - 1 - math.floor(math.log10(scale)) if scale > 0 else 0
-        if scale > 0 and round(scale, places) >= 10.0 ** (extra - places):  # 0.0996 is 0.10, not 0.100
-            places -= 1
+        decimals = extra - 1 - math.floor(math.log10(scale)) if scale > 0 else 0
+        if scale > 0 and round(scale, decimals) >= 10.0 ** (extra - decimals):  # 0.0996 is 0.10, not 0.100
+            decimals -= 1
         exponent = math.floor(math.log10(max(abs(mean), half_width))) if scale > 0 else 0
-        if exponent and not -4 <= places <= 6:
+        if exponent and not -4 <= decimals <= 6:
             inner = plus_minus(mean / 10.0**exponent, half_width / 10.0**exponent, digits=digits)
             text = f"({inner}) · 10{str(exponent).translate(_SUPERSCRIPT)}"
         else:
-            shown = max(places, 0)
-            text = f"{round(mean, places):.{shown}f} ± {round(half_width, places):.{shown}f}"
+            shown = max(decimals, 0)
+            text = f"{round(mean, decimals):.{shown}f} ± {round(half_width, decimals):.{shown}f}"
     return f"{text.replace('-', '−')} {unit}".rstrip()
 
 
@@ -207,9 +207,9 @@ def write(report: Report, directory: str | os.PathLike[str]) -> tuple[Path, Path
     Parameters
     ----------
     report
-        What to write. All text is taken literally: nothing in it is read as HTML or Markdown.
+        The report. All text is taken literally: nothing in it is read as HTML or Markdown.
     directory
-        Where to; it is made if it does not exist. Links in the Markdown are relative to it.
+        Folder of the files; it is made if it does not exist. Links in the Markdown are relative to it.
 
     Returns
     -------
@@ -331,8 +331,8 @@ def _number(value: float, digits: int) -> str:
         return "0"
     exponent = math.floor(math.log10(abs(value)))
     if -5 < exponent < 7:
-        places = max(digits - 1 - exponent, 0)
-        return f"{round(value, digits - 1 - exponent):.{places}f}".replace("-", "−")
+        decimals = max(digits - 1 - exponent, 0)
+        return f"{round(value, digits - 1 - exponent):.{decimals}f}".replace("-", "−")
     return f"{value:.{digits - 1}e}".replace("-", "−")
 
 
@@ -392,17 +392,3 @@ def _environment() -> jinja2.Environment:
     }
     environment.filters.update(filters)
     return environment
-
-
-__all__ = [
-    "Claim",
-    "Figure",
-    "Report",
-    "Section",
-    "Table",
-    "Verdict",
-    "counted",
-    "plus_minus",
-    "write",
-    "write_markdown",
-]

@@ -7,7 +7,7 @@ lies. :func:`verdict` is the rule.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,13 @@ import pandas as pd
 
 from msam_analysis.report.page import Claim, Verdict, plus_minus
 from msam_analysis.results.statistics import LEVEL, Interval, mean_interval
-from msam_analysis.studies.tables import Tables, cosines, negative_share, of_training
+
+FAR = 2.0
+"""So many points of accuracy count as "far above" where the paper gives no bound."""
 
 Values = npt.NDArray[np.float64]
+Compare = Callable[[Any], list["Comparison"]]
+"""What was found to what is compared."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +33,15 @@ class Comparison:
     Attributes
     ----------
     label
-        What it is: "whose, what".
+        Name of the quantity: "whose, what".
     interval
-        Mean over seeds, with its 68 % interval; of the logarithm, for a factor.
+        Mean over seeds with its 68 % interval; for a factor, that of the logarithm.
     unit
         Shown after the number.
     factor
         The quantity is a ratio.
     above, below
-        The claim's region, on the interval's scale; by default the numbers above 0 (ratios above 1).
+        Bounds of the claim's region, on the interval's scale; by default all numbers above 0 (ratios above 1).
     """
 
     label: str
@@ -120,17 +124,17 @@ class PaperClaim:
     paper
         The paper's number.
     compare
-        What was found (the main tables, or an exhibit's own table) to comparisons.
+        Function that makes comparisons of the exhibit's table; those of the main exhibits get the main tables.
     note
         How the test was set up, where that matters.
     control
-        Not a claim of the paper, but what one of them must be read beside.
+        Whether it is no claim of the paper, but must be read beside one.
     """
 
     exhibit: str
     sentence: str
     paper: str
-    compare: Callable[[Any], list[Comparison]]
+    compare: Compare
     note: str = ""
     control: bool = False
 
@@ -189,199 +193,30 @@ def times(label: str, larger: Values, smaller: Values, at_least: float = 1.0) ->
     return Comparison(label, mean_interval(values), factor=True, above=math.log(at_least))
 
 
-def _per_seed(steps: pd.DataFrame, optimizer: str, statistic: Callable[[pd.DataFrame], float]) -> Values:
-    part = steps[steps["optimizer"] == optimizer]
-    return np.array([of_training(run, statistic) for _, run in part.groupby("seed")], dtype=np.float64)
+def over_seeds(what: str, column: str, *by: str, where: Mapping[str, object] | None = None, **region: Any) -> Compare:
+    """Return a function that makes one :class:`Comparison` of a column's values for every group of a table.
 
+    Parameters
+    ----------
+    what
+        Name of the numbers, for the label.
+    column
+        Column with one number a seed.
+    *by
+        Columns whose values make the groups, and name them in the label.
+    where
+        Columns to the value that a row must have there to be looked at; default all rows.
+    **region
+        Unit and bounds of the comparisons.
+    """
 
-def _accuracy(tables: Tables) -> list[Comparison]:
-    return [
-        difference(tables.runs, "test_accuracy", "MSAM", other, scale=100, unit="points") for other in ("SGD", "NAG")
-    ]
+    def compare(table: pd.DataFrame) -> list[Comparison]:
+        found = []
+        for name, value in (where or {}).items():
+            table = table[table[name] == value]
+        for group, part in table.groupby([*by], sort=False):
+            values = part.sort_values("seed")[column].to_numpy(dtype=np.float64)
+            found.append(Comparison(f"{' '.join(map(str, group))}, {what}", mean_interval(values), **region))
+        return found
 
-
-def _same_cost(tables: Tables) -> list[Comparison]:
-    sgd, sam, msam = (by_seed(tables.runs, name, "gradients_per_step") for name in ("SGD", "SAM", "MSAM"))
-    return [
-        Comparison(f"{label}, gradients a step", mean_interval(values), above=-SAME_COST, below=SAME_COST)
-        for label, values in (("MSAM − SGD", msam - sgd), ("SAM − 2 SGD", sam - 2 * sgd))
-    ]
-
-
-def _each(
-    steps: pd.DataFrame, what: str, statistic: Callable[[pd.DataFrame], float], **region: Any
-) -> list[Comparison]:
-    """Compare a statistic of every run's records, one comparison per optimizer."""
-    names = dict.fromkeys(steps["optimizer"])
-    return [Comparison(f"{name}, {what}", mean_interval(_per_seed(steps, name, statistic)), **region) for name in names]
-
-
-def _mostly_negative(steps: pd.DataFrame) -> list[Comparison]:
-    return _each(steps, "steps with a negative cosine", lambda run: negative_share(cosines(run)), unit="%", above=50.0)
-
-
-def _fades_out(tables: Tables) -> list[Comparison]:
-    last = int(tables.steps["epoch"].max())
-
-    def size(run: pd.DataFrame, first: float, end: float) -> float:
-        return abs(float(cosines(run)[run["epoch"].between(first, end)].mean(skipna=False)))
-
-    def left(run: pd.DataFrame) -> float:
-        return size(run, last, last)
-
-    def fall(run: pd.DataFrame) -> float:
-        return size(run, 0.25 * last, 0.75 * last) - left(run)
-
-    return [
-        *_each(tables.steps, "|cosine| mid-training − last epoch", fall),
-        *_each(tables.steps, "|cosine| in the last epoch", left, above=-math.inf, below=FADED),
-    ]
-
-
-def _rises(tables: Tables) -> list[Comparison]:
-    perturbed = tables.steps[tables.steps["optimizer"].isin(("SAM", "MSAM"))]
-    return _each(perturbed, "mean L(w + ε) − L(w)", lambda run: float(run["rise"].mean()))
-
-
-def _curvature(steps: pd.DataFrame, optimizer: str, direction: str) -> Values:
-    return _per_seed(steps, optimizer, lambda run: float(run[f"curvature_{direction}"].mean()))
-
-
-def _momentum_curvature(tables: Tables) -> list[Comparison]:
-    return [
-        times(
-            f"{name}, momentum / random",
-            _curvature(tables.steps, name, "momentum"),
-            _curvature(tables.steps, name, "random"),
-            MUCH,
-        )
-        for name in dict.fromkeys(tables.steps["optimizer"])
-    ]
-
-
-def _msam_lowest_curvature(tables: Tables) -> list[Comparison]:
-    return [
-        times(
-            f"{other} / MSAM along {direction}",
-            _curvature(tables.steps, other, direction),
-            _curvature(tables.steps, "MSAM", direction),
-        )
-        for direction in ("random", "momentum")
-        for other in ("SGD", "NAG", "SAM")
-    ]
-
-
-def _flattest(column: str, best: str) -> Callable[[Tables], list[Comparison]]:
-    return lambda tables: [
-        ratio(tables.runs, column, other, best) for other in ("SGD", "NAG", "SAM", "MSAM") if other != best
-    ]
-
-
-def _ordered(column: str) -> Callable[[Tables], list[Comparison]]:
-    return lambda tables: [
-        ratio(tables.runs, column, "SGD", "SAM"),
-        ratio(tables.runs, column, "SAM", "MSAM"),
-    ]
-
-
-MUCH = 3.0
-"""How many times larger counts as "much larger" where the paper gives no number."""
-FAR = 2.0
-"""So many points of accuracy count as "far above" where the paper gives no bound."""
-FADED = 0.05
-"""A cosine smaller than this counts as gone to 0."""
-SAME_COST = 0.05
-"""A difference of fewer gradients per step counts as none."""
-
-CLAIMS: tuple[PaperClaim, ...] = (
-    PaperClaim(
-        "T1",
-        "MSAM generalises better than SGD and NAG.",
-        "79.11 % test accuracy against 76.90 % and 77.09 % (WRN-16-4, CIFAR-100)",
-        _accuracy,
-    ),
-    PaperClaim(
-        "T1",
-        "MSAM costs what SGD costs; SAM costs twice as much.",
-        "speed 0.99 against 0.52 (SGD: 1)",
-        _same_cost,
-        note="Gradients evaluated per step were counted: SAM's second one is the whole difference.",
-    ),
-    PaperClaim(
-        "F2C",
-        "The cosine between momentum and the next gradient is negative for most of training.",
-        "negative",
-        lambda tables: _mostly_negative(tables.steps),
-    ),
-    PaperClaim(
-        "F2C",
-        "Control, not in the paper: it is also negative where batches are drawn with replacement.",
-        "not tested; an epoch there has 196 batches, drawn without replacement",
-        lambda tables: _mostly_negative(tables.controls),
-        note="Within an epoch every sample is shown once, so that the batches still to come are those that the "
-        "momentum lacks: with few batches an epoch this alone makes the cosine negative.",
-        control=True,
-    ),
-    PaperClaim(
-        "F2C",
-        "The cosine goes to 0 as the learning rate decays to 0.",
-        "→ 0",
-        _fades_out,
-        note="|Mean cosine| over the last epoch: small, and smaller than over the middle half of the epochs.",
-    ),
-    PaperClaim(
-        "A12",
-        "The perturbation raises the loss of the batch on which the gradient is taken.",
-        "raises",
-        _rises,
-    ),
-    PaperClaim(
-        "A8",
-        "During training the curvature along momentum is much larger than along random directions, for every "
-        "optimizer.",
-        "momentum ≫ random",
-        _momentum_curvature,
-        note=f"The paper gives no number; a factor of {MUCH:g} is required here.",
-    ),
-    PaperClaim(
-        "A8",
-        "MSAM has the lowest curvature along random directions and along momentum.",
-        "lowest",
-        _msam_lowest_curvature,
-        note="Means over training.",
-    ),
-    PaperClaim(
-        "TA1",
-        "The largest Hessian eigenvalue falls from SGD over SAM to MSAM.",
-        "λ1: 15.19 > 5.18 > 4.15",
-        _ordered("lambda_1"),
-    ),
-    PaperClaim(
-        "F4A",
-        "Along the gradient, SAM's minimum is the flattest.",
-        "SAM flattest",
-        _flattest("rise_along_gradient", "SAM"),
-        note="Mean loss rise over the slice along the unit gradient.",
-    ),
-    PaperClaim(
-        "F4B",
-        "Along the momentum vector, MSAM's minimum is the flattest.",
-        "MSAM flattest",
-        _flattest("rise_along_momentum", "MSAM"),
-        note="Mean loss rise over the slice along the unit momentum.",
-    ),
-    PaperClaim(
-        "F4C",
-        "Along random filter-normalised directions, MSAM's minimum is the flattest.",
-        "MSAM flattest",
-        _flattest("rise_along_random", "MSAM"),
-        note="Mean loss rise over the slice; one direction, normalised by each network's own filters.",
-    ),
-    PaperClaim(
-        "A13",
-        "On a random filter-normalised plane SAM is flatter than SGD, and MSAM the flattest.",
-        "MSAM flattest",
-        _ordered("rise_on_plane"),
-        note="Mean loss rise over the plane.",
-    ),
-)
+    return compare

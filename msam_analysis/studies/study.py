@@ -6,7 +6,6 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
-import platform
 import queue
 import shutil
 import signal
@@ -16,8 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from importlib.metadata import version
+from dataclasses import replace
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -30,20 +28,19 @@ from msam_analysis import plots, report
 from msam_analysis.studies import store
 from msam_analysis.studies.cifar import Checksum
 from msam_analysis.studies.computing import PLAIN, Computing, repeatable
-from msam_analysis.studies.exhibits import EXHIBITS, Evidence, Exhibit, Finding, choose, networks, untold
+from msam_analysis.studies.exhibits import EXHIBITS, Exhibit, Finding, choose, find, main_tables, networks
 from msam_analysis.studies.measuring import Protocol, measure, scores
+from msam_analysis.studies.pages import Setting, compose
 from msam_analysis.studies.ranks import Ranks
 from msam_analysis.studies.runs import Run, Task, gather, place
-from msam_analysis.studies.store import DivergedError
 from msam_analysis.studies.tables import FinishedRun, Tables, write_table
 from msam_analysis.studies.training import Tick, train
-from msam_analysis.studies.workloads import Recipe, Workload, formula, workload
+from msam_analysis.studies.workloads import Workload, workload
 
 if TYPE_CHECKING:
     from typing_extensions import Never
 
 _RECORDS = 20
-_SUMMARY = ("train_accuracy", "test_accuracy", "train_loss", "test_loss", "lambda_1", "gradients_per_step")
 
 
 class StoppedError(Exception):
@@ -152,20 +149,20 @@ def run_study(
     with store.alone(root / "runs"), _terminable():
         store.sweep(root / "runs")
         _make_share(list(tasks.values()), ranks, jobs, progress)
-        evidence = Evidence(problem, seeds, {identity: _read(task) for identity, task in tasks.items()})
-        findings = {exhibit: _find(exhibit, evidence) for exhibit in chosen}
-        tables = _tables(evidence) if any(exhibit.main for exhibit in chosen) else None
+        finished = {identity: _read(task) for identity, task in tasks.items()}
+        findings = {exhibit: find(exhibit, problem, seeds, finished) for exhibit in chosen}
+        tables = main_tables(problem, seeds, finished) if any(exhibit.main for exhibit in chosen) else None
         _write_tables(findings, tables, root / "tables")
         if tables is not None:
             main = networks(problem, seeds)
             named = {f"{run.optimizer}-seed{run.seed}": tasks[run.identity].directory for run in main}
             store.name_networks(named, root / "networks")
         pictures = _draw(findings, root / "figures")
-        setting = Setting(problem, protocol, computing, seeds, len(evidence.finished), _diverged(evidence))
-        page = report.write(_compose(setting, findings, tables, pictures), root)[0]
+        setting = Setting(problem, protocol, computing, seeds, len(finished), _diverged(finished.values()))
+        page = report.write(compose(setting, findings, tables, pictures), root)[0]
         if figures is not None:
             copies = _copy(findings, pictures, Path(figures))
-            report.write_markdown(_compose(setting, findings, tables, copies), figures)
+            report.write_markdown(compose(setting, findings, tables, copies), figures)
     ranks.meet()
     return page
 
@@ -338,24 +335,9 @@ def make_run(task: Task, tick: Tick) -> None:
     store.forget_state(task.directory)
 
 
-def _find(exhibit: Exhibit, evidence: Evidence) -> Finding:
-    """Return what an exhibit finds; nothing where it needs what a diverged network does not have."""
-    try:
-        return exhibit.study(evidence)
-    except DivergedError as error:
-        return untold(exhibit.claims, measured=f"not measured: {error}")
-
-
-def _tables(evidence: Evidence) -> Tables | None:
-    try:
-        return evidence.tables
-    except DivergedError:
-        return None
-
-
-def _diverged(evidence: Evidence) -> str:
+def _diverged(finished: Iterable[FinishedRun]) -> str:
     """Name the networks whose loss is not finite; empty where there are none."""
-    found = [run for run in evidence.finished.values() if not math.isfinite(run.scores["train_loss"])]
+    found = [run for run in finished if not math.isfinite(run.scores["train_loss"])]
     kinds: dict[str, list[int]] = {}
     for run in found:
         strength = f"{'−' * (run.settings['sign'] < 0)}{run.settings['rho']}"
@@ -389,128 +371,6 @@ def _draw(findings: Mapping[Exhibit, Finding], folder: Path) -> dict[Exhibit, Pa
         for exhibit, finding in findings.items()
         if finding.draw is not None
     }
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a study was asked for, for its report."""
-
-    problem: Workload
-    protocol: Protocol
-    computing: Computing
-    seeds: int
-    networks: int
-    diverged: str
-
-
-def _compose(
-    setting: Setting, findings: Mapping[Exhibit, Finding], tables: Tables | None, pictures: Mapping[Exhibit, Path]
-) -> report.Report:
-    problem, seeds = setting.problem, setting.seeds
-    sections = [report.Section("What was run", _setup(setting), _summary_tables(tables, setting.protocol, seeds))]
-    for exhibit, finding in findings.items():
-        label = f"{', '.join(exhibit.ids)}: " if exhibit.ids else ""
-        items: list[report.Figure | report.Table] = []
-        if exhibit in pictures:
-            items.append(report.Figure(pictures[exhibit], exhibit.caption, exhibit.title))
-        if finding.shown is not None:
-            items.append(report.Table(finding.shown, f"Mean over {seeds} seeds ± half width of the 68 % interval"))
-        sections.append(report.Section(f"{label}{exhibit.title}", finding.note, items))
-    claims = [claim for finding in findings.values() for claim in finding.claims]
-    verdicts = f" {report.counted(claims)}." if claims else ""
-    trained = f"{setting.networks:,} networks were trained."
-    if tables is not None:
-        others = setting.networks - len(tables.runs)
-        trained = (
-            f"{len(tables.runs)} networks were trained and measured, {others:,} more for controls and comparisons."
-        )
-    return report.Report(
-        title=f"{_listed(problem.perturbations)} on {problem.name}",
-        summary=(
-            f"{trained}{verdicts}\n\n{_departures(problem)}\n\n{_lost(setting.diverged)}\n\n"
-            "Verdicts are computed from the tables: a claim holds where the 68 % interval over seeds of every quantity "
-            "compared lies on the claim's side of its bound; it does not hold where some interval lies on the other "
-            "side even at the level 1 − 0.32/m for m comparisons (Bonferroni), as of many quantities one is easily "
-            "there by chance; otherwise it cannot be told. Differences and ratios are paired by seed; the intervals of "
-            "ratios are in brackets; d is the effect size, the mean of the paired differences over their standard "
-            f"deviation.\n\n{_solved(tables)}"
-        ),
-        sections=sections,
-        claims=claims,
-    )
-
-
-def _departures(problem: Workload) -> str:
-    """Say how the set-up is not that of the workload's source; nothing where it is."""
-    return f"Not the paper's set-up: {'; '.join(problem.departures)}." if problem.departures else ""
-
-
-def _lost(diverged: str) -> str:
-    words = "Diverged, with a loss that is not finite, and nothing measured but accuracies"
-    return f"{words}: {diverged}." if diverged else ""
-
-
-def _coarser(protocol: Protocol) -> str:
-    """Say in what the measurements are not the usual ones."""
-    default = Protocol(samples=protocol.samples)
-    other = [
-        f"{field.name.replace('_', ' ')} {getattr(protocol, field.name)} instead of {getattr(default, field.name)}"
-        for field in fields(Protocol)
-        if getattr(protocol, field.name) != getattr(default, field.name)
-    ]
-    return f"Not the usual measurements: {'; '.join(other)}." if other else ""
-
-
-def _setup(setting: Setting) -> str:
-    problem, seeds, samples = setting.problem, setting.seeds, setting.protocol.samples
-    whole = problem.training_samples
-    part = "the training set" if samples is None or samples >= whole else f"{samples:,} of the training samples"
-    as_trained_on = "labels as trained on" if problem.augmented is None else "without augmentation"
-    recipe = ", ".join(
-        f"{field.name.replace('_', ' ')} {getattr(problem.recipe, field.name)}"
-        for field in fields(Recipe)
-        if getattr(problem.recipe, field.name) != field.default
-    )
-    perturbations = "; ".join(
-        f"{name}: {'none' if value is None else formula(value)}" for name, value in problem.perturbations.items()
-    )
-    return (
-        f"{problem.description[0].upper()}{problem.description[1:]}.\n\n"
-        f"Every optimizer is {'SGD with momentum' if problem.recipe.base == 'sgd' else 'AdamW'} ({recipe}; "
-        f"{'cosine decay to 0' if problem.recipe.schedule == 'cosine' else 'constant learning rate'}) and differs from "
-        f"the others only in the perturbation ε at which the gradient is taken: {perturbations}. The seed sets the "
-        "initial weights and the order of the batches, and is shared by all optimizers.\n\n"
-        "After training, BatchNorm statistics are re-estimated on the training set at the true weights; losses are of "
-        f"all of it, slices and Hessians of {part} ({as_trained_on}), with these running statistics. While training, "
-        "curvatures and perturbation rises use each batch's own statistics, as the training step does. "
-        f"{'Control runs draw every sample of a batch independently. ' * bool(problem.controls)}"
-        f"Computed {setting.computing}.\n\n{_departures(problem)} {_coarser(setting.protocol)}\n\n"
-        f"Intervals are 68 % Student-t intervals over {seeds} seeds. Made with torch {torch.__version__}, Python "
-        f"{platform.python_version()}, msam-analysis {version('msam-analysis')}."
-    )
-
-
-def _summary_tables(tables: Tables | None, protocol: Protocol, seeds: int) -> list[report.Table]:
-    if tables is None:
-        return []
-    quantities = [*_SUMMARY, *(f"sharpness_{radius:g}" for radius in protocol.radii)]
-    shown = tables.optimizers[["optimizer", *(c for q in quantities for c in (q, f"{q}_half_width"))]]
-    return [report.Table(shown, f"Mean over {seeds} seeds ± half width")]
-
-
-def _solved(tables: Tables | None) -> str:
-    if tables is None:
-        return ""
-    solvers = tables.solvers
-    return (
-        f"Of {len(solvers)} runs of an iterative solver (eigenvalues, largest rise in a ball), "
-        f"{int((~solvers).sum()) or 'none'} ended at the budget before it converged; the tables mark them."
-    )
-
-
-def _listed(names: Iterable[str]) -> str:
-    *head, last = names
-    return f"{', '.join(head)} and {last}" if head else last
 
 
 __all__ = ["EXHIBITS", "Protocol", "execute", "run_study"]

@@ -23,13 +23,13 @@ class FinishedRun:
     Attributes
     ----------
     optimizer, seed
-        Which.
+        Name of the optimizer, and the seed.
     scores
         Losses, accuracies and gradients per step.
     steps
-        What was recorded while training.
+        Records of the training, one row a step.
     results
-        What was measured after it.
+        Results of the measurements after training, by name.
     settings
         The recipe and the perturbation, as columns of a table.
     """
@@ -94,21 +94,23 @@ def write_table(frame: pd.DataFrame, path: Path) -> None:
         frame.to_csv(partial, index=False, lineterminator="\n")
 
 
+def as_table(data: Any) -> pd.DataFrame:
+    """Return a table of rows, or a table that pandas gives back without its type."""
+    table: pd.DataFrame = pd.DataFrame(data)
+    return table
+
+
 def outcomes(runs: Sequence[FinishedRun]) -> pd.DataFrame:
     """Return one row per run: optimizer, seed, its settings (see ``Run.settings``) and its scores."""
-    rows = [{"optimizer": run.optimizer, "seed": run.seed, **run.settings, **run.scores} for run in runs]
-    table: pd.DataFrame = pd.DataFrame(rows)
-    return table
+    return per_run(runs, lambda run: {**run.settings, **run.scores})
 
 
-def recorded(runs: Sequence[FinishedRun]) -> pd.DataFrame:
-    """Return one row per step of every run: optimizer, seed, its settings, and what was recorded."""
-    frames = [
-        run.steps.assign(**{"optimizer": run.optimizer, "seed": run.seed, **_apart(run.settings, run.steps)})
-        for run in runs
-    ]
-    table: pd.DataFrame = pd.concat(frames, ignore_index=True)
-    return table
+def per_run(
+    runs: Iterable[FinishedRun], columns: Callable[[FinishedRun], Mapping[str, object]], **same: object
+) -> pd.DataFrame:
+    """Return one row per run: optimizer, seed, what is the ``same`` for all of them, and what ``columns`` gives."""
+    rows = [{"optimizer": run.optimizer, "seed": run.seed, **same, **columns(run)} for run in runs]
+    return as_table(rows)
 
 
 def of_training(steps: pd.DataFrame, statistic: Callable[[pd.DataFrame], float]) -> float:
@@ -134,11 +136,6 @@ def mean_cosine(steps: pd.DataFrame) -> float:
 def negative_share(values: pd.Series[float]) -> float:
     """Return how many of some numbers are negative, in percent; NaN where one of them is."""
     return math.nan if values.isna().any() or values.empty else 100 * float((values < 0).mean())
-
-
-def _apart(settings: Mapping[str, Any], steps: pd.DataFrame) -> dict[str, Any]:
-    """Name a setting that is also recorded at every step, the learning rate, by what it is there: the peak."""
-    return {f"peak_{name}" if name in steps else name: value for name, value in settings.items()}
 
 
 def tabulate(runs: Sequence[FinishedRun], controls: Sequence[FinishedRun] = ()) -> Tables:
@@ -185,5 +182,4 @@ def _stack(runs: Sequence[FinishedRun], frames: Callable[[FinishedRun], Iterable
     parts = [frame.assign(optimizer=run.optimizer, seed=run.seed) for run in runs for frame in frames(run)]
     first = ["optimizer", "seed"]
     table: pd.DataFrame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=first)
-    ordered: pd.DataFrame = table[first + [column for column in table.columns if column not in first]]
-    return ordered
+    return as_table(table[first + [column for column in table.columns if column not in first]])

@@ -1,13 +1,20 @@
 """Results and tables with known contents."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pytest
 import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
+from msam_analysis import plots
 from msam_analysis.results import Projection, Slice1D, Slice2D
 from tests.builders import built
 
@@ -89,3 +96,44 @@ def table(
         level = frame["optimizer"].map(lambda name: SHARPNESS.get(name, 5.0))
         frame[column] = level.to_numpy(dtype=np.float64) * np.exp(0.2 * generator.standard_normal(len(frame)))
     return frame
+
+
+def curves(ax: Axes) -> dict[str, npt.NDArray[np.float64]]:
+    """Name to vertices, shape ``(points, 2)``, of the labelled lines."""
+    found = {str(artist.get_label()): np.asarray(artist.get_xydata()) for artist in ax.lines}
+    return {name: vertices for name, vertices in found.items() if not name.startswith("_")}
+
+
+def check_bytes(kind: Callable[[], Any], folder: Path) -> None:
+    """Check that a picture's files repeat, bit for bit, and that the settings of matplotlib stay."""
+    before = dict(mpl.rcParams)
+    first = plots.save(kind(), folder / "first", ["svg", "png"])
+    second = plots.save(kind(), folder / "second", ["svg", "png"])
+    assert dict(mpl.rcParams) == before
+    for a, b in zip(first, second, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+
+
+def check_size(kind: Callable[[], Any]) -> None:
+    """Check that a picture fits a column or a page, and that its text is readable."""
+    drawn = np.atleast_1d(kind())
+    figure = drawn[0].figure
+    assert figure.get_figwidth() == pytest.approx(plots.COLUMN_WIDTH if len(drawn) == 1 else plots.PAGE_WIDTH)
+    figure.canvas.draw()
+    texts = [item for item in figure.findobj(mpl.text.Text) if item.get_text() and item.get_visible()]
+    assert min(item.get_fontsize() for item in texts) >= 7
+    box = figure.get_tightbbox()
+    assert box.x0 >= -0.02
+    assert box.y0 >= -0.02
+    assert box.x1 <= figure.get_figwidth() + 0.02
+    assert box.y1 <= figure.get_figheight() + 0.02
+
+
+def check_axes(draw: Callable[[Axes], Any]) -> None:
+    """Check that a picture is drawn on the axes given, and opens no figure."""
+    figure = Figure()
+    ax = figure.subplots()
+    assert draw(ax) is ax
+    assert not plt.get_fignums()
+    assert ax.get_legend() is not None or len(figure.axes) > 1
+    figure.canvas.draw()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
 from msam_analysis.report.page import Claim
 from msam_analysis.studies.claims import PaperClaim
-from msam_analysis.studies.exhibits.base import Evidence, Exhibit
+from msam_analysis.studies.exhibits.base import Exhibit
 from msam_analysis.studies.measuring import scores
 from msam_analysis.studies.runs import Run, gather
 from msam_analysis.studies.tables import FinishedRun
@@ -30,13 +33,23 @@ def finish(run: Run, every: int = 2) -> FinishedRun:
     return FinishedRun(run.optimizer, run.seed, reached, trained.steps, {}, run.settings)
 
 
-def evidence_of(problem: Workload, seeds: int, exhibits: Iterable[Exhibit]) -> Evidence:
+def finished_of(workload: Workload, seeds: int, exhibits: Iterable[Exhibit]) -> dict[str, FinishedRun]:
     """Train what exhibits need, each network once."""
-    wanted = gather(run for exhibit in exhibits for run in exhibit.runs(problem, seeds))
-    return Evidence(problem, seeds, {identity: finish(run) for identity, run in wanted.items()})
+    wanted = gather(run for exhibit in exhibits for run in exhibit.runs(workload, seeds))
+    return {identity: finish(run) for identity, run in wanted.items()}
 
 
 def judged(claims: Iterable[PaperClaim], words: str, table: pd.DataFrame) -> Claim:
     """Return the row of the one claim whose sentence contains some words."""
     (claim,) = (claim for claim in claims if words in claim.sentence)
     return claim.judge(table)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(found.replace("−", "-")) for found in re.findall(r"[-−]?\d+\.?\d*(?:e[-+]?\d+)?", text)]
+
+
+def t_interval(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tuple[float, float]:
+    """Return mean and half width of a 68 % interval, by scipy."""
+    low, high = stats.t.interval(0.68, len(values) - 1, loc=values.mean(), scale=stats.sem(values))
+    return float(values.mean()), float(high - low) / 2

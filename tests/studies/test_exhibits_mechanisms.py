@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -21,8 +19,8 @@ from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.results.statistics import summarise
 from msam_analysis.studies import store
 from msam_analysis.studies.exhibits import EXHIBITS as ALL
-from msam_analysis.studies.exhibits import core, mechanisms, models, schematic, solutions, wanted
-from msam_analysis.studies.exhibits.base import Evidence, Exhibit
+from msam_analysis.studies.exhibits import core, cosines, mechanisms, models, schematic, solutions, wanted
+from msam_analysis.studies.exhibits.base import Exhibit, Finding, find
 from msam_analysis.studies.measuring import DISTURBANCES, last_block, measure
 from msam_analysis.studies.networks import mlp
 from msam_analysis.studies.runs import Run, gather, place
@@ -44,33 +42,39 @@ def relative(name: str) -> Workload:
 
 
 # Some probes are asked at every eighth step, and the first has no momentum.
-PROBLEM = dataclasses.replace(
+WORKLOAD = dataclasses.replace(
     wanted.with_recipe(TOY, epochs=3), relatives={name: relative(name) for name in ("transformer", "text")}
 )
-EXHIBITS = (schematic.SCHEMATIC, *mechanisms.MECHANISMS, *models.MODELS_AND_TASKS, *solutions.SOLUTIONS)
+TRAINING = (*mechanisms.MECHANISMS, *cosines.COSINES)
+EXHIBITS = (schematic.SCHEMATIC, *TRAINING, *models.MODELS_AND_TASKS, *solutions.SOLUTIONS)
+Finished = dict[str, FinishedRun]
 by_name = pytest.mark.parametrize("exhibit", EXHIBITS, ids=lambda exhibit: exhibit.name)
 
 
 @pytest.fixture(scope="module")
-def evidence(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("runs")
-    finished = {}
-    for identity, run in gather(run for exhibit in EXHIBITS for run in exhibit.runs(PROBLEM, SEEDS)).items():
+    made = {}
+    for identity, run in gather(run for exhibit in EXHIBITS for run in exhibit.runs(WORKLOAD, SEEDS)).items():
         task = place(run, folder, COARSE, 4)
         make_run(task, lambda _: None)
-        finished[identity] = store.read_run(task.directory, run.optimizer, run.seed, run.settings)
-    return Evidence(PROBLEM, SEEDS, finished)
+        made[identity] = store.read_run(task.directory, run.optimizer, run.seed, run.settings)
+    return made
 
 
-def table_of(exhibit: Exhibit, evidence: Evidence) -> pd.DataFrame:
-    table = exhibit.study(evidence).table
+def found_by(exhibit: Exhibit, finished: Finished) -> Finding:
+    return find(exhibit, WORKLOAD, SEEDS, finished)
+
+
+def table_of(exhibit: Exhibit, finished: Finished) -> pd.DataFrame:
+    table = found_by(exhibit, finished).table
     assert table is not None
     return table
 
 
 @by_name
-def test_every_exhibit_has_a_table_a_figure_and_its_claims(exhibit: Exhibit, evidence: Evidence) -> None:
-    finding = exhibit.study(evidence)
+def test_every_exhibit_has_a_table_a_figure_and_its_claims(exhibit: Exhibit, finished: Finished) -> None:
+    finding = found_by(exhibit, finished)
     assert finding.table is not None
     assert not finding.table.empty
     assert [claim.claim for claim in finding.claims] == [claim.sentence for claim in exhibit.claims]
@@ -81,74 +85,6 @@ def test_every_exhibit_has_a_table_a_figure_and_its_claims(exhibit: Exhibit, evi
         axes = np.atleast_1d(np.asarray(finding.draw(), dtype=object)).ravel()
         assert all(ax.has_data() and ax.get_xlabel() for ax in axes)
         plt.close(axes[0].figure)
-
-
-# --------------------------------------------------------------------------------------------------------------- F1
-
-
-def slope(x: float, y: float) -> np.ndarray[Any, Any]:
-    valley = y - 0.5 * x**2
-    return np.array([-4.0 * x * valley + 0.5 * (x - 0.6), 4.0 * valley])
-
-
-def test_one_step_of_every_optimizer_by_hand() -> None:
-    """The momentum is what led here; every gradient is taken where the equations say, and the step is SGD's."""
-    for name in ("SGD", "NAG", "SAM", "MSAM"):
-        row = schematic.one_step(name)
-        before, at, point, to = (
-            np.array([row[f"{key}_x"], row[f"{key}_y"]], dtype=float) for key in ("from", "at", "gradient_at", "to")
-        )
-        v, g = (before - at) / schematic.LR, slope(*at)
-        expected = {
-            "SGD": at,
-            "NAG": at - schematic.LR * schematic.MOMENTUM * v,
-            "SAM": at + 0.45 * g / np.linalg.norm(g),
-            "MSAM": at - 0.45 * v / np.linalg.norm(v),
-        }[name]
-        assert point == pytest.approx(expected), name
-        assert to == pytest.approx(at - schematic.LR * (schematic.MOMENTUM * v + slope(*point))), name
-
-
-def drawn(**changes: dict[str, Any]) -> pd.DataFrame:
-    """Return the steps, with switches of some perturbations changed."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, switches in changes.items():
-            perturbation = schematic.PERTURBATIONS[name]
-            assert perturbation is not None
-            patch.setitem(schematic.PERTURBATIONS, name, dataclasses.replace(perturbation, **switches))
-        steps: pd.DataFrame = pd.DataFrame([schematic.one_step(name) for name in schematic.PERTURBATIONS])
-        return steps
-
-
-LATE = schematic.BEFORE
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        *({name: {"sign": -1}} for name in ("NAG", "SAM", "MSAM")),
-        *({name: {"rho": Jump(0.4, LATE)}} for name in ("NAG", "SAM", "MSAM")),
-        {"SAM": {"direction": "momentum"}},
-        {"MSAM": {"direction": "gradient"}},
-        {"MSAM": {"normalize": "none"}},
-        {"NAG": {"normalize": "none"}},
-        {"NAG": {"rho": Jump(0.0, LATE)}},
-    ],
-    ids=str,
-)
-def test_where_the_gradient_is_taken_is_judged_by_the_steps_drawn(changes: dict[str, dict[str, Any]]) -> None:
-    (claim,) = schematic.SCHEMATIC.claims
-    assert claim.judge(drawn()).verdict == "holds"
-    assert claim.judge(drawn(**changes)).verdict != "holds"
-    if "sign" in str(changes):
-        assert claim.judge(drawn(**changes)).verdict == "does not hold"
-
-
-def test_a_gradient_of_sgd_away_from_its_weights() -> None:
-    (claim,) = schematic.SCHEMATIC.claims
-    steps = drawn()
-    moved = steps["gradient_at_x"] + 0.1 * (steps["optimizer"] == "SGD")
-    assert claim.judge(steps.assign(gradient_at_x=moved)).verdict == "does not hold"
 
 
 # ------------------------------------------------------------------------------------------------------- A2 and A12
@@ -166,9 +102,9 @@ def test_minimum_at_an_end(sign: float) -> None:
     assert mechanisms.minimum(offsets, [sign * a for a in offsets]) == (-4.0 if sign > 0 else 2.0)
 
 
-def test_changes_are_means_over_the_recorded_steps(evidence: Evidence) -> None:
-    table = table_of(mechanisms.ALONG, evidence)
-    run = evidence.finished[Run(PROBLEM, "SAM", 1).identity]
+def test_changes_are_means_over_the_recorded_steps(finished: Finished) -> None:
+    table = table_of(mechanisms.ALONG, finished)
+    run = finished[Run(WORKLOAD, "SAM", 1).identity]
     row = table.query("optimizer == 'SAM' and seed == 1 and offset == -1.0")
     assert float(row["change"].iloc[0]) == pytest.approx(
         np.nanmean(run.steps["loss_along/-1"] - run.steps["loss_along/0"])
@@ -183,12 +119,12 @@ def test_a_step_along_the_momentum_is_what_is_recorded() -> None:
     assert trained.steps["loss_along/-1"].notna().sum() == 1, "every eighth step, and none before there is momentum"
 
 
-def test_rates(evidence: Evidence) -> None:
-    table = table_of(mechanisms.RISE_RATES, evidence)
+def test_rates(finished: Finished) -> None:
+    table = table_of(mechanisms.RISE_RATES, finished)
     assert sorted(set(table["lr"])) == pytest.approx([0.01, 0.1, 0.3])
     assert set(table["rho"]) == {0.2}, "the recorded distance nearest to the toy's ρ of 0.3, by ratio"
     assert (table.loc[table["optimizer"] == "SGD", "own_rise"] == 0).all()
-    run = evidence.finished[Run(PROBLEM, "SGD", 0).identity]
+    run = finished[Run(WORKLOAD, "SGD", 0).identity]
     mine = table[(table["optimizer"] == "SGD") & (table["seed"] == 0) & np.isclose(table["lr"], 0.1)]
     along = run.steps["loss_along/-0.2"] - run.steps["loss_along/0"]
     assert float(mine["virtual_rise"].iloc[0]) == pytest.approx(along.mean())
@@ -197,11 +133,11 @@ def test_rates(evidence: Evidence) -> None:
 # --------------------------------------------------------------------------------------------------- A3, A4 and F3
 
 
-def test_cosines_of_models(evidence: Evidence) -> None:
-    table = table_of(mechanisms.MODELS, evidence)
+def test_cosines_of_models(finished: Finished) -> None:
+    table = table_of(cosines.MODELS, finished)
     assert set(table["problem"]) == {"toy", "transformer", "text"}
     assert set(table.loc[table["problem"] == "text", "optimizer"]) == {"AdamW", "MSAM"}
-    run = evidence.finished[Run(PROBLEM.relatives["text"], "AdamW", 1).identity]
+    run = finished[Run(WORKLOAD.relatives["text"], "AdamW", 1).identity]
     row = table.query("problem == 'text' and optimizer == 'AdamW' and seed == 1").iloc[0]
     cosine = run.steps["cosine"].to_numpy()[1:]
     assert row["cosine"] == pytest.approx(cosine.mean())
@@ -238,8 +174,8 @@ def test_the_trainings_momentum_on_held_out_batches() -> None:
     assert not asked["held_out_cosine_fresh"].equals(asked["held_out_cosine_fixed"])
 
 
-def test_angles(evidence: Evidence) -> None:
-    table = table_of(mechanisms.ANGLE, evidence)
+def test_angles(finished: Finished) -> None:
+    table = table_of(mechanisms.ANGLE, finished)
     assert set(table["best_rho"]) == {0.3}
     per_run = table.groupby(["optimizer", "seed"])["step"].apply(list)
     assert per_run.to_list() == [[4, 8]] * 2 * SEEDS, "every record, and none before there is momentum"
@@ -250,15 +186,14 @@ def test_angles(evidence: Evidence) -> None:
 
 
 def test_nothing_is_perturbed_in_the_warmup() -> None:
-    one = PROBLEM.relatives["transformer"]
+    one = WORKLOAD.relatives["transformer"]
     late = wanted.after_warmup(one, "MSAM")
     perturbation = late.perturbations["MSAM"]
     assert perturbation is not None
     assert perturbation.rho == Jump(0.3, 4), "one epoch of 16, 16, 16 and 12 samples"
     assert wanted.after_warmup(one, "AdamW") is one
     runs = {
-        name: train(problem, name, 0, every=1, watched=["rise"]).steps
-        for problem, name in ((late, "MSAM"), (one, "AdamW"))
+        name: train(tried, name, 0, every=1, watched=["rise"]).steps for tried, name in ((late, "MSAM"), (one, "AdamW"))
     }
     lengths = runs["MSAM"]["epsilon_norm"].to_numpy()
     assert (lengths[:4] == 0).all()
@@ -268,30 +203,30 @@ def test_nothing_is_perturbed_in_the_warmup() -> None:
     assert not same[4:].any()
 
 
-def test_scores_of_other_tasks(evidence: Evidence) -> None:
-    table = table_of(models.OUTSIDE_VISION, evidence)
-    assert set(table["problem"]) == {"text"}, "this problem has no table beside it"
+def test_scores_of_other_tasks(finished: Finished) -> None:
+    table = table_of(models.OUTSIDE_VISION, finished)
+    assert set(table["problem"]) == {"text"}, "this workload has no table beside it"
     row = table.query("optimizer == 'MSAM' and seed == 0").iloc[0]
-    problem = PROBLEM.relatives["text"]
-    trained = train(problem, "MSAM", 0, every=None)
-    objective = Objective(trained.model, problem.criterion(), problem.train())
+    workload = WORKLOAD.relatives["text"]
+    trained = train(workload, "MSAM", 0, every=None)
+    objective = Objective(trained.model, workload.criterion(), workload.train())
     hessian = torch.stack([objective.hvp(unit) for unit in torch.eye(objective.size)])
     assert row["lambda_1"] == pytest.approx(float(torch.linalg.eigvalsh(hessian.double()).max()), rel=1e-2)
     assert row["test_loss"] == pytest.approx(
-        float(Objective(trained.model, problem.criterion(), problem.test()).loss())
+        float(Objective(trained.model, workload.criterion(), workload.test()).loss())
     )
 
 
 # ----------------------------------------------------------------------------------------------- A6r and TA4
 
 
-def test_ranks(evidence: Evidence) -> None:
-    table = table_of(solutions.RANK, evidence)
+def test_ranks(finished: Finished) -> None:
+    table = table_of(solutions.RANK, finished)
     row = table.query("optimizer == 'SAM' and seed == 0").iloc[0]
-    model = train(PROBLEM, "SAM", 0, every=None).model
+    model = train(WORKLOAD, "SAM", 0, every=None).model
     assert isinstance(model, torch.nn.Sequential)
     with torch.no_grad():
-        features = model[:4](torch.cat([inputs for inputs, _ in PROBLEM.train()])).double().numpy()
+        features = model[:4](torch.cat([inputs for inputs, _ in WORKLOAD.train()])).double().numpy()
     shares = np.sort(np.linalg.eigvalsh(np.cov(features.T)))[::-1]
     assert row["rank"] == 1 + int((np.cumsum(shares) < 0.99 * shares.sum()).sum())
     assert (row["samples"], row["dimension"]) == (60, 6)
@@ -303,9 +238,9 @@ def test_last_blocks() -> None:
     assert last_block(mlp([3, 4, 2])) == "features"
 
 
-def test_accuracies_begin_at_the_clean_one(evidence: Evidence) -> None:
-    table = table_of(solutions.DISTURBED, evidence)
-    for run in evidence.of(wanted.each(PROBLEM, PROBLEM.perturbations, SEEDS)):
+def test_accuracies_begin_at_the_clean_one(finished: Finished) -> None:
+    table = table_of(solutions.DISTURBED, finished)
+    for run in solutions.DISTURBED.evidence(WORKLOAD, SEEDS, finished).runs:
         mine = table[(table["optimizer"] == run.optimizer) & (table["seed"] == run.seed)]
         clean = mine.loc[mine["share"] == 0, "test_accuracy"]
         assert clean.to_numpy() == pytest.approx(100 * run.scores["test_accuracy"])
@@ -321,8 +256,8 @@ def test_unknown_measures() -> None:
 # -------------------------------------------------------------------------------------- runs that diverged
 
 
-def spoiled(evidence: Evidence, share: float) -> Evidence:
-    """Return the evidence with all that is recorded after a part of training NaN, for the runs of seed 1."""
+def spoiled(finished: Finished, share: float) -> Finished:
+    """Return the runs with all that is recorded after a part of training NaN, for the runs of seed 1."""
 
     def spoil(run: FinishedRun) -> FinishedRun:
         known = run.steps["step"] <= share * run.steps["step"].max()
@@ -330,13 +265,13 @@ def spoiled(evidence: Evidence, share: float) -> Evidence:
         steps = run.steps.assign(**{str(name): run.steps[name].where(known) for name in recorded})
         return dataclasses.replace(run, steps=steps) if run.seed == 1 else run
 
-    return Evidence(PROBLEM, SEEDS, {identity: spoil(run) for identity, run in evidence.finished.items()})
+    return {identity: spoil(run) for identity, run in finished.items()}
 
 
 @pytest.mark.parametrize("share", [0.9, 0.4, 0.0])
-@pytest.mark.parametrize("exhibit", mechanisms.MECHANISMS, ids=lambda exhibit: exhibit.name)
-def test_what_came_before_it_diverged_tells_nothing(exhibit: Exhibit, share: float, evidence: Evidence) -> None:
-    finding = exhibit.study(spoiled(evidence, share))
+@pytest.mark.parametrize("exhibit", TRAINING, ids=lambda exhibit: exhibit.name)
+def test_what_came_before_it_diverged_tells_nothing(exhibit: Exhibit, share: float, finished: Finished) -> None:
+    finding = found_by(exhibit, spoiled(finished, share))
     table = finding.table
     assert table is not None
     assert finding.draw is not None
@@ -363,206 +298,43 @@ def test_epochs_of_a_run_that_diverged_are_holes() -> None:
     assert math.isnan(table[4])
 
 
-def test_cosines_of_a_run_that_diverged_outside_vision(evidence: Evidence) -> None:
-    table = table_of(models.OUTSIDE_VISION, spoiled(evidence, 0.6))
+def test_cosines_of_a_run_that_diverged_outside_vision(finished: Finished) -> None:
+    table = table_of(models.OUTSIDE_VISION, spoiled(finished, 0.6))
     known = table.groupby("seed")[["cosine", "negative"]].apply(lambda part: part.notna().all(axis=None))
     assert known.to_dict() == {0: True, 1: False}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("place", [0, 3, -1])
-def test_no_minimum_of_a_curve_with_a_hole(bad: float, place: int) -> None:
+@pytest.mark.parametrize("hole", [0, 3, -1])
+def test_no_minimum_of_a_curve_with_a_hole(bad: float, hole: int) -> None:
     offsets = sorted((*OFFSETS, 0.0))
     changes = [(a - 0.5) ** 2 for a in offsets]
-    changes[place] = bad
+    changes[hole] = bad
     assert math.isnan(mechanisms.minimum(offsets, changes))
 
 
 # -------------------------------------------------------------------------------------------------------- claims
 
 
-def table(**columns: list[Any]) -> pd.DataFrame:
-    """Three seeds, that differ a little, for every value that a row has."""
-    frame = pd.DataFrame(columns)
-    parts = [frame.assign(seed=seed) for seed in range(3)]
-    for seed, part in enumerate(parts):
-        for name in part.select_dtypes("float"):
-            if name not in ("offset", "share", "best_rho"):
-                part[name] += 1e-3 * seed * part[name].abs()
-    whole: pd.DataFrame = pd.concat(parts, ignore_index=True)
-    return whole
-
-
-def ranks(sgd: float, sam: float, msam: float) -> pd.DataFrame:
-    return table(optimizer=["SGD", "SAM", "MSAM"], rank=[sgd, sam, msam])
-
-
-def disturbed(sgd: float, other: float) -> pd.DataFrame:
-    rows = [
-        (name, attack, share, value)
-        for name, value in (("SGD", sgd), ("SAM", other), ("MSAM", other))
-        for attack, shares in DISTURBANCES.items()
-        for share in shares
-    ]
-    names, attacks, shares, values = (list(column) for column in zip(*rows, strict=True))
-    return table(optimizer=names, attack=attacks, share=shares, test_accuracy=values)
-
-
-def conditions(quantity: str, value: float, schedule: str = "decay") -> pd.DataFrame:
-    return table(
-        optimizer=["SGD", "MSAM"],
-        schedule=[schedule] * 2,
-        quantity=[quantity] * 2,
-        mean=[value] * 2,
-        last_quarter=[value] * 2,
-    )
-
-
-def valley(where: float) -> pd.DataFrame:
-    offsets = sorted((*OFFSETS, 0.0))
-    parts = [
-        table(optimizer=[name] * len(offsets), offset=offsets).assign(
-            change=lambda frame: (frame["offset"] - where - 1e-3 * frame["seed"]) ** 2
-        )
-        for name in ("SGD", "NAG", "SAM", "MSAM")
-    ]
-    whole: pd.DataFrame = pd.concat(parts)
-    return whole
-
-
-def warmup(late: float, msam: float = 66.0) -> pd.DataFrame:
-    return table(
-        perturbed=["throughout"] * 3 + ["after warm-up only"] * 2,
-        optimizer=["AdamW", "SAM", "MSAM", "SAM", "MSAM"],
-        test_accuracy=[60.0, 65.0, msam, 65.5 + late, 66.5 + late],
-    )
-
-
-def other_tasks(loss: float, eigenvalue: float) -> pd.DataFrame:
-    return table(
-        problem=["text"] * 3,
-        optimizer=["AdamW", "SAM", "MSAM"],
-        test_loss=[2.0, loss, loss],
-        lambda_1=[9.0, eigenvalue, eigenvalue],
-    )
-
-
-def rises(value: float) -> pd.DataFrame:
-    return table(optimizer=["SGD"], learning_rate=["η = 0.1"], virtual_rise=[value], small_rise=[value])
-
-
-def roots(value: float) -> pd.DataFrame:
-    frame = pd.concat(
-        [
-            table(optimizer=["SGD"], rho_0=[value], best_rho=[3.0], finished=[True]).assign(epoch=epoch)
-            for epoch in range(9)
-        ]
-    )
-    lost = (frame["epoch"] == 0) & (frame["seed"] == 1)
-    whole: pd.DataFrame = frame.assign(rho_0=frame["rho_0"].where(~lost))
-    return whole
-
-
-def cosines(negative: float, after: float) -> pd.DataFrame:
-    return table(problem=["toy", "text"], optimizer=["SGD"] * 2, negative=[negative] * 2, after_update=[after] * 2)
-
-
-CASES: list[tuple[Exhibit, int, Callable[[], pd.DataFrame], Callable[[], pd.DataFrame]]] = [
-    (schematic.SCHEMATIC, 0, drawn, lambda: drawn(MSAM={"sign": -1})),
-    (mechanisms.ANGLE, 0, lambda: roots(2.5), lambda: roots(7.0)),
-    (mechanisms.ANGLE, 0, lambda: roots(1.6), lambda: roots(1.4)),
-    (mechanisms.ALONG, 0, lambda: valley(0.2), lambda: valley(-0.2)),
-    (mechanisms.ALONG, 1, lambda: valley(0.2), lambda: valley(-0.2)),
-    (mechanisms.MODELS, 0, lambda: cosines(80.0, 0.4), lambda: cosines(40.0, 0.4)),
-    (mechanisms.MODELS, 1, lambda: cosines(80.0, 0.4), lambda: cosines(80.0, 0.6)),
-    (mechanisms.MODELS, 1, lambda: cosines(80.0, 0.4), lambda: cosines(80.0, -0.1)),
-    (
-        mechanisms.CONDITIONS,
-        0,
-        lambda: conditions("cosine", -0.1, "constant"),
-        lambda: conditions("cosine", 0.1, "constant"),
-    ),
-    (
-        mechanisms.CONDITIONS,
-        1,
-        lambda: conditions("own_cosine_fresh", 0.4),
-        lambda: conditions("own_cosine_fresh", -0.4),
-    ),
-    (
-        mechanisms.CONDITIONS,
-        2,
-        lambda: conditions("own_cosine_fixed", 0.9),
-        lambda: conditions("own_cosine_fixed", 0.7),
-    ),
-    (
-        mechanisms.CONDITIONS,
-        3,
-        lambda: conditions("held_out_cosine_fresh", -0.1),
-        lambda: conditions("held_out_cosine_fresh", 0.1),
-    ),
-    (mechanisms.RISE_RATES, 0, lambda: rises(0.1), lambda: rises(-0.1)),
-    (mechanisms.RISE_RATES, 1, lambda: rises(0.1), lambda: rises(-0.1)),
-    (models.WARMUP, 0, lambda: warmup(1.0), lambda: warmup(1.0).replace({"AdamW": "MSAM", "MSAM": "AdamW"})),
-    (models.WARMUP, 0, lambda: warmup(1.0, 62.5), lambda: warmup(1.0, 61.5)),
-    (models.WARMUP, 1, lambda: warmup(1.0), lambda: warmup(-1.0)),
-    (models.WARMUP, 2, lambda: warmup(1.0), lambda: warmup(-1.0)),
-    *((models.OUTSIDE_VISION, i, lambda: other_tasks(1.0, 3.0), lambda: other_tasks(3.0, 30.0)) for i in range(4)),
-    (solutions.RANK, 0, lambda: ranks(90.0, 60.0, 50.0), lambda: ranks(90.0, 50.0, 60.0)),
-    (solutions.RANK, 0, lambda: ranks(90.0, 60.0, 50.0), lambda: ranks(50.0, 60.0, 40.0)),
-    (solutions.DISTURBED, 0, lambda: disturbed(20.0, 30.0), lambda: disturbed(30.0, 20.0)),
-    (solutions.DISTURBED, 0, lambda: disturbed(20.0, 22.5), lambda: disturbed(20.0, 21.5)),
-    (solutions.DISTURBED, 1, lambda: disturbed(20.0, 30.0), lambda: disturbed(30.0, 20.0)),
-]
-
-
-@pytest.mark.parametrize(("exhibit", "place", "holds", "fails"), CASES)
-def test_claims_follow_their_tables(
-    exhibit: Exhibit, place: int, holds: Callable[[], pd.DataFrame], fails: Callable[[], pd.DataFrame]
-) -> None:
-    claim = exhibit.claims[place]
-    assert claim.judge(holds()).verdict == "holds"
-    assert claim.judge(fails()).verdict == "does not hold"
-
-
-def test_every_claim_is_tested() -> None:
-    tested = {(exhibit.name, place) for exhibit, place, _, _ in CASES}
-    assert tested == {(exhibit.name, place) for exhibit in EXHIBITS for place in range(len(exhibit.claims))}
-
-
-def test_without_a_warmup_nothing_is_told() -> None:
-    bare = warmup(1.0).query("perturbed == 'throughout'")
-    assert [claim.judge(bare).measured for claim in models.WARMUP.claims[1:]] == ["not measured"] * 2
-
-
-def test_how_far_is_far_is_said() -> None:
-    for claim, found in (
-        (models.WARMUP.claims[0], warmup(1.0)),
-        (solutions.DISTURBED.claims[0], disturbed(20.0, 30.0)),
-    ):
-        assert claim.judge(found).measured.endswith("required: gain more than 2 points")
-
-
-def test_how_other_problems_were_tuned_is_said(evidence: Evidence) -> None:
+def test_how_other_workloads_were_tuned_is_said(finished: Finished) -> None:
     for exhibit in (models.WARMUP, models.OUTSIDE_VISION):
         words = "chosen by the test accuracy of two other seeds"
         assert all(words in claim.note for claim in exhibit.claims)
-        assert words in exhibit.study(evidence).note
+        assert words in found_by(exhibit, finished).note
     assert all("favours" in claim.note for claim in models.WARMUP.claims[1:])
 
 
 # ------------------------------------------------------------------------------------------- other workloads
 
 
-@pytest.fixture
-def alone(evidence: Evidence) -> Evidence:
-    """The evidence of a workload that has no others beside it."""
-    return Evidence(dataclasses.replace(PROBLEM, relatives={}), SEEDS, evidence.finished)
+ALONE = dataclasses.replace(WORKLOAD, relatives={})
+"""A workload that has no others beside it."""
 
 
 @pytest.mark.parametrize("exhibit", models.MODELS_AND_TASKS, ids=lambda exhibit: exhibit.name)
-def test_a_workload_without_relatives_is_not_taken_for_one(exhibit: Exhibit, alone: Evidence) -> None:
-    assert exhibit.runs(alone.problem, SEEDS) == []
-    finding = exhibit.study(alone)
+def test_a_workload_without_relatives_is_not_taken_for_one(exhibit: Exhibit, finished: Finished) -> None:
+    assert exhibit.runs(ALONE, SEEDS) == []
+    finding = find(exhibit, ALONE, SEEDS, finished)
     assert finding.draw is None
     assert finding.table is None
     assert "beside this workload" in finding.note
@@ -572,45 +344,44 @@ def test_a_workload_without_relatives_is_not_taken_for_one(exhibit: Exhibit, alo
     }
 
 
-def test_one_model_is_not_every_model(alone: Evidence) -> None:
-    finding = mechanisms.MODELS.study(alone)
+def test_one_model_is_not_every_model(finished: Finished) -> None:
+    finding = find(cosines.MODELS, ALONE, SEEDS, finished)
     assert finding.table is not None
     assert set(finding.table["problem"]) == {"toy"}
     assert [claim.measured != "not measured" for claim in finding.claims] == [False, True]
     assert finding.draw is not None
 
 
-def test_no_exhibit_speaks_of_another_workload(alone: Evidence) -> None:
+def test_no_exhibit_speaks_of_another_workload(finished: Finished) -> None:
     words = re.compile(
         "digit|8[x×]8|here: a train|1,000|whose labels are as often|wrong labels included|labels are right,",
         re.IGNORECASE,
     )
     for exhibit in ALL:
-        for text in (exhibit.title, exhibit.caption, *(claim.sentence + claim.note for claim in exhibit.claims)):
+        for text in (
+            exhibit.prose.title,
+            exhibit.prose.caption,
+            *(claim.sentence + claim.note for claim in exhibit.claims),
+        ):
             assert not words.search(text), text
     for exhibit in EXHIBITS:
-        assert not words.search(exhibit.study(alone).note), exhibit.name
+        assert not words.search(find(exhibit, ALONE, SEEDS, finished).note), exhibit.name
 
 
 # ------------------------------------------------------------------------------------------------ F3, by records
 
 
-def test_the_share_of_the_angle_is_over_records(evidence: Evidence) -> None:
+def test_the_share_of_the_angle_is_over_records(finished: Finished) -> None:
     """Of four records an epoch one has a root, and that is close: an epoch's mean of roots would be."""
     rows = np.arange(40)
     rho_0 = np.where(rows % 4 == 1, 0.3, math.nan)
     steps = pd.DataFrame({"step": rows, "epoch": rows // 4, "rho_0": rho_0, "train_batch_loss": 1.0})
     steps = steps.assign(**{f"sam_angle/{rho:g}": 10.0 for rho in (0.0, *STRENGTHS)})
-    finished = {
+    changed = {
         identity: dataclasses.replace(run, steps=steps.assign(rho_0=rho_0 + 0.001 * run.seed))
-        for identity, run in evidence.finished.items()
+        for identity, run in finished.items()
     }
-    finding = mechanisms.ANGLE.study(Evidence(PROBLEM, SEEDS, finished))
+    finding = found_by(mechanisms.ANGLE, changed)
     (comparison, _) = mechanisms.ANGLE.claims[0].compare(finding.table)
     assert comparison.interval.mean == pytest.approx(100 * 10 / 39)
     assert finding.claims[0].verdict != "holds"
-
-
-def test_what_is_required_of_every_model_is_said_once() -> None:
-    required = mechanisms.MODELS.claims[1].judge(cosines(80.0, 0.4)).measured.partition("; required: ")[2]
-    assert required == "mean cos(v_t, g_t) between 0.25 and 0.5"

@@ -13,34 +13,40 @@ import pytest
 from matplotlib import pyplot as plt
 
 from msam_analysis.studies.exhibits import stability
-from msam_analysis.studies.exhibits.base import Evidence
-from msam_analysis.studies.exhibits.stability import BUDGETS, COSINES, GAINS, STABILITY
+from msam_analysis.studies.exhibits.base import Evidence, Exhibit, find
+from msam_analysis.studies.exhibits.stability import COMPUTE, COSINE, GAIN, STABILITY
 from msam_analysis.studies.measuring import scores
+from msam_analysis.studies.tables import FinishedRun
 from msam_analysis.studies.training import train
 
-from .finished import evidence_of, judged
+from .finished import finished_of, judged
 from .toy import STEPS, TOY
 
 HOLDS, FAILS = "holds", "does not hold"
+COSINES, GAINS, BUDGETS = COSINE.claims, GAIN.claims, COMPUTE.claims
+Finished = dict[str, FinishedRun]
 
 
 @pytest.fixture(scope="module")
-def evidence() -> Evidence:
-    return evidence_of(TOY, 2, STABILITY)
+def finished() -> Finished:
+    return finished_of(TOY, 2, STABILITY)
+
+
+def table_of(exhibit: Exhibit, finished: Finished) -> pd.DataFrame:
+    table: pd.DataFrame = exhibit.table(exhibit.evidence(TOY, 2, finished))
+    return table
 
 
 # --- tables against runs
 
 
 @pytest.mark.parametrize("exhibit", STABILITY, ids=lambda exhibit: exhibit.name)
-def test_findings_are_whole(exhibit: object, evidence: Evidence) -> None:
-    found = next(e for e in STABILITY if e is exhibit)
-    finding = found.study(evidence)
-    assert len(finding.claims) == len(found.claims)
+def test_findings_are_whole(exhibit: Exhibit, finished: Finished) -> None:
+    finding = find(exhibit, TOY, 2, finished)
+    assert len(finding.claims) == len(exhibit.claims)
     assert finding.table is not None
     assert finding.shown is not None
     assert len(finding.shown)
-    assert finding.draw is not None
     assert finding.draw is not None
     assert all(ax.has_data() for ax in finding.draw())
     plt.close("all")
@@ -58,14 +64,14 @@ def test_what_is_varied() -> None:
 
 @pytest.mark.parametrize(("setting", "value"), [("lr", 0.01), ("momentum", 0.5), ("batch_size", 8)])
 @pytest.mark.parametrize("replacement", [False, True])
-def test_the_cosine_of_a_run_made_again(setting: str, value: Any, replacement: bool, evidence: Evidence) -> None:
-    table = stability.cosine_table(TOY, evidence.of(stability.cosine_runs(TOY, 2)))
+def test_the_cosine_of_a_run_made_again(setting: str, value: Any, replacement: bool, finished: Finished) -> None:
+    table = table_of(COSINE, finished)
     rows = table[(table["setting"] == setting) & (table["value"] == value) & (table["replacement"] == replacement)]
     assert list(rows["seed"]) == [0, 1]
     # Half the batch size, half the epochs: as many steps.
     epochs = TOY.recipe.epochs // (2 if setting == "batch_size" else 1)
-    problem = dataclasses.replace(TOY, recipe=dataclasses.replace(TOY.recipe, epochs=epochs, **{setting: value}))
-    cosines = train(problem, "SGD", 1, every=None, replacement=replacement).steps["cosine"].to_numpy()
+    workload = dataclasses.replace(TOY, recipe=dataclasses.replace(TOY.recipe, epochs=epochs, **{setting: value}))
+    cosines = train(workload, "SGD", 1, every=None, replacement=replacement).steps["cosine"].to_numpy()
     expected = np.nanmean(cosines[len(cosines) // 4 : math.ceil(3 * len(cosines) / 4)])
     assert rows["cosine"].iloc[1] == pytest.approx(expected)
 
@@ -75,18 +81,18 @@ def test_the_middle_of_training() -> None:
     assert stability.mid_training(steps) == 4.0
 
 
-def test_a_run_that_diverged_has_no_cosine(evidence: Evidence) -> None:
-    runs = evidence.of(stability.cosine_runs(TOY, 2))
+def test_a_run_that_diverged_has_no_cosine(finished: Finished) -> None:
+    runs = COSINE.evidence(TOY, 2, finished).runs
     last = runs[-1].steps
     records = ["train_batch_loss", "cosine"]
     broken = dataclasses.replace(runs[-1], steps=last.assign(**last[records].where(last["step"] < len(last) - 1)))
-    table = stability.cosine_table(TOY, [*runs[:-1], broken])
+    table = COSINE.table(Evidence(TOY, 2, {"": [*runs[:-1], broken]}))
     assert table["cosine"].isna().sum() == 1, "though the middle of training is there"
     assert [claim.judge(table).verdict for claim in COSINES[-2:]][1] != HOLDS
 
 
-def test_every_setting_has_the_recipe_s_own_run(evidence: Evidence) -> None:
-    table = stability.gain_table(TOY, evidence.of(stability.gain_runs(TOY, 2)))
+def test_every_setting_has_the_recipe_s_own_run(finished: Finished) -> None:
+    table = table_of(GAIN, finished)
     own = [
         table[(table["setting"] == name) & (table["value"] == getattr(TOY.recipe, name))] for name in ("lr", "momentum")
     ]
@@ -102,17 +108,17 @@ def test_every_setting_has_the_recipe_s_own_run(evidence: Evidence) -> None:
 )
 def test_every_budget_is_compared(epochs: int, expected: list[int]) -> None:
     """SAM's half of it is whole, so that none is dropped for want of a partner."""
-    problem = dataclasses.replace(TOY, recipe=dataclasses.replace(TOY.recipe, epochs=epochs))
+    workload = dataclasses.replace(TOY, recipe=dataclasses.replace(TOY.recipe, epochs=epochs))
     spent: dict[str, set[int]] = {}
-    for run in stability.budget_runs(problem, 1):
+    for run in COMPUTE.runs(workload, 1):
         cost = 2 if run.optimizer == "SAM" else 1
         spent.setdefault(run.optimizer, set()).add(cost * run.workload.recipe.epochs)
     assert spent == {name: set(expected) for name in ("SGD", "MSAM", "SAM")}
 
 
-def test_budgets_are_gradients(evidence: Evidence) -> None:
-    runs = evidence.of(stability.budget_runs(TOY, 2))
-    table = stability.budget_table(TOY, runs)
+def test_budgets_are_gradients(finished: Finished) -> None:
+    runs = COMPUTE.evidence(TOY, 2, finished).runs
+    table = table_of(COMPUTE, finished)
     for run, budget, short in zip(runs, table["budget"], table["short"], strict=True):
         epochs = len(run.steps) // (STEPS // TOY.recipe.epochs)
         assert budget == epochs * (2 if run.optimizer == "SAM" else 1)
@@ -221,8 +227,8 @@ def test_the_gain_far_away_is_a_matter_of_its_own() -> None:
     assert [claim.judge(flip(gain_world())).verdict for claim in GAINS] == [HOLDS, FAILS]
 
 
-def test_what_is_near(evidence: Evidence) -> None:
-    table = stability.gain_table(TOY, evidence.of(stability.gain_runs(TOY, 2)))
+def test_what_is_near(finished: Finished) -> None:
+    table = table_of(GAIN, finished)
     rates = table[table["setting"] == "lr"]
     assert sorted(set(rates.loc[rates["near"], "value"])) == pytest.approx([0.01, 0.0316, 0.1, 0.316])
     assert table.loc[table["setting"] == "momentum", "near"].all()

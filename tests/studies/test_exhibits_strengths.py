@@ -18,29 +18,36 @@ from matplotlib import pyplot as plt
 from msam import Constant, Perturbation
 from msam_analysis.studies.augmentation import Augmentation
 from msam_analysis.studies.cifar100 import Augmented
-from msam_analysis.studies.exhibits import strengths, sweeps
-from msam_analysis.studies.exhibits.base import Evidence
-from msam_analysis.studies.exhibits.strengths import CHOICES, RULE, RULES, STEPS, STRENGTH, STRENGTHS
+from msam_analysis.studies.exhibits import choosing, grids, strengths
+from msam_analysis.studies.exhibits.base import Exhibit, find
+from msam_analysis.studies.exhibits.choosing import CHOOSING, RULES
+from msam_analysis.studies.exhibits.strengths import STRENGTHS
+from msam_analysis.studies.tables import FinishedRun
 from msam_analysis.studies.training import train
 
-from .finished import evidence_of, judged
+from .finished import finished_of, judged
 from .toy import SAMPLES, TOY
 
 HOLDS, FAILS = "holds", "does not hold"
 SEEDS = 3
 
 
+STRENGTH, STEPS, CHOICES = strengths.STRENGTH.claims, strengths.NORMALISATION.claims, CHOOSING.claims
+Finished = dict[str, FinishedRun]
+
+
 @pytest.fixture(scope="module")
-def evidence() -> Evidence:
-    return evidence_of(TOY, 2, [*STRENGTHS, RULE])
+def finished() -> Finished:
+    return finished_of(TOY, 2, [*STRENGTHS, CHOOSING])
 
 
 # --- tables against runs
 
 
-def test_the_table_is_what_was_trained(evidence: Evidence) -> None:
+def test_the_table_is_what_was_trained(finished: Finished) -> None:
     """One row of each kind is trained again, and its accuracy counted by hand."""
-    table = strengths.strength_table(evidence.of(strengths.strength_runs(TOY, 2)))
+    table = find(strengths.STRENGTH, TOY, 2, finished).table
+    assert table is not None
     assert not table.duplicated(["optimizer", "seed", "rho", "sign"]).any()
     for direction, label, sign in (("momentum", "MSAM", -1), ("gradient", "SAM", 1), ("momentum", "NAG", 1)):
         row = table[(table["optimizer"] == label) & (table["sign"] == sign) & (table["seed"] == 1)].iloc[2]
@@ -56,8 +63,8 @@ def test_the_table_is_what_was_trained(evidence: Evidence) -> None:
         assert row["test_accuracy"] == pytest.approx(int(right) / len(labels))
 
 
-def test_the_rise_is_the_mean_of_what_was_recorded(evidence: Evidence) -> None:
-    runs = evidence.of(strengths.strength_runs(TOY, 2))
+def test_the_rise_is_the_mean_of_what_was_recorded(finished: Finished) -> None:
+    runs = strengths.STRENGTH.evidence(TOY, 2, finished).runs
     table = strengths.strength_table(runs)
     for run, rise in zip(runs, table["rise"], strict=True):
         if run.optimizer in ("SAM", "MSAM") and run.settings["sign"] == 1:
@@ -77,25 +84,23 @@ def test_the_steps_from_msam_to_nag_share_their_ends_with_the_strengths() -> Non
     assert first == pytest.approx(0.9 * TOY.recipe.lr), "as long as Nesterov's at the peak learning rate"
 
 
-@pytest.mark.parametrize("exhibit", [*STRENGTHS, RULE], ids=lambda exhibit: exhibit.name)
-def test_findings_are_whole(exhibit: object, evidence: Evidence) -> None:
-    found = next(e for e in (*STRENGTHS, RULE) if e is exhibit)
-    finding = found.study(evidence)
-    assert len(finding.claims) == len(found.claims)
+@pytest.mark.parametrize("exhibit", [*STRENGTHS, CHOOSING], ids=lambda exhibit: exhibit.name)
+def test_findings_are_whole(exhibit: Exhibit, finished: Finished) -> None:
+    finding = find(exhibit, TOY, 2, finished)
+    assert len(finding.claims) == len(exhibit.claims)
     assert finding.table is not None
     assert finding.shown is not None
     assert finding.table.notna().any(axis=None)
     assert finding.note
     assert "whose labels" not in finding.note, "labels may be right, elsewhere"
     assert finding.draw is not None
-    assert finding.draw is not None
     axes = finding.draw()
     assert all(ax.has_data() for ax in axes)
     plt.close("all")
 
 
-def test_the_short_table_shows_the_best(evidence: Evidence) -> None:
-    finding = STRENGTHS[0].study(evidence)
+def test_the_short_table_shows_the_best(finished: Finished) -> None:
+    finding = find(strengths.STRENGTH, TOY, 2, finished)
     assert finding.table is not None
     assert finding.shown is not None
     for row in finding.shown.itertuples():
@@ -211,7 +216,7 @@ def test_controls_are_marked() -> None:
 
 
 def test_a_grid_is_laid_around_the_workload_s_own() -> None:
-    runs = sweeps.grid(TOY, "MSAM", sweeps.base(TOY, "MSAM"), (-6, 0, 3), 2)
+    runs = grids.grid(TOY, "MSAM", (-6, 0, 3), 2)
     assert [(run.settings["rho"], run.seed) for run in runs] == [
         (rho, seed) for rho in (0.03, 0.3, 0.949) for seed in (0, 1)
     ]
@@ -226,7 +231,7 @@ def test_a_grid_is_laid_around_the_workload_s_own() -> None:
 )
 def test_no_grid(perturbation: Perturbation | None, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        sweeps.base(dataclasses.replace(TOY, perturbations={"MSAM": perturbation}), "MSAM")
+        grids.base(dataclasses.replace(TOY, perturbations={"MSAM": perturbation}), "MSAM")
 
 
 def test_the_best_is_by_the_mean_and_the_smallest_of_equals() -> None:
@@ -237,7 +242,7 @@ def test_the_best_is_by_the_mean_and_the_smallest_of_equals() -> None:
             "seed": [0] * 3 + [1] * 3,
         }
     )
-    assert set(sweeps.best(frame)["rho"]) == {2.0}
+    assert set(grids.best(frame)["rho"]) == {2.0}
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -246,8 +251,8 @@ def test_a_strength_at_which_a_seed_has_no_number_is_not_the_best(seed: int) -> 
     values[2.0][seed] = math.nan
     rows = [(rho, seed, value) for rho, both in values.items() for seed, value in enumerate(both)]
     frame = pd.DataFrame(rows, columns=["rho", "seed", "test_accuracy"])
-    assert set(sweeps.best(frame)["rho"]) == {1.0}
-    nothing = sweeps.best(frame.assign(test_accuracy=math.nan))
+    assert set(grids.best(frame)["rho"]) == {1.0}
+    nothing = grids.best(frame.assign(test_accuracy=math.nan))
     assert nothing["test_accuracy"].isna().all(), "what is best of nothing cannot be told"
     assert len(nothing) == 2
 
@@ -259,8 +264,8 @@ def test_a_train_loss_that_overflowed_is_not_the_lowest() -> None:
     assert judged(STEPS, "Tying ρ", broken).measured == judged(STEPS, "Tying ρ", table[~lost]).measured
 
 
-def test_the_rise_of_a_run_that_diverged(evidence: Evidence) -> None:
-    runs = [run for run in evidence.of(strengths.strength_runs(TOY, 2)) if "rise" in run.steps][:1]
+def test_the_rise_of_a_run_that_diverged(finished: Finished) -> None:
+    runs = [run for run in strengths.STRENGTH.evidence(TOY, 2, finished).runs if "rise" in run.steps][:1]
     steps = runs[0].steps
     broken = dataclasses.replace(
         runs[0], steps=steps.assign(train_batch_loss=steps["train_batch_loss"].mask(steps["step"] == 7))
@@ -271,16 +276,16 @@ def test_the_rise_of_a_run_that_diverged(evidence: Evidence) -> None:
 
 def test_a_plateau_between_points() -> None:
     x = np.logspace(-2, 2, 5)
-    low, high = sweeps.plateau(x, 1 - np.abs(np.log10(x)), 0.25)
+    low, high = grids.plateau(x, 1 - np.abs(np.log10(x)), 0.25)
     assert (math.log10(low), math.log10(high)) == pytest.approx((-0.25, 0.25))
-    assert sweeps.plateau([1.0, 10.0], [0.0, 0.0], 0.1) == pytest.approx((1.0, 10.0)), "cut off at the ends"
-    assert sweeps.plateau([2.0], [0.3], 0.1) == pytest.approx((2.0, 2.0))
+    assert grids.plateau([1.0, 10.0], [0.0, 0.0], 0.1) == pytest.approx((1.0, 10.0)), "cut off at the ends"
+    assert grids.plateau([2.0], [0.3], 0.1) == pytest.approx((2.0, 2.0))
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.floats(0.01, 1))
 def test_a_plateau_holds_what_stays_within_the_drop(values: list[float], drop: float) -> None:
     x = np.logspace(0, 1, len(values)) if len(values) > 1 else np.array([1.0])
-    low, high = sweeps.plateau(x, values, drop)
+    low, high = grids.plateau(x, values, drop)
     inside = np.exp(np.linspace(math.log(low), math.log(high), 50))
     heights = np.interp(np.log(inside), np.log(x), values)
     assert (heights >= max(values) - drop - 1e-9).all()
@@ -292,9 +297,9 @@ def test_a_plateau_holds_what_stays_within_the_drop(values: list[float], drop: f
 
 
 def test_a_fifth_is_held_out_with_its_labels() -> None:
-    problem = strengths.held_out(TOY)
+    workload = choosing.held_out(TOY)
     (trained, labels), (tested, others) = (
-        [torch.cat(parts) for parts in zip(*batches(), strict=True)] for batches in (problem.train, problem.test)
+        [torch.cat(parts) for parts in zip(*batches(), strict=True)] for batches in (workload.train, workload.test)
     )
     assert (len(trained), len(tested)) == (SAMPLES * 4 // 5, SAMPLES // 5)
     numbers = torch.cat([trained[:, 0], tested[:, 0]])
@@ -302,22 +307,22 @@ def test_a_fifth_is_held_out_with_its_labels() -> None:
     _, given_labels = (torch.cat(parts) for parts in zip(*TOY.train(), strict=True))
     assert torch.equal(given_labels[trained[:, 0].long()], labels)
     assert torch.equal(given_labels[tested[:, 0].long()], others)
-    again = pickle.loads(pickle.dumps(problem))  # noqa: S301 - our own bytes
-    assert torch.equal(again.train()[0][0], problem.train()[0][0])
+    again = pickle.loads(pickle.dumps(workload))  # noqa: S301 - our own bytes
+    assert torch.equal(again.train()[0][0], workload.train()[0][0])
 
 
 def test_what_is_held_out_is_not_trained_on_where_images_are_augmented() -> None:
     images = torch.arange(SAMPLES, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
     _, labels = (torch.cat(parts) for parts in zip(*TOY.train(), strict=True))
     whole = Augmented(images, labels, Augmentation((0.5,) * 3, (0.25,) * 3))
-    problem = strengths.held_out(dataclasses.replace(TOY, augmented=lambda: whole))
-    assert problem.augmented is not None
-    drawn_from = problem.augmented()
-    trained, given_labels = (torch.cat(parts) for parts in zip(*problem.train(), strict=True))
+    workload = choosing.held_out(dataclasses.replace(TOY, augmented=lambda: whole))
+    assert workload.augmented is not None
+    drawn_from = workload.augmented()
+    trained, given_labels = (torch.cat(parts) for parts in zip(*workload.train(), strict=True))
     assert drawn_from.images[:, 0, 0, 0].tolist() == trained[:, 0].tolist()
     assert torch.equal(drawn_from.labels, given_labels)
     assert drawn_from.augmentation == whole.augmentation
-    assert strengths.held_out(TOY).augmented is None
+    assert choosing.held_out(TOY).augmented is None
 
 
 def held() -> pd.DataFrame:
@@ -340,7 +345,7 @@ def test_what_every_rule_chooses() -> None:
         rise=table["rise"].where(~msam, table["rho"] / 5),
         train_loss=table["train_loss"].where(~(msam & (table["rho"] == 10.0)), 0.001),
     )
-    found = strengths.rule_table(table, held())
+    found = choosing.rule_table(table, held())
     assert list(found["rule"].unique()) == list(RULES)
     chosen = {rule: rows.sort_values("seed")["rho"].tolist() for rule, rows in found.groupby("rule")}
     assert chosen == {
@@ -351,7 +356,7 @@ def test_what_every_rule_chooses() -> None:
         "other seeds": [2.0] * 3,
         "train loss": [10.0] * 3,
     }
-    best = sweeps.best(strengths.part(table, "MSAM")).set_index("seed")["test_accuracy"]
+    best = grids.best(strengths.part(table, "MSAM")).set_index("seed")["test_accuracy"]
     for row in found.itertuples():
         assert row.lost == pytest.approx(100 * (best[row.seed] - row.test_accuracy))
 
@@ -362,19 +367,19 @@ def test_a_rule_that_knows_nothing_of_a_seed_cannot_be_told() -> None:
     broken = table.assign(
         rise=table["rise"].mask(table["seed"] == 1), train_loss=table["train_loss"].mask(table["seed"] == 1)
     )
-    found = strengths.rule_table(broken, held())
+    found = choosing.rule_table(broken, held())
     lost = found[found["lost"].isna()]
     assert {(row.rule, row.seed) for row in lost.itertuples()} == {("rise", 1), ("train loss", 1)}
     assert judged(CHOICES, "closest to SAM's", found).verdict == "cannot tell at this scale"
 
 
 def test_claims_about_rules() -> None:
-    found = strengths.rule_table(world(), held())
+    found = choosing.rule_table(world(), held())
     assert judged(CHOICES, "ten times", found).verdict == HOLDS
     worse = found.assign(lost=found["lost"] + 2 + found["seed"] / 10)
     assert all(claim.judge(worse).verdict == FAILS for claim in CHOICES)
 
 
 def test_one_seed_has_no_others() -> None:
-    found = strengths.rule_table(world(1), held())
+    found = choosing.rule_table(world(1), held())
     assert "other seeds" not in set(found["rule"])

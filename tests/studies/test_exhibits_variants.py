@@ -15,30 +15,37 @@ from matplotlib import pyplot as plt
 
 from msam import Perturbation, normalization_layers
 from msam_analysis.studies.exhibits import variants
-from msam_analysis.studies.exhibits.base import Evidence
-from msam_analysis.studies.exhibits.variants import KINDS, OTHER, VARIANT, VARIANTS
+from msam_analysis.studies.exhibits.base import Exhibit, find
+from msam_analysis.studies.exhibits.variants import KINDS, VARIANTS
 from msam_analysis.studies.measuring import scores
+from msam_analysis.studies.tables import FinishedRun
 from msam_analysis.studies.training import train
 
-from .finished import evidence_of, judged
+from .finished import finished_of, judged
 from .toy import TOY
 
 HOLDS, FAILS = "holds", "does not hold"
+VARIANT, OTHER = variants.VARIANT.claims, variants.OTHER.claims
+Finished = dict[str, FinishedRun]
 
 
 @pytest.fixture(scope="module")
-def evidence() -> Evidence:
-    return evidence_of(TOY, 2, VARIANTS)
+def finished() -> Finished:
+    return finished_of(TOY, 2, VARIANTS)
+
+
+def table_of(exhibit: Exhibit, finished: Finished) -> pd.DataFrame:
+    table: pd.DataFrame = exhibit.table(exhibit.evidence(TOY, 2, finished))
+    return table
 
 
 # --- tables against runs
 
 
 @pytest.mark.parametrize("exhibit", VARIANTS, ids=lambda exhibit: exhibit.name)
-def test_findings_are_whole(exhibit: object, evidence: Evidence) -> None:
-    found = next(e for e in VARIANTS if e is exhibit)
-    finding = found.study(evidence)
-    assert len(finding.claims) == len(found.claims)
+def test_findings_are_whole(exhibit: Exhibit, finished: Finished) -> None:
+    finding = find(exhibit, TOY, 2, finished)
+    assert len(finding.claims) == len(exhibit.claims)
     assert finding.table is not None
     assert finding.shown is not None
     assert finding.table.notna().all(axis=None)
@@ -47,8 +54,8 @@ def test_findings_are_whole(exhibit: object, evidence: Evidence) -> None:
     plt.close("all")
 
 
-def test_every_variant_of_both_families_is_there(evidence: Evidence) -> None:
-    table = variants.variant_table(evidence.of(variants.variant_runs(TOY, 2)))
+def test_every_variant_of_both_families_is_there(finished: Finished) -> None:
+    table = table_of(variants.VARIANT, finished)
     kinds = list(dict.fromkeys(zip(table["optimizer"], table["variant"], strict=True)))
     assert kinds == [("SGD", ""), *((family, name) for family in ("SAM", "MSAM") for name in KINDS)]
 
@@ -61,25 +68,25 @@ def test_every_variant_of_both_families_is_there(evidence: Evidence) -> None:
         ("MSAM", "normalisation layers", {"direction": "momentum", "subset": normalization_layers(TOY.network())}),
     ],
 )
-def test_a_row_trained_again(family: str, name: str, switches: dict[str, str], evidence: Evidence) -> None:
-    table = variants.variant_table(evidence.of(variants.variant_runs(TOY, 2)))
+def test_a_row_trained_again(family: str, name: str, switches: dict[str, str], finished: Finished) -> None:
+    table = table_of(variants.VARIANT, finished)
     row = table[(table["optimizer"] == family) & (table["variant"] == name) & (table["seed"] == 1)].iloc[-1]
     perturbation = Perturbation(rho=row["rho"], **switches)  # type: ignore[arg-type]  # words of the table
-    problem = dataclasses.replace(TOY, perturbations={family: perturbation})
-    reached = scores(problem, train(problem, family, 1, every=None).model)
+    workload = dataclasses.replace(TOY, perturbations={family: perturbation})
+    reached = scores(workload, train(workload, family, 1, every=None).model)
     assert {key: row[key] for key in reached} == pytest.approx(reached)
 
 
-def test_other_directions_are_told_apart(evidence: Evidence) -> None:
-    table = variants.other_table(evidence.of(variants.other_runs(TOY, 2)))
+def test_other_directions_are_told_apart(finished: Finished) -> None:
+    table = table_of(variants.OTHER, finished)
     others = table[~table["optimizer"].isin(("SGD", "MSAM"))]
     assert set(zip(others["kind"], others["scale"], strict=True)) == {
         (kind, scale) for kind in ("random", "+ last gradient", "− last gradient") for scale in ("absolute", "relative")
     }
     row = others[(others["kind"] == "− last gradient") & (others["scale"] == "relative")].iloc[-1]
     perturbation = Perturbation(direction="last_gradient", sign=-1, scale="relative", rho=row["rho"])
-    problem = dataclasses.replace(TOY, perturbations={"last gradient": perturbation})
-    reached = scores(problem, train(problem, "last gradient", int(row["seed"]), every=None).model)
+    workload = dataclasses.replace(TOY, perturbations={"last gradient": perturbation})
+    reached = scores(workload, train(workload, "last gradient", int(row["seed"]), every=None).model)
     assert {key: row[key] for key in reached} == pytest.approx(reached)
 
 

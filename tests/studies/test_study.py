@@ -163,7 +163,7 @@ def test_the_report(name: str, finished: Path) -> None:
     claims = [claim for exhibit in MAIN for claim in exhibit.claims]
     assert sum(text.lower().count(verdict) for verdict in VERDICTS) >= len(claims)
     for exhibit in MAIN:
-        assert exhibit.title.split("'")[0] in text
+        assert exhibit.prose.title.split("'")[0] in text
     assert "nan" not in text.lower().split()
     if name == "report.md":
         assert all(f"figures/{exhibit.name}.png" in text for exhibit in MAIN)

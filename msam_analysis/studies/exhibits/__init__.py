@@ -1,33 +1,30 @@
-"""The exhibits of the paper, each a function of finished runs: a table, a figure, and claims with their verdicts."""
+"""The exhibits of the paper as data: the runs that each needs, its table, its figure and its claims."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding, controls, networks, untold
-from msam_analysis.studies.exhibits.core import CORE
+from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding, find
+from msam_analysis.studies.exhibits.choosing import CHOOSING
+from msam_analysis.studies.exhibits.core import CORE, main_tables
+from msam_analysis.studies.exhibits.cosines import COSINES
 from msam_analysis.studies.exhibits.mechanisms import MECHANISMS
 from msam_analysis.studies.exhibits.models import MODELS_AND_TASKS
 from msam_analysis.studies.exhibits.schematic import SCHEMATIC
 from msam_analysis.studies.exhibits.solutions import SOLUTIONS
 from msam_analysis.studies.exhibits.stability import STABILITY
-from msam_analysis.studies.exhibits.strengths import RULE, STRENGTHS
+from msam_analysis.studies.exhibits.strengths import STRENGTHS
 from msam_analysis.studies.exhibits.variants import VARIANTS
+from msam_analysis.studies.exhibits.wanted import controls, networks
+from msam_analysis.studies.prose import of_exhibits
 
-_ORDER = (
-    *("F1", "T1", "T2", "T3", "F2AB", "F2C", "F3", "F4A", "F4B", "F4C", "A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8"),
-    *("TA1", "A6r", "A9", "A10", "A11", "A12", "A13", "TA2", "A15", "TA4"),
+_ALL = (
+    *(SCHEMATIC, *CORE, *STRENGTHS, *VARIANTS, *STABILITY, *MECHANISMS, *COSINES, *MODELS_AND_TASKS, *SOLUTIONS),
+    CHOOSING,
 )
 
-
-def _place(exhibit: Exhibit) -> int:
-    return min((_ORDER.index(key) for key in exhibit.ids), default=len(_ORDER))
-
-
-_ALL = (SCHEMATIC, *CORE, *STRENGTHS, *VARIANTS, *STABILITY, *MECHANISMS, *MODELS_AND_TASKS, *SOLUTIONS, RULE)
-
-EXHIBITS: tuple[Exhibit, ...] = tuple(sorted(_ALL, key=_place))
-"""In the report's order: the paper's, and then what is not in it."""
+EXHIBITS: tuple[Exhibit, ...] = tuple(sorted(_ALL, key=lambda exhibit: [*of_exhibits()].index(exhibit.name)))
+"""In the order of their words, which is the report's: the paper's order, and then what is not in it."""
 
 
 def choose(ids: Sequence[str] | None) -> tuple[Exhibit, ...]:
@@ -59,4 +56,4 @@ def _names(ids: Sequence[str]) -> set[str]:
     return {*ids, *(key.rstrip("ABC") for key in ids if key[-1].isalpha() and key[:1] != "T")}
 
 
-__all__ = ["EXHIBITS", "Evidence", "Exhibit", "Finding", "choose", "controls", "networks", "untold"]
+__all__ = ["EXHIBITS", "Evidence", "Exhibit", "Finding", "choose", "controls", "find", "main_tables", "networks"]

@@ -1,54 +1,48 @@
-"""What an exhibit is: the runs it needs, and what it finds in them."""
+"""What an exhibit is: the runs that it needs, what it finds in them, and what it says about that."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 
 from msam_analysis.report.page import Claim
-from msam_analysis.studies.claims import PaperClaim
-from msam_analysis.studies.measuring import SHARPNESS
+from msam_analysis.studies import prose
+from msam_analysis.studies.claims import Compare, PaperClaim
+from msam_analysis.studies.prose import Prose
 from msam_analysis.studies.runs import Run
-from msam_analysis.studies.tables import FinishedRun, Tables, tabulate
-from msam_analysis.studies.watching import SLOW
+from msam_analysis.studies.store import DivergedError
+from msam_analysis.studies.tables import FinishedRun
 from msam_analysis.studies.workloads import Workload
+
+Wanted = Sequence[Run] | Mapping[str, Sequence[Run]]
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """The finished runs of a study.
+    """The finished runs that an exhibit wanted, and no others.
 
     Attributes
     ----------
-    problem
-        The workload.
+    workload
+        The workload of the study.
     seeds
-        How many there are of every network.
-    finished
-        Runs by :attr:`~msam_analysis.studies.runs.Run.identity`.
+        Number of seeds of every network.
+    groups
+        The finished runs of every group, by the exhibit's name for it; all under ``""`` where it wanted a list.
     """
 
-    problem: Workload
+    workload: Workload
     seeds: int
-    finished: Mapping[str, FinishedRun]
+    groups: Mapping[str, Sequence[FinishedRun]]
 
-    def of(self, wanted: Iterable[Run]) -> list[FinishedRun]:
-        """Return the finished runs, in the order they are wanted in."""
-        return [self.finished[run.identity] for run in wanted]
-
-    @functools.cached_property
-    def networks(self) -> list[FinishedRun]:
-        """The networks of the main table, by optimizer and seed."""
-        return self.of(networks(self.problem, self.seeds))
-
-    @functools.cached_property
-    def tables(self) -> Tables:
-        """The tables of the main runs and of their controls."""
-        return tabulate(self.networks, self.of(controls(self.problem, self.seeds)))
+    @property
+    def runs(self) -> list[FinishedRun]:
+        """The runs of all groups, in the order in which they are wanted."""
+        return [run for group in self.groups.values() for run in group]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,15 +52,15 @@ class Finding:
     Attributes
     ----------
     draw
-        Makes the figure; returns its axes. None where there is nothing to show.
+        Function that makes the figure and returns its axes. None where there is nothing to show.
     table
-        Tidy: one row per run and quantity, or as the exhibit's page says. None where the main tables have it.
+        The table that is written beside the figure. None where there is nothing to show.
     claims
-        The claims about it, with their verdicts.
+        The claims with their verdicts.
     shown
         A short table for the report.
     note
-        What a reader must know to read it, for the report.
+        The note for the report: what a reader must know.
     """
 
     draw: Callable[[], Any] | None
@@ -76,53 +70,124 @@ class Finding:
     note: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Exhibit:
-    """A figure of the report, the runs behind it, and the claims about it.
+    """A figure of the report: the runs behind it, its table, and the claims about it. :func:`find` does the rest.
 
     Attributes
     ----------
     ids
-        The paper's exhibits that it answers to; empty for an addition of ours.
+        Ids of the paper's figures and tables that the exhibit answers; empty for an addition of ours.
     name
-        Of its files.
-    title, caption
-        For the report.
-    runs
-        Workload and number of seeds to the networks it needs.
-    study
-        The evidence to the finding.
+        Name of its files.
+    wants
+        Function of the workload and the number of seeds. It returns the runs that the exhibit needs: a list, or lists
+        by the name of a group.
+    table
+        Function of the finished runs. It returns what is judged and drawn: a tidy table. A table without rows means
+        that the workload has nothing that the exhibit could be about.
+    draw
+        Function of the table and the finished runs. It draws a new figure, and returns its axes.
+    comparisons
+        Name of a claim to the function of the table that tests it.
+    shown
+        Function of the table. It returns a short one for the report; default none.
+    constants
+        Numbers that the words name.
+    facts
+        Function of the table and the finished runs. It returns more numbers for the note; default none. The note can
+        also ask whether there is anything to show: ``found``.
+    written
+        Function of the table. It returns what is written beside the figure; default the table itself.
     main
-        Whether it is part of the study that is made when none is chosen.
-    claims
-        What is tested, in the order of the finding's claims.
+        Whether the exhibit is part of the study that is made when none is chosen.
+    words
+        Title, caption, note and claims, in the form of :func:`~msam_analysis.studies.prose.read`; default those under
+        the exhibit's name in ``templates/exhibits.md.j2``.
     """
 
     ids: tuple[str, ...]
     name: str
-    title: str
-    caption: str
-    runs: Callable[[Workload, int], list[Run]]
-    study: Callable[[Evidence], Finding]
+    wants: Callable[[Workload, int], Wanted]
+    table: Callable[[Evidence], Any]
+    draw: Callable[[Any, Evidence], Any]
+    comparisons: Mapping[str, Compare] = field(default_factory=dict)
+    shown: Callable[[Any], pd.DataFrame] | None = None
+    constants: Mapping[str, object] = field(default_factory=dict)
+    facts: Callable[[Any, Evidence], Mapping[str, object]] = lambda *_: {}
+    written: Callable[[Any], pd.DataFrame] = lambda table: table
     main: bool = False
-    claims: tuple[PaperClaim, ...] = field(default=(), compare=False)
+    words: str = ""
+
+    @functools.cached_property
+    def prose(self) -> Prose:
+        """Title, caption, note and claims, in words; a ValueError says that there are none."""
+        if self.words:
+            return prose.read(self.words)
+        if self.name not in prose.of_exhibits():
+            raise ValueError(
+                f"exhibit {self.name!r} has no words: give it some, or write '# {self.name}: title' in exhibits.md.j2"
+            )
+        return prose.of_exhibits()[self.name]
+
+    @functools.cached_property
+    def claims(self) -> tuple[PaperClaim, ...]:
+        """What is tested on the table."""
+        return self.prose.claimed(self.comparisons, self.constants)
+
+    def groups(self, workload: Workload, seeds: int) -> Mapping[str, Sequence[Run]]:
+        """Return the runs that it needs, by group."""
+        wanted = self.wants(workload, seeds)
+        return wanted if isinstance(wanted, Mapping) else {"": wanted}
+
+    def runs(self, workload: Workload, seeds: int) -> list[Run]:
+        """Return all the runs that it needs."""
+        return [run for group in self.groups(workload, seeds).values() for run in group]
+
+    def evidence(self, workload: Workload, seeds: int, finished: Mapping[str, FinishedRun]) -> Evidence:
+        """Return its own runs among those that are finished, known by :attr:`Run.identity`."""
+        groups = self.groups(workload, seeds)
+        return Evidence(
+            workload, seeds, {name: [finished[run.identity] for run in group] for name, group in groups.items()}
+        )
 
 
-def untold(claims: Iterable[PaperClaim], why: str = "", measured: str = "not measured") -> Finding:
-    """Return what is found where there is nothing that an exhibit could be about: nothing, and why."""
+def find(exhibit: Exhibit, workload: Workload, seeds: int, finished: Mapping[str, FinishedRun]) -> Finding:
+    """Return what an exhibit finds in finished runs.
+
+    Where it needs what a diverged network does not have, nothing is found, and the claims say why.
+
+    Parameters
+    ----------
+    exhibit
+        The exhibit.
+    workload
+        Workload of the study.
+    seeds
+        Number of seeds of every network.
+    finished
+        Finished runs by :attr:`~msam_analysis.studies.runs.Run.identity`, with at least those of the exhibit.
+    """
+    evidence = exhibit.evidence(workload, seeds, finished)
+    try:
+        table = exhibit.table(evidence)
+        found = not (isinstance(table, pd.DataFrame) and table.empty)
+        facts = exhibit.facts(table, evidence) if found else {}
+        note = prose.fill(exhibit.prose.note, {"found": found, **exhibit.constants, **facts})
+        if not found:
+            return _untold(exhibit.claims, note=note)
+        return Finding(
+            draw=functools.partial(exhibit.draw, table, evidence),
+            table=exhibit.written(table),
+            claims=[claim.judge(table) for claim in exhibit.claims],
+            shown=None if exhibit.shown is None else exhibit.shown(table),
+            note=note,
+        )
+    except DivergedError as error:
+        return _untold(exhibit.claims, measured=f"not measured: {error}")
+
+
+def _untold(claims: Sequence[PaperClaim], *, note: str = "", measured: str = "not measured") -> Finding:
+    """Return a finding of nothing, in which no claim can be told."""
     judged = [replace(claim, compare=lambda _: []).judge(None) for claim in claims]
-    return Finding(None, claims=[replace(claim, measured=measured) for claim in judged], note=why)
-
-
-def networks(problem: Workload, seeds: int) -> list[Run]:
-    """Return the networks of the main table: every optimizer, fully watched and measured."""
-    return [
-        Run(problem, name, seed, watched=frozenset(SLOW), measured=SHARPNESS)
-        for name in problem.perturbations
-        for seed in range(seeds)
-    ]
-
-
-def controls(problem: Workload, seeds: int) -> list[Run]:
-    """Return the controls, on samples drawn with replacement."""
-    return [Run(problem, name, seed, replacement=True) for name in problem.controls for seed in range(seeds)]
+    return Finding(None, claims=[replace(claim, measured=measured) for claim in judged], note=note)

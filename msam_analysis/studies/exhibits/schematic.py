@@ -14,10 +14,9 @@ from torch import Tensor
 from msam import Jump, Perturbation, PerturbedSGD
 from msam_analysis.results.statistics import Interval
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import Comparison, PaperClaim
-from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
-from msam_analysis.studies.runs import Run
-from msam_analysis.studies.workloads import Workload
+from msam_analysis.studies.claims import Comparison
+from msam_analysis.studies.exhibits.base import Exhibit
+from msam_analysis.studies.tables import as_table
 
 LR, MOMENTUM, BEFORE = 0.12, 0.8, 4
 """Recipe of the schematic, and how many plain steps lead to the state that all optimizers share."""
@@ -58,15 +57,13 @@ def one_step(name: str) -> dict[str, float | str]:
         value.backward()
         return value
 
-    places = []
+    weights = [_true(optimizer, w)]
     for _ in range(BEFORE + 1):
-        places.append(_true(optimizer, w))
         optimizer.step(closure)
-    places.append(_true(optimizer, w))
-    points = (places[-3], places[-2], seen[-1], places[-1])
+        weights.append(_true(optimizer, w))
     row: dict[str, float | str] = {"optimizer": name}
-    for point, place in zip(_POINTS, points, strict=True):
-        row |= {f"{point}_x": float(place[0]), f"{point}_y": float(place[1])}
+    for point, at in zip(_POINTS, (*weights[-3:-1], seen[-1], weights[-1]), strict=True):
+        row |= {f"{point}_x": float(at[0]), f"{point}_y": float(at[1])}
     return row
 
 
@@ -85,11 +82,10 @@ def surface(steps: pd.DataFrame, points: int = 61) -> pd.DataFrame:
         axes.append(np.linspace(values.min() - margin, values.max() + margin, points))
     x, y = (values.ravel() for values in np.meshgrid(*axes))
     at = torch.tensor(np.stack([x, y], axis=1))
-    frame: pd.DataFrame = pd.DataFrame({"x": x, "y": y, "loss": loss(at).numpy()})
-    return frame
+    return as_table({"x": x, "y": y, "loss": loss(at).numpy()})
 
 
-def _places(steps: pd.DataFrame, name: str) -> tuple[npt.NDArray[np.float64], ...]:
+def _last_step(steps: pd.DataFrame, name: str) -> tuple[npt.NDArray[np.float64], ...]:
     """Return an optimizer's last step, how far from the weights it takes its gradient, and the gradient there."""
     row = steps[steps["optimizer"] == name].iloc[0]
     before, at, point = (row[[f"{key}_x", f"{key}_y"]].to_numpy(dtype=np.float64) for key in _POINTS[:3])
@@ -109,59 +105,29 @@ def _counted(label: str, value: float, above: float = 1 - EXACT, below: float = 
 
 
 def _where(steps: pd.DataFrame) -> Iterable[Comparison]:
-    """Yield, of the steps that are drawn, in what direction and how far from the weights each takes its gradient."""
+    """Yield in what direction and how far from the weights each optimizer takes its gradient."""
     length, cosine, one = np.linalg.norm, "cosine of ε with", {"above": 1 - EXACT, "below": 1 + EXACT}
-    _, moved, _ = _places(steps, "SGD")
+    _, moved, _ = _last_step(steps, "SGD")
     yield _counted("SGD, ‖ε‖", float(length(moved)), above=-EXACT, below=EXACT)
-    last, moved, _ = _places(steps, "NAG")
+    last, moved, _ = _last_step(steps, "NAG")
     yield _counted(f"NAG, {cosine} the last step", _cosine(moved, last))
     yield _counted(
         "NAG, ‖ε‖ over μ times the last step's length", float(length(moved) / length(last)) / MOMENTUM, **one
     )
-    _, moved, gradient = _places(steps, "SAM")
+    _, moved, gradient = _last_step(steps, "SAM")
     yield _counted(f"SAM, {cosine} the gradient", _cosine(moved, gradient))
     yield _counted("SAM, ‖ε‖/ρ", float(length(moved)) / LENGTH, **one)
-    last, moved, _ = _places(steps, "MSAM")
+    last, moved, _ = _last_step(steps, "MSAM")
     yield _counted(f"MSAM, {cosine} the last step", _cosine(moved, last))
     yield _counted("MSAM, ‖ε‖/ρ", float(length(moved)) / LENGTH, **one)
-
-
-_F1 = (
-    PaperClaim(
-        "F1",
-        "SGD takes its gradient at the weights, SAM at distance ρ up the gradient, NAG and MSAM further along the last "
-        "step: NAG at a distance that shrinks with the step, MSAM at ρ.",
-        "a drawing",
-        lambda steps: [*_where(steps)],
-        note="Of the steps that are drawn, which the optimizers themselves make: no luck is in them, and they need no "
-        "interval.",
-    ),
-)
-
-
-def _runs(_: Workload, __: int) -> list[Run]:
-    return []
-
-
-def _study(_: Evidence) -> Finding:
-    steps = pd.DataFrame([one_step(name) for name in PERTURBATIONS])
-    grid = surface(steps)
-    return Finding(
-        lambda: pictures.one_step(steps, grid),
-        table=steps,
-        claims=[claim.judge(steps) for claim in _F1],
-        note=f"A loss of two weights; {BEFORE} plain steps with momentum {MOMENTUM}, then one step of each optimizer "
-        "from the same weights and the same momentum.",
-    )
 
 
 SCHEMATIC = Exhibit(
     ("F1",),
     "one_step",
-    "One step",
-    "Where each optimizer evaluates its gradient (star) and where its step ends. SAM climbs along the gradient; NAG "
-    "and MSAM go on along the last step, MSAM by a length of its own.",
-    _runs,
-    _study,
-    claims=_F1,
+    wants=lambda *_: [],
+    table=lambda _: pd.DataFrame([one_step(name) for name in PERTURBATIONS]),
+    draw=lambda steps, _: pictures.one_step(steps, surface(steps)),
+    constants={"before": BEFORE, "momentum": MOMENTUM},
+    comparisons={"where": lambda steps: [*_where(steps)]},
 )

@@ -11,12 +11,12 @@ import pandas as pd
 
 from msam_analysis.results.statistics import mean_interval, summarise
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import Comparison, PaperClaim
-from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding
-from msam_analysis.studies.exhibits.sweeps import SAME_ACCURACY, base, once, paired, scaled
+from msam_analysis.studies.claims import Compare, Comparison
+from msam_analysis.studies.exhibits.base import Evidence, Exhibit
+from msam_analysis.studies.exhibits.grids import SAME_ACCURACY, base, once, paired, scaled
 from msam_analysis.studies.pictures import Sweep
 from msam_analysis.studies.runs import Run, variant
-from msam_analysis.studies.tables import FinishedRun, of_training, outcomes
+from msam_analysis.studies.tables import as_table, of_training, outcomes
 from msam_analysis.studies.workloads import Workload
 
 _LR = (-18, -12, -6, -3, 0, 3)
@@ -25,15 +25,16 @@ _BATCHES = (0.5, 1, 2, 4)
 _BUDGETS = (0.25, 0.5, 1, 2)
 # Learning rates within a decade, and what rounding does to its ends.
 _NEAR = 1.01
-_COLUMNS = ["optimizer", "seed", "replacement", "lr", "momentum", "batch_size", "epochs", "rho"]
 
 SETTINGS = {"lr": r"learning rate $\eta$", "momentum": r"momentum $\mu$", "batch_size": "batch size"}
 """What is varied, one at a time, and its name on an axis."""
+_SHORT = {"lr": "η", "momentum": "μ", "batch_size": "batch size"}
+_ORDER = {False: "every sample once an epoch", True: "drawn with replacement"}
 
 
-def values(problem: Workload) -> Mapping[str, list[Any]]:
-    """Return the values of every setting, around the recipe's own; of the momentum, of ``1 − μ``."""
-    recipe = problem.recipe
+def values(workload: Workload) -> Mapping[str, list[Any]]:
+    """Return the values of every setting around the recipe's own; the grid of the momentum is one of ``1 − μ``."""
+    recipe = workload.recipe
     return {
         "lr": [scaled(recipe.lr, sixths) for sixths in _LR],
         "momentum": [float(f"{1 - damping * (1 - recipe.momentum):.4g}") for damping in sorted(_DAMPING, reverse=True)],
@@ -41,30 +42,38 @@ def values(problem: Workload) -> Mapping[str, list[Any]]:
     }
 
 
+def _by_setting(evidence: Evidence, table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Stack a table by what is varied; the recipe's own run appears for every setting."""
+    frames = []
+    for name in SETTINGS:
+        others = [other for other in SETTINGS if other != name]
+        own = (table[others] == [getattr(evidence.workload.recipe, other) for other in others]).all(axis=1)
+        frames.append(
+            table.loc[own, ["optimizer", "seed", "replacement", *columns]].assign(setting=name, value=table[name])
+        )
+    return as_table(pd.concat(frames, ignore_index=True))
+
+
 # --- A5, A6, A7: the cosine
 
 
-def cosine_runs(problem: Workload, seeds: int) -> list[Run]:
+def _cosine_runs(workload: Workload, seeds: int) -> list[Run]:
     """Return SGD at every value of every setting, with every sample once an epoch and with replacement.
 
     Larger batches get more epochs, for the same number of steps.
     """
-    return once(
-        Run(variant(problem, "SGD", None, **recipe), "SGD", seed, replacement=replacement)
-        for recipe in _recipes(problem)
-        for replacement in (False, True)
-        for seed in range(seeds)
-    )
-
-
-def _recipes(problem: Workload) -> list[dict[str, Any]]:
-    own = problem.recipe
-    settings = values(problem)
-    sizes = [
+    own, settings = workload.recipe, values(workload)
+    recipes: list[dict[str, Any]] = [{name: value} for name in ("lr", "momentum") for value in settings[name]]
+    recipes += [
         {"batch_size": size, "epochs": max(1, round(own.epochs * size / own.batch_size))}
         for size in settings["batch_size"]
     ]
-    return [{name: value} for name in ("lr", "momentum") for value in settings[name]] + sizes
+    return once(
+        Run(variant(workload, "SGD", None, **recipe), "SGD", seed, replacement=replacement)
+        for recipe in recipes
+        for replacement in (False, True)
+        for seed in range(seeds)
+    )
 
 
 def mid_training(steps: pd.DataFrame) -> float:
@@ -74,161 +83,123 @@ def mid_training(steps: pd.DataFrame) -> float:
     return float(steps["cosine"].iloc[max(quarter, 1) : len(steps) - quarter].mean(skipna=False))
 
 
-def cosine_table(problem: Workload, runs: list[FinishedRun]) -> pd.DataFrame:
+def _cosine_table(evidence: Evidence) -> pd.DataFrame:
     """Return one row per setting and run that varies it: ``setting``, its ``value``, and the mean ``cosine``.
 
     ``train_accuracy`` tells how far the run came.
     """
-    cosine = [of_training(run.steps, mid_training) for run in runs]
-    table = outcomes(runs)[[*_COLUMNS, "train_accuracy"]].assign(cosine=cosine)
-    return _by_setting(problem, table, ["cosine", "train_accuracy"])
+    cosine = [of_training(run.steps, mid_training) for run in evidence.runs]
+    return _by_setting(evidence, outcomes(evidence.runs).assign(cosine=cosine), ["cosine", "train_accuracy"])
 
 
-def _by_setting(problem: Workload, table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """Stack a table by what is varied; the recipe's own run appears for every setting."""
-    frames = []
-    for name in SETTINGS:
-        others = [other for other in SETTINGS if other != name]
-        own = (table[others] == [getattr(problem.recipe, other) for other in others]).all(axis=1)
-        frames.append(
-            table.loc[own, ["optimizer", "seed", "replacement", *columns]].assign(setting=name, value=table[name])
-        )
-    stacked: pd.DataFrame = pd.concat(frames, ignore_index=True)
-    return stacked
+def _draw_cosines(table: pd.DataFrame, _: Evidence) -> Any:
+    drawn, label = table.assign(optimizer=table["replacement"].map(_ORDER)), r"mean $\cos(v_{t-1},\, g_t)$"
+    panels = [
+        Sweep(drawn[drawn["setting"] == name], "value", "cosine", words, label, log=name != "momentum", zero_line=True)
+        for name, words in SETTINGS.items()
+    ]
+    return pictures.sweep(panels, share_y=True)
 
 
-def _at(table: pd.DataFrame, setting: str, value: float, replacement: bool) -> pd.DataFrame:
+def _shown_cosines(table: pd.DataFrame) -> pd.DataFrame:
+    percent = table.sort_values(["setting", "value"]).assign(train_accuracy=100 * table["train_accuracy"])
+    shown = summarise(percent, ["setting", "value", "replacement"], ["cosine", "train_accuracy"]).drop(columns="count")
+    return as_table(shown.assign(replacement=shown["replacement"].map(_ORDER)))
+
+
+def _at(table: pd.DataFrame, setting: str, value: float, replacement: bool) -> pd.Series[float]:
+    """Return the cosines at a value of a setting, by seed."""
     rows = table[(table["setting"] == setting) & (table["replacement"] == replacement) & (table["value"] == value)]
-    chosen: pd.DataFrame = rows.set_index("seed")
-    return chosen
+    cosines: pd.Series[float] = rows.set_index("seed")["cosine"]
+    return cosines
 
 
-def _rises_with(setting: str, toward: int, replacement: bool) -> Any:
+def _tried(table: pd.DataFrame, setting: str) -> list[float]:
+    return sorted(set(table.loc[table["setting"] == setting, "value"]))
+
+
+def _rises_with(setting: str, toward: int, replacement: bool) -> Compare:
     """Compare the cosine at the two ends of a setting; ``toward`` is the end where it is said to be higher."""
 
     def compare(table: pd.DataFrame) -> list[Comparison]:
-        tried = sorted(set(table.loc[table["setting"] == setting, "value"]))
-        low, high = tried[0], tried[-1]
+        low, *_, high = _tried(table, setting)
         higher, lower = (high, low) if toward > 0 else (low, high)
-        change = _at(table, setting, higher, replacement)["cosine"] - _at(table, setting, lower, replacement)["cosine"]
+        change = _at(table, setting, higher, replacement) - _at(table, setting, lower, replacement)
         label = f"cosine at {_SHORT[setting]} {higher:g} − at {lower:g}"
         return [Comparison(label, mean_interval(change.to_numpy(dtype=np.float64)))]
 
     return compare
 
 
-_SHORT = {"lr": "η", "momentum": "μ", "batch_size": "batch size"}
+def _small_rates(replacement: bool) -> Compare:
+    """Compare the cosine at the two smallest learning rates with 0."""
 
-
-def _small_lr(replacement: bool) -> Any:
     def compare(table: pd.DataFrame) -> list[Comparison]:
-        tried = sorted(set(table.loc[table["setting"] == "lr", "value"]))[:2]
         return [
             Comparison(
                 f"cosine at η = {value:g}",
-                mean_interval(_at(table, "lr", value, replacement)["cosine"].to_numpy(dtype=np.float64)),
+                mean_interval(_at(table, "lr", value, replacement).to_numpy(dtype=np.float64)),
                 above=-math.inf,
                 below=0.0,
             )
-            for value in tried
+            for value in _tried(table, "lr")[:2]
         ]
 
     return compare
 
 
-_MIDDLE = "Mean over the middle half of the steps, SGD."
-
-
-def _pair(exhibit: str, sentence: str, paper: str, make: Any, note: str = "") -> tuple[PaperClaim, PaperClaim]:
-    """Return a claim of the paper, and what it must be read beside."""
-    control = (
-        f"Control, not in the paper: {sentence[0].lower()}{sentence[1:-1]}, also with batches drawn with replacement."
-    )
-    return (
-        PaperClaim(exhibit, sentence, paper, make(False), note=_MIDDLE + note),
-        PaperClaim(exhibit, control, "not tested", make(True), note=_MIDDLE + note, control=True),
-    )
-
-
-COSINES = (
-    *_pair(
-        "A5",
-        "The cosine is negative even at very small learning rates.",
-        "negative",
-        _small_lr,
-        " The two smallest learning rates tried. A run that ends before it has crossed a valley, as its train accuracy "
-        "tells, cannot overshoot.",
-    ),
-    *_pair(
-        "A6",
-        "A smaller μ overshoots more: the cosine is lower.",
-        "lower",
-        lambda replacement: _rises_with("momentum", 1, replacement),
-    ),
-    *_pair(
-        "A7",
-        "Larger batches have a lower cosine.",
-        "lower",
-        lambda replacement: _rises_with("batch_size", -1, replacement),
-        " The same number of steps for every batch size, as an epoch here has few of them.",
-    ),
+COSINE = Exhibit(
+    ("A5", "A6", "A7"),
+    "cosine_settings",
+    wants=_cosine_runs,
+    table=_cosine_table,
+    draw=_draw_cosines,
+    shown=_shown_cosines,
+    comparisons={
+        "small_rates": _small_rates(False),
+        "small_rates_control": _small_rates(True),
+        "momentum": _rises_with("momentum", 1, False),
+        "momentum_control": _rises_with("momentum", 1, True),
+        "batches": _rises_with("batch_size", -1, False),
+        "batches_control": _rises_with("batch_size", -1, True),
+    },
 )
-
-
-def cosines(evidence: Evidence) -> Finding:
-    """Return what A5, A6 and A7 find."""
-    problem = evidence.problem
-    table = cosine_table(problem, evidence.of(cosine_runs(problem, evidence.seeds)))
-    order = {False: "every sample once an epoch", True: "drawn with replacement"}
-    drawn = table.assign(optimizer=table["replacement"].map(order))
-    panels = [
-        Sweep(
-            drawn[drawn["setting"] == name],
-            "value",
-            "cosine",
-            label,
-            r"mean $\cos(v_{t-1},\, g_t)$",
-            log=name != "momentum",
-            zero_line=True,
-        )
-        for name, label in SETTINGS.items()
-    ]
-    percent = table.sort_values(["setting", "value"]).assign(train_accuracy=100 * table["train_accuracy"])
-    shown = summarise(percent, ["setting", "value", "replacement"], ["cosine", "train_accuracy"]).drop(columns="count")
-    return Finding(
-        lambda: pictures.sweep(panels, share_y=True),
-        table,
-        [claim.judge(table) for claim in COSINES],
-        shown.assign(replacement=shown["replacement"].map(order)),
-        "With every sample once an epoch, the batches still to come are those that the momentum lacks. That alone "
-        "lowers the cosine, the more so the fewer batches an epoch has and the longer the momentum remembers; drawing "
-        "with replacement takes it away: what is left is overshoot alone.",
-    )
 
 
 # --- A10: the gain
 
 
-def gain_runs(problem: Workload, seeds: int) -> list[Run]:
+def _gain_runs(workload: Workload, seeds: int) -> list[Run]:
     """Return SGD and MSAM, at the same ρ throughout, at every learning rate and momentum."""
-    msam = base(problem, "MSAM")
+    msam = base(workload, "MSAM")
     return once(
-        Run(variant(problem, name, perturbation, **{setting: value}), name, seed)
+        Run(variant(workload, name, perturbation, **{setting: value}), name, seed)
         for setting in ("lr", "momentum")
-        for value in values(problem)[setting]
+        for value in values(workload)[setting]
         for name, perturbation in (("SGD", None), ("MSAM", msam))
         for seed in range(seeds)
     )
 
 
-def gain_table(problem: Workload, runs: list[FinishedRun]) -> pd.DataFrame:
+def _gain_table(evidence: Evidence) -> pd.DataFrame:
     """Return one row per setting and run that varies it, with accuracies; ``near``: within a decade of the recipe's."""
-    scores = ["train_accuracy", "test_accuracy"]
-    table = _by_setting(problem, outcomes(runs)[[*_COLUMNS, *scores]], scores)
+    table = _by_setting(evidence, outcomes(evidence.runs), ["train_accuracy", "test_accuracy"])
     table = table[table["setting"] != "batch_size"].drop(columns="replacement")
-    decades = np.abs(np.log10(table["value"].to_numpy(dtype=np.float64) / problem.recipe.lr))
-    found: pd.DataFrame = table.assign(near=(table["setting"] != "lr") | (decades < _NEAR))
-    return found
+    decades = np.abs(np.log10(table["value"].to_numpy(dtype=np.float64) / evidence.workload.recipe.lr))
+    return as_table(table.assign(near=(table["setting"] != "lr") | (decades < _NEAR)))
+
+
+def _draw_gains(table: pd.DataFrame, _: Evidence) -> Any:
+    quantity: dict[str, Any] = {"y": "test_accuracy", "label_y": "test accuracy (%)", "percent": True}
+    rows = {name: table[table["setting"] == name] for name in ("lr", "momentum")}
+    panels = [Sweep(part, "value", label_x=SETTINGS[name], log=name == "lr", **quantity) for name, part in rows.items()]
+    return pictures.sweep(panels, share_y=True)
+
+
+def _shown_gains(table: pd.DataFrame) -> pd.DataFrame:
+    wide = table.pivot_table(index=["setting", "value", "seed"], columns="optimizer", values="test_accuracy")
+    wide = (100 * wide).assign(gain=lambda frame: frame["MSAM"] - frame["SGD"]).reset_index()
+    return as_table(summarise(wide, ["setting", "value"], ["SGD", "MSAM", "gain"]).drop(columns="count"))
 
 
 def _gains(table: pd.DataFrame, near: bool) -> list[Comparison]:
@@ -242,75 +213,46 @@ def _gains(table: pd.DataFrame, near: bool) -> list[Comparison]:
     ]
 
 
-GAINS = (
-    PaperClaim(
-        "A10",
-        "At one ρ, MSAM's gain over SGD holds over wide ranges of η and μ.",
-        "holds, at ρ = 2.2",
-        lambda table: _gains(table, near=True),
-        note="Every momentum tried, and every learning rate within a decade of the recipe's; test accuracy.",
-    ),
-    PaperClaim(
-        "A10",
-        "Control, not in the paper: it holds at learning rates further away, too.",
-        "not tested",
-        lambda table: _gains(table, near=False),
-        note="A perturbation of fixed length does not shrink with the learning rate, as the steps do.",
-        control=True,
-    ),
+GAIN = Exhibit(
+    ("A10",),
+    "stability",
+    wants=_gain_runs,
+    table=_gain_table,
+    draw=_draw_gains,
+    shown=_shown_gains,
+    facts=lambda _, evidence: {"rho": f"{base(evidence.workload, 'MSAM').rho:g}"},
+    comparisons={"near": lambda table: _gains(table, near=True), "far": lambda table: _gains(table, near=False)},
 )
-
-
-def gains(evidence: Evidence) -> Finding:
-    """Return what A10 finds."""
-    problem = evidence.problem
-    table = gain_table(problem, evidence.of(gain_runs(problem, evidence.seeds)))
-    panels = [
-        Sweep(
-            table[table["setting"] == name],
-            "value",
-            "test_accuracy",
-            SETTINGS[name],
-            "test accuracy (%)",
-            log=name == "lr",
-            percent=True,
-        )
-        for name in ("lr", "momentum")
-    ]
-    wide = table.pivot_table(index=["setting", "value", "seed"], columns="optimizer", values="test_accuracy")
-    wide = (100 * wide).assign(gain=lambda frame: frame["MSAM"] - frame["SGD"]).reset_index()
-    shown = summarise(wide, ["setting", "value"], ["SGD", "MSAM", "gain"]).drop(columns="count")
-    return Finding(
-        lambda: pictures.sweep(panels, share_y=True),
-        table,
-        [claim.judge(table) for claim in GAINS],
-        shown,
-        f"ρ = {base(problem, 'MSAM').rho:g} throughout, and the same number of epochs.",
-    )
 
 
 # --- A11: equal compute
 
 
-def budget_runs(problem: Workload, seeds: int) -> list[Run]:
+def _budget_runs(workload: Workload, seeds: int) -> list[Run]:
     """Return SGD, MSAM and, with half the epochs, SAM, for budgets around the recipe's own."""
     # Even, so that SAM's half is whole.
-    budgets = [max(2, 2 * round(problem.recipe.epochs * factor / 2)) for factor in _BUDGETS]
-    family = (("SGD", None, 1), ("MSAM", base(problem, "MSAM"), 1), ("SAM", base(problem, "SAM"), 2))
+    budgets = [max(2, 2 * round(workload.recipe.epochs * factor / 2)) for factor in _BUDGETS]
+    family = (("SGD", None, 1), ("MSAM", base(workload, "MSAM"), 1), ("SAM", base(workload, "SAM"), 2))
     return once(
-        Run(variant(problem, name, perturbation, epochs=budget // cost), name, seed)
+        Run(variant(workload, name, perturbation, epochs=budget // cost), name, seed)
         for budget in budgets
         for name, perturbation, cost in family
         for seed in range(seeds)
     )
 
 
-def budget_table(problem: Workload, runs: list[FinishedRun]) -> pd.DataFrame:
+def _budget_table(evidence: Evidence) -> pd.DataFrame:
     """Return one row per run; ``budget`` is its gradients in epochs of one gradient a step."""
-    table = outcomes(runs)[["optimizer", "seed", "epochs", "gradients_per_step", "train_accuracy", "test_accuracy"]]
+    columns = ["optimizer", "seed", "epochs", "gradients_per_step", "train_accuracy", "test_accuracy"]
+    table = outcomes(evidence.runs)[columns]
     budget = (table["epochs"] * table["gradients_per_step"]).round().astype(int)
-    found: pd.DataFrame = table.assign(budget=budget, short=budget < problem.recipe.epochs)
-    return found
+    return as_table(table.assign(budget=budget, short=budget < evidence.workload.recipe.epochs))
+
+
+def _shown_budgets(table: pd.DataFrame) -> pd.DataFrame:
+    accuracies = ["test_accuracy", "train_accuracy"]
+    percent = table.assign(**{name: 100 * table[name] for name in accuracies}).sort_values("budget")
+    return as_table(summarise(percent, ["budget", "optimizer", "epochs"], accuracies).drop(columns="count"))
 
 
 def _budgets(table: pd.DataFrame, short: bool, above: float = 0.0, below: float = math.inf) -> list[Comparison]:
@@ -322,71 +264,22 @@ def _budgets(table: pd.DataFrame, short: bool, above: float = 0.0, below: float 
     ]
 
 
-BUDGETS = (
-    PaperClaim(
-        "A11",
-        "At equal compute, MSAM is ahead of SAM, which has half the epochs, for short budgets.",
-        "ahead",
-        lambda table: _budgets(table, short=True),
-        note="Budgets below the recipe's own; test accuracy.",
+COMPUTE = Exhibit(
+    ("A11",),
+    "equal_compute",
+    wants=_budget_runs,
+    table=_budget_table,
+    draw=lambda table, _: pictures.sweep(
+        [
+            Sweep(table, "budget", name, "gradients evaluated (epochs)", label, percent=True)
+            for name, label in (("test_accuracy", "test accuracy (%)"), ("train_accuracy", "train accuracy (%)"))
+        ]
     ),
-    PaperClaim(
-        "A11",
-        "They are equal for long ones.",
-        "equal",
-        lambda table: _budgets(table, short=False, above=-SAME_ACCURACY, below=SAME_ACCURACY),
-        note="The recipe's own budget and beyond, within a point of test accuracy.",
-    ),
+    shown=_shown_budgets,
+    comparisons={
+        "short": lambda table: _budgets(table, short=True),
+        "long": lambda table: _budgets(table, short=False, above=-SAME_ACCURACY, below=SAME_ACCURACY),
+    },
 )
 
-
-def budgets(evidence: Evidence) -> Finding:
-    """Return what A11 finds."""
-    problem = evidence.problem
-    table = budget_table(problem, evidence.of(budget_runs(problem, evidence.seeds)))
-    percent = table.assign(**{name: 100 * table[name] for name in ("test_accuracy", "train_accuracy")})
-    shown = summarise(
-        percent.sort_values("budget"), ["budget", "optimizer", "epochs"], ["test_accuracy", "train_accuracy"]
-    )
-    panels = [
-        Sweep(table, "budget", name, "gradients evaluated (epochs)", label, percent=True)
-        for name, label in (("test_accuracy", "test accuracy (%)"), ("train_accuracy", "train accuracy (%)"))
-    ]
-    return Finding(
-        lambda: pictures.sweep(panels),
-        table,
-        [claim.judge(table) for claim in BUDGETS],
-        shown.drop(columns="count"),
-        "The learning rate decays to 0 within each budget. ρ is that of the main study.",
-    )
-
-
-STABILITY: tuple[Exhibit, ...] = (
-    Exhibit(
-        ("A5", "A6", "A7"),
-        "cosine_settings",
-        "The cosine under other hyper-parameters",
-        "Cosine between momentum and the next gradient against learning rate, momentum and batch size, SGD.",
-        cosine_runs,
-        cosines,
-        claims=COSINES,
-    ),
-    Exhibit(
-        ("A10",),
-        "stability",
-        "The gain under other hyper-parameters",
-        "Test accuracy of SGD and of MSAM at one ρ, against learning rate and momentum.",
-        gain_runs,
-        gains,
-        claims=GAINS,
-    ),
-    Exhibit(
-        ("A11",),
-        "equal_compute",
-        "Equal compute",
-        "Accuracy against the gradients spent; SAM needs two a step and gets half the epochs.",
-        budget_runs,
-        budgets,
-        claims=BUDGETS,
-    ),
-)
+STABILITY = (COSINE, GAIN, COMPUTE)

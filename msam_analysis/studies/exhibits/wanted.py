@@ -1,4 +1,4 @@
-"""Runs that several exhibits of mechanisms, models and robustness ask for."""
+"""Runs that several exhibits ask for."""
 
 from __future__ import annotations
 
@@ -8,49 +8,56 @@ from typing import Any
 
 from msam import Jump, Perturbation
 from msam.schedules import as_schedule
+from msam_analysis.studies.measuring import SHARPNESS
 from msam_analysis.studies.runs import Run, variant
+from msam_analysis.studies.watching import SLOW
 from msam_analysis.studies.workloads import Workload
-
-RATES = (0.1, 1.0, 3.0)
-"""Learning rates at which the change of the loss is shown, as multiples of the recipe's."""
-
-OUTSIDE = ("text", "table")
-"""Relatives that have nothing to do with images."""
-
-
-def unperturbed(problem: Workload) -> str:
-    """Return the name of the optimizer without a perturbation: SGD, or AdamW."""
-    return next(name for name, perturbation in problem.perturbations.items() if perturbation is None)
-
-
-def with_recipe(problem: Workload, **changes: Any) -> Workload:
-    """Return the problem with another recipe and all of its optimizers."""
-    return dataclasses.replace(problem, recipe=dataclasses.replace(problem.recipe, **changes))
 
 
 def each(
-    problem: Workload,
+    workload: Workload,
     names: Iterable[str],
     seeds: int,
     *,
     watched: Iterable[str] = (),
     measured: Iterable[str] = (),
+    replacement: bool = False,
 ) -> list[Run]:
-    """Return runs of some optimizers of a problem."""
+    """Return runs of some optimizers of a workload; attributes as in :class:`~msam_analysis.studies.runs.Run`."""
     return [
-        Run(problem, name, seed, watched=frozenset(watched), measured=frozenset(measured))
+        Run(workload, name, seed, replacement, frozenset(watched), frozenset(measured))
         for name in names
         for seed in range(seeds)
     ]
 
 
-def after_warmup(problem: Workload, name: str) -> Workload:
-    """Return the problem with one optimizer that does not perturb before the warm-up is over."""
-    perturbation = problem.perturbations[name]
+def networks(workload: Workload, seeds: int) -> list[Run]:
+    """Return the networks of the main tables: every optimizer, fully watched and measured."""
+    return each(workload, workload.perturbations, seeds, watched=SLOW, measured=SHARPNESS)
+
+
+def controls(workload: Workload, seeds: int) -> list[Run]:
+    """Return the controls, which draw samples with replacement."""
+    return each(workload, workload.controls, seeds, replacement=True)
+
+
+def unperturbed(workload: Workload) -> str:
+    """Return the name of the optimizer without a perturbation: SGD, or AdamW."""
+    return next(name for name, perturbation in workload.perturbations.items() if perturbation is None)
+
+
+def with_recipe(workload: Workload, **changes: Any) -> Workload:
+    """Return the workload with another recipe and all of its optimizers."""
+    return dataclasses.replace(workload, recipe=dataclasses.replace(workload.recipe, **changes))
+
+
+def after_warmup(workload: Workload, name: str) -> Workload:
+    """Return the workload with one optimizer that does not perturb before the warm-up is over."""
+    perturbation = workload.perturbations[name]
     if perturbation is None:
-        return problem
-    warm = problem.recipe.steps(problem.training_samples, problem.recipe.warmup)
-    return variant(problem, name, dataclasses.replace(perturbation, rho=Jump(constant(perturbation), warm)))
+        return workload
+    warm = workload.recipe.steps(workload.training_samples, workload.recipe.warmup)
+    return variant(workload, name, dataclasses.replace(perturbation, rho=Jump(constant(perturbation), warm)))
 
 
 def constant(perturbation: Perturbation | None) -> float:

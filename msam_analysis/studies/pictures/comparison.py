@@ -39,13 +39,13 @@ def eigenvalues(
         methods were used, ``method``. The first method drawn (``lanczos`` where there is one) has filled markers
         with the interval, any other an open ring around them: a ring that is not centred is a disagreement.
     ax
-        Where to draw; by default new axes, 3.3 in wide.
+        Axes to draw on; by default new ones, 3.3 in wide.
     log
         Logarithmic axis; by default where all means are positive and the largest is at least 20 times the smallest.
     level
         Confidence of the intervals, default 0.68; one seed has none.
     legend
-        Whether to name optimizers and methods.
+        Whether optimizers and methods are named.
 
     Returns
     -------
@@ -142,7 +142,7 @@ def ball_sharpness(
     frame
         Tidy table with the columns ``optimizer``, ``seed``, ``rho`` and the one named by ``value``.
     ax
-        Where to draw; by default new axes, 3.3 in wide.
+        Axes to draw on; by default new ones, 3.3 in wide.
     value
         Column drawn, default ``sharpness``; ``one_step`` for what a single ascent step finds.
     log
@@ -152,7 +152,7 @@ def ball_sharpness(
     label
         Label of the vertical axis, instead of the definition of the sharpness.
     legend
-        Whether to name the curves.
+        Whether the curves are named.
 
     Returns
     -------
@@ -221,13 +221,13 @@ def accuracy(
         Tidy table with the columns ``optimizer``, ``seed`` and the two accuracies, fractions between 0 and 1; one
         row per run.
     ax
-        Where to draw; by default new axes, 3.3 in wide.
+        Axes to draw on; by default new ones, 3.3 in wide.
     train, test
         Names of the two columns.
     level
         Confidence of the intervals, default 0.68; one seed has none.
     legend
-        Whether to name the markers.
+        Whether the markers are named.
 
     Returns
     -------

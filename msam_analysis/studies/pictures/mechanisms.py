@@ -285,9 +285,9 @@ def by_group(
     with style():
         for ax, (quantity, label) in zip(drawn, quantities.items(), strict=True):
             table = summarise(frame.dropna(subset=[quantity]), ["optimizer", group], quantity, level)
-            for place, (optimizer, appearance) in enumerate(looks.items()):
+            for rank, (optimizer, appearance) in enumerate(looks.items()):
                 part = table[table["optimizer"] == optimizer]
-                shift = 0.56 * ((place + 0.5) / len(looks) - 0.5)
+                shift = 0.56 * ((rank + 0.5) / len(looks) - 0.5)
                 mean = part[quantity].to_numpy(dtype=np.float64)
                 half = part[f"{quantity}_half_width"].to_numpy(dtype=np.float64)
                 at = np.array([rows.index(value) for value in part[group]], dtype=np.float64) + shift

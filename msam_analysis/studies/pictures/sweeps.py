@@ -41,9 +41,9 @@ class Sweep:
     x, y
         The setting, and the quantity.
     label_x, label_y
-        Of the axes; by default the columns' names in words.
+        Labels of the axes; by default the columns' names in words.
     log
-        Logarithmic horizontal axis (default). Rows with ``x = 0``, no perturbation, have no place on it: their mean
+        Logarithmic horizontal axis (default). Rows with ``x = 0``, no perturbation, are not on it: their mean
         and band are drawn from side to side.
     log_y
         Logarithmic vertical axis; means that are not positive are then holes.
@@ -83,7 +83,7 @@ def sweep(
     drawn
         A panel, or several: a list, or a mapping from their titles.
     axes
-        Where to draw, one for each panel; by default a new figure.
+        Axes to draw on, one for each panel; by default a new figure.
     columns
         Panels in a row of a new figure; by default as :func:`~msam_analysis.plots.panels` chooses.
     share_y
@@ -91,7 +91,7 @@ def sweep(
     level
         Confidence of the bands, default 0.68; there is no band for one seed.
     legend
-        Whether to name the curves; a name has the same look in every panel.
+        Whether the curves are named; a name has the same look in every panel.
 
     Returns
     -------
@@ -155,7 +155,7 @@ def both_signs(
     level
         Confidence of the bands, default 0.68.
     legend
-        Whether to name the curves.
+        Whether the curves are named.
 
     Returns
     -------
@@ -261,8 +261,8 @@ def _label(axes: AxesArray, parts: Sequence[Sweep]) -> None:
 
 def _columns(axes: AxesArray) -> int:
     """Return how many panels are side by side; 1 where axes are not on one grid, so that each gets its own labels."""
-    place = axes[0].get_subplotspec()
-    grid = place.get_gridspec() if place is not None else None
+    spot = axes[0].get_subplotspec()
+    grid = spot.get_gridspec() if spot is not None else None
     return int(grid.ncols) if grid is not None and grid.nrows * grid.ncols >= len(axes) else 1
 
 

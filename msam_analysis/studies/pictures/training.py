@@ -79,7 +79,7 @@ def over_training(
         Name of a column; or several, drawn side by side on one vertical scale: a list, or a mapping from the column
         to the panel's title.
     ax
-        Where to draw: axes, or one per quantity. By default a new figure.
+        Axes to draw on, or one per quantity; by default a new figure.
     x
         Column with the time; by default ``epoch`` where there is one, else ``step``.
     log
@@ -91,7 +91,7 @@ def over_training(
     label
         Label of the vertical axis, by default the column's name in words.
     legend
-        Whether to name the curves.
+        Whether the curves are named.
 
     Returns
     -------

@@ -61,12 +61,6 @@ GROUPS = pd.DataFrame(
 )
 
 
-@pytest.fixture(autouse=True)
-def closed() -> Any:
-    yield
-    plt.close("all")
-
-
 def test_one_step() -> None:
     axes = pictures.one_step(STEPS, GRID)
     assert [ax.get_title() for ax in axes] == ["SGD", "MSAM"]

@@ -1,4 +1,4 @@
-"""What exhibits that vary one setting share: grids relative to a workload's own values, and the best of a grid."""
+"""Grids of one setting around a workload's own value, and the best of a grid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import pandas as pd
 from msam import Perturbation
 from msam_analysis.results.statistics import mean_interval, summarise
 from msam_analysis.studies.claims import Comparison
+from msam_analysis.studies.pictures import Sweep
 from msam_analysis.studies.runs import Run, gather, variant
+from msam_analysis.studies.tables import as_table
 from msam_analysis.studies.workloads import Workload
 
 HALF_DECADES = (-6, -3, 0, 3, 6)
@@ -23,7 +25,7 @@ SAME_ACCURACY = 1.0
 """A difference of fewer points of test accuracy counts as none."""
 
 
-def base(problem: Workload, name: str) -> Perturbation:
+def base(workload: Workload, name: str) -> Perturbation:
     """Return a workload's perturbation, around whose strength a grid is laid.
 
     Raises
@@ -33,9 +35,9 @@ def base(problem: Workload, name: str) -> Perturbation:
     TypeError
         Its ρ is not a number.
     """
-    perturbation = problem.perturbations.get(name)
+    perturbation = workload.perturbations.get(name)
     if perturbation is None:
-        raise ValueError(f"a grid around the ρ of {name} needs that perturbation, got {list(problem.perturbations)}")
+        raise ValueError(f"a grid around the ρ of {name} needs that perturbation, got {list(workload.perturbations)}")
     if not isinstance(perturbation.rho, int | float):
         raise TypeError(f"a grid around the ρ of {name} needs a number, got {perturbation.rho!r}: give it a constant ρ")
     return perturbation
@@ -46,26 +48,37 @@ def scaled(value: Any, sixths: int) -> float:
     return float(f"{value * 10 ** (sixths / 6):.3g}")
 
 
-def plain(problem: Workload, seeds: int) -> list[Run]:
+def plain(workload: Workload, seeds: int) -> list[Run]:
     """Return the runs without a perturbation."""
-    return [Run(variant(problem, "SGD", None), "SGD", seed) for seed in range(seeds)]
+    return [Run(variant(workload, "SGD", None), "SGD", seed) for seed in range(seeds)]
 
 
 def grid(
-    problem: Workload,
+    workload: Workload,
     label: str,
-    perturbation: Perturbation,
     sixths: Iterable[int],
     seeds: int,
-    watched: frozenset[str] = frozenset(),
+    *,
+    around: Perturbation | None = None,
+    watched: Iterable[str] = (),
+    **switches: Any,
 ) -> list[Run]:
-    """Return the runs of a perturbation at strengths around its own, in sixths of a decade."""
-    strengths = [dataclasses.replace(perturbation, rho=scaled(perturbation.rho, sixth)) for sixth in sixths]
+    """Return the runs of a perturbation at strengths around its own, in sixths of a decade.
+
+    The perturbation is ``around``, by default the workload's own under that label, with other ``switches``.
+    """
+    middle = dataclasses.replace(around or base(workload, label), **switches)
+    strengths = [dataclasses.replace(middle, rho=scaled(middle.rho, sixth)) for sixth in sixths]
     return [
-        Run(variant(problem, label, strength), label, seed, watched=watched)
+        Run(variant(workload, label, strength), label, seed, watched=frozenset(watched))
         for strength in strengths
         for seed in range(seeds)
     ]
+
+
+def against_rho(frame: pd.DataFrame) -> Sweep:
+    """Return the panel of test accuracy against ρ."""
+    return Sweep(frame, "rho", "test_accuracy", r"$\rho$", "test accuracy (%)", percent=True)
 
 
 def once(runs: Iterable[Run]) -> list[Run]:
@@ -79,8 +92,7 @@ def best(frame: pd.DataFrame, x: str = "rho", y: str = "test_accuracy") -> pd.Da
     A NaN of one seed is not outvoted by the others: where there is one, ``x`` comes last.
     """
     means = frame.groupby(x)[y].agg(lambda values: values.mean(skipna=False))
-    chosen: pd.DataFrame = frame[frame[x] == means.fillna(-math.inf).idxmax()]
-    return chosen
+    return as_table(frame[frame[x] == means.fillna(-math.inf).idxmax()])
 
 
 def best_of_each(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -104,8 +116,7 @@ def best_of_each(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
                 "at_grid_end": "yes" if at_end else "no",
             }
         )
-    table: pd.DataFrame = pd.DataFrame(rows).drop(columns="count")
-    return table
+    return as_table(pd.DataFrame(rows).drop(columns="count"))
 
 
 def paired(
