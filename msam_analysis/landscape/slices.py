@@ -18,7 +18,7 @@ from torch import Tensor
 
 from msam_analysis.landscape import grids
 from msam_analysis.landscape.evaluator import ERRORS, Evaluator
-from msam_analysis.landscape.identity import identity, of_code
+from msam_analysis.landscape.identity import identity
 from msam_analysis.landscape.journal import Journal
 from msam_analysis.landscape.metrics import Metric
 from msam_analysis.landscape.ranks import Ranks
@@ -29,6 +29,7 @@ from msam_analysis.landscape.together import Together, fastest
 from msam_analysis.objective.direction import Direction, as_direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.results import Settings, Slice1D, Slice2D
+from msam_analysis.results.fingerprint import fingerprint
 
 Path = str | os.PathLike[str]
 
@@ -218,7 +219,7 @@ class _Options:
     @property
     def identity(self) -> dict[str, object]:
         """The choices that decide the numbers."""
-        metrics = {f"metric {name}": of_code(metric) for name, metric in (self.metrics or {}).items()}
+        metrics = {f"metric {name}": fingerprint(metric) for name, metric in (self.metrics or {}).items()}
         return {"metrics": ", ".join(self.metrics or {}), "points at once": self.chunk, **metrics, **self.settings}
 
 
