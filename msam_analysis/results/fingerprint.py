@@ -81,35 +81,39 @@ def _plain(thing: Any, above: frozenset[int]) -> object:
 
 def _parts(thing: Any) -> list[Any] | None:
     """Return the parts of a thing; none where its text says what it is."""
-    parts: list[Any] | None = None
     if isinstance(thing, list | tuple):
-        parts = list(thing)
-    elif isinstance(thing, Mapping):
-        parts = [part for item in thing.items() for part in item]
-    elif isinstance(thing, functools.partial):
-        parts = [thing.func, thing.args, thing.keywords]
-    elif isinstance(thing, CodeType):
-        parts = [thing.co_code.hex(), thing.co_names, thing.co_consts]
-    elif isinstance(thing, FunctionType):
-        parts = [thing.__module__, thing.__qualname__]
-        if not _known(thing):
-            parts += [*_code(thing), thing.__defaults__, thing.__kwdefaults__, *_enclosed(thing)]
-    elif isinstance(thing, MethodType):
-        parts = [thing.__func__, thing.__self__]
-    elif isinstance(thing, ModuleType | type | BuiltinFunctionType):
-        parts = [thing.__name__] if isinstance(thing, ModuleType) else [thing.__module__, thing.__qualname__]
-    elif isinstance(thing, nn.Module):
+        return list(thing)
+    if isinstance(thing, Mapping):
+        return [part for item in thing.items() for part in item]
+    if isinstance(thing, ModuleType | type | BuiltinFunctionType):
+        return [getattr(thing, "__module__", None), getattr(thing, "__qualname__", thing.__name__)]
+    return _parts_of_code(thing) or _parts_of_object(thing)
+
+
+def _parts_of_code(thing: Any) -> list[Any] | None:
+    if isinstance(thing, functools.partial):
+        return [thing.func, thing.args, thing.keywords]
+    if isinstance(thing, CodeType):
+        return [thing.co_code.hex(), thing.co_names, thing.co_consts]
+    if isinstance(thing, MethodType):
+        return [thing.__func__, thing.__self__]
+    if not isinstance(thing, FunctionType):
+        return [thing.__wrapped__] if hasattr(thing, "__wrapped__") else None  # a function with a cache
+    name = [thing.__module__, thing.__qualname__]
+    return (
+        name if _known(thing) else [*name, *_code(thing), thing.__defaults__, thing.__kwdefaults__, *_enclosed(thing)]
+    )
+
+
+def _parts_of_object(thing: Any) -> list[Any] | None:
+    if isinstance(thing, nn.Module):
         # The mode is the objective's choice.
         public = {k: value for k, value in vars(thing).items() if not k.startswith("_") and k != "training"}
-        parts = [*_class(thing), public, dict(thing.named_children())]
-    elif dataclasses.is_dataclass(thing):
+        return [*_class(thing), public, dict(thing.named_children())]
+    if dataclasses.is_dataclass(thing):
         compared = {field.name: getattr(thing, field.name) for field in dataclasses.fields(thing) if field.compare}
-        parts = [*_class(thing), compared]
-    elif hasattr(thing, "__wrapped__"):  # a function with a cache
-        parts = [thing.__wrapped__]
-    elif isinstance(getattr(thing, "__dict__", None), dict):
-        parts = [*_class(thing), vars(thing)]
-    return parts
+        return [*_class(thing), compared]
+    return [*_class(thing), vars(thing)] if isinstance(getattr(thing, "__dict__", None), dict) else None
 
 
 def _known(thing: Any) -> bool:

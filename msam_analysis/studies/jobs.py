@@ -76,7 +76,7 @@ class Job:
 
     @property
     def unmeasured(self) -> list[str]:
-        """The measures that a trained network lacks; none where its loss is not finite, as there is nothing to measure."""
+        """The measures that a trained network lacks; none where its loss is not finite: nothing can be measured."""
         if not math.isfinite(store.read_scores(self.directory)["train_loss"]):
             return []
         return [name for name in MEASURES if name in self.measured and not store.is_measured(self._folder(name))]

@@ -265,8 +265,8 @@ class Measure(NamedTuple):
         """Raise ``ModuleNotFoundError`` where the package that it needs is not installed."""
         if self.needs is not None and importlib.util.find_spec(self.needs[0]) is None:
             raise ModuleNotFoundError(
-                f"a chosen exhibit needs {self.needs[1]}: install it with pip install 'msam-analysis[study]', or choose "
-                "other exhibits"
+                f"a chosen exhibit needs {self.needs[1]}: install it with pip install 'msam-analysis[study]', or "
+                "choose other exhibits"
             )
 
 

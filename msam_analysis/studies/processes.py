@@ -72,8 +72,8 @@ def make(jobs: Sequence[Job], processes: int, *, cluster: str | None = None, don
     for job in jobs if cluster is not None else ():
         if not job.finished:
             raise FileNotFoundError(
-                f"the cluster's workers made {job.directory.name}, which is not in {job.directory.parent} here: expected "
-                "an output folder that this process and all workers see under the same path"
+                f"the cluster's workers made {job.directory.name}, which is not in {job.directory.parent} here: "
+                "expected an output folder that this process and all workers see under the same path"
             )
 
 
@@ -130,7 +130,8 @@ def _in_workers(jobs: Sequence[Job], processes: int, tick: Tick) -> Iterator[Any
 
 
 def _parallel(jobs: Sequence[Job], processes: int) -> Iterator[Any]:
-    parallel = joblib.Parallel(processes, batch_size=1, pre_dispatch="all", return_as="generator_unordered")
+    # Two jobs a process are handed out ahead (the default): loky's own thread dies at an interrupt that finds more.
+    parallel = joblib.Parallel(processes, batch_size=1, return_as="generator_unordered")
     made: Iterator[Any] = parallel(joblib.delayed(execute)(job) for job in jobs)
     return made
 

@@ -6,7 +6,7 @@ import math
 import platform
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Study:
     workload: Workload
     exhibits: tuple[Exhibit, ...]
     seeds: int = 3
-    protocol: Protocol = Protocol()
+    protocol: Protocol = field(default_factory=Protocol)
     computing: Computing = PLAIN
     every: int | None = None
 
@@ -100,9 +100,7 @@ class Study:
         for name in {name for run in needed.values() for name in run.measured & MEASURES.keys()}:
             MEASURES[name].check()
         every = self.every or 1
-        return {
-            identity: job(run, folder, self.protocol, every, self.computing) for identity, run in needed.items()
-        }
+        return {identity: job(run, folder, self.protocol, every, self.computing) for identity, run in needed.items()}
 
     def run(
         self,
@@ -130,8 +128,8 @@ class Study:
             Worker processes, default the number of processors; on a GPU one. In a process group, of each member,
             default one. A single one is this process.
         cluster
-            Address of a Dask scheduler whose workers make the runs, for example ``"tcp://10.0.0.1:8786"``. They must see
-            the output folder under the same path. Default: none.
+            Address of a Dask scheduler whose workers make the runs, for example ``"tcp://10.0.0.1:8786"``. They must
+            see the output folder under the same path. Default: none.
         progress
             Show a progress bar with the time left.
 
@@ -194,9 +192,7 @@ class Study:
         tables = _tables(evidence) if any(exhibit.main for exhibit in self.exhibits) else None
         _write_tables(findings, tables, root / "tables")
         pictures = _draw(findings, root / "figures")
-        setting = Setting(
-            self.workload, self.protocol, self.computing, self.seeds, len(finished), _diverged(evidence)
-        )
+        setting = Setting(self.workload, self.protocol, self.computing, self.seeds, len(finished), _diverged(evidence))
         page = report.write(_compose(setting, findings, tables, pictures), root)[0]
         if figures is not None:
             copies = _copy(findings, pictures, Path(figures))
@@ -226,7 +222,8 @@ def run_study(
     name
         A workload or its name.
     exhibits
-        Ids of the exhibits to make; ``["all"]`` for all of them. Default the main ones, which share one set of networks.
+        Ids of the exhibits to make; ``["all"]`` for all of them. Default the main ones, which share one set of
+        networks.
     seeds, protocol, every, computing
         See :class:`Study`.
     out, figures, jobs, cluster, progress
@@ -249,9 +246,7 @@ def run_study(
     return study.run(out, figures=figures, jobs=jobs, cluster=cluster, progress=progress)
 
 
-def _make_share(
-    jobs: Sequence[Job], members: Members, processes: int, cluster: str | None, progress: bool
-) -> None:
+def _make_share(jobs: Sequence[Job], members: Members, processes: int, cluster: str | None, progress: bool) -> None:
     """Make this process's share of what is missing, and wait for the others' shares."""
     # The first one's view: others may see half of what it has just cleared away.
     missing = set(members.from_first([one.directory.name for one in jobs if not one.finished]))

@@ -21,7 +21,7 @@ from msam_analysis.studies.exhibits import EXHIBITS
 from msam_analysis.studies.store import LOCK
 from msam_analysis.studies.study import run_study
 from msam_analysis.studies.tables import Tables
-from msam_analysis.studies.workloads import DIGITS, Workload
+from msam_analysis.studies.workloads import Workload
 
 from . import toy as toys
 from .toy import COARSE, STEPS, TOY
@@ -171,9 +171,7 @@ def test_a_finished_study_trains_nothing(finished: Path, tmp_path: Path, trainin
     assert page.is_file()
 
 
-def test_more_seeds_add_to_those_that_are_there(
-    finished: Path, tmp_path: Path, trainings: Trainings
-) -> None:
+def test_more_seeds_add_to_those_that_are_there(finished: Path, tmp_path: Path, trainings: Trainings) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     for directory in (out / "runs").glob("*-seed1-*"):
@@ -222,9 +220,7 @@ def test_an_interrupted_study_goes_on(
     assert hidden(out) == []
 
 
-def test_what_is_missing_or_partial_is_made_again(
-    finished: Path, tmp_path: Path, trainings: Trainings
-) -> None:
+def test_what_is_missing_or_partial_is_made_again(finished: Path, tmp_path: Path, trainings: Trainings) -> None:
     """One run's folder is gone, one is empty, and a process that was killed left a partial one."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
@@ -243,9 +239,7 @@ def test_what_is_missing_or_partial_is_made_again(
     assert stamps(out).items() >= still.items()
 
 
-def test_a_run_that_lost_a_file_is_made_again(
-    finished: Path, tmp_path: Path, trainings: Trainings
-) -> None:
+def test_a_run_that_lost_a_file_is_made_again(finished: Path, tmp_path: Path, trainings: Trainings) -> None:
     """However a folder came to be incomplete: the study goes on from what is whole."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
