@@ -9,9 +9,8 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
-from multiprocessing.queues import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import joblib
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 # A run draws from torch's global generator: of the threads of a Dask worker, one makes runs at a time.
 _one_at_a_time = threading.Lock()
 # Where a worker process reports to, set once when it starts.
-_ticks: list[SimpleQueue[float | None]] = []
+_ticks: list[Connection] = []
 
 
 def make(jobs: Sequence[Job], processes: int, *, cluster: str | None = None, done: int = 0, bar: bool = True) -> None:
@@ -104,15 +103,15 @@ def execute(job: Job, tick: Tick | None = None) -> float:
 
 def _report(amount: float) -> None:
     for ticks in _ticks:
-        ticks.put(amount)
+        ticks.send(amount)
 
 
 def _in_workers(jobs: Sequence[Job], processes: int, tick: Tick) -> Iterator[Any]:
     """Yield for every job that is made in a worker process of this machine."""
-    ticks: SimpleQueue[float | None] = multiprocessing.get_context("spawn").SimpleQueue()
+    # No locks: so short a message is written at once or not at all, and a worker that is killed would keep its lock.
+    told, ticks = multiprocessing.Pipe(duplex=False)
     alive, ours = multiprocessing.Pipe(duplex=False)
-    # Ticks are waited for, not asked for.
-    listener = threading.Thread(target=lambda: [tick(amount) for amount in iter(ticks.get, None)], daemon=True)
+    listener = threading.Thread(target=_listen, args=(told, tick), daemon=True)
     listener.start()
     try:
         with joblib.parallel_config("loky", inner_max_num_threads=1, initializer=_prepare, initargs=(ticks, alive)):
@@ -124,9 +123,17 @@ def _in_workers(jobs: Sequence[Job], processes: int, tick: Tick) -> Iterator[Any
         ) from None
     finally:
         get_reusable_executor().shutdown(wait=True, kill_workers=True)
-        ours.close()
-        ticks.put(None)
+        ticks.close()
         listener.join()
+        for end in (told, alive, ours):
+            end.close()
+
+
+def _listen(told: Connection, tick: Tick) -> None:
+    """Pass on what the workers tell, until the last of them is gone."""
+    with suppress(EOFError):
+        while True:
+            tick(told.recv())
 
 
 def _parallel(jobs: Sequence[Job], processes: int) -> Iterator[Any]:
@@ -136,7 +143,7 @@ def _parallel(jobs: Sequence[Job], processes: int) -> Iterator[Any]:
     return made
 
 
-def _prepare(ticks: SimpleQueue[float | None], alive: Connection) -> None:
+def _prepare(ticks: Connection, alive: Connection) -> None:
     """Prepare a worker process: the interrupt key is left to the main process, and there is no life without that."""
     _ticks.append(ticks)
     threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
@@ -144,7 +151,7 @@ def _prepare(ticks: SimpleQueue[float | None], alive: Connection) -> None:
 
 
 def _end_with_parent(alive: Connection) -> None:
-    # The other end is the main process's alone: nothing ever comes, and it closes with that process.
+    # The other end is the main process's alone: nothing ever comes, and it closes when that process ends.
     alive.poll(None)
     os._exit(1)
 
