@@ -150,12 +150,13 @@ def _slices(subject: Subject, protocol: Protocol) -> dict[str, Result]:
         "random": directions.random(objective, protocol.random_seed),
     }
     results: dict[str, Result] = {}
+    # The members of a process group share runs, and not the points of one.
     for name in LINES:
         radius = protocol.filter_radius if name == "random" else protocol.unit_radius
-        results[f"line-{name}"] = slice_1d(objective, lines[name], radius, protocol.line_points)
+        results[f"line-{name}"] = slice_1d(objective, lines[name], radius, protocol.line_points, distributed=False)
     plane = (lines["random"], directions.random(objective, protocol.random_seed + 1))
     results["plane"] = slice_2d(
-        objective, plane, protocol.plane_radius, protocol.plane_points, refine=protocol.plane_refine
+        objective, plane, protocol.plane_radius, protocol.plane_points, refine=protocol.plane_refine, distributed=False
     )
     return results
 

@@ -59,12 +59,16 @@ def make(jobs: Sequence[Job], processes: int, *, cluster: str | None = None, don
         return
     jobs = sorted(jobs, key=lambda job: -job.cost)
     with _progress(jobs, done, bar) as shown:
+
+        def tick(amount: float) -> None:
+            shown.update(amount)
+
         if cluster is not None:
-            ended = _on_cluster(jobs, cluster, shown.update)
+            ended = _on_cluster(jobs, cluster, tick)
         elif min(processes, len(jobs)) == 1:
-            ended = (execute(job, shown.update) for job in jobs)
+            ended = (execute(job, tick) for job in jobs)
         else:
-            ended = _in_workers(jobs, min(processes, len(jobs)), shown.update)
+            ended = _in_workers(jobs, min(processes, len(jobs)), tick)
         for number, _ in enumerate(ended, done + 1):
             # The bar says when it is time to draw it.
             shown.set_description_str(f"{number}/{done + len(jobs)} runs", refresh=False)
@@ -164,7 +168,8 @@ def _on_cluster(jobs: Sequence[Job], address: str, tick: Tick) -> Iterator[Any]:
         raise ModuleNotFoundError(
             "a cluster needs Dask: install it with pip install 'msam-analysis[cluster]', or leave --cluster out"
         ) from None
-    with Client(address) as client, joblib.parallel_config("dask", client=client):
+    connect: Any = Client
+    with connect(address) as client, joblib.parallel_config("dask", client=client):
         for cost in _parallel(jobs, -1):
             tick(cost)
             yield cost

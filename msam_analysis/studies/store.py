@@ -148,7 +148,8 @@ def read_run(directory: Path, run: Run, watched: Sequence[str] = (), measured: S
     watched, measured
         Files of probes and folders of measures that are to be read, in this order.
     """
-    reached, found = read_scores(directory), dict[str, Result]()
+    reached = read_scores(directory)
+    found: dict[str, Result] = {}
     if math.isfinite(reached["train_loss"]):
         for folder in measured:
             for name in json.loads((directory / folder / _CONTENTS).read_text()):
@@ -177,7 +178,10 @@ def name_networks(named: Mapping[str, Path], folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, directory in named.items():
-        with atomic_path(folder / f"{name}.pt") as partial:
+        target = folder / f"{name}.pt"
+        if target.exists() and target.samefile(directory / _CHECKPOINT):
+            continue
+        with atomic_path(target) as partial:
             partial.unlink(missing_ok=True)
             try:
                 os.link(directory / _CHECKPOINT, partial)

@@ -184,8 +184,8 @@ class Training:
     def __init__(
         self, workload: Workload, optimizer_name: str, seed: int, computing: Computing, samples: int | None
     ) -> None:
-        self.workload, self.recipe, self.seed, self.computing = workload, workload.recipe, seed, computing
-        self.device = computing.torch_device
+        self.workload, self.recipe, self.seed = workload, workload.recipe, seed
+        self.computing, self.device = computing, computing.torch_device
         self.augmentation = None
         if workload.augmented is None:
             inputs, labels = (torch.cat(column) for column in zip(*workload.train(), strict=True))

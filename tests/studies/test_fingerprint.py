@@ -27,6 +27,10 @@ def compiled(source: str) -> Callable[..., Any]:
     return made
 
 
+OUTER = "def outer(n): return lambda: n\nmade = outer({})"
+TOLD = "def made(x):\n    '{}'\n    return x"
+
+
 class Net(nn.Module):
     def __init__(self, width: int = 3, slope: float = 0.1) -> None:
         super().__init__()
@@ -80,7 +84,7 @@ OTHERS: dict[str, tuple[object, object]] = {
     "a constant": (compiled("def made(x): return x + 1"), compiled("def made(x): return x + 2")),
     "a default": (compiled("def made(x=1): return x"), compiled("def made(x=2): return x")),
     "a default by keyword": (compiled("def made(*, x=1): return x"), compiled("def made(*, x=2): return x")),
-    "what is closed over": (*(compiled(f"def outer(n): return lambda: n\nmade = outer({n})") for n in (1, 2)),),
+    "what is closed over": (compiled(OUTER.format(1)), compiled(OUTER.format(2))),
     "partial": (functools.partial(math.pow, 2.0), functools.partial(math.pow, 3.0)),
     "the object of a method": (Keeper(1).method, Keeper(2).method),
     "a field": (Value(1), Value(2)),
@@ -88,7 +92,10 @@ OTHERS: dict[str, tuple[object, object]] = {
     "a method that forward calls": (Net(), Bent()),
     "a layer": (nn.Sequential(nn.Tanh()), nn.Sequential(nn.ReLU())),
     "a layer's setting": (nn.Sequential(nn.Dropout(0.1)), nn.Sequential(nn.Dropout(0.2))),
-    "behind a cache": (*(functools.lru_cache(compiled(f"def made(): return {n}")) for n in (1, 2)),),
+    "behind a cache": (
+        functools.lru_cache(compiled("def made(): return 1")),
+        functools.lru_cache(compiled("def made(): return 2")),
+    ),
     "a class": (int, float),
     "modules of Python": (math, dataclasses),
     "sets": ({1, 2}, {1, 3}),
@@ -103,7 +110,7 @@ def test_what_differs_has_another(case: str) -> None:
 
 
 ALIKE: dict[str, tuple[object, object]] = {
-    "docstrings": (*(compiled(f'def made(x):\n    """{words}"""\n    return x') for words in ("One.", "Another.")),),
+    "docstrings": (compiled(TOLD.format("One.")), compiled(TOLD.format("Another."))),
     "comments": (compiled("def made(x): return x"), compiled("def made(x): return x  # as it is")),
     "made anew": (compiled("def made(x): return x"), compiled("def made(x): return x")),
     "fields that are not compared": (Value(1, "a"), Value(1, "b")),

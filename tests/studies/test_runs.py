@@ -62,7 +62,7 @@ def test_what_decides_a_network_a_record_and_a_measure(tmp_path: Path) -> None:
 
     def changed(other: Job) -> set[str]:
         assert other.directory == one.directory
-        mine, its = one.watched | one.measured, other.watched | other.measured
+        mine, its = {**one.watched, **one.measured}, {**other.watched, **other.measured}
         return {name for name in mine if mine[name] != its[name]}
 
     assert changed(job(wanted, tmp_path, COARSE, 3)) == {"rise", "curvature"}
@@ -116,9 +116,10 @@ def test_settings_are_columns() -> None:
 def test_unknown_probes_and_measures(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"unknown probe 'colour': expected some of .*'curvature'"):
         train(TOY, "SGD", 0, watched=["colour"])
-    for wanted in ({"watched": frozenset({"colour"})}, {"measured": frozenset({"colour"})}):
+    colour = frozenset({"colour"})
+    for run in (Run(TOY, "SGD", 0, watched=colour), Run(TOY, "SGD", 0, measured=colour)):
         with pytest.raises(ValueError, match=r"unknown probe or measure 'colour': expected some of .*'curvature'"):
-            job(Run(TOY, "SGD", 0, **wanted), tmp_path, COARSE, 4)
+            job(run, tmp_path, COARSE, 4)
 
 
 @pytest.mark.parametrize("exhibit", EXHIBITS, ids=lambda exhibit: exhibit.name)

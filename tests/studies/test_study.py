@@ -6,6 +6,7 @@ A worker process takes seconds to start, most of them for torch. So only the tes
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import multiprocessing
 import shutil
 from collections.abc import Callable
@@ -14,17 +15,18 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from torch import nn
 
 from msam import Perturbation
 from msam_analysis.report.page import Verdict
-from msam_analysis.studies.exhibits import EXHIBITS
+from msam_analysis.studies.exhibits import EXHIBITS, choose
 from msam_analysis.studies.store import LOCK
-from msam_analysis.studies.study import run_study
+from msam_analysis.studies.study import Study, run_study
 from msam_analysis.studies.tables import Tables
 from msam_analysis.studies.workloads import Workload
 
 from . import toy as toys
-from .toy import COARSE, STEPS, TOY
+from .toy import COARSE, STEPS, TOY, Features
 
 SEEDS = 2
 RUNS = SEEDS * (len(TOY.perturbations) + len(TOY.controls))
@@ -32,7 +34,7 @@ MAIN = tuple(exhibit for exhibit in EXHIBITS if exhibit.main)
 VERDICTS: tuple[Verdict, ...] = ("holds", "does not hold", "cannot tell at this scale")
 
 
-def study(out: Path, *, jobs: int = 1, seeds: int = SEEDS, **options: Any) -> Path:
+def study(out: Path, *, jobs: int | None = 1, seeds: int = SEEDS, **options: Any) -> Path:
     """Run the toy's study; one picture, unless more are asked for."""
     settings: dict[str, Any] = {"exhibits": ["T1"], "protocol": COARSE, "every": 4, "progress": False}
     return run_study(options.pop("workload", TOY), out=out, jobs=jobs, seeds=seeds, **settings | options)
@@ -306,6 +308,48 @@ def test_without_controls(finished: Path, tmp_path: Path, monkeypatch: pytest.Mo
     shutil.copytree(finished, out)
     page = study(out, exhibits=["F2C"], workload=dataclasses.replace(TOY, controls=()))
     assert "cosine" in page.read_text()
+
+
+# --- whatever is chosen
+
+ATTACKED = next(e for e in EXHIBITS if any("robustness" in run.measured for run in e.runs(TOY, 1)))
+
+
+def test_an_exhibit_gets_what_it_needs_and_no_more(tmp_path: Path) -> None:
+    """What no chosen exhibit wants is not measured, and not asked for; a later one takes it from the networks."""
+    study(tmp_path, seeds=1)
+    assert not list(tmp_path.rglob("robustness*"))
+    steps = pd.read_csv(tmp_path / "tables" / "steps.csv")
+    assert "rise" in steps
+    assert "loss_along/1" not in steps
+
+
+def test_packages_are_asked_for_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "art" else find(name))
+    with pytest.raises(
+        ModuleNotFoundError, match=r"needs adversarial-robustness-toolbox: .*msam-analysis\[study\]', or choose other"
+    ):
+        study(tmp_path / "out", exhibits=["T1", ATTACKED.name])
+    assert list(tmp_path.iterdir()) == []
+    study(tmp_path / "out", seeds=1)
+
+
+def test_a_workload_of_ones_own(toy: Workload, finished: Path, tmp_path: Path) -> None:
+    """By value, from functions that no module has, also in worker processes; its name is that of its runs."""
+    width = 6
+
+    def network() -> nn.Module:
+        return nn.Sequential(Features(), nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 3))
+
+    mine = dataclasses.replace(TOY, name="mine", network=network, controls=(), relatives={})
+    page = Study(mine, choose(["T1"]), seeds=1, protocol=COARSE, every=4).run(tmp_path, jobs=2, progress=False)
+    assert "on mine" in page.read_text()
+    assert len(networks(tmp_path)) == len(mine.perturbations)
+    again = dataclasses.replace(mine, description="other words")
+    before = stamps(tmp_path)
+    run_study(again, out=tmp_path, exhibits=["T1"], seeds=1, protocol=COARSE, every=4, jobs=1, progress=False)
+    assert stamps(tmp_path) == before
 
 
 # --- bad settings

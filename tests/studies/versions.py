@@ -9,6 +9,7 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,8 @@ def of_measure(name: str) -> Numbers:
 
 PARTS: Mapping[str, tuple[int, Callable[[], Numbers]]] = {
     "training": (training.VERSION, of_training),
-    **{f"WATCHES['{name}']": (row.version, lambda name=name: of_watch(name)) for name, row in WATCHES.items()},
-    **{f"MEASURES['{name}']": (row.version, lambda name=name: of_measure(name)) for name, row in MEASURES.items()},
+    **{f"WATCHES['{name}']": (row.version, partial(of_watch, name)) for name, row in WATCHES.items()},
+    **{f"MEASURES['{name}']": (row.version, partial(of_measure, name)) for name, row in MEASURES.items()},
 }
 """What has a version, with it and with what gives its numbers."""
 
