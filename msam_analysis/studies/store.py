@@ -220,6 +220,6 @@ def _read_numbers(path: Path) -> pd.DataFrame:
 
     with path.open(newline="") as file:
         header, *rows = csv.reader(file)
-    columns = {name: [number(row[place]) for row in rows] for place, name in enumerate(header)}
+    columns = {name: [number(row[column]) for row in rows] for column, name in enumerate(header)}
     table: pd.DataFrame = pd.DataFrame(columns)
     return table

@@ -184,7 +184,9 @@ class Training:
     def __init__(
         self, workload: Workload, optimizer_name: str, seed: int, computing: Computing, samples: int | None
     ) -> None:
-        self.workload, self.recipe, self.seed = workload, workload.recipe, seed
+        self.workload: Workload = workload
+        self.recipe: Recipe = workload.recipe
+        self.seed: int = seed
         self.computing, self.device = computing, computing.torch_device
         self.augmentation = None
         if workload.augmented is None:
@@ -198,7 +200,8 @@ class Training:
         self.model.to(self.device)
         self.optimizer = workload.optimizer(optimizer_name, self.model)
         self.criterion = workload.criterion()
-        self.everything = Objective(self.model, self.criterion, some(workload.train(), samples), batchnorm="batch")
+        chosen = some(workload.train(), samples)
+        self.everything: Objective = Objective(self.model, self.criterion, chosen, batchnorm="batch")
         self.scaler = computing.scaler()
         perturbation = workload.perturbations[optimizer_name]
         self.climbs = perturbation is not None and perturbation.direction == "gradient"
