@@ -89,7 +89,7 @@ lowest: $(STAMP)  ## run the tests with the oldest dependencies that setup.cfg a
 	@grep '^torch==' constraints.txt >> $(VENV)/lowest.txt
 	@$(PYTHON) -m venv $(VENV)-lowest
 	@$(PIP:$(VENV)/%=$(VENV)-lowest/%) -c $(VENV)/lowest.txt -e . \
-	    adversarial-robustness-toolbox curvlinops-for-pytorch hypothesis ipykernel jupytext nbclient nbformat plotly pytest pytest-xdist 'scikit-learn==1.6.*'
+	    adversarial-robustness-toolbox curvlinops-for-pytorch 'dask[distributed]' hypothesis ipykernel jupytext nbclient nbformat plotly pytest pytest-xdist 'scikit-learn==1.6.*'
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -q -n $(WORKERS) --hypothesis-profile=ci -W default \
 	    --ignore tests/benchmarks $(PYTEST_ARGS)
 

@@ -24,6 +24,9 @@ def study_command(
     figures: Annotated[Path | None, typer.Option(help="A second folder for the pictures.")] = None,
     exhibits: Annotated[str | None, typer.Option(help="Some, e.g. F2C,TA1, or all; default the main ones.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Processes; default one per processor, on a GPU one.")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(help="Address of a Dask scheduler whose workers make the runs, e.g. tcp://host:8786.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="CIFAR-100's binary archive, or the folder with it.")] = None,
     checksum: Annotated[str, typer.Option(help="published, or any for other files of CIFAR-100's format.")] = (
         "published"
@@ -57,6 +60,7 @@ def study_command(
             figures=figures,
             exhibits=chosen,
             jobs=jobs,
+            cluster=cluster,
             protocol=protocol,
             every=every,
             computing=computing(device, amp, save_every),

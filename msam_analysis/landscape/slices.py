@@ -19,7 +19,7 @@ from torch import Tensor
 
 from msam_analysis.landscape import grids
 from msam_analysis.landscape.evaluator import ERRORS, Evaluator
-from msam_analysis.landscape.identity import identity, of_code
+from msam_analysis.landscape.identity import identity
 from msam_analysis.landscape.journal import Journal
 from msam_analysis.landscape.metrics import Metric
 from msam_analysis.landscape.point_table import PointTable
@@ -30,6 +30,7 @@ from msam_analysis.objective.direction import Direction, as_direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.ranks import Ranks
 from msam_analysis.results import Slice1D, Slice2D
+from msam_analysis.results.fingerprint import fingerprint
 
 Path = str | os.PathLike[str]
 
@@ -262,7 +263,7 @@ class _Measurement:
     def _identity(self) -> dict[str, str]:
         if self.path is None and self.ranks.count == 1:
             return {}
-        codes = {f"metric {name}": of_code(metric) for name, metric in (self.metrics or {}).items()}
+        codes = {f"metric {name}": fingerprint(metric) for name, metric in (self.metrics or {}).items()}
         options = {"metrics": ", ".join(self.metrics or {}), "points at once": self.chunk, **codes, **self.settings}
         found = identity(self.part, self.lines, self.axes, options)
         self.ranks.check_alike(found)

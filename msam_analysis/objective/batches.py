@@ -18,6 +18,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from msam_analysis.objective.nested import Batch, count_samples, fields_of, is_record, map_tensors, tensors_of
 from msam_analysis.objective.randomness import RandomStream
+from msam_analysis.results.fingerprint import of_tensors
 
 CACHE_BYTES = 2**30
 _END = object()
@@ -73,7 +74,7 @@ class Batches:
             self.sizes.append(count_samples(raw))
             batch = self._move(raw)
             if not isinstance(self._source, list | _Samples):
-                sums.append(_fingerprint(raw))
+                sums.append(of_tensors(tensors_of(raw)))
             self.nbytes += sum(tensor.nbytes for tensor in tensors_of(batch))
             if self._cached is not None:
                 self._cached.append(batch)
@@ -172,9 +173,9 @@ class Batches:
         with torch.inference_mode(mode=False):  # tensors made inside of it could not be used outside
             return map_tensors(batch, convert)
 
-    def _check_repeats(self, sums: list[tuple[float, ...]]) -> None:
+    def _check_repeats(self, sums: list[str]) -> None:
         # Another seed: what depends on the random state shows.
-        again = [_fingerprint(raw) for raw in _read(self._source, seed=1)]
+        again = [of_tensors(tensors_of(raw)) for raw in _read(self._source, seed=1)]
         if again != sums:
             raise ValueError(
                 "the data differs between two passes (it shuffles, or augments at random): expected the same batches; "
@@ -353,16 +354,3 @@ def _refuse_shuffling(loader: DataLoader[Any]) -> None:
                 f"the loader shuffles (its sampler is a {type(sampler).__name__}): expected the same batches at "
                 "every pass; use DataLoader(..., shuffle=False)"
             )
-
-
-def _fingerprint(batch: Batch) -> tuple[float, ...]:
-    """Return numbers that change when the content or the order of a batch changes."""
-    marks: list[float] = []
-    for tensor in tensors_of(batch):
-        flat = tensor.detach().reshape(-1)
-        if flat.is_complex():
-            flat = torch.view_as_real(flat).reshape(-1)
-        flat = flat.cpu().double()
-        weights = torch.arange(1, flat.numel() + 1, dtype=torch.float64).sqrt()
-        marks += [float(flat.numel()), float(torch.nan_to_num(flat).dot(weights))]
-    return tuple(marks)

@@ -56,7 +56,7 @@ class Computing:
         return self.device, self.amp
 
     @property
-    def place(self) -> torch.device:
+    def torch_device(self) -> torch.device:
         """The device of this process."""
         if self.device == "cpu":
             return torch.device("cpu")

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from msam import PerturbedOptimizer
 from msam_analysis.landscape import directions, slice_1d, slice_2d
 from msam_analysis.measures.ball import ball_sharpness
 from msam_analysis.measures.features import feature_rank
 from msam_analysis.measures.robustness import Attack, robust_accuracy
 from msam_analysis.objective.objective import Objective
-from msam_analysis.results import ConvergenceWarning, Result
+from msam_analysis.results import Result
+from msam_analysis.results.fingerprint import fingerprint
 from msam_analysis.spectra.top import top_eigenvalues
-from msam_analysis.studies.training import Tick, Trained, some
+from msam_analysis.studies.training import some
 from msam_analysis.studies.workloads import Workload
 
 
@@ -76,12 +80,6 @@ COARSE = Protocol(
 LINES = ("gradient", "momentum", "random")
 
 
-def cost(measured: Iterable[str], protocol: Protocol) -> float:
-    """Return the rough cost of :func:`measure` in training steps, for the progress bar alone."""
-    balls = len(protocol.radii) - 1
-    return sum(MEASURES[name].cost * (1 + balls * (name == "balls")) for name in measured)
-
-
 def error_rate(output: Tensor, target: Tensor) -> Tensor:
     """Return the fraction of wrong predictions, ``mean(argmax(output) != target)``."""
     return (output.argmax(dim=1) != target).double().mean()
@@ -97,60 +95,43 @@ def scores(workload: Workload, model: nn.Module) -> dict[str, float]:
     return measured
 
 
-def measure(
-    workload: Workload, trained: Trained, measured: Iterable[str], protocol: Protocol, tick: Tick
-) -> dict[str, Result]:
-    """Return results on the training set's loss at the true weights, by name; of an augmented one, without that.
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a trained network, and its training loss with the running BatchNorm statistics.
 
-    Parameters
+    Attributes
     ----------
-    workload, trained
-        The network and its data.
-    measured
-        What to measure: keys of :data:`MEASURES`.
-    protocol
-        How finely.
-    tick
-        Called with the cost of every part that is done.
-
-    Raises
-    ------
-    ValueError
-        A name is unknown.
-
-    Notes
-    -----
-    Names: ``lanczos``, ``power``, ``ball-<radius>``, ``line-<direction>``, ``plane``; ``features``,
-    ``robustness-<attack>``, ``lambda1`` where an exhibit asks. Where a solver's budget ended
-    first its result says so in ``converged``; that is recorded in the tables, not printed.
+    workload, model, optimizer
+        The network with its data, and the optimizer that trained it, in eval mode.
+    samples
+        Training samples whose mean loss is measured, see :func:`~msam_analysis.studies.training.some`; default all.
     """
-    objective = Objective(trained.model, workload.criterion(), some(workload.train(), protocol.samples))
-    results: dict[str, Result] = {}
-    wanted = set(measured)
-    if not wanted <= MEASURES.keys():
-        raise ValueError(f"unknown measure {min(wanted - MEASURES.keys())!r}: expected some of {sorted(MEASURES)}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        for name in (name for name in MEASURES if name in wanted):
-            results |= MEASURES[name].of(Trainee(workload, trained, objective), protocol)
-            tick(cost([name], protocol))
-    return results
+
+    workload: Workload
+    model: nn.Module
+    optimizer: PerturbedOptimizer
+    samples: int | None = None
+
+    @functools.cached_property
+    def objective(self) -> Objective:
+        """The training set's loss at the true weights; of an augmented one, without that."""
+        return Objective(self.model, self.workload.criterion(), some(self.workload.train(), self.samples))
 
 
-def _eigenvalues(trainee: Trainee, protocol: Protocol) -> dict[str, Result]:
+def _eigenvalues(subject: Subject, protocol: Protocol) -> dict[str, Result]:
     k, tolerance = protocol.eigenvalues, protocol.power_tolerance
     return {
-        "lanczos": top_eigenvalues(trainee.objective, k),
-        "power": top_eigenvalues(trainee.objective, k, method="power", tolerance=tolerance),
+        "lanczos": top_eigenvalues(subject.objective, k),
+        "power": top_eigenvalues(subject.objective, k, method="power", tolerance=tolerance),
     }
 
 
-def _balls(trainee: Trainee, protocol: Protocol) -> dict[str, Result]:
+def _balls(subject: Subject, protocol: Protocol) -> dict[str, Result]:
     results: dict[str, Result] = {}
     previous: list[Tensor] = []
     for radius in protocol.radii:
         ball = ball_sharpness(
-            trainee.objective,
+            subject.objective,
             radius,
             starts=("gradient", "eigenvector", *previous),
             iterations=protocol.ball_iterations,
@@ -161,26 +142,27 @@ def _balls(trainee: Trainee, protocol: Protocol) -> dict[str, Result]:
     return results
 
 
-def _slices(trainee: Trainee, protocol: Protocol) -> dict[str, Result]:
-    objective = trainee.objective
+def _slices(subject: Subject, protocol: Protocol) -> dict[str, Result]:
+    objective = subject.objective
     lines = {
         "gradient": directions.gradient(objective, normalize="l2"),
-        "momentum": directions.momentum(trainee.trained.optimizer, objective, normalize="l2"),
+        "momentum": directions.momentum(subject.optimizer, objective, normalize="l2"),
         "random": directions.random(objective, protocol.random_seed),
     }
     results: dict[str, Result] = {}
+    # The members of a process group share runs, and not the points of one.
     for name in LINES:
         radius = protocol.filter_radius if name == "random" else protocol.unit_radius
-        results[f"line-{name}"] = slice_1d(objective, lines[name], radius, protocol.line_points)
+        results[f"line-{name}"] = slice_1d(objective, lines[name], radius, protocol.line_points, distributed=False)
     plane = (lines["random"], directions.random(objective, protocol.random_seed + 1))
     results["plane"] = slice_2d(
-        objective, plane, protocol.plane_radius, protocol.plane_points, refine=protocol.plane_refine
+        objective, plane, protocol.plane_radius, protocol.plane_points, refine=protocol.plane_refine, distributed=False
     )
     return results
 
 
-def _features(trainee: Trainee, protocol: Protocol) -> dict[str, Result]:
-    model, data = trainee.trained.model, some(trainee.workload.train(), protocol.samples)
+def _features(subject: Subject, protocol: Protocol) -> dict[str, Result]:
+    model, data = subject.model, some(subject.workload.train(), protocol.samples)
     return {"features": feature_rank(model, data, layer=last_block(model))}
 
 
@@ -214,14 +196,14 @@ class _FromShares(nn.Module):
         return outputs
 
 
-def _robustness(trainee: Trainee, _: Protocol) -> dict[str, Result]:
+def _robustness(subject: Subject, _: Protocol) -> dict[str, Result]:
     # Pixels of 0 to 1 again, whatever standardised them: a share is the same change of any channel.
-    inputs = torch.cat([batch for batch, _ in trainee.workload.train()])
+    inputs = torch.cat([batch for batch, _ in subject.workload.train()])
     dims = [dim for dim in range(inputs.ndim) if inputs.ndim < 3 or dim != 1]
     low, high = inputs.amin(dims, keepdim=True)[0], inputs.amax(dims, keepdim=True)[0]
-    device = next(trainee.trained.model.parameters()).device
-    model = _FromShares(trainee.trained.model, low, high).to(device)
-    test = [((batch - low) / (high - low), labels) for batch, labels in trainee.workload.test()]
+    device = next(subject.model.parameters()).device
+    model = _FromShares(subject.model, low, high).to(device)
+    test = [((batch - low) / (high - low), labels) for batch, labels in subject.workload.test()]
     return {
         f"robustness-{attack}": robust_accuracy(
             model, test, attack, shares, bounds=None if attack == "noise" else (0.0, 1.0)
@@ -230,9 +212,9 @@ def _robustness(trainee: Trainee, _: Protocol) -> dict[str, Result]:
     }
 
 
-def _top_of_some(trainee: Trainee, _: Protocol) -> dict[str, Result]:
-    first = torch.arange(min(SOME, trainee.objective.samples))
-    return {"lambda1": top_eigenvalues(trainee.objective.with_samples(first), 1, tolerance=1e-2)}
+def _top_of_some(subject: Subject, _: Protocol) -> dict[str, Result]:
+    first = torch.arange(min(SOME, subject.objective.samples))
+    return {"lambda1": top_eigenvalues(subject.objective.with_samples(first), 1, tolerance=1e-2)}
 
 
 DISTURBANCES: Mapping[Attack, tuple[float, ...]] = {
@@ -247,31 +229,70 @@ SOME = 256
 """Training samples, the first ones, whose loss the cheap largest eigenvalue is of."""
 
 
-@dataclass(frozen=True)
-class Trainee:
-    """What is measured: a trained network, and its training loss with the running BatchNorm statistics."""
-
-    workload: Workload
-    trained: Trained
-    objective: Objective
-
-
 class Measure(NamedTuple):
-    """A part of the measurements, and its rough cost in training steps."""
+    """A part of the measurements.
 
-    of: Callable[[Trainee, Protocol], dict[str, Result]]
-    cost: float
+    Attributes
+    ----------
+    of
+        Measures a network, as finely as the protocol says: results by name.
+    settings
+        The fields of the protocol that it reads.
+    version
+        Raised by hand when the numbers of the measure change: it is then measured anew on every network.
+    cost, each
+        Rough cost in training steps, and that of every radius but the first, for the progress bar alone.
+    needs
+        Optional packages: the name to import and the name of the release.
+    """
 
+    of: Callable[[Subject, Protocol], dict[str, Result]]
+    settings: tuple[str, ...]
+    version: int = 1
+    cost: float = 0.0
+    each: float = 0.0
+    needs: tuple[str, str] | None = None
+
+    def price(self, protocol: Protocol) -> float:
+        """Return the rough cost in training steps."""
+        return self.cost + self.each * (len(protocol.radii) - 1)
+
+    def identity(self, protocol: Protocol) -> str:
+        """Return a hash of what decides the numbers, beside the network."""
+        settings = {name: getattr(protocol, name) for name in self.settings}
+        return fingerprint(self.version, settings, torch.__version__, self.needs and _release(self.needs[1]))
+
+    def check(self) -> None:
+        """Raise ``ModuleNotFoundError`` where the package that it needs is not installed."""
+        if self.needs is not None and importlib.util.find_spec(self.needs[0]) is None:
+            raise ModuleNotFoundError(
+                f"a chosen exhibit needs {self.needs[1]}: install it with pip install 'msam-analysis[study]', or "
+                "choose other exhibits"
+            )
+
+
+def _release(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+_SLICES = ("random_seed", "filter_radius", "unit_radius", "line_points", "plane_radius", "plane_points", "plane_refine")
 
 MEASURES: Mapping[str, Measure] = {
-    "eigenvalues": Measure(_eigenvalues, 380.0),
-    "balls": Measure(_balls, 115.0),
-    "slices": Measure(_slices, 190.0),
-    "features": Measure(_features, 10.0),
-    "robustness": Measure(_robustness, 130.0),
-    "lambda1": Measure(_top_of_some, 200.0),
+    "eigenvalues": Measure(_eigenvalues, ("eigenvalues", "power_tolerance", "samples"), cost=380.0),
+    "balls": Measure(_balls, ("radii", "ball_iterations", "samples"), cost=115.0, each=115.0),
+    "slices": Measure(_slices, (*_SLICES, "samples"), cost=190.0),
+    "features": Measure(_features, ("samples",), cost=10.0),
+    "robustness": Measure(_robustness, (), cost=130.0, needs=("art", "adversarial-robustness-toolbox")),
+    "lambda1": Measure(_top_of_some, ("samples",), cost=200.0),
 }
-"""What can be measured after training, by name."""
+"""What can be measured after training, by name; ``needs`` of ``robustness`` is for its strongest attack.
+
+Results: ``lanczos``, ``power``, ``ball-<radius>``, ``line-<direction>``, ``plane``, ``features``,
+``robustness-<attack>``, ``lambda1``. Where a solver's budget ended first, its result says so in ``converged``.
+"""
 
 SHARPNESS = frozenset({"eigenvalues", "balls", "slices"})
 """What the study measures on every network of its main table."""

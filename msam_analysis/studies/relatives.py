@@ -1,4 +1,4 @@
-"""Small problems beside the digits and their convolutional network: other networks, other data of scikit-learn.
+"""Small workloads beside the digits and their convolutional network: other networks, other data of scikit-learn.
 
 The perceptron and the vision transformer learn the digits of :mod:`msam_analysis.studies.digits`, wrong labels
 included. The text is what scikit-learn's documentation says of twelve data sets: English prose with some markup, of
@@ -167,12 +167,12 @@ def table_test() -> Batches:
     return [(inputs, labels)]
 
 
-def _datasets(problem: str) -> ModuleType:
+def _datasets(workload: str) -> ModuleType:
     try:
         from sklearn import datasets
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            f"the {problem} workload needs scikit-learn: install it with pip install 'msam-analysis[study]'"
+            f"the {workload} workload needs scikit-learn: install it with pip install 'msam-analysis[study]'"
         ) from None
     module: ModuleType = datasets
     return module

@@ -5,16 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-import torch
-
 from msam import Perturbation
-from msam_analysis.studies import measuring, store, watching
-from msam_analysis.studies.computing import PLAIN, Computing
-from msam_analysis.studies.measuring import Protocol
 from msam_analysis.studies.workloads import Recipe, Workload
 
 
@@ -65,29 +58,7 @@ class Run:
         return columns | {"subset": "all" if perturbation.subset == "all" else "some"}
 
 
-@dataclass(frozen=True)
-class Task:
-    """A run with its place on disk and the settings of its probes: what a worker process gets."""
-
-    run: Run
-    directory: Path
-    protocol: Protocol
-    every: int
-    computing: Computing = PLAIN
-
-    @property
-    def cost(self) -> float:
-        """Rough cost in training steps, for the progress bar alone."""
-        return self.run.steps * self.cost_of_a_step + measuring.cost(self.run.measured, self.protocol)
-
-    @property
-    def cost_of_a_step(self) -> float:
-        """Rough mean cost of a training step and of what is recorded at it, in steps without records."""
-        watched = [watching.WATCHES[name] for name in self.run.watched]
-        return 1.0 + sum(watch.cost / (watch.every or self.every) for watch in watched)
-
-
-def variant(problem: Workload, optimizer: str, perturbation: Perturbation | None, **recipe: Any) -> Workload:
+def variant(workload: Workload, optimizer: str, perturbation: Perturbation | None, **recipe: Any) -> Workload:
     """Return a workload with another perturbation of one optimizer, other fields of its recipe, and no controls.
 
     The other perturbations decide nothing of its run, and stay: a run may be that of several exhibits, and one of them
@@ -95,16 +66,16 @@ def variant(problem: Workload, optimizer: str, perturbation: Perturbation | None
 
     Parameters
     ----------
-    problem
+    workload
         Where all the rest comes from.
     optimizer, perturbation
         Its name and what it stands for.
     **recipe
         Fields of :class:`~msam_analysis.studies.workloads.Recipe`.
     """
-    changed = dataclasses.replace(problem.recipe, **recipe)
-    perturbations = {**problem.perturbations, optimizer: perturbation}
-    return dataclasses.replace(problem, recipe=changed, perturbations=perturbations, controls=())
+    changed = dataclasses.replace(workload.recipe, **recipe)
+    perturbations = {**workload.perturbations, optimizer: perturbation}
+    return dataclasses.replace(workload, recipe=changed, perturbations=perturbations, controls=())
 
 
 def gather(wanted: Iterable[Run]) -> dict[str, Run]:
@@ -116,28 +87,3 @@ def gather(wanted: Iterable[Run]) -> dict[str, Run]:
             known, watched=known.watched | run.watched, measured=known.measured | run.measured
         )
     return gathered
-
-
-def _toolbox() -> str | None:
-    """Return the version of what makes the strongest attack, if it is installed."""
-    try:
-        return version("adversarial-robustness-toolbox")
-    except PackageNotFoundError:
-        return None
-
-
-def place(run: Run, folder: Path, protocol: Protocol, every: int, computing: Computing = PLAIN) -> Task:
-    """Return the task of a run; another device or precision, or other settings of probes, have another place."""
-    fingerprint = run.workload.fingerprint(
-        run.optimizer,
-        run.replacement,
-        sorted(run.watched),
-        sorted(run.measured),
-        protocol if run.measured else protocol.samples if run.watched else None,
-        every,
-        computing.identity,
-        torch.__version__,
-        _toolbox() if "robustness" in run.measured else None,
-    )
-    name = f"control-{run.optimizer}" if run.replacement else run.optimizer
-    return Task(run, store.run_directory(folder, name, run.seed, fingerprint), protocol, every, computing)

@@ -1,4 +1,8 @@
-"""Finished runs on disk: whole or not there at all, and named after what decides their outcome."""
+"""Finished runs on disk: what is there is whole, and named after what decides it.
+
+A folder for every network: ``checkpoint.pt``, ``scores.json`` and ``steps.csv`` together, then a table for every slower
+probe and a folder of results for every measure.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +11,39 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
+import filelock
 import pandas as pd
 import torch
+from torch import nn
 
+from msam import PerturbedOptimizer
 from msam_analysis import results
 from msam_analysis.results import Result, atomic_folder, atomic_path
 from msam_analysis.results.files import PARTIAL
-from msam_analysis.studies.tables import FinishedRun
-from msam_analysis.studies.training import Trained
+from msam_analysis.results.fingerprint import of_tensors
+from msam_analysis.studies.runs import Run
+from msam_analysis.studies.tables import FinishedRun, write_table
+from msam_analysis.studies.training import Trained, joined
 
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-_SUMMARY = "scores.json"
+_CHECKPOINT, _SCORES, _STEPS = _NETWORK = ("checkpoint.pt", "scores.json", "steps.csv")
+_CONTENTS = "contents.json"
 _UNFINISHED = ".unfinished"
+LOCK = ".lock"
 
 
 class DivergedError(Exception):
     """A result is asked for of a network that has none, as its loss is not finite."""
 
 
-class _Results(dict[str, Result]):
-    """Results by name; of a diverged network, none."""
+class _NoResults(dict[str, Result]):
+    """The results of a diverged network: none."""
 
-    def __init__(self, found: Mapping[str, Result], network: str) -> None:
-        super().__init__(found)
+    def __init__(self, network: str) -> None:
+        super().__init__()
         self.network = network
 
     def __missing__(self, name: str) -> Result:
@@ -54,60 +59,110 @@ def alone(root: Path) -> Iterator[None]:
     BlockingIOError
         Another process holds it.
     """
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(root, os.O_RDONLY)
+    lock = filelock.FileLock(root / LOCK)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
         raise BlockingIOError(
             f"another study is running in {root.parent}: wait for its end, or choose another output folder"
         ) from None
-    finally:
-        os.close(handle)
-
-
-def run_directory(root: Path, optimizer: str, seed: int, fingerprint: str) -> Path:
-    """Return where a run lives; another setting has another fingerprint, and so another place."""
-    return root / f"{optimizer}-seed{seed}-{fingerprint}"
-
-
-def is_finished(directory: Path) -> bool:
-    """Tell whether a run is there with every file that was written."""
     try:
-        return all((directory / name).is_file() for name in _summary(directory)["files"])
-    except (OSError, ValueError, KeyError):
+        yield
+    finally:
+        lock.release()
+
+
+def is_trained(directory: Path) -> bool:
+    """Tell whether a network is there, with its scores and steps."""
+    return all((directory / name).is_file() for name in _NETWORK)
+
+
+def write_trained(
+    directory: Path, trained: Trained, scores: Mapping[str, float], watched: Mapping[str, pd.DataFrame]
+) -> None:
+    """Write a trained network in one step, and the records of its slower probes.
+
+    The same network may be there already, trained without these probes: then their records are put beside it. What is
+    not whole, or another network, as another machine may have trained, goes with all that was known of it.
+
+    Parameters
+    ----------
+    directory
+        The folder of the network.
+    trained, scores
+        The network and what it reached.
+    watched
+        Name of a file to what a probe recorded.
+    """
+    weights = trained.model.state_dict()
+    if is_trained(directory):
+        there = torch.load(directory / _CHECKPOINT, map_location="cpu", weights_only=True)["model"]
+        if of_tensors(there.values()) == of_tensors(weights.values()):
+            for name, recorded in watched.items():
+                write_table(recorded, directory / name)
+            return
+    with atomic_folder(directory) as partial:
+        torch.save({"model": weights, "optimizer": trained.optimizer.state_dict()}, partial / _CHECKPOINT)
+        (partial / _SCORES).write_text(json.dumps(dict(scores), indent=1) + "\n")
+        for name, recorded in {_STEPS: trained.base, **watched}.items():
+            recorded.to_csv(partial / name, index=False, lineterminator="\n")
+
+
+def load_network(directory: Path, model: nn.Module, optimizer: PerturbedOptimizer, device: torch.device) -> None:
+    """Load the weights and the state of the optimizer of a trained network."""
+    saved = torch.load(directory / _CHECKPOINT, map_location=device, weights_only=True)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+
+
+def read_scores(directory: Path) -> dict[str, float]:
+    """Return what a network reached."""
+    reached: dict[str, float] = json.loads((directory / _SCORES).read_text())
+    return reached
+
+
+def is_measured(folder: Path) -> bool:
+    """Tell whether every result of a measure is there."""
+    try:
+        return all((folder / name).is_file() for name in json.loads((folder / _CONTENTS).read_text()))
+    except (OSError, ValueError):
         return False
 
 
-def write_run(directory: Path, trained: Trained, scores: Mapping[str, float], measured: Mapping[str, Result]) -> None:
-    """Write a run, in one step; what is in its place is not whole, and goes."""
-    with atomic_folder(directory) as partial:
-        torch.save(
-            {"model": trained.model.state_dict(), "optimizer": trained.optimizer.state_dict()},
-            partial / "checkpoint.pt",
-        )
-        trained.steps.to_csv(partial / "steps.csv", index=False, lineterminator="\n")
-        for name, result in measured.items():
-            result.save(partial / f"{name}.safetensors")
-        summary = {"scores": dict(scores), "files": sorted(path.name for path in partial.iterdir())}
-        (partial / _SUMMARY).write_text(json.dumps(summary, indent=1) + "\n")
+def write_measured(folder: Path, measured: Mapping[str, Result]) -> None:
+    """Write the results of a measure in one step."""
+    with atomic_folder(folder) as partial:
+        names = [f"{name}.safetensors" for name in measured]
+        for name, result in zip(names, measured.values(), strict=True):
+            result.save(partial / name)
+        (partial / _CONTENTS).write_text(json.dumps(names) + "\n")
 
 
-def read_run(directory: Path, optimizer: str, seed: int, settings: Mapping[str, Any] | None = None) -> FinishedRun:
-    """Read a finished run; the numbers are those that were written, to the bit."""
-    found = {path.stem: results.load(path) for path in sorted(directory.glob("*.safetensors"), key=_natural)}
-    reached = _summary(directory)["scores"]
-    measured = found if math.isfinite(reached["train_loss"]) else _Results(found, f"{optimizer}, seed {seed},")
+def read_run(directory: Path, run: Run, watched: Sequence[str] = (), measured: Sequence[str] = ()) -> FinishedRun:
+    """Read a finished run; the numbers are those that were written, to the bit.
+
+    Parameters
+    ----------
+    directory, run
+        The folder of the network, and what it is.
+    watched, measured
+        Files of probes and folders of measures that are to be read, in this order.
+    """
+    reached = read_scores(directory)
+    found: dict[str, Result] = {}
+    if math.isfinite(reached["train_loss"]):
+        for folder in measured:
+            for name in json.loads((directory / folder / _CONTENTS).read_text()):
+                found[name.removesuffix(".safetensors")] = results.load(directory / folder / name)
+    else:
+        found = _NoResults(f"{run.optimizer}, seed {run.seed},")
     return FinishedRun(
-        optimizer=optimizer,
-        seed=seed,
+        optimizer=run.optimizer,
+        seed=run.seed,
         scores=reached,
-        steps=_read_numbers(directory / "steps.csv"),
-        results=measured,
-        settings=settings or {},
+        steps=joined(_read_numbers(directory / _STEPS), [_read_numbers(directory / name) for name in watched]),
+        results=found,
+        settings=run.settings,
     )
 
 
@@ -123,22 +178,24 @@ def name_networks(named: Mapping[str, Path], folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, directory in named.items():
-        with atomic_path(folder / f"{name}.pt") as partial:
+        target = folder / f"{name}.pt"
+        if target.exists() and target.samefile(directory / _CHECKPOINT):
+            continue
+        with atomic_path(target) as partial:
             partial.unlink(missing_ok=True)
             try:
-                os.link(directory / "checkpoint.pt", partial)
+                os.link(directory / _CHECKPOINT, partial)
             except OSError:  # a file system without links
-                shutil.copyfile(directory / "checkpoint.pt", partial)
+                shutil.copyfile(directory / _CHECKPOINT, partial)
 
 
-def state_file(directory: Path) -> Path:
-    """Return where the state of a run that is under way lives; it is of no use once the run is finished."""
-    return directory.parent / _UNFINISHED / f"{directory.name}.pt"
+def state_file(directory: Path, name: str) -> Path:
+    """Return where the state of a training that is under way lives; it is of no use once that is over."""
+    return directory.parent / _UNFINISHED / f"{directory.name}-{name}.pt"
 
 
-def forget_state(directory: Path) -> None:
-    """Remove the state of a run, and the folder of states if it was the last one."""
-    file = state_file(directory)
+def forget_state(file: Path) -> None:
+    """Remove the state of a training, and the folder of states if it was the last one."""
     file.unlink(missing_ok=True)
     with suppress(OSError):
         file.parent.rmdir()
@@ -149,17 +206,10 @@ def sweep(root: Path) -> None:
 
     Only for who holds the folder, see :func:`alone`.
     """
-    for leftover in root.glob(f"{PARTIAL}*"):
+    for leftover in [*root.glob(f"{PARTIAL}*"), *root.glob(f"*/{PARTIAL}*")]:
         shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in (root / _UNFINISHED).glob(".*"):
+    for leftover in [*(root / _UNFINISHED).glob(".*"), *(path for path in root.glob("*/.*") if path.is_file())]:
         leftover.unlink(missing_ok=True)
-    for state in (root / _UNFINISHED).glob("*.pt"):
-        if is_finished(root / state.stem):
-            forget_state(root / state.stem)
-
-
-def _summary(directory: Path) -> Any:
-    return json.loads((directory / _SUMMARY).read_text())
 
 
 def _read_numbers(path: Path) -> pd.DataFrame:
@@ -170,15 +220,6 @@ def _read_numbers(path: Path) -> pd.DataFrame:
 
     with path.open(newline="") as file:
         header, *rows = csv.reader(file)
-    columns = {name: [number(row[place]) for row in rows] for place, name in enumerate(header)}
+    columns = {name: [number(row[column]) for row in rows] for column, name in enumerate(header)}
     table: pd.DataFrame = pd.DataFrame(columns)
     return table
-
-
-def _natural(path: Path) -> tuple[str, float]:
-    """Order ``ball-0.05`` before ``ball-1``."""
-    stem, _, number = path.stem.rpartition("-")
-    try:
-        return stem, float(number)
-    except ValueError:
-        return path.stem, 0.0

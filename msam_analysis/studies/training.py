@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.studies import saving
 from msam_analysis.studies.augmentation import stream
 from msam_analysis.studies.computing import PLAIN, Computing
-from msam_analysis.studies.watching import SLOW, Scene, watch
+from msam_analysis.studies.watching import SLOW, watch
 from msam_analysis.studies.workloads import Batches, Recipe, Workload
+
+VERSION = 1
+"""Raised by hand when the numbers of a training change, or its scores: every network is then trained anew."""
 
 Tick = Callable[[float], None]
 
@@ -34,20 +37,34 @@ class Trained:
     ----------
     model, optimizer
         BatchNorm statistics are re-estimated at the true weights; the optimizer is in eval mode.
-    steps
-        One row per step: ``step``, ``epoch``, ``lr``, ``train_batch_loss``, ``cosine``; every ``every``-th row also has
-        the quantities of the slower probes.
+    base
+        One row per step: ``step``, ``epoch``, ``lr``, ``train_batch_loss``, ``cosine``, ``cosine_after``.
     gradients_per_step
         Gradients that were evaluated, per batch.
     skipped
         Batches whose step was left out, because a gradient overflowed in float16; they have no row.
+    watched
+        Name of a slower probe to what it recorded, with the column ``step``.
     """
 
     model: nn.Module
     optimizer: PerturbedOptimizer
-    steps: pd.DataFrame
+    base: pd.DataFrame
     gradients_per_step: float
     skipped: int = 0
+    watched: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> pd.DataFrame:
+        """One row per step: ``base``, and at the steps of their records the quantities of the slower probes."""
+        return joined(self.base, self.watched.values())
+
+
+def joined(base: pd.DataFrame, records: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Return what was recorded at every step beside what slower probes recorded; NaN where they were not asked."""
+    for recorded in records:
+        base = base.merge(recorded, on="step", how="left")
+    return base
 
 
 def train(
@@ -98,39 +115,38 @@ def train(
     ValueError
         A name is unknown, ``state`` cannot be read, or float16 meets a perturbation that would see its loss scale.
     """
-    recipe, batches = workload.recipe, workload.train()
-    run = _Run(workload, optimizer_name, seed, computing)
-    # Batch statistics: the running ones of a perturbed optimizer belong to its perturbed weights while it trains.
-    scene = Scene(
-        workload=workload,
-        seed=seed,
-        everything=Objective(run.model, run.criterion, some(batches, samples), batchnorm="batch"),
-        batch=lambda: Objective(run.model, run.criterion, [run.current], batchnorm="batch"),
-    )
+    training = Training(workload, optimizer_name, seed, computing, samples)
     with ExitStack() as stack:
-        run.monitors = [stack.enter_context(monitor) for monitor in watch(run.optimizer, scene, watched, every)]
+        training.monitors = watch(training, watched, every)
+        for monitor in training.monitors.values():
+            stack.enter_context(monitor)
         if state is not None:
-            saving.resume(run, state, run.place)
+            saving.resume(training, state, training.device)
         tick = tick or (lambda _: None)
-        if run.batches:
-            tick(float(run.batches))
-        for epoch, order in enumerate(_orders(len(run.labels), recipe, seed, replacement)):
-            if epoch < run.epochs:
+        if training.batches:
+            tick(float(training.batches))
+        for epoch, order in enumerate(_orders(len(training.labels), workload.recipe, seed, replacement)):
+            if epoch < training.epochs:
                 continue
             for number, index in enumerate(order):
-                run.step(epoch, number, index)
+                training.step(epoch, number, index)
                 tick(1.0)
-            run.epochs = epoch + 1
-            due = computing.save_every is not None and run.epochs % computing.save_every == 0
-            if state is not None and (due or run.epochs == recipe.epochs):
-                saving.save(run, state)
-    run.optimizer.eval()
-    update_batchnorm_statistics(run.model, batches, run.optimizer, device=run.place)
-    steps = pd.DataFrame(run.rows, columns=["step", "epoch", "lr", "train_batch_loss"])
-    for monitor in run.monitors:
-        steps = steps.merge(monitor.frame(), on="step", how="left")
-    skipped = run.batches - len(run.rows)
-    return Trained(run.model.eval(), run.optimizer, steps, run.evaluated / run.batches, skipped)
+            training.epochs = epoch + 1
+            due = computing.save_every is not None and training.epochs % computing.save_every == 0
+            if state is not None and (due or training.epochs == workload.recipe.epochs):
+                saving.save(training, state)
+    training.optimizer.eval()
+    update_batchnorm_statistics(training.model, workload.train(), training.optimizer, device=training.device)
+    base = pd.DataFrame(training.rows, columns=["step", "epoch", "lr", "train_batch_loss"])
+    cosine, *watches = (monitor.frame() for monitor in training.monitors.values())
+    return Trained(
+        training.model.eval(),
+        training.optimizer,
+        base.merge(cosine, on="step", how="left"),
+        training.evaluated / training.batches,
+        training.batches - len(training.rows),
+        dict(zip(list(training.monitors)[1:], watches, strict=True)),
+    )
 
 
 def some(batches: Batches, samples: int | None) -> Batches:
@@ -153,23 +169,39 @@ def some(batches: Batches, samples: int | None) -> Batches:
     return list(zip(inputs.split(max(sizes)), labels.split(max(sizes)), strict=True))
 
 
-class _Run:
-    """A run under way: all that changes from step to step, and the step."""
+class Training:
+    """A training under way: all that changes from step to step, the step, and what a probe may look at.
 
-    def __init__(self, workload: Workload, optimizer_name: str, seed: int, computing: Computing) -> None:
-        self.recipe, self.seed, self.computing, self.place = workload.recipe, seed, computing, computing.place
+    Attributes
+    ----------
+    workload, seed
+        What is trained.
+    everything
+        The training loss over all samples, or a part of them; BatchNorm with each batch's own statistics, as in the
+        training step: the running ones of a perturbed optimizer belong to its perturbed weights while it trains.
+    """
+
+    def __init__(
+        self, workload: Workload, optimizer_name: str, seed: int, computing: Computing, samples: int | None
+    ) -> None:
+        self.workload: Workload = workload
+        self.recipe: Recipe = workload.recipe
+        self.seed: int = seed
+        self.computing, self.device = computing, computing.torch_device
         self.augmentation = None
         if workload.augmented is None:
             inputs, labels = (torch.cat(column) for column in zip(*workload.train(), strict=True))
         else:
             data = workload.augmented()
             inputs, labels, self.augmentation = data.images, data.labels, data.augmentation
-        self.inputs, self.labels = inputs.to(self.place), labels.to(self.place)
+        self.inputs, self.labels = inputs.to(self.device), labels.to(self.device)
         with RandomStream(seed):
             self.model = workload.network()
-        self.model.to(self.place)
+        self.model.to(self.device)
         self.optimizer = workload.optimizer(optimizer_name, self.model)
         self.criterion = workload.criterion()
+        chosen = some(workload.train(), samples)
+        self.everything: Objective = Objective(self.model, self.criterion, chosen, batchnorm="batch")
         self.scaler = computing.scaler()
         perturbation = workload.perturbations[optimizer_name]
         self.climbs = perturbation is not None and perturbation.direction == "gradient"
@@ -178,14 +210,18 @@ class _Run:
                 f"{optimizer_name} perturbs along the gradient without normalising it, and would see the loss scale of "
                 "float16: use bfloat16"
             )
-        self.monitors: list[Monitor] = []
+        self.monitors: dict[str, Monitor] = {}
         self.rows: list[dict[str, float]] = []
         self.epochs = self.batches = self.evaluated = 0
         self.current: tuple[Tensor, Tensor] = (self.inputs[:0], self.labels[:0])
 
+    def batch(self) -> Objective:
+        """Return the loss of the batch that is being trained on."""
+        return Objective(self.model, self.criterion, [self.current], batchnorm="batch")
+
     def step(self, epoch: int, number: int, index: Tensor) -> None:
         """Train on one batch, given by the indices of its samples."""
-        index = index.to(self.place)
+        index = index.to(self.device)
         inputs = self.inputs[index]
         if self.augmentation is not None:
             inputs = self.augmentation(inputs, stream(self.seed, epoch, number))
@@ -195,8 +231,8 @@ class _Run:
             group["lr"] = lr
         self.batches += 1
         loss = self.optimizer.step(self._closure) if self.scaler is None else self._scaled_step(self.scaler)
-        # The first monitor sees every step, and none where a gradient overflowed.
-        if self.monitors[0].step > len(self.rows):
+        # A monitor sees no step where a gradient overflowed.
+        if self.monitors["cosine"].step > len(self.rows):
             row = {"step": len(self.rows), "epoch": epoch, "lr": lr, "train_batch_loss": float(loss.detach())}
             self.rows.append(row)
 
@@ -238,8 +274,8 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
-            "monitors": [monitor.state_dict() for monitor in self.monitors],
-            "records": [[_plain(row) for row in monitor.rows] for monitor in self.monitors],
+            "monitors": {name: monitor.state_dict() for name, monitor in self.monitors.items()},
+            "records": {name: [_plain(row) for row in monitor.rows] for name, monitor in self.monitors.items()},
             "rows": self.rows,
             "epochs": self.epochs,
             "batches": self.batches,
@@ -252,9 +288,9 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
-        for monitor, saved, records in zip(self.monitors, state["monitors"], state["records"], strict=True):
-            monitor.rows = records
-            monitor.load_state_dict(saved)
+        for name, monitor in self.monitors.items():
+            monitor.rows = state["records"][name]
+            monitor.load_state_dict(state["monitors"][name])
         self.rows = state["rows"]
         self.epochs, self.batches, self.evaluated = state["epochs"], state["batches"], state["evaluated"]
 

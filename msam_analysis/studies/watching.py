@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,27 +23,11 @@ from msam_analysis.monitor.probes import (
     SamAngle,
 )
 from msam_analysis.objective.objective import Objective
+from msam_analysis.results.fingerprint import fingerprint
 from msam_analysis.studies.workloads import Workload
 
-
-@dataclass(frozen=True)
-class Scene:
-    """What a probe may look at.
-
-    Attributes
-    ----------
-    workload, seed
-        What is trained.
-    everything
-        The training loss over all samples; BatchNorm with each batch's own statistics, as in the training step.
-    batch
-        Returns the loss of the batch that is being trained on.
-    """
-
-    workload: Workload
-    seed: int
-    everything: Objective
-    batch: Callable[[], Objective]
+if TYPE_CHECKING:
+    from msam_analysis.studies.training import Training
 
 
 class Watch(NamedTuple):
@@ -53,16 +36,25 @@ class Watch(NamedTuple):
     Attributes
     ----------
     make
-        From the scene.
+        Makes the probe for a training under way.
+    version
+        Raised by hand when the numbers that the probe records change: those recorded before are then recorded anew.
     every
         Steps between two records; ``None`` for the study's own interval.
     cost
         Rough cost of one record in training steps, for the progress bar alone.
+    everything
+        Whether the probe looks at the loss over all samples, or the part of them that a study chooses.
+    beside
+        Another optimizer of the workload whose perturbation the probe looks at.
     """
 
-    make: Callable[[Scene], Probe]
+    make: Callable[[Training], Probe]
+    version: int = 1
     every: int | None = None
     cost: float = 0.0
+    everything: bool = False
+    beside: str | None = None
 
 
 OFFSETS = (-4.0, -3.0, -2.0, -1.0, -0.5, -0.2, -0.1, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -127,28 +119,28 @@ class _HeldOut:
         self.asked = int(state["asked"])
 
 
-def _held_out(scene: Scene) -> list[Objective]:
+def _held_out(training: Training) -> list[Objective]:
     """Return the loss on batches of the test set, as large as those trained on; what fills no batch is left out."""
-    inputs, labels = (torch.cat(parts) for parts in zip(*scene.workload.test(), strict=True))
-    size = min(scene.workload.recipe.batch_size, len(labels))
-    model, criterion = scene.everything.model, scene.workload.criterion()
+    inputs, labels = (torch.cat(parts) for parts in zip(*training.workload.test(), strict=True))
+    size = min(training.workload.recipe.batch_size, len(labels))
+    model, criterion = training.everything.model, training.workload.criterion()
     whole = zip(inputs.split(size), labels.split(size), strict=True)
     return [Objective(model, criterion, [batch], batchnorm="batch") for batch in whole if len(batch[1]) == size]
 
 
-def _angle(scene: Scene) -> Probe:
-    sam = scene.workload.perturbations["SAM"]
-    return SamAngle(scene.batch, STRENGTHS, rho_sam=float(as_schedule(sam.rho if sam else 0.0)(0)))
+def _angle(training: Training) -> Probe:
+    sam = training.workload.perturbations["SAM"]
+    return SamAngle(training.batch, STRENGTHS, rho_sam=float(as_schedule(sam.rho if sam else 0.0)(0)))
 
 
 WATCHES: Mapping[str, Watch] = {
-    "rise": Watch(lambda scene: PerturbationRise(scene.batch), cost=2),
-    "curvature": Watch(lambda scene: Curvature(scene.everything, scene.seed), cost=60),
-    "along_momentum": Watch(lambda scene: LossAlongMomentum(scene.batch, OFFSETS), every=8, cost=5),
-    "sam_angle": Watch(_angle, cost=10),
-    "held_out": Watch(lambda scene: _HeldOut(_held_out(scene)), every=8, cost=2),
+    "rise": Watch(lambda training: PerturbationRise(training.batch), cost=2),
+    "curvature": Watch(lambda training: Curvature(training.everything, training.seed), cost=60, everything=True),
+    "along_momentum": Watch(lambda training: LossAlongMomentum(training.batch, OFFSETS), every=8, cost=5),
+    "sam_angle": Watch(_angle, cost=10, beside="SAM"),
+    "held_out": Watch(lambda training: _HeldOut(_held_out(training)), every=8, cost=2),
     "held_out_momentum": Watch(
-        lambda scene: _HeldOutMomentum(_held_out(scene), scene.workload.recipe.momentum), every=1, cost=2
+        lambda training: _HeldOutMomentum(_held_out(training), training.workload.recipe.momentum), every=1, cost=2
     ),
 }
 """The slower probes. The momentum-gradient cosine of every step, before and after the buffer takes the gradient in,
@@ -158,13 +150,34 @@ SLOW = ("rise", "curvature")
 """What is recorded unless something else is asked for."""
 
 
-def watch(optimizer: Optimizer, scene: Scene, names: Sequence[str], every: int | None) -> list[Monitor]:
-    """Attach monitors: the cosine at every step, and one for each interval among the named probes.
+def identity(name: str, workload: Workload, every: int, samples: int | None) -> str:
+    """Return a hash of what decides the records of a probe, beside the run that it watches.
 
     Parameters
     ----------
-    optimizer, scene
-        What is watched.
+    name
+        A key of :data:`WATCHES`.
+    workload
+        The workload of the run.
+    every, samples
+        The study's interval in steps, and its number of training samples for probes of the whole loss.
+    """
+    watch = WATCHES[name]
+    return fingerprint(
+        watch.version,
+        watch.every or every,
+        samples if watch.everything else None,
+        workload.perturbations.get(watch.beside or ""),
+    )
+
+
+def watch(training: Training, names: Sequence[str], every: int | None) -> dict[str, Monitor]:
+    """Attach a monitor of the cosine at every step, under the name ``cosine``, and one for each of the named probes.
+
+    Parameters
+    ----------
+    training
+        The training that is watched.
     names
         Keys of :data:`WATCHES`.
     every
@@ -178,10 +191,8 @@ def watch(optimizer: Optimizer, scene: Scene, names: Sequence[str], every: int |
     unknown = [name for name in names if name not in WATCHES]
     if unknown:
         raise ValueError(f"unknown probe {unknown[0]!r}: expected some of {sorted(WATCHES)}")
-    by_interval: dict[int, list[Probe]] = {1: [MomentumGradientCosine(after=True)]}
+    monitors = {"cosine": Monitor(training.optimizer, [MomentumGradientCosine(after=True)], every=1)}
     for name in names if every is not None else ():
-        by_interval.setdefault(WATCHES[name].every or every or 1, []).append(WATCHES[name].make(scene))
-    return [Monitor(optimizer, probes, every=interval) for interval, probes in by_interval.items()]
-
-
-__all__ = ["SLOW", "WATCHES", "Scene", "Watch", "watch"]
+        row = WATCHES[name]
+        monitors[name] = Monitor(training.optimizer, [row.make(training)], every=row.every or every or 1)
+    return monitors

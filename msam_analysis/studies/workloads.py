@@ -13,9 +13,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from msam import Perturbation, PerturbedAdamW, PerturbedOptimizer, PerturbedSGD
+from msam_analysis.objective.randomness import RandomStream
+from msam_analysis.results.fingerprint import fingerprint
 from msam_analysis.studies import cifar100, digits, relatives
 from msam_analysis.studies.cifar import Checksum
-from msam_analysis.studies.fingerprint import fingerprint, untrained
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -71,7 +72,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Workload:
-    """A learning problem and the optimizers compared on it.
+    """A network, its data and recipe, and the optimizers compared on them.
 
     Attributes
     ----------
@@ -89,7 +90,7 @@ class Workload:
         Optimizers that are also trained on batches drawn with replacement, to tell what in the momentum-gradient cosine
         comes from showing every sample once an epoch.
     relatives
-        Other learning problems, for exhibits that compare several, by what they are: ``"perceptron"``,
+        Other workloads, for exhibits that compare several, by what they are: ``"perceptron"``,
         ``"transformer"``, ``"text"``, ``"table"``. Not part of what decides a run of this one.
     augmented
         Images that are changed at random whenever they are trained on; default none.
@@ -99,9 +100,6 @@ class Workload:
     save_every
         Epochs between two states of a run that an interrupted study goes on from, unless a study asks for another
         number; default none, and the run begins anew.
-    frugal
-        Whether a run is so dear that only what the chosen exhibits want of it is recorded and measured. Others, chosen
-        later, may then need it anew; otherwise a run has at once what any exhibit wants.
     departures
         In what the set-up is not that of its source, in words, for the report.
     """
@@ -118,7 +116,6 @@ class Workload:
     augmented: Callable[[], cifar100.Augmented] | None = None
     samples: int | None = None
     save_every: int | None = None
-    frugal: bool = False
     departures: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -160,7 +157,7 @@ class Workload:
         return nn.CrossEntropyLoss(label_smoothing=self.recipe.label_smoothing)
 
     def fingerprint(self, optimizer: str, *extra: object) -> str:
-        """Return a hash of all that decides a run: recipe, perturbation, network, data, ``extra``, and our code."""
+        """Return a hash of all that decides a run, by value: recipe, perturbation, network, data and ``extra``."""
         contents = _contents(self.network, self.train, self.test, self.augmented)
         return fingerprint(self.name, self.recipe, self.perturbations[optimizer], contents, *extra)
 
@@ -173,7 +170,9 @@ def _contents(
     test: Callable[[], Batches],
     augmented: Callable[[], cifar100.Augmented] | None,
 ) -> str:
-    return fingerprint(untrained(network), train(), test(), None if augmented is None else augmented())
+    with RandomStream(0):
+        model = network()
+    return fingerprint(model, model.state_dict(), train(), test(), None if augmented is None else augmented())
 
 
 def formula(perturbation: Perturbation) -> str:
@@ -200,7 +199,7 @@ def _relative(
     recipe: Recipe,
     rhos: tuple[float, float],
 ) -> Workload:
-    """Return a problem with three optimizers: without a perturbation, and SAM's and MSAM's with the given ρ."""
+    """Return a workload with three optimizers: without a perturbation, and SAM's and MSAM's with the given ρ."""
     sam, msam = rhos
     perturbations = {
         "AdamW" if recipe.base == "adamw" else "SGD": None,
@@ -251,7 +250,7 @@ RELATIVES: Mapping[str, Workload] = {
         rhos=(0.2, 1.0),
     ),
 }
-"""Small problems of other kinds, see :mod:`~msam_analysis.studies.relatives`."""
+"""Small workloads of other kinds, see :mod:`~msam_analysis.studies.relatives`."""
 
 DIGITS = Workload(
     name="digits",
@@ -334,31 +333,31 @@ def workload(
                 f"the workload {name!r} needs its images: pass the folder or archive of CIFAR-100's binary version "
                 "with --data"
             )
-        problem = _cifar100(name, cifar100.Source(Path(data), checksum, limit))
+        found = _cifar100(name, cifar100.Source(Path(data), checksum, limit))
     elif name not in WORKLOADS:
         raise ValueError(f"unknown workload {name!r}: expected one of {[*sorted(WORKLOADS), *CIFAR100]}")
     elif data is not None or checksum != "published" or limit is not None:
         raise ValueError(f"the workload {name!r} comes with its data: leave --data, --checksum and --limit out")
     else:
-        problem = WORKLOADS[name]
-    if epochs is None or epochs == problem.recipe.epochs:
-        return problem
+        found = WORKLOADS[name]
+    if epochs is None or epochs == found.recipe.epochs:
+        return found
     if epochs < 1:
         raise ValueError(f"expected 1 or more epochs, got {epochs}")
-    shorter = f"{epochs} epoch{'s' * (epochs > 1)} instead of {problem.recipe.epochs}"
-    if problem.relatives:
+    shorter = f"{epochs} epoch{'s' * (epochs > 1)} instead of {found.recipe.epochs}"
+    if found.relatives:
         shorter += ", other problems in proportion"
-    share = epochs / problem.recipe.epochs
-    relatives = {name: _trained_for(relative, share) for name, relative in problem.relatives.items()}
-    departures = (*problem.departures, shorter)
-    return dataclasses.replace(_trained_for(problem, share), relatives=relatives, departures=departures)
+    share = epochs / found.recipe.epochs
+    relatives = {name: _trained_for(relative, share) for name, relative in found.relatives.items()}
+    departures = (*found.departures, shorter)
+    return dataclasses.replace(_trained_for(found, share), relatives=relatives, departures=departures)
 
 
-def _trained_for(problem: Workload, share: float) -> Workload:
+def _trained_for(workload: Workload, share: float) -> Workload:
     """Return a workload that is trained for a share of its epochs, or several times as long."""
-    recipe = problem.recipe
+    recipe = workload.recipe
     epochs, warmup = max(1, round(share * recipe.epochs)), round(share * recipe.warmup)
-    return dataclasses.replace(problem, recipe=dataclasses.replace(recipe, epochs=epochs, warmup=warmup))
+    return dataclasses.replace(workload, recipe=dataclasses.replace(recipe, epochs=epochs, warmup=warmup))
 
 
 def _cifar100(name: str, source: cifar100.Source) -> Workload:
@@ -385,6 +384,5 @@ def _cifar100(name: str, source: cifar100.Source) -> Workload:
         augmented=partial(cifar100.augmented, source),
         samples=_CIFAR100_SAMPLES,
         save_every=_CIFAR100_SAVE_EVERY,
-        frugal=True,
         departures=tuple(departures),
     )

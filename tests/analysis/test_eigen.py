@@ -847,7 +847,8 @@ def test_the_backend_takes_no_bare_operator() -> None:
 
 def test_the_backend_on_another_device() -> None:
     objective = ma.Objective(MLP.model(), MLP.loss_fn, MLP.data())
-    objective.device = torch.device("meta")
+    objective.loss()  # examined where it is
+    objective.evaluation.device = torch.device("meta")
     with pytest.raises(ValueError, match=r"CPU or on CUDA, got an objective on meta: make it with device='cpu'"):
         pyhessian_trace(objective, 3, seed=0)
 

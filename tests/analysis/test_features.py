@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from msam_analysis.measures.features import FeatureRank, feature_rank
-from msam_analysis.results import load
+from msam_analysis.measures.features import feature_rank
+from msam_analysis.results import FeatureRank, load
 from msam_analysis.studies.networks import mlp
 
 

@@ -191,7 +191,7 @@ def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert isinstance(partial, Slice1D)
     assert not partial.complete
     assert partial.evaluations == 29, "thirty passes: the centre, the others, and the one that was its end"
-    for name, module in (("INTERVAL", journal), ("_SHARE", journal), ("_BLOCK_SECONDS", sweep)):
+    for name, module in (("INTERVAL", journal), ("_SHARE", journal), ("_BLOCK_SECONDS", point_table)):
         monkeypatch.setattr(module, name, getattr(module, name))  # what the script sets is taken back
     monkeypatch.setattr(sys, "argv", [str(script), str(path), "0"])
     runpy.run_path(str(script), run_name="__main__")

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from msam_analysis.measures.robustness import RobustAccuracy, robust_accuracy
-from msam_analysis.results import load
+from msam_analysis.measures.robustness import robust_accuracy
+from msam_analysis.results import RobustAccuracy, load
 
 SIZES = (0.0, 0.05, 0.2, 0.6)
 

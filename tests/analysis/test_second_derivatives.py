@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import msam_analysis as ma
-from msam_analysis.objective.graphs import difference_step
+from msam_analysis.objective.second_derivatives import difference_step
 
 from . import cases
 from .cases import CONVNET, MLP, TRANSFORMER, concatenate, normal

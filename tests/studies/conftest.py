@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from msam_analysis.studies.workloads import WORKLOADS, Workload
+from msam_analysis.studies.workloads import Workload
 
 from .toy import TOY
 
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Workload:
-    """The small workload, known by its name and importable in worker processes."""
-    monkeypatch.setitem(WORKLOADS, TOY.name, TOY)
+    """The small workload, importable in worker processes."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
     return TOY
 

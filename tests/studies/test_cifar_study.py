@@ -18,19 +18,17 @@ from torch import Tensor, nn
 
 from msam_analysis.cli.entry import app
 from msam_analysis.results import load
-from msam_analysis.studies import cifar, cifar100
-from msam_analysis.studies import study as module
+from msam_analysis.studies import cifar, cifar100, jobs
 from msam_analysis.studies.augmentation import Augmentation, stream
 from msam_analysis.studies.cifar import Checksum
 from msam_analysis.studies.computing import Computing
-from msam_analysis.studies.measuring import LINES, Protocol
+from msam_analysis.studies.measuring import LINES
 from msam_analysis.studies.networks import resnet50, wide_resnet
-from msam_analysis.studies.runs import Run, Task
-from msam_analysis.studies.study import run_study
+from msam_analysis.studies.store import LOCK
+from msam_analysis.studies.study import Study, run_study
 from msam_analysis.studies.training import Trained, train
 from msam_analysis.studies.workloads import CIFAR100, Workload, workload
 
-from .test_study import Inline
 from .toy import COARSE
 
 TRAIN, TEST = 60, 20
@@ -58,7 +56,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cifar100.NETWORKS, "WRN-16-4", network)
 
 
-def problem(files: Path, **options: Any) -> Workload:
+def smaller(files: Path, **options: Any) -> Workload:
     settings: dict[str, Any] = {"data": files, "checksum": "any", "epochs": 2}
     found = workload("cifar100", **settings | options)
     return dataclasses.replace(found, recipe=dataclasses.replace(found.recipe, batch_size=25))
@@ -120,7 +118,7 @@ class Spy(nn.Module):
 
 def test_training_sees_images_augmented_by_seed_epoch_and_batch(files: Path) -> None:
     """By hand, from the images that were read: the order is that of a generator with the seed."""
-    spied = dataclasses.replace(problem(files), network=Spy)
+    spied = dataclasses.replace(smaller(files), network=Spy)
     model = train(spied, "SGD", 3, every=None).model
     assert isinstance(model, Spy)
     data = cifar.load(files, checksum="any").train
@@ -137,7 +135,7 @@ def test_training_sees_images_augmented_by_seed_epoch_and_batch(files: Path) -> 
 
 
 def test_all_optimizers_see_the_same_images(files: Path) -> None:
-    spied = dataclasses.replace(problem(files), network=Spy)
+    spied = dataclasses.replace(smaller(files), network=Spy)
     sgd, sam = (train(spied, name, 1, every=None).model for name in ("SGD", "SAM"))
     assert isinstance(sgd, Spy)
     assert isinstance(sam, Spy)
@@ -146,7 +144,7 @@ def test_all_optimizers_see_the_same_images(files: Path) -> None:
 
 
 def test_what_is_measured_is_standardised_and_not_augmented(files: Path) -> None:
-    found = problem(files)
+    found = smaller(files)
     images = torch.cat([x for x, _ in found.train()]).double()
     assert images.mean((0, 2, 3)).abs().max() < 1e-5
     assert (images.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-5
@@ -162,7 +160,7 @@ def test_what_is_measured_is_standardised_and_not_augmented(files: Path) -> None
 
 
 def test_a_limit_takes_the_first_images(files: Path) -> None:
-    found, data = problem(files, limit=15), cifar.load(files, checksum="any")
+    found, data = smaller(files, limit=15), cifar.load(files, checksum="any")
     assert found.augmented is not None
     assert torch.equal(found.augmented().images, data.train.images[:15])
     assert [len(y) for _, y in found.train()] == [len(y) for _, y in found.test()] == [15]
@@ -173,7 +171,7 @@ def test_departures_are_told(files: Path) -> None:
     unchecked = "files that were not checked to be the published CIFAR-100"
     assert workload("cifar100", data=files, checksum="any").departures == (unchecked,)
     few = "the first 30 training and 20 test images only"
-    assert problem(files, limit=30).departures == (unchecked, few, "2 epochs instead of 200")
+    assert smaller(files, limit=30).departures == (unchecked, few, "2 epochs instead of 200")
     short = workload("digits", epochs=8)
     assert short.departures == ("8 epochs instead of 40, other problems in proportion",)
     recipes = {name: (one.recipe.epochs, one.recipe.warmup) for name, one in short.relatives.items()}
@@ -218,13 +216,13 @@ def augmented_otherwise(found: Workload) -> Workload:
 
 
 def test_data_and_augmentation_decide_a_run_and_the_folder_does_not(files: Path, tmp_path: Path, tiny: None) -> None:
-    original = problem(files).fingerprint("SGD")
+    original = smaller(files).fingerprint("SGD")
     shutil.copytree(files, tmp_path / "moved")
-    assert problem(tmp_path / "moved").fingerprint("SGD") == original
+    assert smaller(tmp_path / "moved").fingerprint("SGD") == original
     others = [
-        augmented_otherwise(problem(files)),
-        problem(files, limit=50),
-        dataclasses.replace(problem(files), augmented=None),
+        augmented_otherwise(smaller(files)),
+        smaller(files, limit=50),
+        dataclasses.replace(smaller(files), augmented=None),
     ]
     changed = next((tmp_path / "moved").rglob("train.bin"))
     content = bytearray(changed.read_bytes())
@@ -232,7 +230,7 @@ def test_data_and_augmentation_decide_a_run_and_the_folder_does_not(files: Path,
     changed.write_bytes(content)
     cifar100.load.cache_clear()
     cifar100.train_data.cache_clear()
-    others.append(problem(tmp_path / "moved"))
+    others.append(smaller(tmp_path / "moved"))
     assert len({other.fingerprint("SGD") for other in others} | {original}) == len(others) + 1
 
 
@@ -241,7 +239,6 @@ def test_data_and_augmentation_decide_a_run_and_the_folder_does_not(files: Path,
 
 def test_the_study_end_to_end(files: Path, tmp_path: Path, tiny: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16, from the files to the report, which says how this is not the paper's."""
-    monkeypatch.setattr(module, "ProcessPoolExecutor", Inline)
     small = dataclasses.replace(CIFAR100["cifar100"][1], batch_size=30)
     monkeypatch.setitem(CIFAR100, "cifar100", ("WRN-16-4", small))
     out = tmp_path / "out"
@@ -251,7 +248,7 @@ def test_the_study_end_to_end(files: Path, tmp_path: Path, tiny: None, monkeypat
         asked.append(options["computing"].save_every)
         return train(*arguments, **options)
 
-    monkeypatch.setattr(module, "train", spy)
+    monkeypatch.setattr(jobs, "train", spy)
     page = study(files, out)
     assert asked == [10] * 4
     runs = pd.read_csv(out / "tables" / "runs.csv")
@@ -262,7 +259,7 @@ def test_the_study_end_to_end(files: Path, tmp_path: Path, tiny: None, monkeypat
     assert len(steps) == 4 * 2
     assert set(steps.loc[steps["rise"].notna(), "step"]) == {0, 1}, "a run of less than 20 steps is recorded at each"
     names = set()
-    for result in (out / "runs").glob("*/*.safetensors"):
+    for result in (out / "runs").glob("*/*/*.safetensors"):
         names.add(result.stem)
         assert dict(load(result).settings)["samples"] == 10
     lines = {f"line-{direction}" for direction in LINES}
@@ -273,7 +270,7 @@ def test_the_study_end_to_end(files: Path, tmp_path: Path, tiny: None, monkeypat
     for words in ("10 of the training samples", "in bfloat16", "without augmentation", "line points 5 instead of 41"):
         assert words in text
     assert "wrong labels" not in text.split("What was run")[1].split("##")[0]
-    assert not list(out.rglob(".*")), "no state is left of a finished run"
+    assert [path.name for path in out.rglob(".*")] == [LOCK], "no state is left of a finished run"
 
 
 def study(files: Path, out: Path, checksum: Checksum = "any") -> Path:
@@ -292,20 +289,10 @@ def study(files: Path, out: Path, checksum: Checksum = "any") -> Path:
     )
 
 
-def test_records_are_a_twentieth_of_a_run_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every 32 steps of the digits, two epochs; every 10 epochs of CIFAR-100."""
+def test_records_are_a_twentieth_of_a_run_apart() -> None:
+    """Every 32 steps of the digits, two epochs."""
     pytest.importorskip("sklearn")
-    asked: list[int] = []
-
-    def stop(run: Run, folder: Path, protocol: Protocol, every: int, how: Computing) -> Task:
-        asked.append(every)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "place", stop)
-    for epochs in (None, 10):
-        with pytest.raises(KeyboardInterrupt):
-            run_study("digits", out=tmp_path, epochs=epochs, exhibits=["T1"])
-    assert asked == [32, 8]
+    assert [Study(workload("digits", epochs=epochs), ()).every for epochs in (None, 10)] == [32, 8]
 
 
 PAGE = Path(__file__).parents[2] / "docs" / "paper_scale.md"

@@ -150,7 +150,7 @@ class Outcome:
 Command = Callable[..., Outcome]
 
 
-def begin(*_: object) -> None:
+def begin(*_: object, **__: object) -> None:
     raise AssertionError("a study begins to train")
 
 
@@ -164,7 +164,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(study, "ProcessPoolExecutor", begin)
+    monkeypatch.setattr(study, "make", begin)
     modules = [name for name in (MODULE, "broken", "raising") if sys.modules.pop(name, None)]
     assert not modules
     with torch.random.fork_rng(devices=[]):
@@ -522,6 +522,8 @@ def test_study_arguments(bench: Path, command: Command, monkeypatch: pytest.Monk
     for given, meant in (((), None), (("--exhibits", "all"), ["all"])):
         assert command("study", *given).code == 0
         assert asked[-1][1]["exhibits"] == meant
+    assert command("study", "--cluster", "tcp://host:8786").code == 0
+    assert (asked[-1][1]["cluster"], asked[-1][1]["jobs"]) == ("tcp://host:8786", None)
 
 
 # --- help

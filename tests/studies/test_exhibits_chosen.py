@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from msam_analysis.studies.exhibits import EXHIBITS, choose
+from msam_analysis.studies.exhibits import EXHIBITS, Exhibit, choose
 from msam_analysis.studies.runs import Run, gather
-from msam_analysis.studies.study import _plan, run_study
+from msam_analysis.studies.study import run_study
 from msam_analysis.studies.workloads import Workload
 
 from .finished import finish
 from .toy import TOY
 
-FRUGAL = dataclasses.replace(TOY, frugal=True)
+
+def _plan(exhibits: Iterable[Exhibit], workload: Workload, seeds: int) -> dict[str, Run]:
+    return gather(run for exhibit in exhibits for run in exhibit.runs(workload, seeds))
 
 
 @pytest.mark.parametrize("other", ["F2AB", "T3", "A1", "A9", "A10", "A11", "A5"])
@@ -23,7 +26,7 @@ FRUGAL = dataclasses.replace(TOY, frugal=True)
 def test_a_probe_finds_the_other_perturbations(other: str, first: bool) -> None:
     """F3 looks at SAM's perturbation on the way of SGD and MSAM, which exhibits that vary one perturbation have too."""
     exhibits = choose([other, "F3"])
-    runs = _plan(exhibits if first else exhibits[::-1], FRUGAL, 1).values()
+    runs = _plan(exhibits if first else exhibits[::-1], TOY, 1).values()
     watched = [run for run in runs if "sam_angle" in run.watched]
     assert {run.optimizer for run in watched} == {"SGD", "MSAM"}
     for run in watched:
@@ -49,7 +52,7 @@ def test_a_network_of_two_exhibits_is_one() -> None:
 def test_a_report_without_anything_to_draw(toy: Workload, tmp_path: Path) -> None:
     """The toy has no transformer beside it."""
     assert not toy.relatives
-    page = run_study(toy.name, exhibits=["T2"], seeds=2, out=tmp_path, progress=False)
+    page = run_study(toy, exhibits=["T2"], seeds=2, out=tmp_path, progress=False)
     words = page.with_suffix(".md").read_text()
     assert "Not asked: there is no vision transformer beside this workload." in words
     assert words.count("not measured") == 3

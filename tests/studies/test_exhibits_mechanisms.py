@@ -17,14 +17,13 @@ from msam import Jump
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.results.statistics import summarise
-from msam_analysis.studies import store
 from msam_analysis.studies.exhibits import EXHIBITS as ALL
 from msam_analysis.studies.exhibits import core, cosines, mechanisms, models, schematic, solutions, wanted
 from msam_analysis.studies.exhibits.base import Exhibit, Finding, find
-from msam_analysis.studies.measuring import DISTURBANCES, last_block, measure
+from msam_analysis.studies.jobs import job
+from msam_analysis.studies.measuring import DISTURBANCES, last_block
 from msam_analysis.studies.networks import mlp
-from msam_analysis.studies.runs import Run, gather, place
-from msam_analysis.studies.study import make_run
+from msam_analysis.studies.runs import Run, gather
 from msam_analysis.studies.tables import FinishedRun
 from msam_analysis.studies.training import train
 from msam_analysis.studies.watching import OFFSETS, STRENGTHS
@@ -56,9 +55,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("runs")
     made = {}
     for identity, run in gather(run for exhibit in EXHIBITS for run in exhibit.runs(WORKLOAD, SEEDS)).items():
-        task = place(run, folder, COARSE, 4)
-        make_run(task, lambda _: None)
-        made[identity] = store.read_run(task.directory, run.optimizer, run.seed, run.settings)
+        one = job(run, folder, COARSE, 4)
+        one.make(lambda _: None)
+        made[identity] = one.read()
     return made
 
 
@@ -245,12 +244,6 @@ def test_accuracies_begin_at_the_clean_one(finished: Finished) -> None:
         clean = mine.loc[mine["share"] == 0, "test_accuracy"]
         assert clean.to_numpy() == pytest.approx(100 * run.scores["test_accuracy"])
         assert len(mine) == sum(1 + len(shares) for shares in DISTURBANCES.values())
-
-
-def test_unknown_measures() -> None:
-    trained = train(TOY, "SGD", 0, every=None)
-    with pytest.raises(ValueError, match="unknown measure 'taste': expected some of"):
-        measure(TOY, trained, ["taste"], COARSE, lambda _: None)
 
 
 # -------------------------------------------------------------------------------------- runs that diverged

@@ -1,4 +1,7 @@
-"""A study's processes when somebody ends one of them, or starts a second study in the same folder."""
+"""A study's processes when somebody ends one of them, or starts a second study in the same folder; a cluster's.
+
+Nothing here asks twice: all processes of a study write to one pipe, which is at its end when the last of them is.
+"""
 
 from __future__ import annotations
 
@@ -6,120 +9,93 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from msam_analysis.studies import store
+from msam_analysis.studies import processes, store
+from msam_analysis.studies.jobs import job
+from msam_analysis.studies.runs import Run
 from msam_analysis.studies.study import run_study
 from msam_analysis.studies.workloads import Workload
 
-from .toy import COARSE
-
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and locks of POSIX")
+from .test_study import hidden, study, tables
+from .toy import COARSE, TOY
 
 ROOT = Path(__file__).parents[2]
 # Runs far too long to end by itself, in two worker processes, and tells what stopped it.
 SCRIPT = """
 import dataclasses, sys
-from msam_analysis.studies import study
-from msam_analysis.studies.workloads import WORKLOADS
+from msam_analysis.studies.study import run_study
 from tests.studies.toy import COARSE, TOY
 
 if __name__ == "__main__":
-    recipe = dataclasses.replace(TOY.recipe, epochs=10**6)
-    WORKLOADS["toy"] = dataclasses.replace(TOY, recipe=recipe)
+    endless = dataclasses.replace(TOY, recipe=dataclasses.replace(TOY.recipe, epochs=10**6))
     try:
-        study.run_study("toy", out=sys.argv[1], jobs=2, protocol=COARSE, every=10**6, progress=False)
+        run_study(endless, out=sys.argv[1], jobs=2, protocol=COARSE, every=10**6, progress=False)
     except BaseException as error:
         print(type(error).__name__, error)
 """
-
-
-def wait_for(condition: object, seconds: float = 60.0) -> bool:
-    """Ask until the answer is yes or the time is up."""
-    assert callable(condition)
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    # A process that has ended, but that nobody has asked about, is a zombie.
-    status = Path(f"/proc/{process}/stat")
-    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 class Running:
     """A study in a process of its own, whose two worker processes are at work."""
 
     def __init__(self, folder: Path) -> None:
-        script, self.out, log = folder / "script.py", folder / "out", folder / "begun.log"
+        script, self.out = folder / "script.py", folder / "out"
         script.write_text(SCRIPT)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOY_LOG": str(log), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOY_LOG": "/dev/stdout", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(script), str(self.out)]
         self.main = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        assert self.main.stdout is not None
+        self.pipe = self.main.stdout
         self.workers: set[int] = set()
-
-        def begun() -> bool:
-            self.workers = {int(line) for line in log.read_text().split()} if log.exists() else set()
-            return len(self.workers) == 2
-
-        assert wait_for(begun), "the workers did not begin"
+        while len(self.workers) < 2:
+            line = self.pipe.readline()
+            assert line.strip().isdecimal(), f"the study ended before its workers began: {line!r}"
+            self.workers.add(int(line))
 
     def said(self) -> str:
-        return self.main.communicate(timeout=60)[0]
+        """Wait for the end of all processes, and return what they said until then."""
+        return self.pipe.read()
 
     def end(self) -> None:
-        for process in (self.main.pid, *self.workers):
-            if alive(process):
-                os.kill(process, signal.SIGKILL)
+        if self.main.poll() is None:
+            self.main.kill()  # its workers end with it
+        self.said()
         self.main.communicate()
 
 
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Running]:
+    if os.name != "posix":
+        pytest.skip("signals of POSIX")
     study = Running(tmp_path)
     yield study
     study.end()
 
 
-def ended(workers: set[int]) -> bool:
-    return wait_for(lambda: not any(map(alive, workers)), 20.0)
-
-
 def test_a_request_to_terminate_is_an_interrupt(running: Running) -> None:
     running.main.terminate()
     assert running.said().startswith("KeyboardInterrupt")
-    assert ended(running.workers)
 
 
 def test_a_killed_worker_is_reported(running: Running) -> None:
     os.kill(min(running.workers), signal.SIGKILL)
     assert running.said().startswith("ChildProcessError a process was killed (out of memory?)")
-    assert ended(running.workers)
 
 
-def test_one_study_at_a_time(running: Running, toy: Workload) -> None:
+def test_one_study_at_a_time(running: Running) -> None:
     """A second one in the same folder is refused, and takes nothing from the first; that one killed, none is left."""
     partial = running.out / "runs" / ".partial-of-the-first"
     partial.mkdir()
     with pytest.raises(BlockingIOError, match=r"another study is running in .*out: wait for its end, or choose"):
-        run_study("toy", out=running.out, seeds=1, protocol=COARSE, progress=False)
+        run_study(TOY, out=running.out, seeds=1, protocol=COARSE, progress=False)
     assert partial.is_dir()
     assert running.main.poll() is None
     running.main.kill()
-    running.said()
-    assert ended(running.workers), "nobody asked them to"
+    assert running.said() == "", "its workers ended, though nobody asked them to"
     with store.alone(running.out / "runs"):
         store.sweep(running.out / "runs")
     assert not partial.exists(), "of a study that is dead"
@@ -134,4 +110,38 @@ def test_a_second_hold_is_refused(tmp_path: Path) -> None:
         pass
     with store.alone(tmp_path):
         pass
+    assert [path.name for path in tmp_path.iterdir()] == [store.LOCK]
+
+
+# --- a cluster
+
+
+def test_a_cluster_gives_what_this_machine_does(toy: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte for byte, from two workers that the test starts."""
+    distributed = pytest.importorskip("dask.distributed")
+    study(tmp_path / "alone", seeds=1)
+    log = tmp_path / "log"
+    monkeypatch.setenv("TOY_LOG", str(log))
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, local_directory=str(tmp_path)
+    ) as cluster:
+        study(tmp_path / "out", seeds=1, jobs=None, cluster=cluster.scheduler_address)
+    assert tables(tmp_path / "out") == tables(tmp_path / "alone")
+    assert hidden(tmp_path / "out") == []
+    made_by = [int(line) for line in log.read_text().split()]
+    assert len(made_by) == 6
+    assert os.getpid() not in made_by
+
+
+def test_what_a_cluster_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = job(Run(TOY, "SGD", 0), tmp_path, COARSE, 4)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "dask.distributed", None)
+        with pytest.raises(ModuleNotFoundError, match=r"a cluster needs Dask: .*msam-analysis\[cluster\]"):
+            processes.make([one], 1, cluster="tcp://127.0.0.1:1", bar=False)
+    monkeypatch.setattr(processes, "_on_cluster", lambda jobs, *_: iter([1.0]))
+    with pytest.raises(FileNotFoundError, match=r"made SGD-seed0-.* is not in .*that this process and all workers see"):
+        processes.make([one], 1, cluster="tcp://elsewhere:1", bar=False)
+    with pytest.raises(ValueError, match="a cluster has its own: choose one of the two"):
+        run_study(TOY, out=tmp_path / "out", jobs=2, cluster="tcp://elsewhere:1")
     assert list(tmp_path.iterdir()) == []

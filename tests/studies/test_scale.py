@@ -6,6 +6,7 @@ import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,18 +15,21 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from msam import Perturbation
+from msam_analysis.studies import jobs as jobs_module
 from msam_analysis.studies import store
 from msam_analysis.studies import study as module
 from msam_analysis.studies.computing import PLAIN, Computing, computing, repeatable
-from msam_analysis.studies.measuring import Protocol, measure
-from msam_analysis.studies.ranks import Ranks
-from msam_analysis.studies.runs import Run, Task, place
+from msam_analysis.studies.jobs import Job, job
+from msam_analysis.studies.measuring import MEASURES, Protocol, Subject
+from msam_analysis.studies.members import Members
+from msam_analysis.studies.processes import execute
+from msam_analysis.studies.runs import Run
 from msam_analysis.studies.study import run_study
 from msam_analysis.studies.training import Trained, some, train
 from msam_analysis.studies.watching import SLOW, WATCHES
-from msam_analysis.studies.workloads import WORKLOADS, Workload
+from msam_analysis.studies.workloads import Workload
 
-from .test_study import Inline, study, tables
+from .test_study import hidden, networks, study, tables
 from .test_training import same, state
 from .toy import COARSE, SAMPLES, TOY, samples, split
 
@@ -126,55 +130,65 @@ def test_a_state_is_read_without_running_it_or_refused(tmp_path: Path) -> None:
         train(LONG, "SGD", 0, every=None, state=file)
 
 
-def test_an_interrupted_study_goes_on_within_a_run(
-    toy: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_study_goes_on_within_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It stops while the second network is measured: that one is not trained again, and the tables are the same."""
-    monkeypatch.setattr(module, "ProcessPoolExecutor", Inline)
     study(tmp_path / "whole", seeds=1)
     log = tmp_path / "log"
     monkeypatch.setenv("TOY_LOG", str(log))
     measured: list[int] = []
+    balls = MEASURES["balls"]
 
-    def failing(*arguments: Any) -> Any:
+    def failing(subject: Subject, protocol: Protocol) -> Any:
         measured.append(1)
         if len(measured) == 2:
             raise KeyboardInterrupt
-        return measure(*arguments)
+        return balls.of(subject, protocol)
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(module, "measure", failing)
+        patch.setitem(MEASURES, "balls", balls._replace(of=failing))
         with pytest.raises(KeyboardInterrupt):
             study(out, seeds=1, computing=Computing(save_every=1))
-    states = list((out / "runs" / ".unfinished").iterdir())
-    assert len(states) == 1
-    (states[0].parent / ".half.123.pt").write_text("of a process that was killed")
-    done = next(path for path in (out / "runs").iterdir() if not path.name.startswith("."))
-    (states[0].parent / f"{done.name}.pt").write_text("of a process that was killed before it removed it")
+    assert not list((out / "runs").glob(".unfinished/*")), "a network that is trained is there, without a state"
+    half = networks(out)[-1]
+    (half / ".balls-0.123.csv").write_text("of a process that was killed")
+    (half / ".partial-balls-0-123").mkdir()
     trained = len(log.read_text().splitlines())
     study(out, seeds=1, computing=Computing(save_every=1))
     assert len(log.read_text().splitlines()) == 6, "six networks in all"
     assert trained == 2
     assert tables(out) == tables(tmp_path / "whole")
-    assert not list(out.rglob(".*"))
+    assert not hidden(out)
 
 
-def test_no_state_is_kept_unless_asked_for(toy: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_that_are_of_no_use_any_more_go(tmp_path: Path) -> None:
+    study(tmp_path, seeds=1)
+    (one,) = (tmp_path / "runs").glob("SAM-seed0-*")
+    run = Run(TOY, "SAM", 0, watched=frozenset(SLOW))
+    left = job(run, tmp_path / "runs", COARSE, 4).state
+    left.parent.mkdir()
+    left.write_text("of a process that was killed before it removed it")
+    (left.parent / ".half.123.pt").write_text("of a process that was killed")
+    assert left.name.startswith(one.name)
+    study(tmp_path, seeds=1)
+    assert not hidden(tmp_path)
+
+
+def test_no_state_is_kept_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states: list[object] = []
 
     def spy(*arguments: Any, **options: Any) -> Trained:
         states.append(options["state"])
         return train(*arguments, **options)
 
-    monkeypatch.setattr(module, "train", spy)
+    monkeypatch.setattr(jobs_module, "train", spy)
     run = Run(TOY, "SGD", 0)
-    module.execute(place(run, tmp_path, COARSE, 4))
-    often = place(run, tmp_path, COARSE, 4, Computing(save_every=3))
-    module.execute(often)
-    assert states == [None, store.state_file(often.directory)]
-    assert store.is_finished(often.directory)
-    assert not store.state_file(often.directory).parent.exists()
+    execute(job(run, tmp_path / "one", COARSE, 4))
+    often = job(run, tmp_path / "two", COARSE, 4, Computing(save_every=3))
+    execute(often)
+    assert states == [None, often.state]
+    assert often.finished
+    assert not often.state.parent.exists()
 
 
 # --- precision and device
@@ -227,9 +241,9 @@ def test_steps_that_overflow_are_left_out_and_told(name: str) -> None:
 
 def test_skipped_steps_are_a_score(tmp_path: Path) -> None:
     for how, told in ((FLOAT16, True), (BFLOAT16, False)):
-        task = place(Run(TOY, "SGD", 0), tmp_path, COARSE, 4, how)
-        module.execute(task)
-        assert ("skipped_steps" in store.read_run(task.directory, "SGD", 0).scores) is told
+        one = job(Run(TOY, "SGD", 0), tmp_path, COARSE, 4, how)
+        execute(one)
+        assert ("skipped_steps" in one.read().scores) is told
 
 
 def test_clipping_with_a_loss_scale_is_clipping() -> None:
@@ -270,13 +284,13 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """Auto takes a GPU where there is one, and each process of torchrun's its own."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert computing() == PLAIN
-    assert PLAIN.place == torch.device("cpu")
+    assert PLAIN.torch_device == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert computing().device == "cuda"
-    assert computing().place == torch.device("cuda:0")
+    assert computing().torch_device == torch.device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "6")
-    assert computing().place == torch.device("cuda:2")
+    assert computing().torch_device == torch.device("cuda:2")
     assert str(computing()) == "on a GPU in float32"
     assert str(computing("cpu", "bfloat16")).endswith("training steps, in bfloat16 (autocast)")
 
@@ -291,17 +305,13 @@ def test_convolutions_are_exact_and_repeatable_inside_alone() -> None:
     assert flags() == before
 
 
-def test_device_and_precision_have_places_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_and_precision_have_networks_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     run = Run(TOY, "MSAM", 0)
     ways = [PLAIN, BFLOAT16, FLOAT16, Computing("cuda"), Computing("cuda", "bfloat16")]
-    assert len({place(run, tmp_path, COARSE, 4, how).directory for how in ways}) == len(ways)
+    assert len({job(run, tmp_path, COARSE, 4, how).directory for how in ways}) == len(ways)
     often = Computing(save_every=3)
-    assert place(run, tmp_path, COARSE, 4, often).directory == place(run, tmp_path, COARSE, 4).directory
-    watched = dataclasses.replace(run, watched=frozenset({"curvature"}))
-    part = dataclasses.replace(COARSE, samples=7)
-    assert place(watched, tmp_path, part, 4).directory != place(watched, tmp_path, COARSE, 4).directory
-    assert place(run, tmp_path, part, 4).directory == place(run, tmp_path, COARSE, 4).directory, "nothing looks at them"
+    assert job(run, tmp_path, COARSE, 4, often).directory == job(run, tmp_path, COARSE, 4).directory
 
 
 # --- a part of the samples
@@ -333,33 +343,33 @@ def test_curvature_while_training_is_of_these_samples() -> None:
     assert found.iloc[0] != train(TOY, "SGD", 0, every=4).steps["curvature_random"].dropna().iloc[0]
 
 
-def test_bad_numbers_of_samples(toy: Workload, tmp_path: Path) -> None:
+def test_bad_numbers_of_samples(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"samples must be a positive number to measure on, got 0"):
-        run_study("toy", out=tmp_path / "out", protocol=Protocol(samples=0))
+        run_study(TOY, out=tmp_path / "out", protocol=Protocol(samples=0))
     assert not (tmp_path / "out").exists()
 
 
 # --- several processes
 
 
-def tasks(costs: list[int], folder: Path) -> list[Task]:
+def lasting_jobs(costs: list[int], folder: Path) -> list[Job]:
     def lasting(epochs: int) -> Workload:
         return dataclasses.replace(TOY, recipe=dataclasses.replace(TOY.recipe, epochs=epochs))
 
-    return [place(Run(lasting(cost), "SGD", number), folder, COARSE, 4) for number, cost in enumerate(costs)]
+    return [job(Run(lasting(cost), "SGD", number), folder, COARSE, 4) for number, cost in enumerate(costs)]
 
 
 def test_shares(tmp_path: Path) -> None:
     """Every run is made once, and nobody has much more to do than another."""
-    wanted = tasks([1, 9, 2, 4, 4, 3, 7, 1], tmp_path)
-    members = [Ranks() for _ in range(3)]
+    wanted = lasting_jobs([1, 9, 2, 4, 4, 3, 7, 1], tmp_path)
+    members = [Members() for _ in range(3)]
     for rank, member in enumerate(members):
         member.rank, member.count = rank, 3
     shares = [member.share(wanted) for member in members]
-    assert sorted(task.run.seed for share in shares for task in share) == list(range(8))
-    loads = [sum(task.run.workload.recipe.epochs for task in share) for share in shares]
+    assert sorted(one.run.seed for share in shares for one in share) == list(range(8))
+    loads = [sum(one.run.workload.recipe.epochs for one in share) for share in shares]
     assert max(loads) - min(loads) <= 2
-    assert sorted(task.run.seed for task in Ranks().share(wanted)) == list(range(8)), "alone"
+    assert sorted(one.run.seed for one in Members().share(wanted)) == list(range(8)), "alone"
 
 
 TOGETHER: dict[str, Any] = {"exhibits": ["T1"], "protocol": COARSE, "every": 4, "progress": False, "jobs": 1}
@@ -367,30 +377,28 @@ TOGETHER: dict[str, Any] = {"exhibits": ["T1"], "protocol": COARSE, "every": 4, 
 
 def told(*, out: Path, seeds: int) -> str:
     try:
-        return str(run_study("toy", out=out, seeds=seeds, **TOGETHER))
+        return str(run_study(TOY, out=out, seeds=seeds, **TOGETHER))
     except (RuntimeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
 
 
-def trouble(*_: object) -> None:
+def trouble(*_: object, **__: object) -> None:
     raise RuntimeError("trouble with the toy")
 
 
 def work(rank: int, folder: str) -> None:
     """Be one of two processes: share a study, disagree about one, and fail in one."""
     torch.set_num_threads(1)
-    WORKLOADS["toy"] = TOY  # type: ignore[index]
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-point", rank=rank, world_size=2)
     out = Path(folder) / "out"
     lines = [told(out=out, seeds=1), told(out=out, seeds=2 + rank)]
-    module._make = trouble if rank == 1 else lambda *_: None  # type: ignore[assignment]
-    lines.append(told(out=out, seeds=2))
+    with mock.patch.object(module, "make", trouble if rank == 1 else lambda *_, **__: None):
+        lines.append(told(out=out, seeds=2))
     (Path(folder) / f"told{rank}").write_text("\n".join(lines))
 
 
-def test_two_processes_give_what_one_does(toy: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_give_what_one_does(toy: Workload, tmp_path: Path) -> None:
     """Byte for byte; they refuse to make different studies; and one that fails ends both, with finished runs kept."""
-    monkeypatch.setattr(module, "ProcessPoolExecutor", Inline)
     study(tmp_path / "alone", seeds=1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -404,5 +412,5 @@ def test_two_processes_give_what_one_does(toy: Workload, tmp_path: Path, monkeyp
             "RuntimeError: a run failed (RuntimeError: trouble with the toy): finished runs are"
         )
         assert first[2].startswith("RuntimeError: another process of this study has ended, see what it says")
-        finished = [path for path in (folder / "out" / "runs").iterdir() if store.is_finished(path)]
+        finished = [path for path in networks(folder / "out") if store.is_trained(path)]
         assert len(finished) >= 6, "those of the first study"

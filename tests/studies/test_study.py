@@ -1,32 +1,32 @@
 """The whole study on a toy: the same tables however it was made, and nothing half-done.
 
-A worker process takes seconds to start, most of them for torch. So only the tests about processes start some; in the
-others (fixture ``inline``) runs are made in this process, one after the other.
+A worker process takes seconds to start, most of them for torch. So only the tests about processes start some.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import multiprocessing
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from torch import nn
 
 from msam import Perturbation
 from msam_analysis.report.page import Verdict
-from msam_analysis.studies import study as module
-from msam_analysis.studies.exhibits import EXHIBITS
-from msam_analysis.studies.study import run_study
+from msam_analysis.studies.exhibits import EXHIBITS, choose
+from msam_analysis.studies.store import LOCK
+from msam_analysis.studies.study import Study, run_study
 from msam_analysis.studies.tables import Tables
-from msam_analysis.studies.workloads import WORKLOADS, Workload
+from msam_analysis.studies.workloads import Workload
 
 from . import toy as toys
-from .toy import COARSE, STEPS, TOY
+from .toy import COARSE, STEPS, TOY, Features
 
 SEEDS = 2
 RUNS = SEEDS * (len(TOY.perturbations) + len(TOY.controls))
@@ -34,10 +34,10 @@ MAIN = tuple(exhibit for exhibit in EXHIBITS if exhibit.main)
 VERDICTS: tuple[Verdict, ...] = ("holds", "does not hold", "cannot tell at this scale")
 
 
-def study(out: Path, *, jobs: int = 1, seeds: int = SEEDS, **options: Any) -> Path:
+def study(out: Path, *, jobs: int | None = 1, seeds: int = SEEDS, **options: Any) -> Path:
     """Run the toy's study; one picture, unless more are asked for."""
     settings: dict[str, Any] = {"exhibits": ["T1"], "protocol": COARSE, "every": 4, "progress": False}
-    return run_study("toy", out=out, jobs=jobs, seeds=seeds, **settings | options)
+    return run_study(options.pop("workload", TOY), out=out, jobs=jobs, seeds=seeds, **settings | options)
 
 
 def tables(out: Path) -> dict[str, bytes]:
@@ -52,8 +52,13 @@ def stamps(out: Path) -> dict[str, tuple[int, int]]:
     return {str(path.relative_to(out)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
+def networks(out: Path) -> list[Path]:
+    """The folders of networks, by name."""
+    return sorted(path for path in (out / "runs").iterdir() if not path.name.startswith("."))
+
+
 def hidden(out: Path) -> list[Path]:
-    return list(out.rglob(".*"))
+    return [path for path in out.rglob(".*") if path.name != LOCK]
 
 
 @dataclasses.dataclass
@@ -76,33 +81,11 @@ def trainings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainings:
     return Trainings(log)
 
 
-class Inline(Executor):
-    """Makes runs at once, where it is called."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_running_or_notify_cancel()
-        future.set_result(function(*args, **kwargs))
-        return future
-
-
-@pytest.fixture
-def inline(toy: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No worker processes."""
-    monkeypatch.setattr(module, "ProcessPoolExecutor", Inline)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that went through at once, in one worker process, with all its pictures."""
     out = tmp_path_factory.mktemp("study") / "new" / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(WORKLOADS, "toy", TOY)
-        patch.syspath_prepend(str(Path(__file__).parents[2]))
-        page = study(out, exhibits=None, figures=out.parent / "pictures")
+    page = study(out, exhibits=None, figures=out.parent / "pictures")
     assert page == out / "report.html"
     return out
 
@@ -127,11 +110,11 @@ def test_what_is_written(finished: Path) -> None:
     assert {path.name for path in copies.iterdir()} == {*pictures, *(f"{e.name}.csv" for e in MAIN), "report.md"}
     assert all(f"]({name})" in (copies / "report.md").read_text() for name in pictures)
     assert all((copies / name).read_bytes() == (finished / "figures" / name).read_bytes() for name in pictures)
-    assert len(list((finished / "runs").iterdir())) == RUNS
+    assert len(networks(finished)) == RUNS
     assert len(list((finished / "runs").glob("*/checkpoint.pt"))) == RUNS
     named = {f"{name}-seed{seed}.pt" for name in TOY.perturbations for seed in range(SEEDS)}
     assert {path.name for path in (finished / "networks").iterdir()} == named
-    (own,) = (path for path in (finished / "runs").glob("MSAM-seed1-*") if (path / "plane.safetensors").is_file())
+    (own,) = (finished / "runs").glob("MSAM-seed1-*")
     assert (finished / "networks" / "MSAM-seed1.pt").read_bytes() == (own / "checkpoint.pt").read_bytes()
     assert hidden(finished) == []
 
@@ -179,7 +162,7 @@ def test_jobs_do_not_change_a_byte(toy: Workload, finished: Path, tmp_path: Path
     assert hidden(tmp_path / "out") == []
 
 
-def test_a_finished_study_trains_nothing(inline: None, finished: Path, tmp_path: Path, trainings: Trainings) -> None:
+def test_a_finished_study_trains_nothing(finished: Path, tmp_path: Path, trainings: Trainings) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     before, files = stamps(out), tables(out)
@@ -190,9 +173,7 @@ def test_a_finished_study_trains_nothing(inline: None, finished: Path, tmp_path:
     assert page.is_file()
 
 
-def test_more_seeds_add_to_those_that_are_there(
-    inline: None, finished: Path, tmp_path: Path, trainings: Trainings
-) -> None:
+def test_more_seeds_add_to_those_that_are_there(finished: Path, tmp_path: Path, trainings: Trainings) -> None:
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     for directory in (out / "runs").glob("*-seed1-*"):
@@ -224,7 +205,7 @@ def test_an_interrupted_study_goes_on(
         with pytest.raises(kind, match="trouble with the toy" if kind is RuntimeError else None):
             study(out, jobs=jobs)
     assert set(multiprocessing.active_children()) == before, "no process is left behind"
-    done = [path for path in (out / "runs").iterdir() if not path.name.startswith(".")]
+    done = networks(out)
     assert 0 < len(done) < RUNS
     assert all((path / "scores.json").is_file() and (path / "checkpoint.pt").is_file() for path in done)
     if jobs == 1:
@@ -234,7 +215,6 @@ def test_an_interrupted_study_goes_on(
 
     kept = stamps(out)
     trainings.count()
-    monkeypatch.setattr(module, "ProcessPoolExecutor", Inline)
     study(out)
     assert trainings.count() == RUNS - len(done)
     assert stamps(out).items() >= kept.items(), "finished runs are not made again"
@@ -242,13 +222,11 @@ def test_an_interrupted_study_goes_on(
     assert hidden(out) == []
 
 
-def test_what_is_missing_or_partial_is_made_again(
-    inline: None, finished: Path, tmp_path: Path, trainings: Trainings
-) -> None:
+def test_what_is_missing_or_partial_is_made_again(finished: Path, tmp_path: Path, trainings: Trainings) -> None:
     """One run's folder is gone, one is empty, and a process that was killed left a partial one."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    gone, emptied, killed = sorted((out / "runs").iterdir())[:3]
+    gone, emptied, killed = networks(out)[:3]
     shutil.rmtree(gone)
     shutil.rmtree(emptied)
     emptied.mkdir()
@@ -263,24 +241,22 @@ def test_what_is_missing_or_partial_is_made_again(
     assert stamps(out).items() >= still.items()
 
 
-def test_a_run_that_lost_a_file_is_made_again(
-    inline: None, finished: Path, tmp_path: Path, trainings: Trainings
-) -> None:
+def test_a_run_that_lost_a_file_is_made_again(finished: Path, tmp_path: Path, trainings: Trainings) -> None:
     """However a folder came to be incomplete: the study goes on from what is whole."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    (max((out / "runs").iterdir()) / "scores.json").unlink()
+    (networks(out)[-1] / "scores.json").unlink()
     study(out)
     assert trainings.count() == 1
     assert tables(out) == tables(finished)
 
 
-def test_a_damaged_run_is_not_silently_used(inline: None, finished: Path, tmp_path: Path) -> None:
+def test_a_damaged_run_is_not_silently_used(finished: Path, tmp_path: Path) -> None:
     """A result is gone: the run is made again, or the sentence says what is missing where."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     directory = next((out / "runs").glob("SGD-seed0-*"))
-    (directory / "plane.safetensors").unlink()
+    next(directory.glob("*/plane.safetensors")).unlink()
     try:
         study(out)
     except (ValueError, OSError) as error:
@@ -293,7 +269,7 @@ def test_a_damaged_run_is_not_silently_used(inline: None, finished: Path, tmp_pa
 
 
 def test_other_settings_have_other_runs(
-    inline: None, finished: Path, tmp_path: Path, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A finer protocol, and another learning rate: everything is made again, and what was there stays for later."""
     out = tmp_path / "out"
@@ -307,19 +283,17 @@ def test_other_settings_have_other_runs(
     assert stamps(out).items() >= before.items()
 
     recipe = dataclasses.replace(TOY.recipe, lr=0.05)
-    monkeypatch.setitem(WORKLOADS, "toy", dataclasses.replace(TOY, recipe=recipe))
-    study(out, seeds=1)
+    study(out, seeds=1, workload=dataclasses.replace(TOY, recipe=recipe))
     assert trainings.count() == RUNS // SEEDS
     steps = pd.read_csv(out / "tables" / "steps.csv")
     assert steps["lr"].max() == pytest.approx(0.05)
 
-    monkeypatch.setitem(WORKLOADS, "toy", TOY)
     study(out)
     assert trainings.count() == 0, "the first settings' runs are still there"
     assert tables(out) == tables(finished)
 
 
-def test_the_recording_interval_is_a_setting(inline: None, finished: Path, tmp_path: Path) -> None:
+def test_the_recording_interval_is_a_setting(finished: Path, tmp_path: Path) -> None:
     """Several records in an epoch are as good as one."""
     out = tmp_path / "out"
     study(out, seeds=1, every=3, exhibits=["A12", "A8"])
@@ -328,13 +302,54 @@ def test_the_recording_interval_is_a_setting(inline: None, finished: Path, tmp_p
     assert (out / "report.html").is_file()
 
 
-def test_without_controls(inline: None, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_controls(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A workload need not name any."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
-    monkeypatch.setitem(WORKLOADS, "toy", dataclasses.replace(TOY, controls=()))
-    page = study(out, exhibits=["F2C"])
+    page = study(out, exhibits=["F2C"], workload=dataclasses.replace(TOY, controls=()))
     assert "cosine" in page.read_text()
+
+
+# --- whatever is chosen
+
+ATTACKED = next(e for e in EXHIBITS if any("robustness" in run.measured for run in e.runs(TOY, 1)))
+
+
+def test_an_exhibit_gets_what_it_needs_and_no_more(tmp_path: Path) -> None:
+    """What no chosen exhibit wants is not measured, and not asked for; a later one takes it from the networks."""
+    study(tmp_path, seeds=1)
+    assert not list(tmp_path.rglob("robustness*"))
+    steps = pd.read_csv(tmp_path / "tables" / "steps.csv")
+    assert "rise" in steps
+    assert "loss_along/1" not in steps
+
+
+def test_packages_are_asked_for_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "art" else find(name))
+    with pytest.raises(
+        ModuleNotFoundError, match=r"needs adversarial-robustness-toolbox: .*msam-analysis\[study\]', or choose other"
+    ):
+        study(tmp_path / "out", exhibits=["T1", ATTACKED.name])
+    assert list(tmp_path.iterdir()) == []
+    study(tmp_path / "out", seeds=1)
+
+
+def test_a_workload_of_ones_own(toy: Workload, finished: Path, tmp_path: Path) -> None:
+    """By value, from functions that no module has, also in worker processes; its name is that of its runs."""
+    width = 6
+
+    def network() -> nn.Module:
+        return nn.Sequential(Features(), nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 3))
+
+    mine = dataclasses.replace(TOY, name="mine", network=network, controls=(), relatives={})
+    page = Study(mine, choose(["T1"]), seeds=1, protocol=COARSE, every=4).run(tmp_path, jobs=2, progress=False)
+    assert "on mine" in page.read_text()
+    assert len(networks(tmp_path)) == len(mine.perturbations)
+    again = dataclasses.replace(mine, description="other words")
+    before = stamps(tmp_path)
+    run_study(again, out=tmp_path, exhibits=["T1"], seeds=1, protocol=COARSE, every=4, jobs=1, progress=False)
+    assert stamps(tmp_path) == before
 
 
 # --- bad settings
@@ -343,9 +358,9 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "workload": (lambda out: run_study("imagenet", out=out), r"unknown workload 'imagenet': expected one of"),
     "exhibit": (lambda out: study(out, exhibits=["F99"]), r"unknown exhibit 'F99': expected some of"),
     "one bad exhibit of two": (lambda out: study(out, exhibits=["T1", "X"]), r"unknown exhibit 'X'"),
-    "seeds": (lambda out: study(out, seeds=0), r"at least 1, got seeds=0"),
-    "fewer seeds": (lambda out: study(out, seeds=-3), r"at least 1, got seeds=-3"),
-    "jobs": (lambda out: study(out, jobs=0), r"at least 1, got .*jobs=0"),
+    "seeds": (lambda out: study(out, seeds=0), r"seeds must be at least 1, got 0"),
+    "fewer seeds": (lambda out: study(out, seeds=-3), r"seeds must be at least 1, got -3"),
+    "jobs": (lambda out: study(out, jobs=0), r"jobs must be at least 1, got 0"),
     "every": (lambda out: study(out, every=0), r"every must be a positive integer, got 0"),
 }
 
@@ -366,12 +381,11 @@ def test_no_folder_for_the_output(toy: Workload, tmp_path: Path) -> None:
 
 
 def test_a_diverged_network_is_named_and_the_rest_is_reported(
-    inline: None, toy: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    toy: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strong = Perturbation(direction="momentum", normalize="none", rho=1e30)
-    diverging = dataclasses.replace(toy, perturbations={**toy.perturbations, "NAG": strong}, controls=(), frugal=True)
-    monkeypatch.setattr(module, "workload", lambda *_, **__: diverging)
-    page = study(tmp_path, exhibits=["A6r", "F1"])
+    diverging = dataclasses.replace(toy, perturbations={**toy.perturbations, "NAG": strong}, controls=())
+    page = study(tmp_path, exhibits=["A6r", "F1"], workload=diverging)
     text = page.with_suffix(".md").read_text()
     assert "Diverged, with a loss that is not finite, and nothing measured but accuracies: toy NAG at ρ = 1e+30" in text
     assert "1e+30, seed 0, 1." in text

@@ -19,6 +19,7 @@ from msam_analysis.results import BallSharpness, Eigenpairs, Result, Slice1D, Sl
 from msam_analysis.studies import store
 from msam_analysis.studies.exhibits import EXHIBITS, choose
 from msam_analysis.studies.measuring import LINES
+from msam_analysis.studies.runs import Run
 from msam_analysis.studies.tables import FinishedRun, Tables, tabulate
 from msam_analysis.studies.training import Trained, train
 
@@ -287,36 +288,39 @@ def scores() -> Mapping[str, float]:
     return {"train_loss": AWKWARD, "test_accuracy": 1 / 3, "gradients_per_step": 1.0}
 
 
+RUN = Run(TOY, "MSAM", 0)
+
+
 def test_a_run_is_read_as_it_was_written(trained: Trained, tmp_path: Path) -> None:
-    directory = store.run_directory(tmp_path, "MSAM", 0, "abc")
-    assert not store.is_finished(directory)
-    store.write_run(directory, trained, scores(), results(0.1))
-    assert store.is_finished(directory)
+    directory = tmp_path / "run"
+    assert not store.is_trained(directory)
+    watched = {f"{name}.csv": recorded for name, recorded in trained.watched.items()}
+    store.write_trained(directory, trained, scores(), watched)
+    assert store.is_trained(directory)
+    assert not store.is_measured(directory / "all")
+    store.write_measured(directory / "all", results(0.1))
+    assert store.is_measured(directory / "all")
     assert [path.name for path in tmp_path.iterdir()] == [directory.name]
-    read = store.read_run(directory, "MSAM", 0)
+    read = store.read_run(directory, RUN, list(watched), ["all"])
     assert (read.optimizer, read.seed) == ("MSAM", 0)
     assert dict(read.scores) == dict(scores())
     pd.testing.assert_frame_equal(read.steps, trained.steps, check_exact=True)
     given = results(0.1)
-    assert read.results.keys() == given.keys()
+    assert list(read.results) == list(given), "in their order"
     for name, result in given.items():
         for field in dataclasses.fields(result):
             a, b = getattr(result, field.name), getattr(read.results[name], field.name)
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, (name, field.name)
-
-
-def test_balls_are_read_in_the_order_of_their_radii(trained: Trained, tmp_path: Path) -> None:
-    """0.05, 0.5, 10: not the order of their names."""
-    store.write_run(tmp_path / "run", trained, scores(), results(0.0))
-    read = store.read_run(tmp_path / "run", "MSAM", 0)
-    assert [b.rho for b in read.results.values() if isinstance(b, BallSharpness)] == list(RADII)
+    bare = store.read_run(directory, RUN)
+    assert list(bare.steps.columns) == list(trained.base.columns), "what is not wanted is not read"
+    assert bare.results == {}
 
 
 def test_the_checkpoint_of_a_run_can_be_loaded(trained: Trained, tmp_path: Path) -> None:
     """At the true weights, by the loader that runs nothing from the file."""
     from msam_analysis.checkpoints.loading import load_model
 
-    store.write_run(tmp_path / "run", trained, scores(), {})
+    store.write_trained(tmp_path / "run", trained, scores(), {})
     model = load_model(tmp_path / "run" / "checkpoint.pt", TOY.network)
     expected = trained.model.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
@@ -325,23 +329,27 @@ def test_the_checkpoint_of_a_run_can_be_loaded(trained: Trained, tmp_path: Path)
 
 
 @pytest.mark.parametrize("error", [OSError("the disk is full"), KeyboardInterrupt()])
-def test_a_run_that_cannot_be_written_is_not_there(
+def test_what_cannot_be_written_is_not_there(
     error: BaseException, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
+    with monkeypatch.context() as patch:
+        patch.setattr(pd.DataFrame, "to_csv", fail)
+        with pytest.raises(type(error)):
+            store.write_trained(tmp_path / "run", trained, scores(), {})
     monkeypatch.setattr(Slice2D, "save", fail)
     with pytest.raises(type(error)):
-        store.write_run(tmp_path / "run", trained, scores(), results(0.0))
+        store.write_measured(tmp_path / "run", results(0.0))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_an_interrupted_run_left_is_swept_away(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that is killed cleans nothing up: its folder is not a run, and goes at the next start."""
-    store.write_run(tmp_path / "finished", trained, scores(), {})
+    """A process that is killed cleans nothing up: its folder is no result, and goes at the next start."""
+    store.write_trained(tmp_path / "run", trained, scores(), {})
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
 
     def die(*_: object) -> None:
@@ -350,38 +358,39 @@ def test_what_an_interrupted_run_left_is_swept_away(
     with monkeypatch.context() as patch:
         patch.setattr(Slice2D, "save", die)
         with pytest.raises(KeyboardInterrupt):
-            store.write_run(tmp_path / "killed", trained, scores(), results(0.0))
+            store.write_measured(tmp_path / "run" / "all", results(0.0))
     monkeypatch.undo()
-    assert len(list(tmp_path.iterdir())) == 2, "the partial folder is there"
-    assert not store.is_finished(tmp_path / "killed")
+    assert len(list((tmp_path / "run").iterdir())) == 4, "the partial folder is there"
+    assert not store.is_measured(tmp_path / "run" / "all")
     store.sweep(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["finished"]
-    assert store.is_finished(tmp_path / "finished")
+    assert len(list((tmp_path / "run").iterdir())) == 3
+    assert store.is_trained(tmp_path / "run")
 
 
-def test_a_run_that_is_not_whole_is_replaced(trained: Trained, tmp_path: Path) -> None:
+def test_what_is_not_whole_is_replaced(trained: Trained, tmp_path: Path) -> None:
     """Whole, so that no file of the old one stays."""
     directory = tmp_path / "run"
-    store.write_run(directory, trained, scores(), results(0.0))
-    assert store.is_finished(directory)
-    (directory / "plane.safetensors").rename(directory / "stale.safetensors")
-    assert not store.is_finished(directory)
-    store.write_run(directory, trained, scores(), results(0.0))
-    assert store.is_finished(directory)
-    assert not (directory / "stale.safetensors").exists()
-    (directory / "scores.json").write_text("half of")
-    assert not store.is_finished(directory)
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    store.write_trained(directory, trained, scores(), {})
+    store.write_measured(directory / "all", results(0.0))
+    (directory / "all" / "plane.safetensors").rename(directory / "all" / "stale.safetensors")
+    assert not store.is_measured(directory / "all")
+    store.write_measured(directory / "all", results(0.0))
+    assert store.is_measured(directory / "all")
+    assert not (directory / "all" / "stale.safetensors").exists()
+    (directory / "all" / "contents.json").write_text("half of")
+    assert not store.is_measured(directory / "all")
+    (directory / "scores.json").unlink()
+    assert not store.is_trained(directory)
+    store.write_trained(directory, trained, scores(), {})
+    assert {path.name for path in directory.iterdir()} == {"checkpoint.pt", "scores.json", "steps.csv"}
 
 
-def test_every_setting_has_its_own_place(tmp_path: Path) -> None:
-    places = {
-        store.run_directory(tmp_path, name, seed, fingerprint)
-        for name in ("SGD", "MSAM")
-        for seed in (0, 1)
-        for fingerprint in ("a", "b")
-    }
-    assert len(places) == 8
+def test_networks_have_names_that_stay(trained: Trained, tmp_path: Path) -> None:
+    """Put there twice, nothing is left beside them."""
+    store.write_trained(tmp_path / "run", trained, scores(), {})
+    for _ in range(2):
+        store.name_networks({"one": tmp_path / "run"}, tmp_path / "networks")
+    assert [path.name for path in (tmp_path / "networks").iterdir()] == ["one.pt"]
 
 
 # --- exhibits

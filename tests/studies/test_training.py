@@ -7,7 +7,6 @@ import dataclasses
 import math
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from torch.nn import functional as F
 from msam import Perturbation, normalization_layers, reference
 from msam.filters import ParameterFilter
 from msam_analysis.studies import digits
-from msam_analysis.studies import fingerprint as module
 from msam_analysis.studies.training import Trained, train
 from msam_analysis.studies.workloads import DIGITS, Recipe, Workload, formula, workload
 
@@ -479,26 +477,6 @@ def test_layers_without_weights_count() -> None:
 
     assert len({shown(tanh), shown(relu), shown(tanh, 2.0)}) == 3
     assert shown(tanh) == shown(tanh)
-
-
-def test_a_fingerprint_counts_our_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But what only reads finished runs."""
-    before = TOY.fingerprint("SGD")
-    read = Path.read_bytes
-
-    def edited(name: str) -> str:
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "read_bytes", lambda path: read(path) + b"#" * (path.name == name))
-            module._sources.cache_clear()
-            try:
-                return TOY.fingerprint("SGD")
-            finally:
-                module._sources.cache_clear()
-
-    for name in ("optimizers.py", "lanczos.py", "training.py", "digits.py"):
-        assert edited(name) != before
-    for name in ("claims.py", "report.py", "factories.py", "no_such_file.py"):
-        assert edited(name) == before
 
 
 def test_formulas() -> None:

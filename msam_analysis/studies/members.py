@@ -8,16 +8,16 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from msam_analysis.studies.runs import Task
+from msam_analysis.studies.jobs import Job
 
 T = TypeVar("T")
 
-# Of a wait for the others, whose runs may take days; one that ends is noticed at once.
+# The others' runs may take days; a process that ends is noticed at once.
 _PATIENCE = timedelta(days=365)
 
 
-class Ranks:
-    """The processes of the default group, or this one alone.
+class Members:
+    """The members of the default process group, or this process alone.
 
     Attributes
     ----------
@@ -31,14 +31,14 @@ class Ranks:
         self.count = dist.get_world_size() if together else 1
         self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.count > 1 else None
 
-    def share(self, tasks: Sequence[Task]) -> list[Task]:
-        """Return this process's tasks: each goes, the dearest first, to who has least to do."""
+    def share(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return this process's jobs: each goes, the dearest first, to who has least to do."""
         loads = [0.0] * self.count
         mine = []
-        for task in sorted(tasks, key=lambda task: (-task.cost, task.directory.name)):
+        for job in sorted(jobs, key=lambda job: (-job.cost, job.directory.name)):
             who = loads.index(min(loads))
-            loads[who] += task.cost
-            mine += [task] if who == self.rank else []
+            loads[who] += job.cost
+            mine += [job] if who == self.rank else []
         return mine
 
     def from_first(self, value: T) -> T:
@@ -48,7 +48,7 @@ class Ranks:
         first: T = self._all(value)[0]
         return first
 
-    def check_alike(self, plan: Sequence[str]) -> None:
+    def check_alike(self, plan: object) -> None:
         """Make sure that all processes are about to make the same runs.
 
         Raises
@@ -58,7 +58,7 @@ class Ranks:
         """
         if self.count == 1:
             return
-        first, *others = self._all(list(plan))
+        first, *others = self._all(plan)
         for rank, other in enumerate(others, start=1):
             if other != first:
                 raise ValueError(
