@@ -244,9 +244,7 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
                 squares[whole.dtype].append(torch.dot(part, part))
         else:
             others[whole.dtype].append(whole)
-    norms = []
-    for same in squares.values():
-        norms.append(torch.stack(same).sum(dtype=torch.float64).sqrt())
+    norms = [torch.stack(same).sum(dtype=torch.float64).sqrt() for same in squares.values()]
     for same in others.values():
         norms += torch._foreach_norm(same, 2, dtype=widest_dtype(same))
     device, dtype = tensors[0].device, widest_dtype(tensors)
