@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -52,7 +54,7 @@ each_filter = pytest.mark.parametrize("find", FILTERS.values(), ids=FILTERS)
 
 
 @each_filter
-def test_normalisation_layers(find: type[msam.NamedSubset]) -> None:
+def test_normalisation_layers(find: Callable[[nn.Module], msam.NamedSubset]) -> None:
     model = nn.ModuleDict({name: layer for name, (layer, _) in LAYERS.items()})
     chosen = find(model)
     found = {name for name, parameter in model.named_parameters() if chosen(name, parameter)}
