@@ -429,7 +429,7 @@ class PerturbedOptimizer(Optimizer, ABC):
         """
         along, groups = self._displacement.along, []
         for present, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            kept = {key: present[key] for key in present if key not in (*BOOKKEEPING, *_FOREIGN_KEYS)}
+            kept = {key: present[key] for key in present if key not in _FOREIGN_KEYS}
             if "steps" in present:
                 kept |= {"training": True, "steps": torch.zeros_like(present["steps"])}
             group = kept | BOOKKEEPING | saved

@@ -80,9 +80,10 @@ def test_a_state_saved_under_another_policy_goes_on(before: str, after: str, fus
     opt = case.make(model.parameters(), restore=before)
     train(model, opt, range(5))
     getattr(opt, mode)()
-    resumed = case.make(other.parameters(), restore=after, fused=fused)
+    resumed = case.make(other.parameters(), restore=after)
     other.load_state_dict(saved_state(model))
     resumed.load_state_dict(saved_state(opt))
+    resumed.param_groups[0]["fused"] = fused  # in the state it is what it was
     resumed.train()
     train(other, resumed, range(5, 10))
     twin = Twin(network())
@@ -138,6 +139,35 @@ def test_one_of_two_groups_is_displaced() -> None:
     train(model, opt, range(3))
     assert opt.perturbed
     assert opt.displacement().keys() == set(tensors[2:])
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+def test_a_strength_of_zero_takes_back_what_stands(fused: bool) -> None:
+    """Also after a fused step, which leaves the weights displaced."""
+    model = network()
+    opt = BY_NAME["MSAM"].make(model.parameters(), fused=fused)
+    train(model, opt, range(3))
+    assert opt.perturbed
+    opt.param_groups[0]["rho"] = 0.0
+    train(model, opt, [3])
+    assert not opt.perturbed
+    assert opt.displacement() == {}
+    assert same(model.parameters(), true_weights(opt))
+
+
+def test_subtracting_keeps_no_copy_in_any_precision() -> None:
+    model = network(torch.bfloat16)
+    opt = BY_NAME["MSAM"].make(model.parameters(), restore="subtract")
+    train(model, opt, range(2))
+    assert opt.perturbed
+    assert not any("true_weight" in state for state in opt.state.values())
+
+
+def test_a_state_of_more_groups_is_refused() -> None:
+    tensors = list(network().parameters())
+    opt = BY_NAME["MSAM"].make([{"params": tensors[:2]}, {"params": tensors[2:]}])
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        BY_NAME["MSAM"].make(tensors[:2]).load_state_dict(opt.state_dict())
 
 
 def test_two_precisions_in_a_group_come_back_each_in_its_way() -> None:
