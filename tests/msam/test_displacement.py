@@ -155,6 +155,39 @@ def test_a_strength_of_zero_takes_back_what_stands(fused: bool) -> None:
     assert same(model.parameters(), true_weights(opt))
 
 
+@pytest.mark.parametrize("name", ["MSAM", "NAG", "SAM", "AdamWSAM"])
+def test_no_copy_lasts_where_none_is_needed(name: str) -> None:
+    model = network(torch.float32)
+    opt = BY_NAME[name].make(model.parameters())
+    train(model, opt, range(2), BY_NAME[name].closure)
+    assert not any("true_weight" in state for state in opt.state.values())
+
+
+@pytest.mark.parametrize("scale", ["none", "relative"])
+def test_copies_last_only_while_the_weights_are_displaced(scale: str) -> None:
+    """The last gradient is subtracted; scaled by weights it is copied, until eval mode puts the copy in place."""
+    model = network(torch.float32)
+    opt = general("sgd", dict(direction="last_gradient", rho=RHO, scale=scale)).make(model.parameters())
+    train(model, opt, range(2))
+    assert all(("true_weight" in state) == (scale == "relative") for state in opt.state.values())
+    opt.eval()
+    assert not any("true_weight" in state for state in opt.state.values())
+
+
+def test_ten_thousand_weights_return_to_the_bit() -> None:
+    """Subtracting and adding alone would not bring all of them back."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(10_000, generator=generator))
+    opt = msam.MSAM([weight], **SGD, rho=30.0)
+    weight.grad = torch.randn(10_000, generator=generator)
+    opt.step()
+    stored, shift = weight.detach().clone(), opt.displacement()[weight]
+    assert not torch.equal((stored - shift) + shift, stored)
+    opt.eval()
+    opt.train()
+    assert torch.equal(weight, stored)
+
+
 def test_subtracting_keeps_no_copy_in_any_precision() -> None:
     model = network(torch.bfloat16)
     opt = BY_NAME["MSAM"].make(model.parameters(), restore="subtract")
