@@ -203,6 +203,27 @@ def test_a_state_of_more_groups_is_refused() -> None:
         BY_NAME["MSAM"].make(tensors[:2]).load_state_dict(opt.state_dict())
 
 
+def test_a_group_of_strength_zero_beside_another() -> None:
+    model = network()
+    tensors = list(model.parameters())
+    opt = BY_NAME["MSAM"].make([{"params": tensors[:2], "rho": 0.0}, {"params": tensors[2:]}])
+    train(model, opt, range(3))
+    lengths = [float(opt.displacement()[p].norm()) for p in tensors]
+    assert lengths[:2] == [0.0, 0.0]
+    assert min(lengths[2:]) > 0
+
+
+def test_two_passes_of_sam_at_strength_zero() -> None:
+    model, other = network(), network()
+    opt, plain = BY_NAME["SAM"].make(model.parameters(), rho=0.0), torch.optim.SGD(other.parameters(), **SGD)
+    for step in range(3):
+        backward(loss(model, step))
+        opt.first_step()
+        opt.second_step(zero_grad=True)
+    train(other, plain, range(3))
+    assert same(model.parameters(), other.parameters())
+
+
 def test_two_precisions_in_a_group_come_back_each_in_its_way() -> None:
     """float32 is subtracted, bfloat16 copied, in one group and to the bit where it is copied."""
     a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
