@@ -1,12 +1,13 @@
 """Optimizers that take their gradient at perturbed weights: MSAM, SAM, NAG and everything between."""
 
-from ._base import PerturbedOptimizer
+from .adamw import AdamWMSAM, AdamWSAM, PerturbedAdamW
 from .batchnorm import frozen_batchnorm_statistics, update_batchnorm_statistics
 from .filters import NamedSubset, ParameterFilter, normalization_layers
-from .optimizers import MSAM, NAG, SAM, AdamWMSAM, AdamWSAM, PerturbedAdamW, PerturbedSGD
+from .optimizers import PerturbedOptimizer
 from .perturbation import Perturbation
 from .presets import PRESETS, Preset
 from .schedules import Constant, Cosine, FollowLR, Jump, Product, Ramp, Schedule
+from .sgd import MSAM, NAG, SAM, PerturbedSGD
 
 __all__ = [
     "MSAM",

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 if TYPE_CHECKING:
-    from ._base import PerturbedOptimizer
+    from .optimizers import PerturbedOptimizer
 
 __all__ = ["frozen_batchnorm_statistics", "update_batchnorm_statistics"]
 

@@ -67,7 +67,8 @@ def normalization_layers(model: nn.Module, also: Iterable[type[nn.Module]] = ())
     """Return the filter that picks the parameters of normalisation layers (the paper's BN-only variant, table T3).
 
     A layer counts if it is one of torch's batch, instance, group, layer or RMS norms, if its class name ends in "Norm"
-    (as in ``LlamaRMSNorm``; a trailing "2d" is allowed), or if ``also`` names its class.
+    (as in ``LlamaRMSNorm``; a trailing "2d" is allowed), or if ``also`` names its class. Only a layer's own parameters
+    count, not those of layers inside it.
 
     Parameters
     ----------
@@ -79,7 +80,7 @@ def normalization_layers(model: nn.Module, also: Iterable[type[nn.Module]] = ())
     Returns
     -------
     NamedSubset
-        For ``Perturbation(subset=...)``.
+        For ``Perturbation(subset=...)``, and wherever else a function ``(name, parameter) -> bool`` chooses parameters.
 
     Raises
     ------
@@ -96,6 +97,6 @@ def normalization_layers(model: nn.Module, also: Iterable[type[nn.Module]] = ())
     if not members:
         raise ValueError(
             f"expected a model with parameters in normalisation layers, got {type(model).__name__} without any; "
-            "name their classes with also=(...), or use subset='all'."
+            "name their classes with also=(...), or choose all parameters."
         )
     return NamedSubset(frozenset(members), tuple(members.values()))

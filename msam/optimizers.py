@@ -1,477 +1,453 @@
-"""SGD with momentum and AdamW whose gradient is taken at perturbed weights, and the methods of the paper."""
+"""The step of every optimizer here: torch's base step, and a displacement that stands while gradients are taken."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
+import difflib
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
+from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
-from torch.optim.sgd import sgd
+from torch.utils.hooks import RemovableHandle
 
-from ._base import PerturbedOptimizer, Restore, WeightDecayAt
-from .filters import ParameterFilter
+from .batchnorm import frozen_statistics_of_whatever_runs
+from .displacement import BOOKKEEPING, Displacement, Restore
 from .perturbation import Perturbation
-from .schedules import Schedule, require_nonnegative
+from .schedules import Schedule, as_schedule, require_nonnegative
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+__all__ = ["PerturbedOptimizer", "WeightDecayAt"]
 
-__all__ = ["MSAM", "NAG", "SAM", "AdamWMSAM", "AdamWSAM", "PerturbedAdamW", "PerturbedSGD"]
-
-
-_LONGEST = 1e4  # |c| / lr up to which the fused step is taken in place: see PerturbedSGD._advance_in_place
+WeightDecayAt = Literal["true", "perturbed"]
+Closure = Callable[[], Any]
+_FOREIGN_KEYS = ("params", "param_names", "initial_lr")
 
 
-class PerturbedSGD(PerturbedOptimizer):
-    r"""SGD with momentum, its gradient taken at ``w + ε``.
+class PerturbedOptimizer(Optimizer, ABC):
+    """A base step whose gradient is taken at displaced weights.
 
-    ``v ← μ v + (1 − τ)(g(w + ε) + λ w)``, then ``w ← w − lr v``, by torch's own kernels; without a perturbation, or at
-    ρ = 0, it is :class:`torch.optim.SGD` to the bit.
+    Each parameter group keeps, beside torch's options: ``rho`` (number, 0-dimensional tensor or schedule), ``perturb``
+    (bool), ``weight_decay_at``; and as bookkeeping ``displaces`` (which parameters the subset lets move), ``standing``
+    (which ones are displaced now) and ``applied`` (the scalar c in ε = c · direction; NaN where SAM's first gradients
+    overflowed, and then ε = 0). The first group also keeps ``steps`` and ``training``. All of it is plain data and
+    travels in ``state_dict``.
 
     Parameters
     ----------
     params : iterable
-        Parameters, named parameters or groups, as for torch. Groups may override ``rho`` and set ``perturb=False``.
-    lr : float or Tensor
-        Learning rate; default 1e-3 as torch's.
-    momentum : float
-        μ ≥ 0.
-    dampening : float
-        τ.
-    weight_decay : float
-        λ ≥ 0.
-    perturbation : Perturbation, optional
-        Where the gradient is taken.
+        As for every torch optimizer.
+    defaults : dict
+        Options of the base step.
+    perturbation : Perturbation or None
+        Where the gradient is taken; None for the bare base step.
     weight_decay_at : {"true", "perturbed"}
-        Where weight decay reads the weights: w as in SAM, or w + ε as in the authors' MSAM and torch's Nesterov.
+        Point at which weight decay reads the weights.
     restore : {"auto", "subtract", "copy"}
-        How the true weights come back: by subtracting exactly what was added (no memory, one rounding a step), or from
-        a copy (exact, one tensor a parameter). "auto" subtracts where the direction lasts until the next step, is not
-        scaled, and the weights are float32 or float64; everything else is copied.
-    maximize, foreach, fused : bool
-        As for torch.
-
-    Raises
-    ------
-    ValueError
-        For negative or non-finite options, and a momentum perturbation without momentum.
-
-    Notes
-    -----
-    Between steps the parameters hold ``w + ε`` for every direction but "gradient" (the paper's Algorithm 1): evaluate
-    and save inside :meth:`unperturbed`, or save model and optimizer together.
+        How the true weights come back.
     """
 
-    _momentum_key: ClassVar[str] = "momentum_buffer"
+    _momentum_key: ClassVar[str]
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0.0,
-        *,
-        dampening: float = 0.0,
-        weight_decay: float = 0.0,
-        perturbation: Perturbation | None = None,
-        weight_decay_at: WeightDecayAt = "true",
-        restore: Restore = "auto",
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
+        defaults: dict[str, Any],
+        perturbation: Perturbation | None,
+        weight_decay_at: WeightDecayAt,
+        restore: Restore,
     ) -> None:
+        self._displacement = Displacement(self, perturbation, restore, self._momentum_key)
+        self._gradient_hooks: OrderedDict[int, Callable[[PerturbedOptimizer], None]] = OrderedDict()
         options = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
+            "rho": 0.0 if perturbation is None else perturbation.rho,
+            "perturb": perturbation is not None,
+            "weight_decay_at": weight_decay_at,
         }
-        super().__init__(params, options, perturbation, weight_decay_at, restore)
+        super().__init__(params, defaults | options)
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        require_nonnegative("momentum", group["momentum"])
-        require_nonnegative("dampening", group["dampening"])
-        if self._direction_name == "momentum" and group["perturb"] and not group["momentum"]:
-            raise ValueError(
-                "direction='momentum' needs a momentum buffer, got momentum=0; set a momentum, or use "
-                "direction='last_gradient'."
-            )
+    # ---------------------------------------------------------------- the base step, given by subclasses
 
+    @abstractmethod
     def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], weight_decay: float) -> None:
-        buffers = [self.state[p].get("momentum_buffer") if group["momentum"] else None for p in weights]
-        # torch's fused kernel takes buffers for all or for none
-        for fresh in {b is None for b in buffers}:
-            rows = [i for i, b in enumerate(buffers) if (b is None) == fresh]
-            updated = [buffers[i] for i in rows]
-            sgd(
-                [weights[i] for i in rows],
-                [grads[i] for i in rows],
-                updated,
-                weight_decay=weight_decay,
-                momentum=group["momentum"],
-                lr=group["lr"],
-                dampening=group["dampening"],
-                nesterov=False,
-                maximize=group["maximize"],
-                has_sparse_grad=False,
-                foreach=group["foreach"],
-                fused=group["fused"],
-            )
-            if group["momentum"] and fresh:
-                for i, buffer in zip(rows, updated, strict=True):
-                    self.state[weights[i]]["momentum_buffer"] = buffer
+        """Take torch's step at the true weights."""
 
-    def _advance_in_place(self, group: dict[str, Any]) -> bool:
-        """Step without going back first, in one pass of torch's fused kernel.
+    @abstractmethod
+    def _decay_at_perturbed(
+        self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], decayed: list[Tensor]
+    ) -> list[Tensor]:
+        """Account for weight decay while ``weights`` are perturbed, and return the gradients to step with.
 
-        At ``w̃ = w + c v`` let ``g' = g + λ w̃``. The new buffer is ``v' = m v + g'`` with ``m = μ − λ c`` for decay at
-        the true weights and ``m = μ`` at the perturbed ones. Nesterov's kernel with factor m and learning rate
-        ``−c / m`` leaves ``w̃ + (c / m) g' + c v'``, and as ``v = (v' − g') / m`` this is the new true weight plus
-        ``(c + c / m + lr) v'``: displaced along the new buffer by a known multiple, where the next displacement starts.
-
-        ``g'`` enters scaled by ``c / m`` and leaves again, so that rounding v' costs ``2⁻²⁴ |c| / (m lr)`` of this
-        step's length in float32. Up to 1e4 that is below 0.07 %; beyond (the last 0.9 % of a cosine schedule from
-        lr = 0.5 at ρ / ‖v‖ = 1) the step is taken from the true weights.
+        A decay that changes the weights goes into ``decayed``: their copies, or the weights themselves.
         """
-        standing = group["standing"]
-        if (
-            self._direction_name != "momentum"
-            or not group["fused"]
-            or group["dampening"]
-            or standing is None
-            or isinstance(group["lr"], Tensor)
-            or torch.compiler.is_compiling()
-        ):
+
+    def _update_in_place(self, group: dict[str, Any]) -> bool:
+        """Take torch's step where the displaced weights stand, if the base can do that; return whether it did."""
+        return False
+
+    # ---------------------------------------------------------------- the step
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Any:
+        """Take one step.
+
+        Parameters
+        ----------
+        closure : callable, optional
+            Clears the gradients, computes the loss, calls ``backward`` and returns the loss. With
+            ``direction="gradient"`` it runs twice, the second time at the displaced weights and without collecting
+            BatchNorm statistics.
+
+        Returns
+        -------
+        object
+            What the closure returned the first time, or None.
+
+        Raises
+        ------
+        RuntimeError
+            In eval mode; for sparse gradients; without a first gradient where two are needed; with a closure inside
+            ``GradScaler.step`` where two are needed.
+
+        Notes
+        -----
+        Under :class:`torch.amp.GradScaler` call ``scaler.step(optimizer)`` in place of ``step()`` or
+        ``second_step()``. If a gradient overflowed, in either of SAM's passes, weights and buffers stay as they were
+        before the step.
+        """
+        displacement, loss = self._displacement, None
+        self._require_training()
+        if self._skipped_by_scaler(closure):
+            return None
+        if closure is not None:
+            if displacement.climbs:
+                displacement.take_back_all()
+            with torch.enable_grad():
+                loss = closure()
+            if displacement.climbs:
+                self._climb_and_evaluate(closure)
+        elif displacement.climbs and not displacement.stands:
+            raise RuntimeError(
+                "direction='gradient' needs two gradients, got step() after one; pass a closure, step(closure), or "
+                "call first_step() after the first backward() and second_step() after the second."
+            )
+        self._refuse_sparse()
+        if not displacement.climbs:
+            self._show_gradients()
+        for group in self.param_groups:
+            if not self._update_in_place(group):
+                self._update_at_true_weights(group)
+        self.param_groups[0]["steps"].add_(1)
+        if not displacement.climbs:
+            displacement.apply()
+        return loss
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Displace the weights along the gradient now in ``.grad`` (direction "gradient" only).
+
+        Parameters without a gradient stay. Called twice, it takes the first displacement back beforehand.
+
+        Parameters
+        ----------
+        zero_grad : bool
+            Whether to clear the gradients afterwards.
+
+        Raises
+        ------
+        RuntimeError
+            In eval mode, for sparse gradients, or with another direction.
+        """
+        self._require_two_gradients("first_step")
+        self._require_training()
+        self._displacement.take_back_all()
+        self._refuse_sparse()
+        self._show_gradients()
+        self._displacement.apply()
+        if zero_grad:
+            self.zero_grad()
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Return to the true weights and step with the gradient now in ``.grad``; ``step()`` does the same.
+
+        Parameters
+        ----------
+        zero_grad : bool
+            Whether to clear the gradients afterwards.
+
+        Raises
+        ------
+        RuntimeError
+            Without :meth:`first_step` before it, or for the reasons given there.
+        """
+        self._require_two_gradients("second_step")
+        if not self._displacement.stands:
+            raise RuntimeError("expected first_step() before second_step(), got none; call it after a backward().")
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    def _climb_and_evaluate(self, closure: Closure) -> None:
+        """Take SAM's second gradient; where that fails, the weights are back at the true ones."""
+        self.first_step()
+        try:
+            with frozen_statistics_of_whatever_runs(), torch.enable_grad():
+                closure()
+        except BaseException:
+            self._displacement.take_back_all()
+            raise
+
+    def _update_at_true_weights(self, group: dict[str, Any]) -> None:
+        """Return to the true weights, and take torch's step there."""
+        displacement, decay = self._displacement, group["weight_decay"]
+        weights = [p for p in group["params"] if p.grad is not None]
+        if decay and group["weight_decay_at"] == "perturbed" and group["standing"] is not None:
+            copied, subtracted = displacement.copied_and_subtracted(group)
+            copied = [p for p in copied if p.grad is not None]
+            displaced = copied + [p for p in subtracted if p.grad is not None]
+            if displaced:
+                decayed = displacement.copies(copied) + displaced[len(copied) :]
+                grads = self._decay_at_perturbed(group, displaced, _gradients(displaced), decayed)
+                displacement.take_back(group)
+                self._update(group, displaced, grads, 0.0)
+                done = set(map(id, displaced))
+                weights = [p for p in weights if id(p) not in done]
+        displacement.take_back(group)
+        if weights:
+            self._update(group, weights, _gradients(weights), decay)
+
+    # ---------------------------------------------------------------- the true weights, and the displacement
+
+    @property
+    def perturbation(self) -> Perturbation | None:
+        """Where the gradient is taken; None for the bare base step."""
+        return self._displacement.perturbation
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether parameters are displaced right now."""
+        groups = self.param_groups
+        return bool(groups[0]["training"]) and any(any(group["standing"] or ()) for group in groups)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Switch to the true weights, to evaluate or save them; :meth:`train` switches back. Idempotent."""
+        if self.param_groups[0]["training"]:
+            self._displacement.suspend()
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Switch back to the perturbed weights. Idempotent.
+
+        Weights changed since :meth:`eval` are displaced from where they are now; unchanged ones return bit for bit.
+        Between ``first_step()`` and ``second_step()`` all return to where they were.
+        """
+        if not self.param_groups[0]["training"]:
+            self._displacement.resume()
+
+    @contextmanager
+    def unperturbed(self) -> Iterator[None]:
+        """Hold the true weights inside a ``with`` block; nests, and survives exceptions."""
+        was_training = self.param_groups[0]["training"]
+        self.eval()
+        try:
+            yield
+        finally:
+            if was_training:
+                self.train()
+
+    @torch.no_grad()
+    def displacement(self) -> dict[Tensor, Tensor]:
+        """Return ε at which this step's training gradient is, or for "gradient" will be, evaluated.
+
+        Returns
+        -------
+        dict of Tensor to Tensor
+            ε relative to the true weights, by parameter and of its shape; parameters that are not displaced are absent.
+        """
+        return self._displacement.tensors()
+
+    # ---------------------------------------------------------------- gradients: hooks, loss scaling, conditions
+
+    def register_gradient_hook(self, hook: Callable[[PerturbedOptimizer], None]) -> RemovableHandle:
+        """Call ``hook(optimizer)`` once a step, when its first gradient is in ``.grad`` and before any weight moves.
+
+        Returns
+        -------
+        RemovableHandle
+            Its ``remove()`` ends the calls.
+        """
+        handle = RemovableHandle(self._gradient_hooks)
+        self._gradient_hooks[handle.id] = hook
+        return handle
+
+    def _show_gradients(self) -> None:
+        for hook in tuple(self._gradient_hooks.values()):
+            hook(self)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Ask :class:`torch.amp.GradScaler` to call ``step()`` after an overflow too, as SAM has to go back then."""
+        return self._displacement.climbs
+
+    def _skipped_by_scaler(self, closure: Closure | None) -> bool:
+        """Do what GradScaler leaves to optimizers that ask for it; return whether one of the passes overflowed.
+
+        The flag is read on the host where GradScaler itself would read it.
+        """
+        found: Tensor | int | None = getattr(self, "found_inf", None)
+        if found is None:
             return False
-        weights = group["params"]
-        grads = [p.grad for p in weights if p.grad is not None]
-        exact = (torch.float32, torch.float64)
-        if not all(standing) or len(grads) < len(weights):
-            return False
-        if not all(p.is_cpu and p.dtype in exact and "true_weight" not in self.state[p] for p in weights):
-            return False
-        buffers = self._directions(weights)
-        c = group["applied"].item()
-        factor = group["momentum"]
-        if group["weight_decay_at"] == "true":
-            factor -= group["weight_decay"] * c
-        if factor < 0.5 or abs(c) > _LONGEST * group["lr"]:
-            return False
-        sgd(
-            weights,
-            grads,
-            [*buffers],
-            weight_decay=group["weight_decay"],
-            momentum=factor,
-            lr=-c / factor,
-            dampening=0.0,
-            nesterov=True,
-            maximize=group["maximize"],
-            has_sparse_grad=False,
-            fused=True,
-        )
-        group["applied"].fill_(c + c / factor + group["lr"])
-        return True
+        if closure is not None:
+            raise RuntimeError(
+                "a GradScaler sees the gradients before step(), got a closure that makes them inside it; call "
+                "first_step() after the first backward() and scaler.step(optimizer) after the second."
+            )
+        applied: Tensor | None = self.param_groups[0]["applied"]
+        if found or (applied is not None and applied.isnan()):
+            self._displacement.take_back_all()
+            return True
+        scale: Tensor | None = getattr(self, "grad_scale", None)  # None after scaler.unscale_(), as for clipping
+        if scale is not None:
+            grads = [grad for group in self.param_groups for grad in _gradients(group["params"])]
+            inverse = scale.double().reciprocal()
+            for device in {grad.device for grad in grads}:
+                here = [grad for grad in grads if grad.device == device]
+                torch._foreach_mul_(here, inverse.to(device, non_blocking=True))
+        return False
 
-    def _decay_at_perturbed(
-        self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], decayed: list[Tensor]
-    ) -> list[Tensor]:
-        decay = group["weight_decay"]
-        return list(torch._foreach_add(grads, weights, alpha=-decay if group["maximize"] else decay))
+    def _require_training(self) -> None:
+        if not self.param_groups[0]["training"]:
+            raise RuntimeError("expected train mode, got eval mode with the true weights in place; call train() first.")
 
+    def _require_two_gradients(self, name: str) -> None:
+        if not self._displacement.climbs:
+            direction = None if self.perturbation is None else self.perturbation.direction
+            raise RuntimeError(
+                f"{name}() is for direction='gradient', got {direction!r} with one gradient; call step()."
+            )
 
-class PerturbedAdamW(PerturbedOptimizer):
-    r"""AdamW, its gradient taken at ``w + ε``; the momentum direction is ``exp_avg``.
+    def _refuse_sparse(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"expected dense gradients, got one of layout {p.grad.layout}; use sparse=False in embeddings."
+                    )
 
-    Parameters
-    ----------
-    params : iterable
-        As for :class:`PerturbedSGD`.
-    lr, betas, eps, weight_decay, amsgrad : float, (float, float), float, float, bool
-        As for :class:`torch.optim.AdamW`, whose defaults they have.
-    perturbation, weight_decay_at, restore
-        As for :class:`PerturbedSGD`.
-    maximize, foreach, capturable, fused : bool
-        As for torch.
+    # ---------------------------------------------------------------- torch.optim citizenship
 
-    Raises
-    ------
-    ValueError
-        For options out of range, and a momentum perturbation at β₁ = 0.
-    """
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; see :meth:`torch.optim.Optimizer.add_param_group`.
 
-    _momentum_key: ClassVar[str] = "exp_avg"
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        perturbation: Perturbation | None = None,
-        weight_decay_at: WeightDecayAt = "true",
-        restore: Restore = "auto",
-        maximize: bool = False,
-        foreach: bool | None = None,
-        capturable: bool = False,
-        fused: bool | None = None,
-    ) -> None:
-        options = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "fused": fused,
-        }
-        super().__init__(params, options, perturbation, weight_decay_at, restore)
+        Raises
+        ------
+        ValueError
+            If an option has a bad value or is a misspelt one of ours.
+        TypeError
+            If a parameter is not real floating-point.
+        """
+        known = (*self.defaults, *_FOREIGN_KEYS)
+        for key in param_group:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+            if key not in known and close:
+                raise ValueError(f"expected {close[0]!r} in a parameter group, got {key!r}; correct the name.")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+            names = group.get("param_names", [None] * len(group["params"]))
+            subset = "all" if self.perturbation is None else self.perturbation.subset
+            chosen = [subset == "all" or bool(subset(n, p)) for n, p in zip(names, group["params"], strict=True)]
+        except Exception:
+            self.param_groups.pop()
+            raise
+        group.update(BOOKKEEPING, displaces=chosen, first_lr=float(group["lr"]))
+        if len(self.param_groups) == 1:
+            group.update(training=True, steps=torch.zeros((), dtype=torch.int64))
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        require_nonnegative("eps", group["eps"])
-        for beta in group["betas"]:
-            require_nonnegative("betas", beta)
-            if beta >= 1:
-                raise ValueError(f"betas must lie in [0, 1), got {beta}; use 0.9 and 0.999, say.")
-        if isinstance(group["lr"], Tensor) and group["foreach"] and not group["capturable"]:
-            raise ValueError("a tensor lr with foreach=True needs capturable=True, got False; set it, or fused=True.")
+        """Raise unless the options of a group make sense."""
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1:
+                raise ValueError(f"a tensor lr must hold one element, got shape {tuple(lr.shape)}; pass a scalar.")
+            lr = float(lr)
+        require_nonnegative("lr", lr)
+        require_nonnegative("weight_decay", group["weight_decay"])
+        if not isinstance(group["rho"], Tensor):
+            as_schedule(group["rho"])
+        if group["weight_decay_at"] not in get_args(WeightDecayAt):
+            raise ValueError(
+                f"weight_decay_at must be 'true' or 'perturbed', got {group['weight_decay_at']!r}; choose one of them."
+            )
+        if group["foreach"] and group["fused"]:
+            raise ValueError("at most one of foreach and fused may be True, got both; drop one.")
+        for p in group["params"]:
+            if not p.is_floating_point():
+                raise TypeError(f"expected real floating-point parameters, got {p.dtype}; view complex ones as real.")
 
-    def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], weight_decay: float) -> None:
-        keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
-        states = [self.state[p] for p in weights]
-        for p, state in zip(weights, states, strict=True):
-            if "exp_avg" not in state:
-                on_device = group["capturable"] or group["fused"]
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
-                for key in keys:
-                    state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        exp_avgs, exp_avg_sqs, *maxima = [[state[key] for state in states] for key in keys]
-        beta1, beta2 = group["betas"]
-        adamw(
-            weights,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            maxima[0] if maxima else [],
-            [state["step"] for state in states],
-            foreach=group["foreach"],
-            capturable=group["capturable"],
-            fused=group["fused"],
-            amsgrad=group["amsgrad"],
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=weight_decay,
-            eps=group["eps"],
-            maximize=group["maximize"],
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what deepcopy and pickle keep: torch's part, the perturbation and the way back."""
+        ours = {"perturbation": self.perturbation, "_restore_policy": self._displacement.restore}
+        return super().__getstate__() | ours
 
-    def _decay_at_perturbed(
-        self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], decayed: list[Tensor]
-    ) -> list[Tensor]:
-        # w − lr λ w̃ with w = w̃ − ε is w̃ (1 − lr λ) − ε: shrink before ε is subtracted
-        torch._foreach_sub_(decayed, torch._foreach_mul(weights, group["lr"] * group["weight_decay"]))
-        return grads
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copied, unpickled or loaded state."""
+        rest = dict(state)
+        if "_restore_policy" in rest:
+            perturbation, restore = rest.pop("perturbation"), rest.pop("_restore_policy")
+            self._displacement = Displacement(self, perturbation, restore, self._momentum_key)
+            self._gradient_hooks = OrderedDict()
+        super().__setstate__(rest)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, perturbation's bookkeeping included, as plain numbers and tensors.
 
-class NAGOptions(TypedDict, total=False):
-    """Keywords of :class:`PerturbedSGD` that :class:`NAG` hands on."""
+        It belongs to the model's weights as they are now, displaced or not: save the two together.
+        """
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group["along"] = self._displacement.along
+            if isinstance(group["rho"], Schedule):
+                group["rho"] = group["rho"].to_plain()
+        return state
 
-    dampening: float
-    restore: Restore
-    maximize: bool
-    foreach: bool | None
-    fused: bool | None
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state saved by this class, or by torch's optimizer of the same base step.
 
+        The weights are not touched: load those saved together with the state, in either mode. A state of torch's own
+        optimizer means that nothing is displaced.
 
-class SGDOptions(NAGOptions, total=False):
-    """Keywords of :class:`PerturbedSGD` that :class:`MSAM` and :class:`SAM` hand on."""
-
-    weight_decay_at: WeightDecayAt
-
-
-class AdamWOptions(TypedDict, total=False):
-    """Keywords of :class:`PerturbedAdamW` that :class:`AdamWMSAM` and :class:`AdamWSAM` hand on."""
-
-    weight_decay_at: WeightDecayAt
-    restore: Restore
-    maximize: bool
-    foreach: bool | None
-    capturable: bool
-    fused: bool | None
-
-
-Subset = Literal["all"] | ParameterFilter
-
-
-class MSAM(PerturbedSGD):
-    """Momentum-SAM: ``ε = −ρ v / ‖v‖``, one gradient a step (the paper's Algorithm 1).
-
-    Parameters
-    ----------
-    params, lr, momentum, weight_decay, **options
-        As for :class:`PerturbedSGD`.
-    rho : float or Schedule
-        Default 3.0: the paper's search (A15) finds the optimum at 2 to 3 for convolutional nets on CIFAR-100.
-    subset : "all" or ParameterFilter
-        Which parameters move.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        rho: float | Schedule = 3.0,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        *,
-        subset: Subset = "all",
-        **options: Unpack[SGDOptions],
-    ) -> None:
-        perturbation = Perturbation(direction="momentum", rho=rho, subset=subset)
-        super().__init__(params, lr, momentum, weight_decay=weight_decay, perturbation=perturbation, **options)
+        Raises
+        ------
+        ValueError
+            If the state was saved while displaced along another direction, or by Nesterov's method of torch.
+        """
+        along, groups = self._displacement.along, []
+        for present, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            kept = {key: present[key] for key in present if key not in _FOREIGN_KEYS}
+            if "steps" in present:
+                kept |= {"training": True, "steps": torch.zeros_like(present["steps"])}
+            group = kept | BOOKKEEPING | saved
+            if saved.get("nesterov"):
+                raise ValueError("expected a state without nesterov=True, got one with it; load it into torch's SGD.")
+            if group.pop("along", None) != along and group["standing"] is not None:
+                if state_dict["param_groups"][0]["training"]:
+                    raise ValueError(
+                        f"expected a state displaced along {along}, got one along {saved['along']}; "
+                        "save it in eval() mode to change the perturbation."
+                    )
+                group |= BOOKKEEPING
+            if isinstance(group["rho"], dict):
+                group["rho"] = Schedule.from_plain(group["rho"])
+            groups.append(group)
+        groups += state_dict["param_groups"][len(groups) :]
+        super().load_state_dict(state_dict | {"param_groups": groups})
 
 
-class SAM(PerturbedSGD):
-    """Sharpness-aware minimisation: ``ε = ρ g / ‖g‖``, two gradients a step (Foret et al., arXiv 2010.01412).
-
-    Parameters
-    ----------
-    params, lr, momentum, weight_decay, **options
-        As for :class:`PerturbedSGD`.
-    rho : float or Schedule
-        Default 0.05 as Foret et al.; the MSAM paper finds 0.2 to 0.3 for CIFAR-100 (A15), and ASAM wants about 10 times
-        more.
-    adaptive : bool
-        ASAM: ``ε = ρ T² g / ‖T g‖`` with ``T = |w|`` (Kwon et al., arXiv 2102.11600).
-    subset : "all" or ParameterFilter
-        Which parameters move.
-
-    Notes
-    -----
-    ``step(closure)``, or ``first_step()`` and ``second_step()`` each after a ``backward()``. Under data parallelism
-    the first ``backward`` may run inside the model's ``no_sync()``: each process then climbs its own batch's gradient
-    (m-sharpness) and only the second gradient is averaged; without it both are.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        rho: float | Schedule = 0.05,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        *,
-        adaptive: bool = False,
-        subset: Subset = "all",
-        **options: Unpack[SGDOptions],
-    ) -> None:
-        perturbation = Perturbation(
-            direction="gradient", rho=rho, scale="adaptive" if adaptive else "none", subset=subset
-        )
-        super().__init__(params, lr, momentum, weight_decay=weight_decay, perturbation=perturbation, **options)
-
-
-class NAG(PerturbedSGD):
-    """Nesterov's accelerated gradient: ``ε = −lr μ v``.
-
-    At a constant learning rate its (perturbed) parameters are those of ``torch.optim.SGD(nesterov=True)`` at every
-    step, up to rounding; that is why weight decay acts at the perturbed weights here.
-
-    Parameters
-    ----------
-    params, lr, momentum, weight_decay, weight_decay_at, **options
-        As for :class:`PerturbedSGD`.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        *,
-        weight_decay_at: WeightDecayAt = "perturbed",
-        **options: Unpack[NAGOptions],
-    ) -> None:
-        require_nonnegative("momentum", momentum)
-        perturbation = Perturbation(direction="momentum", rho=momentum, normalize="lr")
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            weight_decay=weight_decay,
-            perturbation=perturbation,
-            weight_decay_at=weight_decay_at,
-            **options,
-        )
-
-
-class AdamWMSAM(PerturbedAdamW):
-    """AdamW with MSAM's perturbation along its first moment: ``ε = −ρ m / ‖m‖``.
-
-    Parameters
-    ----------
-    params, lr, betas, eps, weight_decay, **options
-        As for :class:`PerturbedAdamW`.
-    rho : float or Schedule
-        Default 3.0, as for :class:`MSAM`.
-    subset : "all" or ParameterFilter
-        Which parameters move.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        rho: float | Schedule = 3.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        subset: Subset = "all",
-        **options: Unpack[AdamWOptions],
-    ) -> None:
-        perturbation = Perturbation(direction="momentum", rho=rho, subset=subset)
-        super().__init__(params, lr, betas, eps, weight_decay, perturbation=perturbation, **options)
-
-
-class AdamWSAM(PerturbedAdamW):
-    """AdamW with SAM's perturbation: ``ε = ρ g / ‖g‖``, two gradients a step.
-
-    Parameters
-    ----------
-    params, lr, betas, eps, weight_decay, **options
-        As for :class:`PerturbedAdamW`.
-    rho, adaptive, subset
-        As for :class:`SAM`.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        rho: float | Schedule = 0.05,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        adaptive: bool = False,
-        subset: Subset = "all",
-        **options: Unpack[AdamWOptions],
-    ) -> None:
-        perturbation = Perturbation(
-            direction="gradient", rho=rho, scale="adaptive" if adaptive else "none", subset=subset
-        )
-        super().__init__(params, lr, betas, eps, weight_decay, perturbation=perturbation, **options)
+def _gradients(weights: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in weights if p.grad is not None]

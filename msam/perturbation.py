@@ -1,22 +1,26 @@
-"""What a perturbation is: six switches, and the displacement they stand for."""
+"""A perturbation is six switches; this is the displacement that they stand for, and its arithmetic."""
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ._arithmetic import global_norm
 from .filters import ParameterFilter
 from .schedules import Number, Schedule, as_schedule
 
-__all__ = ["Direction", "Normalization", "Perturbation", "Scale"]
+__all__ = ["Direction", "Normalization", "Perturbation", "Scale", "global_norm", "scaled"]
 
 Direction = Literal["momentum", "gradient", "last_gradient", "random"]
 Normalization = Literal["l2", "none", "lr"]
 Scale = Literal["none", "adaptive", "relative"]
+
+_PIECE = 1 << 17  # elements a sum in float32 may run over on the CPU before it loses digits
 
 
 def _require_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
@@ -133,14 +137,19 @@ class Perturbation:
         Parameters
         ----------
         norm : Tensor or None
-            Norm of :meth:`measured`, 0-dimensional; needed for "l2" only.
+            Norm of :meth:`measured`, 0-dimensional; only "l2" needs it.
         rho, lr : float or Tensor
             Strength and learning rate of the parameter group.
 
         Returns
         -------
         float or Tensor
-            0-dimensional; a tensor is never read on the host.
+            The multiple; a tensor is 0-dimensional and is never read on the host.
+
+        Raises
+        ------
+        ValueError
+            If ``normalize="l2"`` gets no norm.
         """
         if self.normalize == "lr":
             return self.toward * rho * lr
@@ -150,24 +159,57 @@ class Perturbation:
             raise ValueError("normalize='l2' needs the norm of the measured directions, got None; compute it first.")
         return torch.where(norm > 0, self.toward * rho / norm, torch.zeros_like(norm))
 
+    def factors(
+        self, directions: list[Tensor], weights: list[Tensor], rhos: Sequence[Number], lrs: Sequence[Number]
+    ) -> list[Tensor]:
+        """Return the multiple for each parameter group, from one norm over the parameters of all groups.
+
+        Parameters
+        ----------
+        directions, weights : list of Tensor
+            Raw directions d and true weights of all displaced parameters, whatever their group.
+        rhos, lrs : sequence of float or Tensor
+            Strength and learning rate of each group.
+
+        Returns
+        -------
+        list of Tensor
+            One 0-dimensional tensor for each group. Along "gradient" it is NaN where a gradient is not finite (as after
+            an overflow under loss scaling): then nothing is displaced.
+        """
+        climbs = self.direction == "gradient"
+        norm = global_norm(self.measured(directions, weights)) if climbs or self.normalize == "l2" else None
+        result = []
+        for rho, lr in zip(rhos, lrs, strict=True):
+            factor = self.factor(norm, rho, lr)
+            if not isinstance(factor, Tensor):
+                device = directions[0].device if directions else None
+                factor = torch.full((), factor, dtype=widest_dtype(directions), device=device)
+            if climbs and norm is not None:
+                factor = torch.where(norm.isfinite(), factor, math.nan)
+            result.append(factor)
+        return result
+
     def displacement(
         self, directions: list[Tensor], weights: list[Tensor], *, rho: Number, lr: Number = 1.0
     ) -> list[Tensor]:
         """Return ε, the formula of the table above, for one parameter group.
 
+        The optimizers displace the weights by the same two factors: :meth:`factors` times :meth:`shaped`.
+
         Parameters
         ----------
-        directions : sequence of Tensor
+        directions : list of Tensor
             Raw directions d of the displaced parameters.
-        weights : sequence of Tensor
+        weights : list of Tensor
             The true weights, of the same shapes.
         rho, lr : float or Tensor
-            Strength ρ and learning rate (used by ``normalize="lr"`` only).
+            Strength ρ and learning rate (only ``normalize="lr"`` uses it).
 
         Returns
         -------
         list of Tensor
-            ε, one tensor for each weight.
+            ε, one tensor for each weight, in its direction's dtype.
 
         Examples
         --------
@@ -175,6 +217,42 @@ class Perturbation:
         >>> p.displacement([torch.tensor([3.0, 4.0])], [torch.zeros(2)], rho=2.0)
         [tensor([-1.2000, -1.6000])]
         """
-        norm = global_norm(self.measured(directions, weights)) if self.normalize == "l2" else None
-        factor = self.factor(norm, rho, lr)
-        return [along * factor for along in self.shaped(directions, weights)]
+        (factor,) = self.factors(directions, weights, [rho], [lr])
+        return scaled(self.shaped(directions, weights), factor)
+
+
+def widest_dtype(tensors: list[Tensor]) -> torch.dtype:
+    """Return the dtype of scalars that belong to all the tensors: float64 if one of them has it, else float32."""
+    return torch.float64 if torch.float64 in [tensor.dtype for tensor in tensors] else torch.float32
+
+
+def global_norm(tensors: list[Tensor]) -> Tensor:
+    """Return ``sqrt(Σ ‖t‖²)`` as a 0-dimensional tensor on the first tensor's device.
+
+    The sums run in float32 at least, whatever the tensors' dtype. An empty list has norm 0.
+    """
+    if not tensors:
+        return torch.zeros(())
+    squares: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    others: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        whole = tensor.detach()
+        if whole.is_cpu and whole.is_contiguous() and whole.dtype in (torch.float32, torch.float64):
+            # a dot product is faster than a norm, most of all where the tensor is in the cache
+            flat = whole.view(-1)
+            for part in (flat,) if flat.numel() <= _PIECE else flat.split(_PIECE):
+                squares[whole.dtype].append(torch.dot(part, part))
+        else:
+            others[whole.dtype].append(whole)
+    norms = [torch.stack(same).sum(dtype=torch.float64).sqrt() for same in squares.values()]
+    for same in others.values():
+        norms += torch._foreach_norm(same, 2, dtype=widest_dtype(same))
+    device, dtype = tensors[0].device, widest_dtype(tensors)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(device, dtype, non_blocking=True) for n in norms]))
+    return norm
+
+
+def scaled(directions: list[Tensor], factor: Tensor) -> list[Tensor]:
+    """Return ``factor · direction`` for each direction, in its dtype; a 0-dimensional ``factor`` of NaN gives zeros."""
+    factors = {device: factor.to(device, non_blocking=True) for device in {d.device for d in directions}}
+    return [(d * factors[d.device]).masked_fill_(factors[d.device].isnan(), 0.0) for d in directions]

@@ -5,6 +5,7 @@ weights. Every measurement is a plain function of one and returns a frozen resul
 plain function of a result.
 """
 
+from msam import normalization_layers
 from msam_analysis import checkpoints, plots, results
 from msam_analysis.landscape import (
     TrajectoryRecorder,
@@ -37,7 +38,6 @@ from msam_analysis.measures import (
 from msam_analysis.monitor import Monitor, probes
 from msam_analysis.objective import MatrixOperator, Objective, SymmetricOperator
 from msam_analysis.objective.direction import Direction
-from msam_analysis.objective.vectors import normalization_layers
 from msam_analysis.results import ApproximationWarning, ConvergenceWarning, export
 from msam_analysis.spectra import spectral_density, top_eigenvalues, trace
 

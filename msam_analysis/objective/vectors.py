@@ -136,34 +136,6 @@ def select(model: nn.Module, parameters: Selection) -> dict[str, nn.Parameter]:
     return chosen
 
 
-def normalization_layers(model: nn.Module) -> ParameterFilter:
-    """Return the selection of every normalisation layer's own parameters (Batch-, Layer-, Group-, Instance-, RMSNorm).
-
-    Parameters
-    ----------
-    model
-        The module whose layers are looked at.
-
-    Returns
-    -------
-    callable
-        A predicate for the ``parameters`` argument of an objective.
-    """
-    kinds = (
-        nn.modules.batchnorm._NormBase,
-        nn.LayerNorm,
-        nn.GroupNorm,
-        *([nn.RMSNorm] if hasattr(nn, "RMSNorm") else []),
-    )
-    inside = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, kinds)
-        for parameter in module.parameters(recurse=False)
-    }
-    return lambda _name, parameter: id(parameter) in inside
-
-
 def orthonormalize(vectors: Tensor, against: Tensor | None = None) -> Tensor:
     """Return an orthonormal basis of the columns of ``vectors`` after removing their parts in span(``against``).
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,15 +94,37 @@ STRENGTH = {
     ("adamw", "lr"): 9.0,
 }
 
-MATRIX = [
+
+def pairwise(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Rows in which every pair of values of two factors occurs: the next row always has most of the pairs left."""
+    rows = list(itertools.product(*(range(len(values)) for values in factors)))
+    pairs = {row: set(itertools.combinations(enumerate(row), 2)) for row in rows}
+    left: set[Any] = set().union(*pairs.values())
+    chosen = []
+    while left:
+        best = max(rows, key=lambda row: len(pairs[row] & left))
+        left -= pairs[best]
+        chosen.append(tuple(values[i] for values, i in zip(factors, best, strict=True)))
+    return chosen
+
+
+SWITCHES: tuple[Sequence[Any], ...] = (
+    ("sgd", "adamw"),
+    ("momentum", "gradient", "last_gradient"),
+    ("l2", "none", "lr"),
+    ("none", "adaptive", "relative"),
+    (1, -1),
+    ("true", "perturbed"),
+)
+# Three switches meet in the decay at perturbed weights: it goes into the copies, or into the weights themselves.
+DECAY = [
+    (base, direction, "l2", scale, 1, "perturbed")
+    for base in ("sgd", "adamw")
+    for direction, scale in (("momentum", "none"), ("momentum", "relative"), ("gradient", "none"))
+]
+PAIRS = [
     general(base, dict(direction=d, normalize=n, scale=s, sign=sign, rho=STRENGTH[base, n]), weight_decay_at=at)
-    for base, d, n, s, (sign, at) in itertools.product(
-        ("sgd", "adamw"),
-        ("momentum", "gradient", "last_gradient"),
-        ("l2", "none", "lr"),
-        ("none", "adaptive", "relative"),
-        ((1, "true"), (-1, "perturbed")),
-    )
+    for base, d, n, s, sign, at in dict.fromkeys([*pairwise(*SWITCHES), *DECAY])
 ]
 
 

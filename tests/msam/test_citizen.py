@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 import msam
-from msam import reference
 
+from . import reference
 from .cases import ADAMW, BY_NAME, LR, NAMED, RHO, SGD, Case, each_implementation, general
 from .workloads import (
     Twin,

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import msam
-from msam import reference
 
+from . import reference
 from .cases import MU
 from .workloads import true_weights
 

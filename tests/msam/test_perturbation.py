@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import msam
-from msam import reference
 
+from . import reference
 from .cases import MU, NAMED, RHO, SGD, Case, general
 from .workloads import (
     Twin,
@@ -191,6 +191,36 @@ def test_displacement_of_msam_is_the_formula() -> None:
     expected = reference.displacement(velocities, true_weights(opt), rho=RHO, sign=-1)
     shift = opt.displacement()
     assert furthest([shift[p] for p in model.parameters()], expected) < 1e-13
+
+
+@pytest.mark.parametrize("maximize", [False, True], ids=["", "maximize"])
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+@pytest.mark.parametrize("switches", [row for row in SWITCHES if row[0] != "random"], ids=str)
+def test_the_weights_move_by_the_formula(switches: tuple[Any, ...], base: str, maximize: bool) -> None:
+    """What separates the weights from the true ones is ``Perturbation.displacement``, and what the twin computes."""
+    direction, normalize, scale, sign = switches
+    more: dict[str, Any] = dict(normalize=normalize, scale=scale)
+    model = network()
+    opt = general(base, dict(direction=direction, sign=sign, rho=0.1, **more), maximize=maximize).make(
+        model.parameters()
+    )
+    parameters, lr = list(model.parameters()), opt.param_groups[0]["lr"]
+    backward(loss(model, 0))
+    gradients = snapshot(p.grad for p in parameters if p.grad is not None)
+    (opt.first_step if direction == "gradient" else opt.step)()
+    key = "momentum_buffer" if base == "sgd" else "exp_avg"
+    d = [opt.state[p][key] for p in parameters] if direction == "momentum" else gradients
+    true, outward = true_weights(opt), sign
+    if direction == "momentum":
+        outward = -sign
+    elif maximize:
+        d = [-x for x in d]
+    formula = opt.perturbation.displacement(d, true, rho=0.1, lr=lr)
+    twins = reference.displacement(d, true, rho=0.1, lr=lr, sign=outward, **more)
+    moved = [p.detach() - w for p, w in zip(parameters, true, strict=True)]
+    assert furthest(moved, formula) < 1e-15
+    assert norm(formula) > 1e-6
+    assert furthest(twins, formula) < 1e-15
 
 
 def test_displacement_of_none_is_empty() -> None:

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from msam import reference
-
+from . import reference
 from .workloads import Twin, furthest, hide, missing, network, train
 
 STEPS = 60

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import msam
-from msam import reference
 
+from . import reference
 from .cases import ADAMW, SGD
 from .workloads import Twin, assert_network, furthest, network, same, saved_state, train, true_weights
 

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
 import msam
-from msam import reference
 
-from .cases import BY_NAME, LR, MATRIX, MU, NAMED, SGD, Case, each_implementation, general, torch_twin
+from . import reference
+from .cases import (
+    BY_NAME,
+    IMPLEMENTATIONS,
+    LR,
+    MU,
+    NAMED,
+    PAIRS,
+    SGD,
+    SWITCHES,
+    Case,
+    each_implementation,
+    general,
+    pairwise,
+    torch_twin,
+)
 from .workloads import (
     Twin,
     assert_network,
@@ -28,7 +43,7 @@ from .workloads import (
 )
 
 TOL = 1e-10
-each_case = pytest.mark.parametrize("case", NAMED + MATRIX, ids=lambda case: case.name)
+each_case = pytest.mark.parametrize("case", NAMED + PAIRS, ids=lambda case: case.name)
 each_named = pytest.mark.parametrize("case", NAMED, ids=lambda case: case.name)
 
 
@@ -45,6 +60,13 @@ def check_stored(case: Case, stored: list[list[torch.Tensor]], states: list[refe
         if case.between:
             w = [a + e for a, e in zip(w, states[t + 1].buffers["displacement"], strict=True)]
         assert furthest(tensors, w) < TOL
+
+
+def test_every_pair_of_switches_occurs() -> None:
+    names = ("base", "direction", "normalize", "scale", "sign", "weight_decay_at")
+    rows = [tuple(case.twin[name] for name in names) for case in PAIRS]
+    for (i, some), (j, others) in itertools.combinations(enumerate(SWITCHES), 2):
+        assert {(row[i], row[j]) for row in rows} == set(itertools.product(some, others))
 
 
 @each_case
@@ -200,10 +222,11 @@ ZERO: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "more"), ZERO, ids=str)
-@each_implementation
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_rho_zero_is_torch_to_the_bit(name: str, more: dict[str, Any], how: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("row", "how", "dtype"), pairwise(ZERO, IMPLEMENTATIONS, (torch.float32, torch.float64)), ids=str
+)
+def test_rho_zero_is_torch_to_the_bit(row: tuple[str, dict[str, Any]], how: dict[str, Any], dtype: torch.dtype) -> None:
+    name, more = row
     case = BY_NAME[name]
     base = case.twin.get("base", "sgd")
     same_in_torch = {k: v for k, v in more.items() if k != "adaptive"}

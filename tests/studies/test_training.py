@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from msam import Perturbation, normalization_layers, reference
+from msam import Perturbation, normalization_layers
 from msam.filters import ParameterFilter
 from msam_analysis.studies import digits
 from msam_analysis.studies.training import Trained, train
 from msam_analysis.studies.workloads import DIGITS, Recipe, Workload, formula, workload
+from tests.msam import reference
 
 from .toy import CLASSES, FEATURES, SAMPLES, STEPS, TOY, Features, samples, split
 

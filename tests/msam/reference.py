@@ -2,7 +2,7 @@
 
 Everything here is written out from the equations, one tensor at a time, over explicit *true* weights ``w``. No twin
 stores perturbed weights, except :func:`algorithm1`, which is the paper's Algorithm 1 and does. Nothing is shared with
-``torch.optim`` or with the optimizers of this package: a twin sees a function that returns gradients, and numbers.
+``torch.optim`` or with the optimizers of msam: a twin sees a function that returns gradients, and numbers.
 
 Notation (Becker, Altrock, Risse, *Momentum-SAM*, arXiv 2401.12033): ``w`` weights, ``v`` momentum buffer, ``g``
 mini-batch gradient, ``η`` learning rate, ``μ`` momentum factor, ``ρ`` perturbation strength, ``ε`` displacement. Every

@@ -1,0 +1,340 @@
+"""The displacement ε while it stands: how the weights get to w + ε, and back to the very weights they came from."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import weakref
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .perturbation import Perturbation, scaled
+from .schedules import Number, Schedule
+
+__all__ = ["BOOKKEEPING", "Displacement", "Move", "Restore"]
+
+Restore = Literal["auto", "subtract", "copy"]
+
+_EXACT = (torch.float32, torch.float64)  # dtypes in which "auto" adds and subtracts, and loses no digit that matters
+
+BOOKKEEPING: dict[str, Any] = {"standing": None, "applied": None}
+"""The entries of a group that describe its displacement, with their values while nothing is displaced."""
+
+
+class Move(NamedTuple):
+    """The displacement that one parameter group is to get: ``ε = factor · along``."""
+
+    group: dict[str, Any]
+    members: list[Tensor]
+    along: list[Tensor]
+    factor: Tensor  # 0-dimensional; NaN where the gradients overflowed, and then nothing moves
+
+
+class Displacement:
+    """Displaces the parameters of an optimizer, knows which of them are displaced, and takes exactly that back.
+
+    ``group["standing"]`` says which parameters of a group are displaced, ``group["applied"]`` by which multiple c of
+    their direction. There are two ways back. *Subtract* takes ``c · direction`` away again and needs no memory. *Copy*
+    keeps the true weight in ``state[p]["true_weight"]`` while the parameter is displaced. While the displacement is
+    suspended (eval mode) the true weights are in place, and ``state[p]["perturbed_weight"]`` keeps what adding
+    ``c · direction`` could not bring back to the bit. Along "gradient" both weights are needed: the copy and the
+    parameter swap their values.
+
+    All of this lies in the optimizer's groups and states, where torch saves, copies and loads it; so do the options
+    that are read here: ``rho``, ``lr``, ``first_lr``, ``maximize``, ``perturb``, ``displaces`` of each group, and
+    ``steps`` and ``training`` of the first.
+
+    Parameters
+    ----------
+    optimizer : Optimizer
+        Owner of the parameters; held weakly.
+    perturbation : Perturbation or None
+        The displacement that is wanted; None displaces nothing.
+    restore : {"auto", "subtract", "copy"}
+        Way back to the true weights.
+    momentum_key : str
+        Name of the momentum buffer in the optimizer's state.
+
+    Raises
+    ------
+    TypeError
+        If the perturbation is of another type.
+    ValueError
+        If ``restore`` is unknown, or subtracts what will not be known any more.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, perturbation: Perturbation | None, restore: Restore, momentum_key: str
+    ) -> None:
+        if perturbation is not None and not isinstance(perturbation, Perturbation):
+            raise TypeError(
+                f"perturbation must be a Perturbation or None, got {type(perturbation).__name__}; "
+                "build one with msam.Perturbation(direction=..., rho=...)."
+            )
+        if restore not in get_args(Restore):
+            raise ValueError(f"restore must be one of {', '.join(get_args(Restore))}, got {restore!r}; use 'auto'.")
+        lasts = perturbation is None or perturbation.lasts
+        if restore == "subtract" and perturbation is not None and not lasts:
+            raise ValueError(
+                "restore='subtract' needs the direction unchanged until the next step and no scaling by weights, "
+                f"got direction={perturbation.direction!r}, scale={perturbation.scale!r}; use restore='auto'."
+            )
+        direction = None if perturbation is None else perturbation.direction
+        self.perturbation = perturbation
+        self.restore = restore
+        self.climbs = direction == "gradient"  # two gradients a step, and nothing stands between steps
+        # what a saved displacement is a multiple of, in words
+        self.along = None if perturbation is None else f"{direction}, scaled {perturbation.scale}"
+        # where the direction lies in a parameter's state; gradient and noise are not there
+        self.key = {"momentum": momentum_key, "last_gradient": "last_gradient"}.get(str(direction))
+        self._copies_every_dtype = restore == "copy" or (restore == "auto" and not lasts)
+        self._owner: Any = weakref.proxy(optimizer)  # no cycle: an optimizer is freed with its last reference
+
+    # ---------------------------------------------------------------- what stands
+
+    @property
+    def stands(self) -> bool:
+        """Whether there is a displacement, suspended or not."""
+        return any(group["standing"] is not None for group in self._owner.param_groups)
+
+    def copied_and_subtracted(self, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return a group's displaced parameters: those that come back from a copy, and those by subtraction."""
+        copied: list[Tensor] = []
+        subtracted: list[Tensor] = []
+        if group["standing"] is not None:
+            training = self._owner.param_groups[0]["training"]
+            for p, stands in zip(group["params"], group["standing"], strict=True):
+                if stands:
+                    state = self._owner.state[p]
+                    from_copy = "true_weight" in state if training else "perturbed_weight" not in state
+                    (copied if from_copy else subtracted).append(p)
+        return copied, subtracted
+
+    def copies(self, members: list[Tensor]) -> list[Tensor]:
+        """Return the tensors that keep the parameters' other weights: the true ones, or in eval mode the perturbed."""
+        return [self._owner.state[p]["true_weight"] for p in members]
+
+    def tensors(self) -> dict[Tensor, Tensor]:
+        """Return ε by parameter: the one that stands, or along "gradient" the one that ``apply`` would make now."""
+        result: dict[Tensor, Tensor] = {}
+        if self.climbs and not self.stands:
+            for _, members, along, factor in self.planned():
+                result |= zip(members, scaled(along, factor), strict=True)
+            return result
+        training = self._owner.param_groups[0]["training"]
+        for group in self._owner.param_groups:
+            copied, members = self.copied_and_subtracted(group)
+            if training or self.climbs:
+                here, there = (copied, self.copies(copied)) if training else (self.copies(copied), copied)
+                result |= zip(copied, torch._foreach_sub(here, there) if copied else [], strict=True)
+            else:
+                members = copied + members
+            if members:
+                result |= zip(members, scaled(self._shaped(members), group["applied"]), strict=True)
+        return result
+
+    # ---------------------------------------------------------------- there and back
+
+    def apply(self) -> None:
+        """Move to w + ε, from the true weights or from the multiple that still stands, and note what was done."""
+        if self.key == "last_gradient":
+            self._remember_gradients()
+        moves = self.planned()
+        if not moves:
+            self.take_back_all()
+        for group, members, along, factor in moves:
+            moved = set(map(id, members))
+            standing = [id(p) in moved for p in group["params"]]
+            copied = []
+            for p in members:
+                if self._copies_every_dtype or (self.restore == "auto" and p.dtype not in _EXACT):
+                    copied.append(p)
+                else:
+                    self._owner.state[p].pop("true_weight", None)  # left by a state saved under another policy
+            if copied or standing != group["standing"]:
+                self.take_back(group)
+            self._keep_copies(copied)
+            change = factor if group["standing"] is None else factor - group["applied"]
+            add_scaled_(members, along, change, finite=not self.climbs)
+            group["standing"] = standing
+            if group["applied"] is None:
+                group["applied"] = factor.clone()
+            else:
+                group["applied"].copy_(factor)  # in place, so that a captured graph finds it again
+
+    def take_back(self, group: dict[str, Any]) -> None:
+        """Return a group to the true weights for good, by taking away exactly what was applied."""
+        copied, subtracted = self.copied_and_subtracted(group)
+        if copied:
+            torch._foreach_copy_(copied, self.copies(copied))
+        if subtracted:
+            add_scaled_(subtracted, self._directions(subtracted), -group["applied"])
+        group["standing"] = None
+        if self.climbs:
+            for p in group["params"]:
+                self._owner.state[p].pop("true_weight", None)
+
+    def take_back_all(self) -> None:
+        """Return all groups to the true weights for good."""
+        for group in self._owner.param_groups:
+            self.take_back(group)
+
+    def moved_to(self, group: dict[str, Any], multiple: float) -> None:
+        """Note that a base step itself has left all of a group's weights displaced by another multiple."""
+        group["applied"].fill_(multiple)
+
+    def suspend(self) -> None:
+        """Put the true weights in place, until :meth:`resume`."""
+        for group in self._owner.param_groups:
+            copied, subtracted = self.copied_and_subtracted(group)
+            for p in subtracted:  # adding back in resume() need not return the very bits, so they are kept
+                self._owner.state[p]["perturbed_weight"] = p.detach().clone()
+            if subtracted:
+                add_scaled_(subtracted, self._directions(subtracted), -group["applied"])
+            if self.climbs:
+                _swap(copied, self.copies(copied))
+            else:
+                for p in copied:
+                    p.copy_(self._owner.state[p].pop("true_weight"))
+        self._owner.param_groups[0]["training"] = False
+
+    def resume(self) -> None:
+        """Put the displaced weights in place again.
+
+        Weights changed since :meth:`suspend` are displaced from where they are now; unchanged ones return bit for bit.
+        Along "gradient" all return to where they were.
+        """
+        for group in self._owner.param_groups:
+            copied, subtracted = self.copied_and_subtracted(group)
+            if self.climbs:
+                _swap(copied, self.copies(copied))
+            elif copied:
+                self._keep_copies(copied)
+                add_scaled_(copied, self._shaped(copied), group["applied"])
+            if subtracted:
+                kept = [self._owner.state[p].pop("perturbed_weight") for p in subtracted]
+                were = [before.clone() for before in kept]
+                add_scaled_(were, self._directions(subtracted), -group["applied"])
+                unchanged = [p == w for p, w in zip(subtracted, were, strict=True)]
+                add_scaled_(subtracted, self._directions(subtracted), group["applied"])
+                for p, same, before in zip(subtracted, unchanged, kept, strict=True):
+                    p.copy_(torch.where(same, before, p))
+        self._owner.param_groups[0]["training"] = True
+
+    def _keep_copies(self, members: list[Tensor]) -> None:
+        for p in members:
+            state = self._owner.state[p]
+            if "true_weight" in state:
+                state["true_weight"].copy_(p)  # in place, for captured graphs
+            else:
+                state["true_weight"] = p.detach().clone()
+
+    # ---------------------------------------------------------------- which way, and how far
+
+    def planned(self) -> list[Move]:
+        """Return the displacement that the perturbation asks for now, group by group; empty where nothing moves."""
+        groups, perturbation = self._owner.param_groups, self.perturbation
+        if perturbation is None:
+            return []
+        rhos = [self._rho(group) for group in groups]
+        if all(not isinstance(rho, Tensor) and rho == 0 for rho in rhos):
+            return [Move(group, [], [], torch.zeros(())) for group in groups] if self.climbs else []
+        members = [self._movable(group) for group in groups]
+        flat = [p for some in members for p in some]
+        directions = self._directions(flat)
+        factors = perturbation.factors(directions, flat, rhos, [group["lr"] for group in groups])
+        shaped = iter(perturbation.shaped(directions, flat))
+        moves = []
+        for group, some, factor in zip(groups, members, factors, strict=True):
+            negated = group["maximize"] and perturbation.direction in ("gradient", "last_gradient")
+            moves.append(Move(group, some, [next(shaped) for _ in some], -factor if negated else factor))
+        return moves
+
+    def _rho(self, group: dict[str, Any]) -> Number:
+        rho: Number | Schedule = group["rho"]
+        if not isinstance(rho, Schedule):
+            return rho
+        if rho.varies and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a captured graph repeats one rho, got a schedule that varies by step; set the group's 'rho' to a "
+                "tensor and fill it before each replay."
+            )
+        ratio = group["lr"] / group["first_lr"] if rho.follows_lr else 1.0
+        return rho(int(self._owner.param_groups[0]["steps"]) if rho.varies else 0, ratio)
+
+    def _movable(self, group: dict[str, Any]) -> list[Tensor]:
+        """Return the parameters of a group that move now: chosen, trainable, and with a direction."""
+        members = []
+        if group["perturb"]:
+            for p, chosen in zip(group["params"], group["displaces"], strict=True):
+                if chosen and p.requires_grad:
+                    direction = p.grad if self.climbs else self._owner.state[p].get(self.key) if self.key else p
+                    if direction is not None:
+                        members.append(p)
+        return members
+
+    def _directions(self, members: list[Tensor]) -> list[Tensor]:
+        """Return the raw directions d of parameters that have one."""
+        if self.climbs:
+            return [p.grad for p in members if p.grad is not None]
+        if self.key is not None:
+            return [self._owner.state[p][self.key] for p in members]
+        order = {p: i for i, p in enumerate(p for group in self._owner.param_groups for p in group["params"])}
+        return [self._noise(p, order[p]) for p in members]
+
+    def _shaped(self, members: list[Tensor]) -> list[Tensor]:
+        """Return the tensors that ε is a multiple of, at weights that are the true ones if they matter."""
+        directions = self._directions(members)
+        return directions if self.perturbation is None else self.perturbation.shaped(directions, members)
+
+    def _noise(self, p: Tensor, index: int) -> Tensor:
+        """Return the Gaussian noise of this step for the parameter of this index."""
+        key = f"{self.perturbation and self.perturbation.seed} {int(self._owner.param_groups[0]['steps'])} {index}"
+        generator = torch.Generator(p.device)
+        digest = hashlib.blake2b(key.encode(), digest_size=7).digest()  # generators seeded by counters would correlate
+        generator.manual_seed(int.from_bytes(digest, "big"))
+        return torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
+
+    def _remember_gradients(self) -> None:
+        """Keep this step's gradients, which are the next step's direction."""
+        for group in self._owner.param_groups:
+            for p in group["params"]:
+                state = self._owner.state[p]
+                if p.grad is None:
+                    state.pop("last_gradient", None)
+                elif "last_gradient" in state:
+                    state["last_gradient"].copy_(p.grad)
+                else:
+                    state["last_gradient"] = p.grad.detach().clone()
+
+
+def add_scaled_(weights: list[Tensor], directions: list[Tensor], factor: Tensor, *, finite: bool = True) -> None:
+    """Add ``factor · direction`` to each weight in place, without reading ``factor`` on the host of a GPU.
+
+    ``factor`` is 0-dimensional. With ``finite=False`` a factor of NaN adds nothing, whatever the directions hold.
+    """
+    if not weights:
+        return
+    if weights[0].is_cpu and factor.is_cpu and not torch.compiler.is_compiling():
+        # on the CPU a scalar is free to read, and spares the product's memory
+        multiple = factor.item()
+        if finite or not math.isnan(multiple):
+            torch._foreach_add_(weights, directions, alpha=multiple)
+        return
+    factors = {device: factor.to(device, non_blocking=True) for device in {w.device for w in weights}}
+    for device, local in factors.items():
+        here = [i for i, w in enumerate(weights) if w.device == device]
+        along = [directions[i] for i in here]
+        product = list(torch._foreach_mul(along, local)) if finite else scaled(along, local)
+        torch._foreach_add_([weights[i] for i in here], product)
+
+
+def _swap(these: list[Tensor], those: list[Tensor]) -> None:
+    """Exchange the values of two lists of tensors."""
+    for a, b in zip(these, those, strict=True):
+        kept = a.clone()
+        a.copy_(b)
+        b.copy_(kept)
