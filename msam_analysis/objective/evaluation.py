@@ -81,6 +81,11 @@ class Findings:
     refusal: str = ""
     examination: Examination | None = None
 
+    @property
+    def manner(self) -> tuple[object, ...]:
+        """What decides how a private copy is made."""
+        return self.redirected, self.restored, tuple(self.drawing or ())
+
 
 @dataclass(eq=False)
 class Evaluation:
@@ -141,12 +146,13 @@ class Evaluation:
     def renew(self) -> None:
         """Make a new private copy."""
         self._attributes = Attributes(self.original)
+        self._manner = self.findings.manner
         self.copy = self.private_copy()
         self._slots = self.copy.slots()
 
     def follow(self) -> None:
         """Make a new private copy if attributes of the model have changed since the last, such as a temperature."""
-        if self._attributes.changed():
+        if self._manner != self.findings.manner or self._attributes.changed():
             self.renew()
 
     def private_copy(self, *, own: bool = False) -> LossModule:

@@ -241,7 +241,7 @@ class Objective:
 
     def _viewed(self, **changes: object) -> Objective:
         other = copy.copy(self)
-        other._evaluation = self._evaluation.view(**changes)
+        other._evaluation = self.evaluation.view(**changes)  # views are not examined again
         return other
 
     @property

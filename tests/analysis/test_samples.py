@@ -131,14 +131,20 @@ def test_neither_model_nor_data_is_copied_or_checked_again(monkeypatch: pytest.M
             return tuple(tensor[index] for tensor in self.tensors)
 
     whole = ma.Objective(MLP.model(), MLP.loss_fn, DataLoader(Counted(*concatenate(MLP.data())), batch_size=8))
+    whole.examine()
     reads.clear()
-    monkeypatch.setattr("copy.deepcopy", lambda *_: pytest.fail("the model was copied"))
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("the model was copied")
+
+    monkeypatch.setattr("copy.deepcopy", refuse)
     some = whole.with_samples(torch.tensor([1, 2, 3]))
     part = whole.with_parameters("0.*")
     assert some.gradient().isfinite().all()
     assert part.gradient().isfinite().all()
     assert part.batches is whole.batches
     assert some._evaluation.copy is part._evaluation.copy is whole._evaluation.copy
+    monkeypatch.undo()
     assert reads == []
 
 
