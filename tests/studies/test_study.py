@@ -271,14 +271,13 @@ def test_a_damaged_run_is_not_silently_used(finished: Path, tmp_path: Path) -> N
 def test_other_settings_have_other_runs(
     finished: Path, tmp_path: Path, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A finer protocol, and another learning rate: everything is made again, and what was there stays for later."""
+    """A finer protocol is measured, another learning rate is trained, and what was there stays for later."""
     out = tmp_path / "out"
     shutil.copytree(finished, out)
     before = stamps(out)
     finer = dataclasses.replace(COARSE, line_points=7)
     study(out, seeds=1, protocol=finer)
-    measured = trainings.count()
-    assert measured >= len(TOY.perturbations)
+    assert trainings.count() == 0, "the networks are there: their slices are measured anew"
     assert len(pd.read_csv(out / "tables" / "lines.csv")) == len(TOY.perturbations) * 3 * 7
     assert stamps(out).items() >= before.items()
 
