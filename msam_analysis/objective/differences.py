@@ -22,8 +22,8 @@ from msam_analysis.objective.trial import apart, deriving, on, value_of
 from msam_analysis.objective.vectors import gaussian, no_autocast, widest
 
 _DOUBLE = 32 * 10**6  # parameters up to which derivatives are compared in float64, for its memory
-# Relative steps of differences in float64: shorter ones meet fewer kinks, longer ones have more digits.
-_STEPS = (1e-6, 1e-7, 1e-8)
+# Relative steps of differences in float64: short ones meet few kinks; long ones serve losses computed in float32.
+_STEPS = (1e-6, 1e-8, 1e-4, 1e-3)
 _WRONG = 1e-3  # a relative difference that neither truncation nor rounding in float64 explains
 # In float32, where a model cannot be evaluated in float64.
 _COARSE_STEPS, _COARSELY_WRONG = (1e-3, 3e-3), 0.3
@@ -75,8 +75,11 @@ def _compared(wide: Evaluation, steps: Sequence[float], wrong: float) -> Iterato
         torch.full_like(leaf, max(float(leaf.detach().square().mean().sqrt()) if leaf.numel() else 0.0, 1e-3))
         for leaf in leaves.values()
     ).detach()
-    along, across = (gaussian(layout.size, 1, seed=number, like=point)[:, 0] * sizes for number in (1, 2))
-    gradient, products, reason = _exact(wide, leaves, constants, [along, across])
+    draws = [gaussian(layout.size, 1, seed=number, like=point)[:, 0] * sizes for number in (1, 2)]
+    gradient, (along, across), products, reason = _exact(wide, leaves, constants, draws)
+    # Rows that are held on purpose (the padding of an embedding) have no derivative; a whole tensor without one is a fault.
+    moving = layout.flatten(_moving(view) for view in layout.views(gradient).values())
+    along = along * moving
     scale = max(float((gradient * along).norm()), abs(float(gradient @ along)))
     best_slope, best_product = math.inf, math.inf
     for step in steps:
@@ -124,23 +127,39 @@ def _compared(wide: Evaluation, steps: Sequence[float], wrong: float) -> Iterato
 
 
 def _exact(
-    wide: Evaluation, leaves: dict[str, Tensor], constants: dict[str, Tensor], vectors: Sequence[Tensor]
-) -> tuple[Tensor, list[Tensor], str]:
-    """Return the gradient, its exact products with vectors, and why there are none."""
+    wide: Evaluation, leaves: dict[str, Tensor], constants: dict[str, Tensor], draws: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor], str]:
+    """Return the gradient, the vectors where it moves, its exact products with them, and why there are none.
+
+    A row without a derivative in a tensor that has some, such as the padding of an embedding, is held on purpose.
+    """
     tensors = list(leaves.values())
     with torch.enable_grad(), no_autocast(wide.device), wide.kernels(twice=True), RandomStream(wide.seed) as stream:
         loss = next(wide.batch_losses(leaves, constants, stream))
         gradients = loss_gradients(loss.value, leaves, create_graph=True)
         flat = wide.layout.flatten(piece.detach() for piece in gradients)
+        moves = wide.layout.flatten(_moving(piece.detach()) for piece in gradients)
+        vectors = [draw * moves for draw in draws]
         if wide.second_derivatives.central:
-            return flat, [], ""
+            return flat, vectors, [], ""
         try:
             with missing_derivatives():
                 check_twice_differentiable([loss.value])
                 pieces = [list(wide.layout.views(vector).values()) for vector in vectors]
                 products = [pull_back(gradients, tensors, piece, together=False) for piece in pieces]
         except MissingDerivativeError:  # the operators find it, too, each in its own way
-            return flat, [], ""
+            return flat, vectors, [], ""
         except RuntimeError as error:
-            return flat, [], str(error).split("\n", maxsplit=1)[0]
-    return flat, [wide.layout.flatten(product) for product in products], ""
+            return flat, vectors, [], str(error).split("\n", maxsplit=1)[0]
+    found = [wide.layout.flatten(product) for product in products]
+    finite = all(bool(product.isfinite().all()) for product in found)
+    return flat, vectors, found if finite else [], ""
+
+
+def _moving(gradient: Tensor) -> Tensor:
+    """Return 1 for entries that may be moved, 0 for rows without a derivative among rows that have one."""
+    if gradient.ndim < 2:
+        return torch.ones_like(gradient)
+    rows = gradient.flatten(1).any(1)
+    held = ~rows if bool(rows.any()) else torch.zeros_like(rows)
+    return torch.ones_like(gradient).masked_fill_(held.reshape(-1, *[1] * (gradient.ndim - 1)), 0.0)

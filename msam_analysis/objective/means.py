@@ -84,10 +84,12 @@ def _halved(evaluation: Evaluation, batches: Sequence[Batch]) -> Halved | None:
     fixed = evaluation.view(batchnorm="eval", dropout=False, findings=replace(evaluation.findings, drawing=None))
     trial = on(fixed, [whole, first, second])
     with trial.evaluating() as stream:
-        trial.settle(trial.leaves() if trial.findings.with_gradients else trial.views(None), trial.constants())
-        before = stream.state
+        point = trial.leaves() if trial.findings.with_gradients else trial.views(None)
+        constants, returned, before = trial.constants(), [], stream.state
         try:
-            returned = [_detached(trial.copy(batch)) for batch in trial.batches]
+            for batch in trial.batches:
+                trial.settle(point, constants)
+                returned.append(_detached(trial.copy(batch)))
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError):  # a loss that needs whole batches
             return None
         if not same_state(before, stream.state) or _uses_batch_statistics(trial):
@@ -122,10 +124,11 @@ def _judged(evaluation: Evaluation, question: str, halved: Halved, *, several: b
     (mean, count), (one, n_one), (two, n_two) = ((float(value), weight) for value, weight in values)
     if not all(map(math.isfinite, (mean, one, two))):
         return Check(question, "not checked", follows="the loss is not finite")
-    dtype = evaluation.precision
+    # Some models compute their loss in float32, whatever they are in.
+    dtype = max(evaluation.precision, torch.float32, key=lambda kind: torch.finfo(kind).eps)
 
     def fits(a: float, b: float) -> bool:
-        return close(mean, (a * one + b * two) / (a + b), dtype, factor=200) if a + b > 0 else False
+        return close(mean, (a * one + b * two) / (a + b), dtype) if a + b > 0 else False
 
     if own:
         if close(count, n_one + n_two, torch.float32) and fits(n_one, n_two):
@@ -141,7 +144,7 @@ def _judged(evaluation: Evaluation, question: str, halved: Halved, *, several: b
                 return Check(question, "holds", apart(mean, (one + two) / 2))
             evaluation.findings.weighing = w.Weighing(words, counted)
             return Check(question, "adapted", follows=f"batches weigh their {words}, not their samples")
-    if close(mean, one + two, dtype, factor=200):
+    if close(mean, one + two, dtype):
         evaluation.findings.weighing = w.Weighing("samples, the loss being their sum", w.SAMPLES.count, sums=True)
         return Check(question, "adapted", follows="sums of loss_fn are divided by the number of samples")
     if not several:

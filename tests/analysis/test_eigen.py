@@ -862,12 +862,14 @@ def test_without_the_package_the_backend_says_what_to_install(monkeypatch: pytes
 class Once(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
         return x**3
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        return g
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * g
 
 
 def cubed(output: Tensor, target: Tensor) -> Tensor:
