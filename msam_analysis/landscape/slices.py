@@ -26,6 +26,7 @@ from msam_analysis.landscape.point_table import PointTable
 from msam_analysis.landscape.refine import Surface, refine_grid
 from msam_analysis.landscape.sampling import drawn
 from msam_analysis.landscape.together import Together, fastest
+from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.direction import Direction, as_direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.ranks import Ranks
@@ -39,6 +40,7 @@ _TAKEN = ("loss", "x", "y", "coordinate", "distance", "evaluated", *ERRORS)
 _SAME = 1e-4
 
 
+@numbers
 def slice_1d(
     objective: Objective,
     direction: Direction | Tensor,
@@ -91,6 +93,7 @@ def slice_1d(
     return result
 
 
+@numbers
 def slice_2d(
     objective: Objective,
     directions: tuple[Direction | Tensor, Direction | Tensor],

@@ -7,11 +7,13 @@ import math
 import torch
 
 from msam_analysis.measures.geometry import Adaptive, adaptive_scale
+from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.vectors import gaussian
 from msam_analysis.results import Estimate
 
 
+@numbers
 def average_sharpness(
     objective: Objective, sigma: float, *, adaptive: Adaptive = False, draws: int = 50, seed: int = 0
 ) -> Estimate:

@@ -14,6 +14,7 @@ from msam_analysis.measures.ascent import Ascent
 from msam_analysis.measures.ball_loss import BallLoss, Point
 from msam_analysis.measures.geometry import Adaptive, Ball, Norm, adaptive_scale, check_norm, check_radius
 from msam_analysis.measures.starts import Start, starting_points
+from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.results import BallSharpness, ConvergenceWarning
 
@@ -22,6 +23,7 @@ _STEPS = 2
 _FINALISTS = 3
 
 
+@numbers
 def ball_sharpness(
     objective: Objective,
     rho: float,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from msam_analysis.measures.geometry import Ball, adaptive_scale, euclidean
+from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import ScaledOperator, SymmetricOperator
 from msam_analysis.results import BallSharpness, Certificate, ConvergenceWarning
@@ -17,6 +18,7 @@ from msam_analysis.results.balls import Verdict
 from msam_analysis.spectra.top import top_eigenvalues
 
 
+@numbers
 def certify(
     ball: BallSharpness,
     objective: Objective,

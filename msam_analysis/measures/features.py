@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.batches import Batches
 from msam_analysis.objective.private import unwrap
 from msam_analysis.results import FeatureRank
@@ -15,6 +16,7 @@ from msam_analysis.results import FeatureRank
 _EPS = torch.finfo(torch.float64).eps
 
 
+@numbers
 def feature_rank(
     model: nn.Module | None, data: object, *, layer: str | None = None, threshold: float = 0.99
 ) -> FeatureRank:

@@ -12,12 +12,14 @@ import math
 import torch
 from torch import Tensor
 
+from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.results import Estimate
 
 _NO_NORMALIZATION = "no BatchNorm"
 
 
+@numbers
 def relative_flatness(objective: Objective, layer: str, *, draws: int = 30, seed: int = 0) -> Estimate:
     r"""Return the relative flatness of one layer, ``κ = Σ_{s,s'} ⟨w_s, w_s'⟩ tr(H_{s,s'})``.
 
@@ -72,6 +74,7 @@ def relative_flatness(objective: Objective, layer: str, *, draws: int = 30, seed
     return _estimate("relative flatness", sample, objective, layer=layer)
 
 
+@numbers
 def fisher_rao_norm(objective: Objective, *, samples: int | None = None, seed: int = 0) -> Estimate:
     r"""Return the squared Fisher–Rao norm, ``‖w‖²_fr = wᵀ F w = E_i ⟨w, ∇ℓ_i(w)⟩²``.
 
@@ -114,8 +117,8 @@ def fisher_rao_norm(objective: Objective, *, samples: int | None = None, seed: i
     point = objective.point()
     squares = torch.empty(count, dtype=torch.float64)
     for number, index in enumerate(chosen):
-        gradient = objective.with_samples(index[None], batch_size=1).gradient(point)
-        squares[number] = float(point.double().dot(gradient.double())) ** 2
+        loss, gradient = objective.with_samples(index[None], batch_size=1).loss_and_gradient(point)
+        squares[number] = float(point.double().dot(gradient.double())) ** 2 if bool(loss.isfinite()) else math.nan
     return _estimate("squared Fisher-Rao norm", squares, objective)
 
 

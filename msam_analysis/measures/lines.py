@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from msam_analysis.measures.geometry import Adaptive, Ball, Norm, adaptive_scale, check_norm, check_radius
+from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.direction import Direction, as_direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.results import DirectionalSharpness
 
 
+@numbers
 def one_step_sharpness(
     objective: Objective, rho: float, *, norm: Norm = "l2", adaptive: Adaptive = False
 ) -> DirectionalSharpness:
@@ -57,6 +59,7 @@ def one_step_sharpness(
     return _along(objective, float(loss), [center + step], coordinates, step, f"{name}, {norm}", float(rho))
 
 
+@numbers
 def directional_sharpness(
     objective: Objective, direction: Direction | Tensor, rho: float, *, points: int = 11
 ) -> DirectionalSharpness:

@@ -13,10 +13,12 @@ from torch import Tensor
 from msam_analysis.measures.ball import ball_sharpness
 from msam_analysis.measures.geometry import Adaptive, Norm
 from msam_analysis.measures.starts import Start
+from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.results import BatchSharpness, ConvergenceWarning
 
 
+@numbers
 def m_sharpness(
     objective: Objective,
     rho: float,

@@ -48,6 +48,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msam_analysis.objective.arguments import numbers
 from msam_analysis.results import (
     BallSharpness,
     ConvergenceWarning,
@@ -88,6 +89,7 @@ class Sampled(Protocol):
         ...
 
 
+@numbers
 def data_interval(
     objective: Sampled | Sequence[Sampled],
     metric: Metric,

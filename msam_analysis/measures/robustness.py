@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.batches import Batches
 from msam_analysis.objective.private import unwrap
 from msam_analysis.objective.randomness import RandomStream
@@ -22,6 +23,7 @@ from msam_analysis.results import RobustAccuracy
 Attack = Literal["noise", "fgsm", "pgd", "apgd"]
 
 
+@numbers
 def robust_accuracy(
     model: nn.Module,
     data: object,

@@ -127,6 +127,11 @@ class Monitor:
         scaler: Any = None,
     ) -> None:
         check_period("every", every)
+        if callable(probes):
+            raise TypeError(f"probes must be a list of probes, got {probes!r}: pass [{type(probes).__name__}(...)]")
+        for each in probes:
+            if isinstance(each, type):
+                raise TypeError(f"expected a probe, got the class {each.__name__}: make one, {each.__name__}(...)")
         if not probes:
             raise ValueError(
                 "probes is empty: expected at least one, e.g. msam_analysis.monitor.probes.MomentumGradientCosine()"

@@ -71,8 +71,8 @@ class Batches:
         self.cache_bytes = cache_bytes
         self.nbytes, self.sizes, sums = 0, [], []
         for raw in _read(self._source):
-            self.sizes.append(count_samples(raw))
             batch = self._move(raw)
+            self.sizes.append(count_samples(raw))
             if not isinstance(self._source, list | _Samples):
                 sums.append(of_tensors(tensors_of(raw)))
             self.nbytes += sum(tensor.nbytes for tensor in tensors_of(batch))
@@ -167,6 +167,11 @@ class Batches:
         """Return a copy on the device: what a model does to its input in place, it does not do to the caller's."""
 
         def convert(tensor: Tensor) -> Tensor:
+            if tensor.layout != torch.strided:
+                raise ValueError(
+                    f"a batch holds a tensor of layout {tensor.layout}: expected dense ones; pass tensor.to_dense(), or "
+                    "indices and values, and make it sparse in forward"
+                )
             dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
             return tensor.detach().to(device=self._device, dtype=dtype, copy=True)
 

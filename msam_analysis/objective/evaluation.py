@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from msam_analysis.objective.batches import Batches
 from msam_analysis.objective.batchnorm import Policy, blank_statistics, collect_statistics, use_batch_statistics
 from msam_analysis.objective.examination import Examination
+from msam_analysis.objective.explaining import explained
 from msam_analysis.objective.nested import Batch
 from msam_analysis.objective.private import Attributes, LossModule, use_randomness
 from msam_analysis.objective.randomness import RandomStream
@@ -357,12 +358,13 @@ class Evaluation:
 
     def evaluate(self, batch: Batch, weight: float) -> tuple[Tensor, float]:
         """Return the mean loss of a batch and its weight, at the tensors in place."""
-        sums = self.findings.weighing.sums
-        if self.autocast is None:
-            return mean_and_weight(self.copy(batch), weight, sums=sums)
+        half = self.autocast
         # Without its cache, which would tie the graphs of batches to each other.
-        with torch.autocast(self.device.type, dtype=self.autocast, cache_enabled=False):
-            return mean_and_weight(self.copy(batch), weight, sums=sums)
+        autocast = (
+            torch.autocast(self.device.type, dtype=half, cache_enabled=False) if half else contextlib.nullcontext()
+        )
+        with autocast, explained(batch):
+            return mean_and_weight(self.copy(batch), weight, sums=self.findings.weighing.sums)
 
     # ----------------------------------------------------------------------------------------------------- the contexts
 

@@ -8,10 +8,7 @@ refused in one sentence.
 from __future__ import annotations
 
 import math
-import os
-import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,8 +17,8 @@ from msam_analysis.objective.differences import derivatives
 from msam_analysis.objective.evaluation import Evaluation, Findings
 from msam_analysis.objective.examination import Check, Examination, ExaminationError
 from msam_analysis.objective.means import is_mean
-from msam_analysis.objective.nested import Batch, count_samples, tensors_of
-from msam_analysis.objective.private import Attributes, is_pair
+from msam_analysis.objective.nested import count_samples
+from msam_analysis.objective.private import Attributes
 from msam_analysis.objective.second_derivatives import graph_nodes
 from msam_analysis.objective.trial import SAMPLES, apart, close, deriving, on, part_of, value_of
 
@@ -73,13 +70,17 @@ def _function(trial: Evaluation) -> Iterator[Check]:
     leaves, constants = trial.leaves(), {name: tensor.clone() for name, tensor in trial.constants().items()}
     before = Attributes(copy)
     with deriving(trial) as stream:
-        with _explained(trial):
-            value, ends = value_of(trial, leaves, constants, stream)
+        value, ends = value_of(trial, leaves, constants, stream)
         findings.redirected = copy.reached
         written = {f"model.{name}": leaf for name, leaf in leaves.items()} | constants
         buffers = {name for name, _ in trial.original.named_buffers()}
         findings.written = frozenset(n for n, tensor in written.items() if tensor._version and n not in buffers)
         outside = _outside(leaves, ends)
+        if any(id(tensor) in trial._outer for tensor in outside):
+            raise ExaminationError(
+                "the graph of the loss ends in parameters of the original model: expected a loss of what the model that "
+                "it is given puts out; return activations from forward instead of keeping them by a hook or in a global"
+            )
         changed = before.changed()
         again, _ = value_of(trial, leaves, constants, stream)
     if not close(value, again, trial.precision, factor=16):
@@ -100,36 +101,6 @@ def _function(trial: Evaluation) -> Iterator[Check]:
     )
     yield from _belongs(findings, outside)
     yield _without_gradients(trial, value)
-
-
-@contextmanager
-def _explained(trial: Evaluation) -> Iterator[None]:
-    """Say in a sentence what went wrong at the first evaluation of a model on somebody's batch."""
-    try:
-        yield
-    except (TypeError, AttributeError, KeyError, IndexError, RuntimeError, ValueError) as error:
-        if _raised_on_purpose(error):
-            raise
-        batch = next(iter(trial.batches))
-        kind = "(input, target)" if is_pair(batch) else _structure(batch)
-        call = "loss_fn(model(input), target)" if is_pair(batch) else "loss_fn(model, batch)"
-        raise ExaminationError(
-            f"the loss cannot be evaluated: {call} on a batch of the kind {kind} raised {type(error).__name__} "
-            f"({str(error).splitlines()[0] if str(error) else 'without a message'}): expected a model and a loss_fn "
-            "that fit the batches; a criterion(output, target) takes batches (input, target), any other batch goes as "
-            "a whole to loss_fn(model, batch)"
-        ) from error
-
-
-def _raised_on_purpose(error: BaseException) -> bool:
-    """Whether an error comes from a ``raise`` of the user's or of ours, and not from inside of torch."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return (last.line or "").startswith("raise") and f"{os.sep}torch{os.sep}" not in last.filename
-
-
-def _structure(batch: Batch) -> str:
-    inside = ", ".join(map(str, batch)) if isinstance(batch, dict) else f"{len(list(tensors_of(batch)))} tensors"
-    return f"{type(batch).__name__} ({inside})"
 
 
 def _outside(leaves: dict[str, Tensor], ends: Iterable[Tensor]) -> list[Tensor]:

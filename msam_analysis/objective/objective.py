@@ -132,12 +132,14 @@ class Objective:
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}: pass e.g. nn.CrossEntropyLoss()")
         check_policy(batchnorm)
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}: pass e.g. torch.float64")
         self.loss_fn = loss_fn
         self._examines = examine
         self._graph_bytes = graph_bytes
         original = LossModule(unwrap(model), unwrap(loss_fn))
         first = next(iter(select(original.model, parameters).values()))
-        placed = torch.device(device) if device is not None else first.device
+        placed = _device(device, first.device)
         self._evaluation = Evaluation(
             original,
             Batches(data, device=placed, dtype=dtype, cache_bytes=cache_bytes),
@@ -514,6 +516,18 @@ class Objective:
             see :class:`~msam_analysis.objective.gauss_newton.GaussNewtonOperator`.
         """
         return GaussNewtonOperator(self.evaluation, w, keep_bytes=self._graph_bytes, settings=self.settings)
+
+
+def _device(wanted: torch.device | str | None, own: torch.device) -> torch.device:
+    try:
+        device = own if wanted is None else torch.device(wanted)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device must be one that torch knows, got {wanted!r}: pass 'cpu', 'cuda' or 'mps', or leave it out"
+        ) from error
+    if device.type == "meta":
+        raise ValueError("the parameters are on the meta device, without values: load weights before measuring")
+    return device
 
 
 def _check_autocast(autocast: torch.dtype | None, dtype: torch.dtype) -> None:

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 ParameterFilter = Callable[[str, nn.Parameter], bool]
 Selection = str | Iterable[str] | ParameterFilter | None
@@ -104,6 +105,17 @@ def select(model: nn.Module, parameters: Selection) -> dict[str, nn.Parameter]:
         The selection is of another kind.
     """
     named = dict(model.named_parameters())
+    for name, parameter in named.items():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"the parameter {name!r} has no shape yet (a lazy layer): expected a model that has seen a batch; run "
+                "model(inputs) once"
+            )
+        if parameter.is_complex():
+            raise TypeError(
+                f"the parameter {name!r} is complex: expected real parameters; keep torch.view_as_real(weight) as the "
+                "parameter and make it complex in forward"
+            )
     if parameters is None:
         chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
         if not chosen:

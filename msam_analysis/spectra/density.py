@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import gaussian, no_autocast
@@ -23,6 +24,7 @@ from msam_analysis.spectra.top import MEMORY_BYTES, as_operator, rounding, searc
 _TOGETHER = 16  # chains whose products are made at once, where memory is enough
 
 
+@numbers
 def spectral_density(
     target: SymmetricOperator | Objective,
     *,

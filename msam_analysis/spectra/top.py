@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import no_autocast
@@ -38,6 +39,7 @@ def as_operator(target: SymmetricOperator | Objective) -> SymmetricOperator:
     return target.hessian()
 
 
+@numbers
 def top_eigenvalues(
     target: SymmetricOperator | Objective,
     k: int = 5,

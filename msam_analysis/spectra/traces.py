@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import no_autocast, orthonormalize
@@ -22,6 +23,7 @@ _GROUP_BYTES = 2**28  # bytes of vectors that are multiplied together
 _FEWEST = 10  # draws before a standard error may end the drawing
 
 
+@numbers
 def trace(
     target: SymmetricOperator | Objective,
     *,
