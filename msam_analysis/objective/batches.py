@@ -169,8 +169,8 @@ class Batches:
         def convert(tensor: Tensor) -> Tensor:
             if tensor.layout != torch.strided:
                 raise ValueError(
-                    f"a batch holds a tensor of layout {tensor.layout}: expected dense ones; pass tensor.to_dense(), or "
-                    "indices and values, and make it sparse in forward"
+                    f"a batch holds a tensor of layout {tensor.layout}: expected dense ones; pass tensor.to_dense(), "
+                    "or indices and values, and make it sparse in forward"
                 )
             dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
             return tensor.detach().to(device=self._device, dtype=dtype, copy=True)

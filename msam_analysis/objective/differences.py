@@ -22,7 +22,7 @@ from msam_analysis.objective.trial import apart, deriving, on, value_of
 from msam_analysis.objective.vectors import gaussian, no_autocast, widest
 
 _DOUBLE = 32 * 10**6  # parameters up to which derivatives are compared in float64, for its memory
-# Relative steps of differences in float64: short ones meet few kinks; long ones serve losses computed in float32.
+# Relative steps of differences in float64: short ones meet few kinks, long ones serve losses in float32.
 _STEPS = (1e-6, 1e-8, 1e-4, 1e-3)
 _WRONG = 1e-3  # a relative difference that neither truncation nor rounding in float64 explains
 # In float32, where a model cannot be evaluated in float64.
@@ -77,9 +77,6 @@ def _compared(wide: Evaluation, steps: Sequence[float], wrong: float) -> Iterato
     ).detach()
     draws = [gaussian(layout.size, 1, seed=number, like=point)[:, 0] * sizes for number in (1, 2)]
     gradient, (along, across), products, reason = _exact(wide, leaves, constants, draws)
-    # Rows that are held on purpose (the padding of an embedding) have no derivative; a whole tensor without one is a fault.
-    moving = layout.flatten(_moving(view) for view in layout.views(gradient).values())
-    along = along * moving
     scale = max(float((gradient * along).norm()), abs(float(gradient @ along)))
     best_slope, best_product = math.inf, math.inf
     for step in steps:

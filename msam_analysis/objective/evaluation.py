@@ -360,10 +360,8 @@ class Evaluation:
         """Return the mean loss of a batch and its weight, at the tensors in place."""
         half = self.autocast
         # Without its cache, which would tie the graphs of batches to each other.
-        autocast = (
-            torch.autocast(self.device.type, dtype=half, cache_enabled=False) if half else contextlib.nullcontext()
-        )
-        with autocast, explained(batch):
+        cast = torch.autocast(self.device.type, dtype=half, cache_enabled=False) if half else contextlib.nullcontext()
+        with cast, explained(batch):
             return mean_and_weight(self.copy(batch), weight, sums=self.findings.weighing.sums)
 
     # ----------------------------------------------------------------------------------------------------- the contexts

@@ -8,6 +8,7 @@ refused in one sentence.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -21,6 +22,7 @@ from msam_analysis.objective.nested import count_samples
 from msam_analysis.objective.private import Attributes
 from msam_analysis.objective.second_derivatives import graph_nodes
 from msam_analysis.objective.trial import SAMPLES, apart, close, deriving, on, part_of, value_of
+from msam_analysis.results import ApproximationWarning
 
 _FEW, _LARGE = 4, 10**6  # fewer samples of models with more parameters
 
@@ -50,6 +52,13 @@ def _examine(evaluation: Evaluation) -> Examination:
     if findings != Findings():
         trial.renew()
         evaluation.renew()
+    if evaluation.original.changing_hooks:
+        warnings.warn(
+            f"{evaluation.original.changing_hooks} forward hooks of the model are left out, and a hook can change what "
+            "it computes: put what belongs to the function into forward, and remove the hooks",
+            ApproximationWarning,
+            stacklevel=2,
+        )
     checks.append(is_mean(evaluation, batch))
     slopes, precision, resolution = derivatives(trial, batch)
     checks += slopes
@@ -78,8 +87,8 @@ def _function(trial: Evaluation) -> Iterator[Check]:
         outside = _outside(leaves, ends)
         if any(id(tensor) in trial._outer for tensor in outside):
             raise ExaminationError(
-                "the graph of the loss ends in parameters of the original model: expected a loss of what the model that "
-                "it is given puts out; return activations from forward instead of keeping them by a hook or in a global"
+                "the graph of the loss ends in parameters of the original model: expected a loss of the model's "
+                "output; return activations from forward instead of keeping them by a hook or in a global"
             )
         changed = before.changed()
         again, _ = value_of(trial, leaves, constants, stream)

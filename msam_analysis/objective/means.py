@@ -16,7 +16,7 @@ from msam_analysis.objective.evaluation import Evaluation
 from msam_analysis.objective.examination import Check, ExaminationError
 from msam_analysis.objective.nested import Batch, tensors_of
 from msam_analysis.objective.randomness import same_state
-from msam_analysis.objective.trial import apart, close, on, part_of
+from msam_analysis.objective.trial import SAMPLES, close, on, part_of
 
 
 def is_mean(evaluation: Evaluation, part: Batch) -> Check:
@@ -37,13 +37,27 @@ def is_mean(evaluation: Evaluation, part: Batch) -> Check:
     sizes = [w.leading_sizes(batch) for batch in batches]
     divided = _divided(evaluation, batches)
     if divided is None:
-        if w.contradict(sizes) and not isinstance(next(_returned(evaluation, [part]), None), tuple):
+        if isinstance(next(_returned(evaluation, [part]), None), tuple):
+            return Check(question, "not checked", follows="batches weigh the counts that loss_fn returns")
+        if w.contradict(sizes):
             raise ExaminationError(
                 f"the tensors of a batch disagree about the number of samples (first dimensions {sizes[0]} in one "
                 f"batch, {sizes[1]} in another): expected one number of samples; return (sum, count) from loss_fn"
             )
+        if len(batches) > 1 and _ambiguous(batches):
+            raise ExaminationError(
+                "a mask or labels to be left out say another number of samples than the first tensor of a batch, and "
+                "halves of a batch cannot tell which counts: expected no guess; return (sum, count) from loss_fn"
+            )
         return Check(question, "not checked", follows="the batch cannot be halved")
     return _judged(evaluation, question, divided, several=len(evaluation.batches) > 1)
+
+
+def _ambiguous(batches: Sequence[Batch]) -> bool:
+    """Whether what may be counted is not proportional from batch to batch."""
+    (_, samples), *others = w.candidates(batches[0])
+    rates = [[count(batch) / samples(batch) for batch in batches] for _, count in others]
+    return any(max(row) - min(row) > 1e-6 * max(row) for row in rates)
 
 
 def _criterion(evaluation: Evaluation) -> Check | None:
@@ -65,34 +79,46 @@ def _criterion(evaluation: Evaluation) -> Check | None:
 
 Part = tuple[Batch, Any]
 """A batch, and what the loss returned on it."""
-Divided = tuple[Part, list[tuple[Part, Part]]]
-"""A batch, and its halves in every order that was tried."""
+Divided = list[tuple[Part, Part, Part]]
+"""Batches and their halves."""
 
 
 def _divided(evaluation: Evaluation, batches: Sequence[Batch]) -> Divided | None:
-    """Return a batch and its halves, in its own order and in that of its last tensor, labels as a rule.
+    """Return samples of all batches and their halves, in their own order and in that of the last tensor (labels).
 
-    It is that batch whose halves differ most in all that may be counted.
+    So also of the batch whose halves differ most in what may be counted.
     """
-    best: tuple[float, Batch] | None = None
+    wholes = [_spread(evaluation) if evaluation.batches.fits else None]
+    best: tuple[float, Batch] = (0.0, None)
     for batch in batches:
         pair = w.halves(batch)
         if pair is not None:
             shares = [count(pair[0]) / max(count(pair[0]) + count(pair[1]), 1.0) for _, count in w.candidates(batch)]
-            uneven = max(shares) - min(shares)
-            if best is None or uneven > best[0]:
-                best = (uneven, batch)
-    if best is None:
+            best = max(best, (max(shares) - min(shares), batch), key=lambda found: found[0])
+            wholes[0] = part_of(batch) if wholes[0] is None else wholes[0]
+    divided: Divided = []
+    for whole in [best[1], *wholes]:
+        if whole is None or w.halves(whole) is None:
+            continue
+        last = [tensor for tensor in tensors_of(whole) if tensor.ndim][-1]
+        order = last.detach().reshape(len(last), -1).double().sum(1).argsort(stable=True)
+        pieces = [piece for batch in (whole, w.rows(whole, order)) for piece in w.halves(batch) or ()]
+        returned = list(_returned(evaluation, [whole, *pieces]))
+        if len(returned) < 5:
+            return None
+        parts = list(zip([whole, *pieces], returned, strict=True))
+        divided += [(parts[0], parts[1], parts[2]), (parts[0], parts[3], parts[4])]
+    return divided or None
+
+
+def _spread(evaluation: Evaluation) -> Batch | None:
+    """Return a batch of samples spread over all batches; ``None`` where they cannot be in one."""
+    count = evaluation.batches.samples
+    chosen = torch.linspace(0, count - 1, min(count, SAMPLES)).long()
+    try:
+        return next(iter(evaluation.batches.take(chosen, len(chosen))))
+    except (ValueError, TypeError, IndexError, RuntimeError):
         return None
-    whole = best[1] if best[0] > 0 else part_of(best[1])
-    last = [tensor for tensor in tensors_of(whole) if tensor.ndim][-1]
-    order = last.detach().reshape(len(last), -1).double().sum(1).argsort(stable=True)
-    pieces = [piece for batch in (whole, w.rows(whole, order)) for piece in w.halves(batch) or ()]
-    returned = list(_returned(evaluation, [whole, *pieces]))
-    if len(returned) < 5:
-        return None
-    parts = list(zip([whole, *pieces], returned, strict=True))
-    return parts[0], [(parts[1], parts[2]), (parts[3], parts[4])]
 
 
 def _returned(evaluation: Evaluation, batches: Sequence[Batch]) -> Iterator[Any]:
@@ -125,42 +151,46 @@ def _detached(returned: Any) -> Any:
 
 
 def _judged(evaluation: Evaluation, question: str, divided: Divided, *, several: bool) -> Check:
-    (whole, returned), pairs = divided
     try:
-        mean, count = _number(returned)
-        numbers = [(*_number(first[1]), *_number(second[1])) for first, second in pairs]
+        numbers = [tuple(_number(returned) for _, returned in row) for row in divided]
     except ValueError:
         return Check(question, "not checked", follows="what loss_fn returns is neither a mean nor (sum, count)")
-    if not all(math.isfinite(number) for row in numbers for number in (mean, row[0], row[2])):
+    if not all(math.isfinite(row[0][0]) for row in numbers):
         return Check(question, "not checked", follows="the loss is not finite")
     # Some models compute their loss in float32, whatever they are in.
     dtype = max(evaluation.precision, torch.float32, key=lambda kind: torch.finfo(kind).eps)
 
     def fits(weights: Sequence[tuple[float, float]]) -> bool:
+        # A half where nothing counts has no mean.
+        sums = [
+            sum(n * value for n, (value, _) in zip(pair, row[1:], strict=True) if n)
+            for pair, row in zip(weights, numbers, strict=True)
+        ]
         return all(
-            a + b > 0 and close(mean, (a * one + b * two) / (a + b), dtype)
-            for (a, b), (one, _, two, _) in zip(weights, numbers, strict=True)
+            sum(pair) > 0 and close(row[0][0], total / sum(pair), dtype)
+            for pair, row, total in zip(weights, numbers, sums, strict=True)
         )
 
-    one, _, two, _ = numbers[0]
-    if isinstance(returned, tuple):
-        counts = [(row[1], row[3]) for row in numbers]
-        if all(close(count, a + b, torch.float32) for a, b in counts) and fits(counts):
+    if isinstance(divided[0][0][1], tuple):
+        counts = [(row[1][1], row[2][1]) for row in numbers]
+        total = all(close(row[0][1], row[1][1] + row[2][1], torch.float32) for row in numbers)
+        if total and fits(counts):
             return Check(question, "holds", follows="batches weigh the counts that loss_fn returns")
         raise ExaminationError(
-            f"loss_fn returns a pair that is no (sum, count): {count:.6g} on a batch, {counts[0][0]:.6g} and "
-            f"{counts[0][1]:.6g} on its halves, and sums that do not add up: expected a sum over samples and their "
+            f"loss_fn returns a pair that is no (sum, count): {numbers[0][0][1]:.6g} on a batch, {counts[0][0]:.6g} "
+            f"and {counts[0][1]:.6g} on its halves, and sums that do not add up: expected a sum over samples and their "
             "number; return the mean loss alone, without a metric beside it"
         )
-    for words, counted in w.candidates(whole):
-        if fits([(counted(first[0]), counted(second[0])) for first, second in pairs]):
+    for words, counted in w.candidates(divided[0][0][0]):
+        if fits([(counted(first[0]), counted(second[0])) for _, first, second in divided]):
             if words == "samples":
-                return Check(question, "holds", apart(mean, (one + two) / 2))
+                return Check(question, "holds")
             evaluation.findings.weighing = w.Weighing(words, counted)
             return Check(question, "adapted", follows=f"batches weigh their {words}, not their samples")
-    if all(close(mean, row[0] + row[2], dtype) for row in numbers):
+    if all(close(row[0][0], row[1][0] + row[2][0], dtype) for row in numbers):
         evaluation.findings.weighing = w.Weighing("samples, the loss being their sum", w.SAMPLES.count, sums=True)
         return Check(question, "adapted", follows="sums of loss_fn are divided by the number of samples")
+    (mean, _), (one, _), (two, _) = numbers[0]
     if not several:
         return Check(question, "not checked", follows="the only batch is no mean of its halves; its size matters")
     raise ExaminationError(
@@ -171,5 +201,7 @@ def _judged(evaluation: Evaluation, question: str, divided: Divided, *, several:
 
 
 def _number(returned: Any) -> tuple[float, float]:
+    if isinstance(returned, tuple) and len(returned) == 2 and not float(returned[1]):
+        return math.nan, 0.0  # nothing counts on this half
     value, weight = w.mean_and_weight(returned, 1.0)
     return float(value), weight

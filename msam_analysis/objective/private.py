@@ -146,6 +146,16 @@ class LossModule(nn.Module):
             handle.remove()
 
     @property
+    def changing_hooks(self) -> int:
+        """Number of hooks that :meth:`private_copy` leaves out and that may change what a forward pass computes."""
+        return sum(
+            not _computes_weights(hook)
+            for module in self.modules()
+            for kind in ("_forward_hooks", "_forward_pre_hooks")
+            for hook in vars(module).get(kind, {}).values()
+        )
+
+    @property
     def foreign_hooks(self) -> int:
         """Number of hooks that :meth:`private_copy` leaves out."""
         return sum(

@@ -107,7 +107,7 @@ def select(model: nn.Module, parameters: Selection) -> dict[str, nn.Parameter]:
     named = dict(model.named_parameters())
     for name, parameter in named.items():
         if isinstance(parameter, UninitializedParameter):
-            raise ValueError(
+            raise TypeError(
                 f"the parameter {name!r} has no shape yet (a lazy layer): expected a model that has seen a batch; run "
                 "model(inputs) once"
             )

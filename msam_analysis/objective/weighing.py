@@ -221,8 +221,10 @@ def contradict(sizes: Sequence[tuple[int, ...]]) -> bool:
     ``sizes`` has a row for each batch. A tensor whose first dimension is the same in all batches is no evidence, unless
     it is the first one.
     """
-    if len(sizes) < 2 or len({len(row) for row in sizes}) > 1:
+    if len(sizes) < 2:
         return False
+    if len({len(row) for row in sizes}) > 1:
+        return any(len(set(row)) > 1 for row in sizes)
     columns = list(zip(*sizes, strict=True))
     first, rest = columns[0], [column for column in columns[1:] if len(set(column)) > 1]
     return any(column[0] * mine != first[0] * own for column in rest for mine, own in zip(first, column, strict=True))
