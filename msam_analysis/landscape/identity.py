@@ -45,5 +45,5 @@ def identity(
         "data": of_tensors(tensor for batch in objective.batches for tensor in tensors_of(batch)),
         **{f"direction {name}": of_tensors([line.vector]) for name, line in zip(axes, directions, strict=True)},
         **{f"coordinates of {name}": of_tensors([axis]) for name, axis in axes.items()},
-        **{name: str(value) for name, value in {**objective.settings, **settings}.items()},
+        **{n: str(value) for n, value in {**objective.settings, **settings}.items() if n != "examination"},
     }

@@ -111,7 +111,7 @@ def ball_sharpness(
         warnings.warn(
             f"ball_sharpness: rho = {rho:g}, sharpness {at.rise:.4g} from the start {best.name!r}: {doubt}",
             ConvergenceWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     highest, lowest = max(reached.values()), min(reached.values())
     return BallSharpness(

@@ -104,7 +104,7 @@ def certify(
             f"certify: after {curvature.hvps} Hessian-vector products the largest curvature is {curvature.value:.3g} "
             f"with a residual of {curvature.residual:.1e}: expected a smaller one; raise max_hvps",
             ConvergenceWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return Certificate(
         verdict=_verdict(curvature, multiplier, gain <= tolerance * ball.sharpness, torch.finfo(objective.dtype).eps),

@@ -94,7 +94,7 @@ def m_sharpness(
             f"m_sharpness: {unconverged} of {len(balls)} batches reached no maximum in their ball; measure one with "
             "ball_sharpness(objective.with_samples(...)) to see why, or raise iterations",
             ConvergenceWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     rises = torch.tensor([ball.sharpness for ball in balls], dtype=torch.float64)
     weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)

@@ -119,7 +119,7 @@ def spectral_density(
             f"{', '.join(f'{r:.1e}' for r in exact.norms[:k].tolist())}; expected at most {tolerance:g} "
             "of the value and a check that none was missed: raise max_hvps or tolerance, or lower extremes",
             ConvergenceWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     pairs = [chain.ritz() for chain in chains]
     counts = torch.tensor([len(exact.values), *(len(levels) for levels, _ in pairs)])

@@ -162,7 +162,7 @@ def top_eigenvalues(
             f"{', '.join(f'{v:.4g}' for v in result.values.tolist())}; expected residual/|value| <= {tolerance:g}"
             f"{beyond}: raise max_hvps or tolerance",
             ConvergenceWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return result
 

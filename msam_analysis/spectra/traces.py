@@ -110,7 +110,7 @@ def trace(
             f"a value of {value:.4g}; expected at most {target_error:g} of it: raise max_draws or target_error"
             + (", or try method='hutch++'" if method == "hutchinson" else ""),
             ConvergenceWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return Estimate(
         quantity="trace",

@@ -175,7 +175,7 @@ with torch.no_grad():
     for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
 data = (torch.randn(8, 3, generator=generator), torch.randn(8, 2, generator=generator))
-objective = ma.Objective(model, loss, data)
+objective = ma.Objective(model, loss, data, examine=False)
 direction = ma.directions.random(objective)
 ma.slice_1d(objective, direction, points=41, path=sys.argv[1])
 ma.slice_1d(objective, direction, points=41).save(sys.argv[1] + ".whole")

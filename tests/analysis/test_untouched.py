@@ -306,6 +306,8 @@ def test_hooks_of_the_model_are_not_called() -> None:
     ]
     objective = ma.Objective(model, MLP.loss_fn, MLP.data())
     with untouched(model):
+        with pytest.warns(ma.ApproximationWarning, match="2 forward hooks of the model are left out"):
+            objective.examine()
         objective.loss_and_gradient()
         objective.hvp(direction(objective))
     assert not seen
