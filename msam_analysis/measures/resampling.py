@@ -307,4 +307,4 @@ def _warn(complaints: list[str], failed: int, count: int, small: bool, samples: 
             "correction, which is of first order: use more samples"
         )
     if reasons:
-        warnings.warn("data_interval: " + "; ".join(reasons), ConvergenceWarning, stacklevel=3)
+        warnings.warn("data_interval: " + "; ".join(reasons), ConvergenceWarning, stacklevel=4)
