@@ -99,6 +99,8 @@ class Evaluation:
         The selected parameters, the precision that each is evaluated in, and that of flat vectors.
     findings
         How to evaluate.
+    foreign
+        Whether the running statistics belong to other weights than the current ones.
     """
 
     original: LossModule
@@ -111,6 +113,7 @@ class Evaluation:
     seed: int
     second_derivatives: SecondDerivatives
     findings: Findings = field(default_factory=Findings)
+    foreign: bool = False
 
     def __post_init__(self) -> None:
         """Make the private copy."""

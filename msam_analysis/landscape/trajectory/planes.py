@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from msam_analysis.objective.direction import Direction
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.statistics import warn_of_statistics
 from msam_analysis.results import Projection, Reading, Result, Trajectory
 
 _CHUNK_BYTES = 128 * 2**20  # bytes of all points together, in float64, that are read at a time
@@ -249,8 +249,9 @@ def project(
 
     Warns
     -----
-    UserWarning
-        The objective has the policy ``batchnorm="eval"``.
+    ApproximationWarning
+        There is an objective, and running statistics belong to its current weights alone: with the policy ``"eval"``
+        those of BatchNorm.
     """
     if isinstance(plane, PrincipalPlane):
         directions: list[Direction] = list(plane.directions)
@@ -347,13 +348,7 @@ def _check_objective(objective: Objective, trajectory: Trajectory) -> None:
             f"the objective's parameters are not those of the trajectory {trajectory.label!r}: expected the same "
             "model and selection; pass parameters=list(trajectory.names) to the objective"
         )
-    if str(objective.settings["batchnorm"]).startswith("eval"):
-        warnings.warn(
-            "losses along a trajectory with batchnorm='eval' use the current running statistics at every point, to "
-            "which they do not belong: make the objective with batchnorm='recalibrate'",
-            UserWarning,
-            stacklevel=3,
-        )
+    warn_of_statistics(objective, "along a trajectory", stacklevel=4)
 
 
 def grid(
