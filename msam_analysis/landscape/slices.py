@@ -189,7 +189,11 @@ def _checked(objective: Objective, *directions: Direction | Tensor) -> list[Dire
     """Return checked directions; a bare tensor may lead to another network, which a :class:`Direction` would say."""
     found = [as_direction(direction, objective) for direction in directions]
     if any(isinstance(direction, Tensor) for direction in directions):
-        warn_of_statistics(objective, "along a bare tensor (a Direction has a name instead)", stacklevel=4)
+        warn_of_statistics(
+            objective,
+            "along a bare tensor, which may lead to another network (a Direction(tensor, name) is taken not to)",
+            stacklevel=4,
+        )
     return found
 
 
@@ -340,10 +344,10 @@ class _Measurement:
             if bool(same.all()):
                 continue
             there, here = (float(values.reshape(-1)[same.int().argmin()]) for values in (then, now))
+            what = "loss" if name == "loss" else f"metric {name!r}"
             raise ValueError(
-                f"{self.path} has the {name if name == 'loss' else f'metric {name!r}'} {there:.9g} at the centre, where "
-                f"it is {here:.9g} now: expected the same functions on the same data; give another path, or move the "
-                "file away"
+                f"{self.path} has the {what} {there:.9g} at the centre, where it is {here:.9g} now: expected the same "
+                "network, functions and data; give another path, or move the file away"
             )
 
     # --------------------------------------------------------------------------------------------------------- refining

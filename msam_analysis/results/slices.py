@@ -131,7 +131,9 @@ class Slice1D(_Points, Result):
         ``L(w)``; equals ``loss`` at coordinate 0 exactly where 0 is on the grid.
     direction, direction_norm
         Its name (with the normalisation) and its L2 norm.
-    metrics, center_metrics, evaluated, error, metric_errors, tolerance, converged, complete, standard_error, rise_error, units
+    metrics, center_metrics, evaluated, error, metric_errors, tolerance, converged, complete
+        As in :class:`Slice2D`.
+    standard_error, rise_error, units
         As in :class:`Slice2D`.
     identity
         Content hashes of what was measured: weights, data, direction, settings; empty without a file.
