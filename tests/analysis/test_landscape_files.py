@@ -62,7 +62,7 @@ def same(a: Any, b: Any) -> None:
         other = getattr(b, name)
         if isinstance(value, Tensor):
             assert value.numpy().tobytes() == other.numpy().tobytes(), name
-        elif name == "metrics":
+        elif name in ("metrics", "center_metrics"):
             assert all(torch.equal(value[key], other[key]) for key in value)
             assert value.keys() == other.keys()
         elif name != "identity":
