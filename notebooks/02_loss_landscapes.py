@@ -13,6 +13,7 @@
 
 # %%
 import copy
+import warnings
 from functools import partial
 
 import pandas as pd
@@ -187,7 +188,7 @@ assert curvatures["curvature"].iloc[2:].max() < 10 * trace.value / flat.size
 #
 # First straight lines, from one minimum (0) to another (1). BatchNorm is a trap here: weights in between have running
 # statistics of their own, and those of either end are wrong for them. The policy `"recalibrate"` estimates them at
-# every point from the training data.
+# every point from the training data. Without it, `interpolation` warns.
 
 # %%
 anew = {
@@ -205,7 +206,12 @@ def lines(those: dict[str, ma.Objective]) -> dict[str, ma.results.Slice1D]:
     return found
 
 
-wrong, right = lines(objectives), lines(anew)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    wrong = lines(objectives)
+assert len(said) == 3
+assert all("do not belong to the weights of another network" in str(warning.message) for warning in said)
+right = lines(anew)
 axes = ma.plots.slice_1d_panels(
     {"the first network's statistics": wrong, "recalibrated": right}, relative=False, share_y=False
 )

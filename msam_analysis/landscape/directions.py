@@ -16,6 +16,7 @@ from torch import Tensor
 from msam_analysis.measures.momentum import momentum_buffers
 from msam_analysis.objective.direction import Direction, Normalization, as_direction, label, normalized, wide
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.statistics import warn_of_statistics
 from msam_analysis.objective.vectors import Layout, gaussian, orthonormalize
 from msam_analysis.spectra.top import top_eigenvalues
 
@@ -147,7 +148,19 @@ def interpolation(objective: Objective, other: Tensor) -> Direction:
 
     Buffers do not move along: between checkpoints of a network with BatchNorm, use the policy ``"recalibrate"`` or
     ``"batch"``.
+
+    Warns
+    -----
+    ApproximationWarning
+        Running statistics belong to the current weights alone: with the policy ``"eval"`` those of BatchNorm.
     """
+    found = _towards(objective, other)
+    if bool(found.vector.any()):
+        warn_of_statistics(objective, "along an interpolation")
+    return found
+
+
+def _towards(objective: Objective, other: Tensor) -> Direction:
     objective.layout.check(other, "point")
     return Direction(other.to(objective.point()) - objective.point(), "interpolation")
 
@@ -213,11 +226,12 @@ def plane_through(objective: Objective, a: Tensor, b: Tensor, *, orthonormal: bo
     ValueError
         The three points lie on one line, or a point has another shape.
 
-    Notes
+    Warns
     -----
-    Buffers do not move along; see :func:`interpolation`.
+    ApproximationWarning
+        As by :func:`interpolation`: buffers do not move along.
     """
-    first, second = (interpolation(objective, other) for other in (a, b))
+    first, second = (_towards(objective, other) for other in (a, b))
     u, v = _double(first.vector), _double(second.vector)
     along = float(u @ v / (u @ u)) if bool(u.any()) else 0.0
     rest = v - along * u
@@ -225,6 +239,7 @@ def plane_through(objective: Objective, a: Tensor, b: Tensor, *, orthonormal: bo
         raise ValueError(
             "the three points lie on one line: expected three that span a plane; use interpolation instead"
         )
+    warn_of_statistics(objective, "on a plane through other networks")
     if not orthonormal:
         spanning = (replace(first, name="to the first point"), replace(second, name="to the second point"))
         return Plane(spanning, torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64))

@@ -30,6 +30,7 @@ from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.direction import Direction, as_direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.ranks import Ranks
+from msam_analysis.objective.statistics import warn_of_statistics
 from msam_analysis.results import Slice1D, Slice2D
 from msam_analysis.results.fingerprint import fingerprint
 
@@ -85,7 +86,7 @@ def slice_1d(
     ValueError
         The grid is even, not finite or not increasing, or the direction does not fit; otherwise as :func:`slice_2d`.
     """
-    line = as_direction(direction, objective)
+    (line,) = _checked(objective, direction)
     grid = grids.symmetric(radius, points) if coordinates is None else grids.explicit(coordinates)
     labels = {"coordinates": grid, "direction": line.name, "direction_norm": line.norm}
     options = metrics, refine, samples, seed, path, progress, chunk, distributed
@@ -167,7 +168,7 @@ def slice_2d(
         out of range or not possible here; the name of a metric is taken, or its value is not a number; ``path`` holds
         another measurement; the processes measure different things.
     """
-    first, second = (as_direction(direction, objective) for direction in grids.two(directions, "directions"))
+    first, second = _checked(objective, *grids.two(directions, "directions"))
     if coordinates is None:
         radii, counts = grids.two(radius, "radii"), grids.two(points, "numbers of points")
         x, y = (grids.symmetric(r, n) for r, n in zip(radii, counts, strict=True))
@@ -185,6 +186,18 @@ def slice_2d(
     options = metrics, refine, samples, seed, path, progress, chunk, distributed
     result: Slice2D = _Measurement(objective, [first, second], {"x": x, "y": y}, Slice2D, labels, *options).run()
     return result
+
+
+def _checked(objective: Objective, *directions: Direction | Tensor) -> list[Direction]:
+    """Return checked directions; a bare tensor may lead to another network, which a :class:`Direction` would say."""
+    found = [as_direction(direction, objective) for direction in directions]
+    if any(isinstance(direction, Tensor) for direction in directions):
+        warn_of_statistics(
+            objective,
+            "along a bare tensor, which may lead to another network (a Direction(tensor, name) is taken not to)",
+            stacklevel=4,
+        )
+    return found
 
 
 @dataclass(eq=False)
@@ -222,6 +235,12 @@ class _Measurement:
         self.found = self._found()
         self.evaluator = Evaluator(self.part, [line.vector for line in self.lines], self.metrics, self.fraction)
         self.center = float(self.evaluator.center[0])
+        row, widths = self.evaluator.center, self.evaluator.widths
+        self.center_metrics: Mapping[str, Tensor] = {
+            name: row[column] if widths[name] else row[column.start]
+            for name, column in self._columns().items()
+            if name in (self.metrics or {})
+        }
         self.surfaces: Mapping[str, Surface] = {}
         grid = torch.cartesian_prod(*self.axes.values()).reshape(-1, len(self.axes))
         away = grid[(grid != 0).any(1)]
@@ -301,14 +320,8 @@ class _Measurement:
         """Enter the known points: the centre, and those in the file."""
         found, table = self.found, self.table
         if found is not None:
-            if not math.isclose(found.center_loss, self.center, rel_tol=_SAME) and not (
-                math.isnan(found.center_loss) and math.isnan(self.center)
-            ):
-                raise ValueError(
-                    f"{self.path} has the loss {found.center_loss:.9g} at the centre, where it is {self.center:.9g} "
-                    "now: expected the same network and loss function; give another path, or move the file away"
-                )
-            self.center = found.center_loss
+            self._compare(found)
+            self.center, self.center_metrics = found.center_loss, found.center_metrics or self.center_metrics
             done = torch.ones(self.shape, dtype=torch.bool) if found.evaluated is None else found.evaluated
             columns = {"loss": found.loss, **{name: getattr(found, name) for name in ERRORS}, **found.metrics}
             known = torch.cat([columns[name].reshape(len(grid), -1) for name in self.evaluator.widths], dim=1)
@@ -317,6 +330,28 @@ class _Measurement:
         center = (grid == 0).all(1) & ~table.measured
         table.rows[center] = self.evaluator.center
         table.measured |= center
+
+    def _compare(self, found: Any) -> None:
+        """Refuse a file whose loss or metrics at the centre are not those measured now."""
+        stored = {"loss": torch.tensor(found.center_loss, dtype=torch.float64), **found.center_metrics}
+        for name, now in {"loss": self.evaluator.center[0], **self.center_metrics}.items():
+            if name not in stored:  # a file of an earlier version
+                continue
+            then = stored[name].double()
+            if then.shape != now.shape:
+                raise ValueError(
+                    f"{self.path} holds {then.numel()} numbers of the metric {name!r} at a point, where it returns "
+                    f"{now.numel()} now: expected the same function; give another path, or move the file away"
+                )
+            same = torch.isclose(then, now, rtol=_SAME, atol=0.0, equal_nan=True).reshape(-1)
+            if bool(same.all()):
+                continue
+            there, here = (float(values.reshape(-1)[same.int().argmin()]) for values in (then, now))
+            what = "loss" if name == "loss" else f"metric {name!r}"
+            raise ValueError(
+                f"{self.path} has the {what} {there:.9g} at the centre, where it is {here:.9g} now: expected the same "
+                "network, functions and data; give another path, or move the file away"
+            )
 
     # --------------------------------------------------------------------------------------------------------- refining
 
@@ -372,6 +407,7 @@ class _Measurement:
             loss=values["loss"],
             center_loss=self.center,
             metrics=metrics,
+            center_metrics=self.center_metrics,
             evaluated=None if bool(measured.all()) else measured.reshape(self.shape).clone(),
             error=errors.get("loss", 0.0 if complete else math.nan),
             metric_errors={name: errors[name] for name in metrics if name in errors},

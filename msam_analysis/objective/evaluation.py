@@ -100,6 +100,8 @@ class Evaluation:
         The selected parameters, the precision that each is evaluated in, and that of flat vectors.
     findings
         How to evaluate.
+    foreign
+        Whether the running statistics belong to other weights than the current ones.
     """
 
     original: LossModule
@@ -112,6 +114,7 @@ class Evaluation:
     seed: int
     second_derivatives: SecondDerivatives
     findings: Findings = field(default_factory=Findings)
+    foreign: bool = False
 
     def __post_init__(self) -> None:
         """Make the private copy."""

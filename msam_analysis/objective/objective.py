@@ -24,6 +24,7 @@ from msam_analysis.objective.graphs import mean_gradient
 from msam_analysis.objective.hessian import HessianOperator
 from msam_analysis.objective.private import LossFunction, LossModule, unwrap
 from msam_analysis.objective.second_derivatives import SecondDerivatives, Wish
+from msam_analysis.objective.statistics import warn_of_statistics
 from msam_analysis.objective.vectors import Layout, Selection, select, widest
 from msam_analysis.objective.weighing import SAMPLES
 from msam_analysis.results import Settings
@@ -231,15 +232,23 @@ class Objective:
         ------
         ValueError
             ``w`` has another shape.
+
+        Warns
+        -----
+        ApproximationWarning
+            ``w`` is not the current weights, and running statistics belong to these: with the policy ``"eval"`` those
+            of BatchNorm. Settings then say so.
         """
         self.layout.check(w, "point w")
+        other = not torch.equal(w.detach().to(self.point()), self.point())
+        foreign = other and warn_of_statistics(self, "at the point of with_weights")
         views = self.layout.views(w.detach())
         moved = {
             id(parameter): nn.Parameter(views[name].to(parameter, copy=True), requires_grad=parameter.requires_grad)
             for name, parameter in self.parameters.items()
         }
         original = self._evaluation.original.private_copy(lambda tensor: moved.get(id(tensor), tensor))
-        return self._viewed(original=original)
+        return self._viewed(original=original, foreign=foreign or self._evaluation.foreign)
 
     def _viewed(self, **changes: object) -> Objective:
         other = copy.copy(self)
@@ -348,6 +357,8 @@ class Objective:
             special["weighed by"] = findings.weighing.counts
         if findings.with_gradients:
             special["values"] = "with gradients enabled"
+        if evaluation.foreign:
+            special["statistics"] = "of other weights"
         if not self._examines:
             special["examination"] = "left out"
         elif findings.examination is not None and findings.examination.verdict != "passed":

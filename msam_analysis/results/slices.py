@@ -29,6 +29,8 @@ class _Points:
         ``L(w)``.
     metrics
         Name to other quantities at the same points, shape ``grid`` or ``(*grid, n)``, such as each sample's loss.
+    center_metrics
+        The same quantities at ``w``, shape ``()`` or ``(n,)``.
     evaluated
         Shape ``grid``, boolean: where the loss was computed. Elsewhere it was interpolated (``refine``), or is NaN
         because it is still to come (``complete`` is false). ``None``: everywhere.
@@ -56,6 +58,7 @@ class _Points:
     loss: Tensor
     center_loss: float
     metrics: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    center_metrics: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     evaluated: Tensor | None = None
     error: float = 0.0
     metric_errors: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -128,7 +131,9 @@ class Slice1D(_Points, Result):
         ``L(w)``; equals ``loss`` at coordinate 0 exactly where 0 is on the grid.
     direction, direction_norm
         Its name (with the normalisation) and its L2 norm.
-    metrics, evaluated, error, metric_errors, tolerance, converged, complete, standard_error, rise_error, units
+    metrics, center_metrics, evaluated, error, metric_errors, tolerance, converged, complete
+        As in :class:`Slice2D`.
+    standard_error, rise_error, units
         As in :class:`Slice2D`.
     identity
         Content hashes of what was measured: weights, data, direction, settings; empty without a file.
@@ -171,6 +176,8 @@ class Slice2D(_Points, Result):
         Cosine between the two directions as applied.
     metrics
         Name to other quantities at the same points, shape ``(nx, ny)``, or ``(nx, ny, n)`` such as each sample's loss.
+    center_metrics
+        The same quantities at ``w``, shape ``()`` or ``(n,)``.
     evaluated
         Shape ``(nx, ny)``, boolean: where the loss was computed. Elsewhere it was interpolated (``refine``), or is NaN
         because it is still to come (``complete`` is false). ``None``: everywhere.

@@ -115,7 +115,8 @@ def test_networks_at_every_point(case: Case, policy: Any) -> None:
     objective = ma.Objective(model, case.loss_fn, data, batchnorm=policy)
     reference, point = reference_loss(case, model, data, policy), flatten(model)
     d1, d2 = normal(len(point), seed=114), normal(len(point), seed=115)
-    surface = ma.slice_2d(objective, (d1, d2), radius=0.3, points=(3, 5))
+    lines = ma.directions.Direction(d1, "one"), ma.directions.Direction(d2, "another")
+    surface = ma.slice_2d(objective, lines, radius=0.3, points=(3, 5))
     for i, x in enumerate(surface.x):
         for j, y in enumerate(surface.y):
             expected = float(reference(point + x * d1 + y * d2))

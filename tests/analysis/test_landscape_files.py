@@ -62,7 +62,7 @@ def same(a: Any, b: Any) -> None:
         other = getattr(b, name)
         if isinstance(value, Tensor):
             assert value.numpy().tobytes() == other.numpy().tobytes(), name
-        elif name == "metrics":
+        elif name in ("metrics", "center_metrics"):
             assert all(torch.equal(value[key], other[key]) for key in value)
             assert value.keys() == other.keys()
         elif name != "identity":
@@ -339,3 +339,25 @@ def test_a_copy_is_the_same_measurement(tmp_path: Path) -> None:
     same(line(again, direction, path=path), first)
     assert first.identity
     assert line(o, direction).identity == {}, "nothing is hashed where nothing is written"
+
+
+LENGTH = {"numbers": 2, "value": 1}
+
+
+def test_a_metric_that_changed_shows_at_the_centre(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a grid without the centre, too: the file keeps the metrics there."""
+    o = ma.Objective(MLP.model(), F.cross_entropy, MLP.data())
+    path = tmp_path / "slice.safetensors"
+
+    def measured() -> Slice1D:
+        given = {"own": lambda _, w: torch.full((LENGTH["numbers"],), float(LENGTH["value"]))}
+        return ma.slice_1d(o, torch.ones(o.size), coordinates=[0.5, 1.0], metrics=given, path=path)
+
+    assert measured().center_metrics["own"].tolist() == [1.0, 1.0]
+    measured()
+    monkeypatch.setitem(LENGTH, "value", 3)
+    with pytest.raises(ValueError, match="has the metric 'own' 1 at the centre, where it is 3 now"):
+        measured()
+    monkeypatch.setitem(LENGTH, "numbers", 5)
+    with pytest.raises(ValueError, match="holds 2 numbers of the metric 'own' at a point, where it returns 5 now"):
+        measured()

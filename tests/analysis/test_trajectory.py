@@ -629,8 +629,11 @@ def test_the_statistics_of_today_are_not_those_of_the_points(tmp_path: Path) -> 
     recorder = ma.TrajectoryRecorder(tmp_path, model)
     recorder.record(0)
     directions = list(normal(2, recorder.trajectory().size, seed=1))
-    with pytest.warns(UserWarning, match="batchnorm='recalibrate'"):
-        ma.project(recorder.trajectory(), directions, objective=ma.Objective(model, CONVNET.loss_fn, CONVNET.data()))
+    with pytest.warns(results.ApproximationWarning, match="batchnorm='recalibrate'"):
+        wrong = ma.project(
+            recorder.trajectory(), directions, objective=ma.Objective(model, CONVNET.loss_fn, CONVNET.data())
+        )
+    assert wrong.settings["statistics"] == "of other weights"
     right = ma.Objective(model, CONVNET.loss_fn, CONVNET.data(), batchnorm="recalibrate")
     seen = ma.project(recorder.trajectory(), directions, objective=right)
     assert seen.settings["batchnorm"] == "recalibrate"
@@ -672,12 +675,18 @@ def test_an_objective_with_other_weights_is_centred_there(case: cases.Case, para
     here = ma.Objective(model, case.loss_fn, case.data(), parameters=parameters)
     w = here.point() + 0.1 * normal(here.size, seed=1)
     with untouched(model):
-        there = here.with_weights(w)
+        if case is CONVNET:  # BatchNorm's statistics stay behind, and everyone is told
+            with pytest.warns(results.ApproximationWarning, match="do not belong to the weights of another network"):
+                there = here.with_weights(w)
+        else:
+            there = here.with_weights(w)
         assert torch.equal(there.point(), w)
         assert float(there.loss()) == float(here.loss(w)) != float(here.loss())
         assert torch.equal(there.gradient(), here.gradient(w))
-        assert there.settings == here.settings
-        assert ma.slice_1d(there, normal(here.size, seed=2), points=3).center_loss == float(here.loss(w))
+        foreign = {"statistics": "of other weights"} if case is CONVNET else {}
+        assert there.settings == {**here.settings, **foreign}
+        line = ma.directions.Direction(normal(here.size, seed=2), "random")
+        assert ma.slice_1d(there, line, points=3).center_loss == float(here.loss(w))
         with torch.no_grad():
             next(iter(there.parameters.values())).zero_()  # a copy: the model keeps its own
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from msam_analysis.objective.direction import Direction
 from msam_analysis.objective.objective import Objective
-from msam_analysis.results import Projection, Reading, Result, Trajectory
+from msam_analysis.objective.statistics import warn_of_statistics
+from msam_analysis.results import Projection, Reading, Result, Settings, Trajectory
 
 _CHUNK_BYTES = 128 * 2**20  # bytes of all points together, in float64, that are read at a time
 
@@ -249,16 +249,16 @@ def project(
 
     Warns
     -----
-    UserWarning
-        The objective has the policy ``batchnorm="eval"``.
+    ApproximationWarning
+        There is an objective, and running statistics belong to its current weights alone: with the policy ``"eval"``
+        those of BatchNorm.
     """
     if isinstance(plane, PrincipalPlane):
         directions: list[Direction] = list(plane.directions)
         center = plane.center if center is None else center
     else:
         directions = [item if isinstance(item, Direction) else Direction(item, "direction") for item in plane]
-    if objective is not None:
-        _check_objective(objective, trajectory)
+    settings = trajectory.settings if objective is None else _check_objective(objective, trajectory)
     if center is None:
         if objective is None:
             raise ValueError("expected a centre or an objective, got neither: pass center=..., the slice's centre")
@@ -280,7 +280,7 @@ def project(
         loss=table[:, 2] if measured else None,
         projected_loss=table[:, 3] if measured else None,
         center_loss=float(objective.loss(_at(origin, objective))) if objective is not None else None,
-        settings=trajectory.settings if objective is None else objective.settings,
+        settings=settings,
     )
 
 
@@ -340,20 +340,16 @@ def _basis(directions: Sequence[Direction], trajectory: Trajectory) -> tuple[Ten
     return basis, triangle
 
 
-def _check_objective(objective: Objective, trajectory: Trajectory) -> None:
+def _check_objective(objective: Objective, trajectory: Trajectory) -> Settings:
+    """Return the settings of the losses along a trajectory."""
     shapes = tuple(tuple(shape) for shape in objective.layout.shapes)
     if (objective.layout.names, shapes) != (trajectory.names, trajectory.shapes):
         raise ValueError(
             f"the objective's parameters are not those of the trajectory {trajectory.label!r}: expected the same "
             "model and selection; pass parameters=list(trajectory.names) to the objective"
         )
-    if str(objective.settings["batchnorm"]).startswith("eval"):
-        warnings.warn(
-            "losses along a trajectory with batchnorm='eval' use the current running statistics at every point, to "
-            "which they do not belong: make the objective with batchnorm='recalibrate'",
-            UserWarning,
-            stacklevel=3,
-        )
+    foreign = warn_of_statistics(objective, "along a trajectory", stacklevel=4)
+    return {**objective.settings, "statistics": "of other weights"} if foreign else objective.settings
 
 
 def grid(
