@@ -85,6 +85,8 @@ class Estimate(Result):
         Loss evaluations or Hessian-vector products spent.
     converged
         Whether the precision that was asked for was reached; true where none was.
+    resolution
+        Size below which a difference of losses is rounding, ``2 ε |L(w)|``; NaN where the value is no difference.
     """
 
     quantity: str
@@ -93,6 +95,7 @@ class Estimate(Result):
     draws: int
     evaluations: int
     converged: bool = True
+    resolution: float = math.nan
 
     _asked: ClassVar = ("draws",)
 
@@ -216,9 +219,7 @@ class SpectralDensity(Result):
         points = points if points is not None else min(math.ceil(4 * (high - low) / sigma) + 1, 10_001)
         grid = torch.linspace(low, high, points, dtype=torch.float64)
         draft = cls(values=grid, density=grid, standard_error=grid, sigma=sigma, **fields)
-        draft = dataclasses.replace(
-            draft, resolution=resolution, converged=draft.converged and sigma >= resolution
-        )
+        draft = dataclasses.replace(draft, resolution=resolution, converged=draft.converged and sigma >= resolution)
         density, error = draft.at(grid)
         return dataclasses.replace(draft, density=density, standard_error=error)
 
