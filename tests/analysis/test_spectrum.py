@@ -84,7 +84,8 @@ def test_density_integrates_to_one_and_smooths_anew_without_products() -> None:
 def test_a_kernel_narrower_than_the_nodes_resolve_is_not_called_converged() -> None:
     operator = ma.MatrixOperator(symmetric(torch.linspace(-1, 1, 200, dtype=torch.float64)))
     found = ma.spectral_density(operator, extremes=0, steps=20)
-    assert found.converged and found.sigma == found.resolution
+    assert found.converged
+    assert found.sigma == found.resolution
     span = float(found.nodes.max() - found.nodes.min())
     assert math.isclose(found.resolution, span / 20)
     with pytest.warns(ma.results.ApproximationWarning, match="narrower than the .* that 20 steps resolve"):
