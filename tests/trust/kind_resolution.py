@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def resolved(ask: Ask, matrix: Tensor, density: Callable[[int], ma.results.Spect
     far, silent = [], False
     for seed in range(3):
         before = len(ask.said)
-        found = ask(lambda seed=seed: question(seed))
+        found = ask(partial(question, seed))
         far.append(_beyond(found, values))
         silent = silent or (found.converged and len(ask.said) == before)
     places = float(torch.cat(far).double().mean())
