@@ -31,6 +31,7 @@ from msam_analysis.objective.direction import Direction, as_direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.ranks import Ranks
 from msam_analysis.objective.statistics import warn_of_statistics
+from msam_analysis.objective.rounding import resolution, warn_if_below
 from msam_analysis.results import Slice1D, Slice2D
 from msam_analysis.results.fingerprint import fingerprint
 
@@ -264,6 +265,9 @@ class _Measurement:
             self.journal.write(self._snapshot, now=True)
             raise
         result = self._result(complete=True)
+        finite = result.loss[result.loss.isfinite()]
+        if len(finite):
+            warn_if_below("range of the loss on the slice", float(finite.max() - finite.min()), result.resolution)
         self.journal.write(lambda: result, now=True)
         return result
 
@@ -417,6 +421,7 @@ class _Measurement:
             standard_error=values.get(ERRORS[0]),
             rise_error=values.get(ERRORS[1]),
             units=self.evaluator.units,
+            resolution=resolution(self.part, self.center),
             identity=self.identity,
             settings={**self.part.settings, **self.settings},
             **self.labels,

@@ -9,6 +9,7 @@ import torch
 from msam_analysis.measures.geometry import Adaptive, adaptive_scale
 from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.rounding import resolution, warn_if_below
 from msam_analysis.objective.vectors import gaussian
 from msam_analysis.results import Estimate
 
@@ -46,6 +47,11 @@ def average_sharpness(
     ------
     ValueError
         ``sigma`` is negative or not finite, there are fewer than 2 draws, or ``adaptive`` is unknown.
+
+    Warns
+    -----
+    ApproximationWarning
+        The value is below its resolution: it is rounding.
     """
     if not (math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"sigma must be a number >= 0, got {sigma!r}")
@@ -60,11 +66,14 @@ def average_sharpness(
         step = noise if scale is None else scale * noise
         rises.append((float(objective.loss(center + step)) + float(objective.loss(center - step))) / 2 - base)
     sample = torch.tensor(rises, dtype=torch.float64)
+    value, limit = float(sample.mean()), resolution(objective, base)
+    warn_if_below("average_sharpness", value, limit)
     return Estimate(
         quantity="average sharpness (adaptive)" if adaptive else "average sharpness",
-        value=float(sample.mean()),
+        value=value,
         standard_error=float(sample.std() / math.sqrt(draws)),
         draws=draws,
         evaluations=2 * draws + 1,
         settings={**objective.settings, "sigma": float(sigma)},
+        resolution=limit,
     )

@@ -16,6 +16,7 @@ from msam_analysis.measures.geometry import Adaptive, Ball, Norm, adaptive_scale
 from msam_analysis.measures.starts import Start, starting_points
 from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.rounding import resolution, warn_if_below
 from msam_analysis.results import BallSharpness, ConvergenceWarning
 
 # Steps from every start, and the number of starts that get as many again; chosen by benchmarks/sharpness.py.
@@ -94,6 +95,8 @@ def ball_sharpness(
     ConvergenceWarning
         The budget ended before a maximum was reached, the loss is NaN somewhere in the ball, or the gradient was the
         only start and is zero.
+    ApproximationWarning
+        The value is below its resolution: it is rounding.
     """
     _check(objective, rho, norm, starts, iterations, krylov_hvps, tolerance)
     ball_loss = BallLoss(objective, Ball(float(rho), norm, adaptive_scale(objective, adaptive)), iterations)
@@ -113,6 +116,10 @@ def ball_sharpness(
             ConvergenceWarning,
             stacklevel=3,
         )
+    limit = resolution(objective, ball_loss.base)
+    # Where no rise was seen, the slope says whether rounding hides one.
+    promised = float(ball_loss.slope @ ball_loss.ball.ascend(ball_loss.slope))
+    warn_if_below("ball_sharpness", at.rise or promised, limit)
     highest, lowest = max(reached.values()), min(reached.values())
     return BallSharpness(
         sharpness=at.rise,
@@ -129,6 +136,7 @@ def ball_sharpness(
         gradients=ball_loss.gradients,
         hvps=ball_loss.hvps,
         undefined=ball_loss.undefined,
+        resolution=limit,
         settings=objective.settings,
     )
 

@@ -9,6 +9,7 @@ from msam_analysis.measures.geometry import Adaptive, Ball, Norm, adaptive_scale
 from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.direction import Direction, as_direction
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.rounding import warn_if_below
 from msam_analysis.results import DirectionalSharpness
 
 
@@ -117,14 +118,15 @@ def _along(
     losses = torch.tensor(values, dtype=torch.float64)
     rises = losses - base
     highest = int(rises.argmax())  # NaN counts as the largest
-    eps = torch.finfo(objective.dtype).eps
+    resolution = torch.finfo(objective.dtype).eps * (abs(base) + abs(float(losses[-1])))
+    warn_if_below("sharpness along a direction", float(rises.abs().max()), resolution, stacklevel=4)
     return DirectionalSharpness(
         sharpness=float(rises[-1]),
         largest=float(rises[highest]),
         at=float(coordinates[highest]),
         coordinates=coordinates,
         rises=rises,
-        resolution=eps * (abs(base) + abs(float(losses[-1]))),
+        resolution=resolution,
         loss=base,
         displacement=displacement,
         direction=direction,

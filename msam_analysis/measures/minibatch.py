@@ -15,7 +15,8 @@ from msam_analysis.measures.geometry import Adaptive, Norm
 from msam_analysis.measures.starts import Start
 from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
-from msam_analysis.results import BatchSharpness, ConvergenceWarning
+from msam_analysis.objective.rounding import warn_if_below
+from msam_analysis.results import ApproximationWarning, BatchSharpness, ConvergenceWarning
 
 
 @numbers
@@ -84,6 +85,7 @@ def m_sharpness(
     balls, sizes = [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.filterwarnings("ignore", ".* below the resolution", ApproximationWarning)
         for index in order:  # one part at a time is held
             part = objective.with_samples(parts[int(index)], batch_size=m)
             balls.append(sharpness(part, rho, tolerance=tolerance, seed=seed))
@@ -99,6 +101,8 @@ def m_sharpness(
     rises = torch.tensor([ball.sharpness for ball in balls], dtype=torch.float64)
     weights = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
     mean = float(weights @ rises)
+    limit = max(ball.resolution for ball in balls)
+    warn_if_below("m_sharpness", mean, limit)
     return BatchSharpness(
         value=mean,
         standard_error=_standard_error(rises, weights, mean),
@@ -113,6 +117,7 @@ def m_sharpness(
         converged=not unconverged,
         gradients=sum(ball.gradients for ball in balls),
         hvps=sum(ball.hvps for ball in balls),
+        resolution=limit,
         settings=objective.settings,
     )
 

@@ -93,8 +93,16 @@ class _Sheet:
     results: dict[str, Result] = field(default_factory=dict)
 
     def add(
-        self, metric: str, value: float | Tensor, uncertainty: float, meaning: str, converged: bool | None = None
+        self,
+        metric: str,
+        value: float | Tensor,
+        uncertainty: float,
+        meaning: str,
+        converged: bool | None = None,
+        resolution: float = 0.0,
     ) -> None:
+        if abs(float(value)) < resolution:
+            meaning += f"; below resolution ({resolution:.1e})"
         row = {"metric": metric, "value": float(value), "uncertainty": uncertainty, "converged": converged}
         self.rows.append({**row, "meaning": meaning})
 
@@ -129,8 +137,9 @@ def _balls(sheet: _Sheet) -> None:
         ball = ball_sharpness(sheet.objective, radius, seed=sheet.seed)
         sheet.results[f"ball-{radius:g}"] = ball
         meaning = f"largest loss rise found in ‖e‖₂ ≤ {radius:g}"
-        sheet.add(f"sharpness ρ={radius:g}", ball.sharpness, _NAN, meaning, ball.converged)
-        sheet.add(f"one-step ρ={radius:g}", ball.one_step, _NAN, "loss rise after SAM's single ascent step")
+        sheet.add(f"sharpness ρ={radius:g}", ball.sharpness, _NAN, meaning, ball.converged, ball.resolution)
+        meaning = "loss rise after SAM's single ascent step"
+        sheet.add(f"one-step ρ={radius:g}", ball.one_step, _NAN, meaning, resolution=ball.resolution)
 
 
 def _average(sheet: _Sheet) -> None:
@@ -138,7 +147,9 @@ def _average(sheet: _Sheet) -> None:
     average = average_sharpness(sheet.objective, sheet.sigma, adaptive=True, seed=sheet.seed)
     sheet.results["average"] = average
     meaning = "mean loss rise under noise σ|w|; standard error"
-    sheet.add(f"average σ={sheet.sigma:g}", average.value, average.standard_error, meaning)
+    sheet.add(
+        f"average σ={sheet.sigma:g}", average.value, average.standard_error, meaning, resolution=average.resolution
+    )
 
 
 def _adaptive(sheet: _Sheet) -> None:
@@ -147,8 +158,9 @@ def _adaptive(sheet: _Sheet) -> None:
         ball = ball_sharpness(sheet.objective, radius, adaptive=True, seed=sheet.seed)
         sheet.results[f"adaptive-ball-{radius:g}"] = ball
         meaning = f"largest loss rise found in ‖e/|w|‖₂ ≤ {radius:g}"
-        sheet.add(f"adaptive ρ={radius:g}", ball.sharpness, _NAN, meaning, ball.converged)
-        sheet.add(f"adaptive one-step ρ={radius:g}", ball.one_step, _NAN, "loss rise after ASAM's single ascent step")
+        sheet.add(f"adaptive ρ={radius:g}", ball.sharpness, _NAN, meaning, ball.converged, ball.resolution)
+        meaning = "loss rise after ASAM's single ascent step"
+        sheet.add(f"adaptive one-step ρ={radius:g}", ball.one_step, _NAN, meaning, resolution=ball.resolution)
 
 
 def _batches(sheet: _Sheet) -> None:
@@ -159,7 +171,8 @@ def _batches(sheet: _Sheet) -> None:
         result = m_sharpness(sheet.objective, radius, m, batches=batches, seed=sheet.seed)
         sheet.results[f"batches-{radius:g}"] = result
         meaning = f"mean of largest loss rises of batches of {m}, each in its ‖e‖₂ ≤ {radius:g}; standard error"
-        sheet.add(f"m-sharpness ρ={radius:g}", result.value, result.standard_error, meaning, result.converged)
+        name = f"m-sharpness ρ={radius:g}"
+        sheet.add(name, result.value, result.standard_error, meaning, result.converged, result.resolution)
 
 
 def _flatness(sheet: _Sheet) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -48,6 +49,8 @@ class BallSharpness(Result):
         Gradients and Hessian-vector products spent.
     undefined
         Points of the ball, of those looked at, where the loss or its gradient was NaN.
+    resolution
+        Size below which a difference of losses is rounding, ``2 ε |L(w)|``; NaN in files of older versions.
     """
 
     sharpness: float
@@ -64,6 +67,7 @@ class BallSharpness(Result):
     gradients: int
     hvps: int
     undefined: int = 0
+    resolution: float = math.nan
 
     _asked: ClassVar = ("rho", "norm", "adaptive")
 
@@ -105,6 +109,8 @@ class BatchSharpness(Result):
         Every batch's ball did.
     gradients, hvps
         Gradients and Hessian-vector products of single batches that were spent.
+    resolution
+        The largest of the batches' resolutions, as in :class:`BallSharpness`.
     """
 
     value: float
@@ -120,6 +126,7 @@ class BatchSharpness(Result):
     converged: bool
     gradients: int
     hvps: int
+    resolution: float = math.nan
 
     _asked: ClassVar = ("m", "rho", "norm", "adaptive")
 

@@ -85,6 +85,8 @@ class Estimate(Result):
         Loss evaluations or Hessian-vector products spent.
     converged
         Whether the precision that was asked for was reached; true where none was.
+    resolution
+        Size below which a difference of losses is rounding, ``2 ε |L(w)|``; NaN where the value is no difference.
     """
 
     quantity: str
@@ -93,6 +95,7 @@ class Estimate(Result):
     draws: int
     evaluations: int
     converged: bool = True
+    resolution: float = math.nan
 
     _asked: ClassVar = ("draws",)
 
@@ -141,7 +144,7 @@ class SpectralDensity(Result):
     values
         Shape ``(points,)``, increasing: where the density is given, in the unit of the operator.
     density, standard_error
-        Shape ``(points,)``: mean over the probes and its standard error, per unit of the operator.
+        Shape ``(points,)``: mean over the probes and its standard error, per unit of the operator; see :meth:`at`.
     sigma
         Standard deviation of the kernel, in the unit of the operator.
     nodes, weights
@@ -155,7 +158,7 @@ class SpectralDensity(Result):
     top_residuals, bottom_residuals
         ``‖A v − λ v‖₂`` of each: an exact eigenvalue lies within this distance.
     converged
-        Whether the eigenpairs at the ends did; see ``margin``.
+        Whether the eigenpairs at the ends did (see ``margin``), and ``sigma`` is at least ``resolution``.
     margin
         How far beyond the last of ``top`` or of ``bottom`` an eigenvalue may lie that is not among them, but for a
         probability of 0.001; infinite where that was not excluded, or none was asked for.
@@ -165,6 +168,10 @@ class SpectralDensity(Result):
         Products for each probe.
     hvps
         Products in all.
+    resolution
+        Kernel width, in the unit of the operator, from which on the quadratures determine the density: the range of the
+        probes' nodes over ``steps``. A narrower kernel shows single nodes, and the standard error does not cover that.
+        0 where every probe is exhausted.
     """
 
     values: Tensor
@@ -184,8 +191,9 @@ class SpectralDensity(Result):
     size: int
     steps: int
     hvps: int
+    resolution: float = 0.0
 
-    _asked: ClassVar = ("probes", "steps", "sigma")
+    _asked: ClassVar = ("probes", "steps", "sigma", "resolution")
 
     @classmethod
     def smoothed(cls, *, sigma: float | None, points: int | None, **fields: Any) -> SpectralDensity:
@@ -195,21 +203,23 @@ class SpectralDensity(Result):
         ----------
         sigma
             Standard deviation of the kernel; ``None``: 1/200 of the spread of the nodes (where they are all the same,
-            of the value, or of 1 if that is 0).
+            of the value, or of 1 if that is 0), but at least the ``resolution``.
         points
             Of the grid; ``None``: four a ``sigma``, at most 10,001.
         **fields
             All other attributes.
         """
         low, high = float(fields["nodes"].min()), float(fields["nodes"].max())
+        resolution = _resolution(fields["nodes"], fields["probe"], fields["exhausted"], fields["steps"])
         if sigma is None:
             largest = max(abs(low), abs(high))
             # What differs by rounding only is the same value.
-            sigma = (high - low if high - low > 1e-5 * largest else largest or 1.0) / 200
+            sigma = max((high - low if high - low > 1e-5 * largest else largest or 1.0) / 200, resolution)
         low, high = low - 4 * sigma, high + 4 * sigma
         points = points if points is not None else min(math.ceil(4 * (high - low) / sigma) + 1, 10_001)
         grid = torch.linspace(low, high, points, dtype=torch.float64)
         draft = cls(values=grid, density=grid, standard_error=grid, sigma=sigma, **fields)
+        draft = dataclasses.replace(draft, resolution=resolution, converged=draft.converged and sigma >= resolution)
         density, error = draft.at(grid)
         return dataclasses.replace(draft, density=density, standard_error=error)
 
@@ -236,19 +246,30 @@ class SpectralDensity(Result):
         width = self.sigma if sigma is None else sigma
         if not width > 0:
             raise ValueError(f"sigma must be a positive number, in units of the eigenvalues, got {sigma!r}")
-        x = torch.as_tensor(x, dtype=torch.float64)
-        peaks = torch.exp(-0.5 * ((x - self.nodes[:, None]) / width) ** 2) / (width * math.sqrt(2 * math.pi))
-        return self._by_probe(peaks * self.weights[:, None])
+        return self._by_probe(self._peaks(x, width) * self.weights[:, None])
 
     def at(self, x: Tensor, sigma: float | None = None) -> tuple[Tensor, Tensor]:
-        """Return the density and its standard error at other places, or with another kernel; as in :meth:`curves`.
+        r"""Return the density and its standard error at other places, or with another kernel; as in :meth:`curves`.
+
+        For a start that is uniform on the unit sphere of ``N`` dimensions the variance of ``zᵀ f(A) z`` is
+        ``2/(N + 2)`` times the variance of ``f(λ)`` over the eigenvalues. The quadratures of all probes together give
+        it. The standard error is the larger of this one and of that from the probes' scatter, which few probes often
+        make too small. It holds for a ``sigma`` of at least ``resolution``; a narrower kernel shows single nodes.
 
         Returns
         -------
         density, standard_error
             Shapes ``(points,)``.
         """
-        return _mean(self.curves(x, sigma), known=self.probes == 0)
+        density, error = _mean(self.curves(x, sigma), known=self.probes == 0)
+        if self.probes:
+            seen = self.probe >= 0
+            peaks, weights = self._peaks(x, self.sigma if sigma is None else sigma)[seen], self.weights[seen]
+            left = float(weights.sum()) / self.probes  # share of the eigenvalues that the probes see
+            mean, square = (weights @ peaks**power / (left * self.probes) for power in (1, 2))
+            spread = (square - mean**2).clamp_min(0) * 2 / (left * self.size + 2)
+            error = torch.maximum(error, left * (spread / self.probes).sqrt())
+        return density, error
 
     def cumulative(self, x: Tensor | float) -> Share:
         """Return the share of the eigenvalues that are at most ``x``, with no kernel.
@@ -314,12 +335,28 @@ class SpectralDensity(Result):
         )
         return frame
 
+    def _peaks(self, x: Tensor, width: float) -> Tensor:
+        """Return the kernel about every node, shape ``(nodes, len(x))``."""
+        x = torch.as_tensor(x, dtype=torch.float64)
+        return torch.exp(-0.5 * ((x - self.nodes[:, None]) / width) ** 2) / (width * math.sqrt(2 * math.pi))
+
     def _by_probe(self, contributions: Tensor) -> Tensor:
         """Sum what nodes contribute, shape ``(nodes, ...)``, over each probe's own and the known ones."""
         known = self.probe < 0
         rows = contributions.new_zeros(max(self.probes, 1), contributions.shape[1])
         rows.index_add_(0, self.probe[~known], contributions[~known])
         return rows + contributions[known].sum(dim=0)
+
+
+def _resolution(nodes: Tensor, probe: Tensor, exhausted: Tensor, steps: int) -> float:
+    """Return the range of the nodes of the probes that are not exhausted, over the steps.
+
+    A Gaussian of this width on that range is a polynomial of degree ``2 steps − 1`` but for ``exp(−8)`` of its height.
+    """
+    if bool(exhausted.all()):
+        return 0.0
+    seen = nodes[torch.isin(probe, (~exhausted).nonzero()[:, 0])]
+    return float(seen.max() - seen.min()) / steps
 
 
 def _mean(rows: Tensor, *, known: bool) -> tuple[Tensor, Tensor]:

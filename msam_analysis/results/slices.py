@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -51,6 +52,8 @@ class _Points:
         Shape ``grid``: of ``loss − center_loss``; near the centre much smaller, since the samples are the same.
     units
         How many samples (or batches, where the loss of a sample cannot be told) the standard errors come from.
+    resolution
+        Size below which a difference of losses near the centre is rounding, ``2 ε |L(w)|``; NaN where it is not known.
     identity
         Content hashes of what was measured: weights, data, directions, settings; empty without a file.
     """
@@ -68,6 +71,7 @@ class _Points:
     standard_error: Tensor | None = None
     rise_error: Tensor | None = None
     units: int = 0
+    resolution: float = math.nan
     identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def readings(self) -> list[Reading]:

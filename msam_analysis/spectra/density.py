@@ -13,7 +13,7 @@ from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import gaussian, no_autocast
-from msam_analysis.results import ConvergenceWarning, SpectralDensity
+from msam_analysis.results import ApproximationWarning, ConvergenceWarning, SpectralDensity
 from msam_analysis.spectra.beyond import Inside, require_finite
 from msam_analysis.spectra.chain import Chain
 from msam_analysis.spectra.goal import Goal
@@ -63,8 +63,9 @@ def spectral_density(
     extremes
         Number of eigenpairs found exactly at each end. Default 5. With 0 no outliers are taken out.
     sigma
-        Standard deviation of the kernel, in units of the eigenvalues; default 1/200 of their spread. Another one needs
-        no new products: :meth:`~msam_analysis.results.SpectralDensity.at`.
+        Standard deviation of the kernel, in units of the eigenvalues; default 1/200 of their spread, but at least the
+        ``resolution`` of the result: the range of what is not taken out, over ``steps``. A narrower kernel shows single
+        nodes, not the density. Another one needs no new products: :meth:`~msam_analysis.results.SpectralDensity.at`.
     points
         Number of grid points, from 4 ``sigma`` below the smallest value to 4 ``sigma`` above the largest; default four
         for each ``sigma``.
@@ -96,6 +97,8 @@ def spectral_density(
     -----
     ConvergenceWarning
         The eigenpairs at the ends did not converge within the budget, or it was not excluded that one was missed.
+    ApproximationWarning
+        ``sigma`` is below the ``resolution``: raise it, or raise ``steps``. The result has ``converged`` false then.
     """
     check_backend(backend)
     if backend == "pyhessian":
@@ -125,7 +128,7 @@ def spectral_density(
     counts = torch.tensor([len(exact.values), *(len(levels) for levels, _ in pairs)])
     alike = torch.full_like(exact.values, 1 / operator.size)
     left = (operator.size - len(exact.values)) / operator.size
-    return SpectralDensity.smoothed(
+    found = SpectralDensity.smoothed(
         sigma=sigma,
         points=points,
         nodes=torch.cat([exact.values, *(levels for levels, _ in pairs)]),
@@ -143,6 +146,14 @@ def spectral_density(
         hvps=operator.products - before,
         settings={**operator.settings, "reorthogonalised": remembered},
     )
+    if found.sigma < found.resolution:
+        warnings.warn(
+            f"spectral_density: a kernel of sigma = {found.sigma:g} is narrower than the {found.resolution:.3g} that "
+            f"{steps} steps resolve: expected a larger sigma or more steps; the density shows single nodes",
+            ApproximationWarning,
+            stacklevel=2,
+        )
+    return found
 
 
 def _ends(

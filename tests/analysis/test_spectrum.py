@@ -81,6 +81,18 @@ def test_density_integrates_to_one_and_smooths_anew_without_products() -> None:
     assert float(wide.max()) < float(found.density.max())
 
 
+def test_a_kernel_narrower_than_the_nodes_resolve_is_not_called_converged() -> None:
+    operator = ma.MatrixOperator(symmetric(torch.linspace(-1, 1, 200, dtype=torch.float64)))
+    found = ma.spectral_density(operator, extremes=0, steps=20)
+    assert found.converged
+    assert found.sigma == found.resolution
+    span = float(found.nodes.max() - found.nodes.min())
+    assert math.isclose(found.resolution, span / 20)
+    with pytest.warns(ma.results.ApproximationWarning, match="narrower than the .* that 20 steps resolve"):
+        narrow = ma.spectral_density(operator, extremes=0, steps=20, sigma=found.resolution / 3)
+    assert not narrow.converged
+
+
 def test_every_eigenvalue_of_a_tiny_operator_is_known() -> None:
     spectrum = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
     found = ma.spectral_density(ma.MatrixOperator(symmetric(spectrum)), extremes=3)
