@@ -137,8 +137,7 @@ def slice_2d(
         if reasons:
             figure_or_axes: Any = figure if axes is None else drawn[-1]
             figure_or_axes.legend(
-                handles=[Patch(label=reasons, **_HOLE)],
-                loc="outside lower right" if axes is None else "lower right",
+                handles=[Patch(label=reasons, **_HOLE)], loc="outside lower right" if axes is None else "lower right"
             )
     first: Axes = drawn[0]
     return first if isinstance(result, Slice2D) else drawn

@@ -16,16 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from msam_analysis.plots.look import (
-    AxesArray,
-    draw_curve,
-    given_axes,
-    look,
-    panels,
-    require_columns,
-    style,
-    words,
-)
+from msam_analysis.plots.look import AxesArray, draw_curve, given_axes, look, panels, require_columns, style, words
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -59,9 +50,7 @@ class Recording(Protocol):
 
 
 def recorded(
-    frame: pd.DataFrame,
-    columns: Columns | None = None,
-    axes: Axes | Sequence[Axes] | AxesArray | None = None,
+    frame: pd.DataFrame, columns: Columns | None = None, axes: Axes | Sequence[Axes] | AxesArray | None = None
 ) -> AxesArray:
     """Draw what a monitor has recorded against the step, one panel for each kind of quantity.
 
@@ -99,12 +88,7 @@ def recorded(
     return drawn
 
 
-def live(
-    monitor: Recording,
-    columns: Columns | None = None,
-    *,
-    interval: float = 2.0,
-) -> LivePlot:
+def live(monitor: Recording, columns: Columns | None = None, *, interval: float = 2.0) -> LivePlot:
     """Draw a monitor's rows in a notebook while they come in: call it in a cell, before the loop.
 
     The picture below that cell is replaced from time to time. In a terminal, in a script, or without IPython nothing is

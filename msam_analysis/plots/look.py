@@ -230,11 +230,7 @@ def name_curves(axes: AxesArray, *, made: bool, handles: Mapping[str, Any] | Non
         figure = axes[0].figure
         columns = _legend_columns(list(handles), 72.0 * figure.get_figwidth(), 4 if figure.get_figwidth() < 5 else 8)
         figure.legend(
-            list(handles.values()),
-            list(handles),
-            loc="outside upper center",
-            ncols=columns,
-            handler_map=_SIDE_BY_SIDE,
+            list(handles.values()), list(handles), loc="outside upper center", ncols=columns, handler_map=_SIDE_BY_SIDE
         )
 
 

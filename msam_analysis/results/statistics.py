@@ -217,10 +217,7 @@ def paired_interval(a: npt.ArrayLike, b: npt.ArrayLike, level: float = LEVEL) ->
 
 
 def summarise(
-    frame: pd.DataFrame,
-    by: str | Sequence[str],
-    columns: str | Sequence[str],
-    level: float = LEVEL,
+    frame: pd.DataFrame, by: str | Sequence[str], columns: str | Sequence[str], level: float = LEVEL
 ) -> pd.DataFrame:
     """Return mean and interval of every group of a tidy table.
 
