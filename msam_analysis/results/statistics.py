@@ -265,6 +265,3 @@ def summarise(
     header = [*keys, *(column for name in names for column in (name, f"{name}_half_width")), "count"]
     table: pd.DataFrame = pd.DataFrame(rows, columns=header)
     return table
-
-
-__all__ = ["LEVEL", "Interval", "bands", "mean_interval", "paired_interval", "quantile_bands", "summarise"]
