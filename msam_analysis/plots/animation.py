@@ -172,6 +172,3 @@ def _pictures(film: Film) -> Iterator[Image.Image]:
         for artist in film.moving:
             artist.draw(canvas.get_renderer())
         yield Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
-__all__ = ["animate_trajectory"]

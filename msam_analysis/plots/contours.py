@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from matplotlib import patheffects
@@ -15,48 +15,36 @@ from matplotlib.patches import Patch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
-from msam_analysis.plots.look import (
-    COLUMN_WIDTH,
-    PAGE_WIDTH,
-    Array,
-    AxesArray,
-    given_axes,
-    panels,
-    size_of,
-    style,
-    wrapped,
+from msam_analysis.plots.drawing import given_axes, panels
+from msam_analysis.plots.look import COLUMN_WIDTH, PAGE_WIDTH, Array, AxesArray, Places, size_of, style, wrapped
+from msam_analysis.plots.scale import (
+    COLORMAP,
+    ROUND_STEPS,
+    MapOptions,
+    Scale,
+    as_array,
+    checked_losses,
+    named_slices,
+    number,
 )
-from msam_analysis.plots.scale import COLORMAP, ROUND_STEPS, Scale, as_array, checked_losses, named_slices, number
 from msam_analysis.results import Slice2D
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class _Options(MapOptions, total=False):
+    filled: bool
+    aspect: str
+
 
 @overload
-def slice_2d(
-    result: Slice2D,
-    axes: Axes | Sequence[Axes] | AxesArray | None = None,
-    *,
-    values: str = "loss",
-    limits: tuple[float, float] | None = None,
-    log: bool | None = None,
-    filled: bool = True,
-    aspect: str = "equal",
-    label: str | None = None,
-) -> Axes: ...
+def slice_2d(result: Slice2D, axes: Places = None, **options: Unpack[_Options]) -> Axes: ...
 @overload
-def slice_2d(
-    result: Mapping[str, Slice2D],
-    axes: Axes | Sequence[Axes] | AxesArray | None = None,
-    *,
-    values: str = "loss",
-    limits: tuple[float, float] | None = None,
-    log: bool | None = None,
-    filled: bool = True,
-    aspect: str = "equal",
-    label: str | None = None,
-) -> AxesArray: ...
+def slice_2d(result: Mapping[str, Slice2D], axes: Places = None, **options: Unpack[_Options]) -> AxesArray: ...
 def slice_2d(
     result: Slice2D | Mapping[str, Slice2D],
-    axes: Axes | Sequence[Axes] | AxesArray | None = None,
+    axes: Places = None,
     *,
     values: str = "loss",
     limits: tuple[float, float] | None = None,
@@ -260,6 +248,3 @@ def _name_directions(figure: Figure, drawn: AxesArray, slices: Sequence[Slice2D]
         width, height = size_of(ax)
         ax.set_xlabel(wrapped(item.directions[0], width))
         ax.set_ylabel(wrapped(item.directions[1], height))
-
-
-__all__ = ["slice_2d"]

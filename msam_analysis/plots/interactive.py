@@ -201,6 +201,3 @@ def _plain(value: float) -> str:
     """Return a level's number without mathematical notation."""
     short = number(value)
     return f"{value:.3g}" if "$" in short else short
-
-
-__all__ = ["interactive_surface"]

@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from msam_analysis.plots.look import AxesArray, draw_curve, given_axes, look, panels, require_columns, style, words
+from msam_analysis.plots.drawing import draw_curve, given_axes, panels, zero_line
+from msam_analysis.plots.look import AxesArray, look, require_columns, style, words
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -254,10 +255,7 @@ def _draw(ax: Axes, frame: pd.DataFrame, title: str, names: tuple[str, ...]) -> 
     if title in _LOGARITHMIC and values.size and values.min() > 0:
         ax.set_yscale("log")
     elif values.size and values.min() < 0 < values.max():
-        ax.axhline(0.0, color="#4d4d4d", linewidth=0.7, zorder=1.5)
+        zero_line(ax)
     ax.set_xlabel("step")
     ax.set_ylabel(words(title))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-
-
-__all__ = ["LivePlot", "live", "recorded"]

@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from msam_analysis.plots.look import (
-    AxesArray,
-    Look,
-    Named,
-    given_axes,
-    log_scale,
-    look,
-    name_curves,
-    one_panel,
-    panels,
-    require_some,
-    size_of,
-    style,
-    wrapped,
-)
+from msam_analysis.plots.drawing import GREY, given_axes, log_scale, name_curves, one_panel, panels, zero_line
+from msam_analysis.plots.look import AxesArray, Look, Named, look, require_some, size_of, style, wrapped
 from msam_analysis.plots.spectra import spectral_density
 from msam_analysis.results import (
     BallSharpness,
@@ -44,7 +31,6 @@ from msam_analysis.results import (
 )
 from msam_analysis.results.slices import LARGE_RANGE
 
-_GREY = "#4d4d4d"
 _FEW = 6  # points that have their values written beside them
 _PER_INCH = 19  # characters of a tick label
 _CURVATURE = "(loss\u00a0/\u00a0distance²)"  # never in two lines
@@ -67,6 +53,9 @@ _UNITS = {  # of a reading, by its name
     "relative flatness": "relative flatness (loss)",
     "squared Fisher-Rao norm": "squared Fisher-Rao norm (loss²)",
 }
+
+
+Drawn_contra = TypeVar("Drawn_contra", bound=Result, contravariant=True)
 
 
 class Point(NamedTuple):
@@ -99,8 +88,8 @@ def top_eigenvalues(
     Returns
     -------
     matplotlib.axes.Axes
-        Bars are residuals, within which an exact eigenvalue lies. Open markers did not converge; a value that is NaN or
-        infinite is written at its place.
+        Bars are standard errors or residuals; an exact eigenvalue lies within its residual. Open markers did not
+        converge; a value that is NaN or infinite is written at its place.
 
     Raises
     ------
@@ -116,56 +105,43 @@ def top_eigenvalues(
     return ax
 
 
-def trace(result: Named[Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True) -> Axes:
-    """Draw traces with their standard errors; parameters as for :func:`top_eigenvalues`."""
-    return _estimates(result, ax, _UNITS["trace"], log, legend)
+class _Draws(Protocol[Drawn_contra]):
+    def __call__(
+        self, result: Named[Drawn_contra], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+    ) -> Axes: ...
 
 
-def average_sharpness(
-    result: Named[Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
-) -> Axes:
-    """Draw mean rises under noise with their standard errors; parameters as for :func:`top_eigenvalues`."""
-    return _estimates(result, ax, _UNITS["average sharpness"], log, legend)
+def _picture(
+    name: str, kind: type[Drawn_contra], says: str, label: str = "", only: str | None = None
+) -> _Draws[Drawn_contra]:
+    """Return the function that draws the readings of a result, with the parameters of :func:`top_eigenvalues`."""
+    label = label or name.replace("_", " ")
+
+    def draw(
+        result: Named[Drawn_contra], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+    ) -> Axes:
+        points = {name: _points(item, only=only) for name, item in require_some(result, kind).items()}
+        return draw_points(points, ax, _UNITS.get(label, label), log=log, legend=legend)
+
+    draw.__name__ = draw.__qualname__ = name
+    draw.__doc__ = f"Draw {says}.\n{(top_eigenvalues.__doc__ or '').partition(chr(10))[2]}"
+    return draw
 
 
-def relative_flatness(
-    result: Named[Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
-) -> Axes:
-    """Draw relative flatnesses with their standard errors; parameters as for :func:`top_eigenvalues`."""
-    return _estimates(result, ax, _UNITS["relative flatness"], log, legend)
-
-
-def fisher_rao_norm(
-    result: Named[Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
-) -> Axes:
-    """Draw squared Fisher-Rao norms with their standard errors; parameters as for :func:`top_eigenvalues`."""
-    return _estimates(result, ax, _UNITS["squared Fisher-Rao norm"], log, legend)
-
-
-def ball_sharpness(
-    result: Named[BallSharpness], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
-) -> Axes:
-    """Draw the largest rise found in a ball, a lower bound, beside that of a single step.
-
-    Parameters as for :func:`top_eigenvalues`.
-    """
-    return _readings(require_some(result, BallSharpness), ax, _UNITS["sharpness"], log, legend)
-
-
-def m_sharpness(
-    result: Named[BatchSharpness], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
-) -> Axes:
-    """Draw mean largest rises of batches with their standard errors; parameters as for :func:`top_eigenvalues`."""
-    return _readings(require_some(result, BatchSharpness), ax, _UNITS["m-sharpness"], log, legend)
-
-
-def one_step_sharpness(
-    result: Named[DirectionalSharpness], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
-) -> Axes:
-    """Draw rises after a single step, with the error of rounding; parameters as for :func:`top_eigenvalues`."""
-    several = require_some(result, DirectionalSharpness)
-    points = {name: _points(item, only="sharpness") for name, item in several.items()}
-    return draw_points(points, ax, "rise of the loss after one step", log=log, legend=legend)
+_ERRORS = "with their standard errors"
+_BALL = "the largest rise found in a ball, a lower bound, beside that of a single step"
+_STEP = "rises after a single step, with the error of rounding"
+trace = _picture("trace", Estimate, f"traces {_ERRORS}")
+average_sharpness = _picture("average_sharpness", Estimate, f"mean rises under noise {_ERRORS}")
+relative_flatness = _picture("relative_flatness", Estimate, f"relative flatnesses {_ERRORS}")
+fisher_rao_norm = _picture(
+    "fisher_rao_norm", Estimate, f"squared Fisher-Rao norms {_ERRORS}", "squared Fisher-Rao norm"
+)
+m_sharpness = _picture("m_sharpness", BatchSharpness, f"mean largest rises of batches {_ERRORS}", "m-sharpness")
+ball_sharpness = _picture("ball_sharpness", BallSharpness, _BALL, "sharpness")
+one_step_sharpness = _picture(
+    "one_step_sharpness", DirectionalSharpness, _STEP, "rise of the loss after one step", "sharpness"
+)
 
 
 def certify(result: Named[Certificate], ax: Axes | None = None, *, legend: bool = True) -> Axes:
@@ -176,7 +152,7 @@ def certify(result: Named[Certificate], ax: Axes | None = None, *, legend: bool 
     several = require_some(result, Certificate)
     points = {name: _points(item, only="curvature") for name, item in several.items()}
     ax = draw_points(points, ax, f"largest curvature left {_CURVATURE}", log=False, legend=legend)
-    ax.axhline(0.0, color=_GREY, linewidth=0.7, zorder=1.5)
+    zero_line(ax)
     _name_ticks(ax, [f"{name}\n{item.verdict}".strip() for name, item in several.items()])
     return ax
 
@@ -192,8 +168,9 @@ def curvature_along(
 
 def momentum_gradient_cosine(result: Named[Scalar], ax: Axes | None = None, *, legend: bool = True) -> Axes:
     """Draw cosines of momentum and gradient: a negative one overshot; parameters as for :func:`top_eigenvalues`."""
-    ax = _readings(require_some(result, Scalar), ax, "cosine of momentum and gradient", False, legend)
-    ax.axhline(0.0, color=_GREY, linewidth=0.7, zorder=1.5)
+    points = {name: _points(item) for name, item in require_some(result, Scalar).items()}
+    ax = draw_points(points, ax, "cosine of momentum and gradient", log=False, legend=legend)
+    zero_line(ax)
     ax.set_ylim(-1.05, 1.05)
     return ax
 
@@ -322,12 +299,12 @@ def draw_points(
         if log:
             log_scale(ax, [known])
         elif known.size and known.min() < 0 < known.max():
-            ax.axhline(0.0, color=_GREY, linewidth=0.7, zorder=1.5)
+            zero_line(ax)
         _name_ticks(ax, ticks if grouped or set(points) == {""} else list(points))
         ax.set_ylabel(wrapped(label, 0.8 * size_of(ax)[1]))
         handles = _handles(points if grouped else {"": [row for rows in points.values() for row in rows]})
         if dashes is not None:
-            handles[dashes[0]] = Line2D([], [], marker="_", markersize=9, color=_GREY, linestyle="none")
+            handles[dashes[0]] = Line2D([], [], marker="_", markersize=9, color=GREY, linestyle="none")
         if legend and handles:
             name_curves(np.array([ax], dtype=np.object_), made=made, handles=handles)
     return ax
@@ -381,20 +358,11 @@ def _handles(points: Mapping[str, Iterable[Point]]) -> dict[str, Line2D]:
         name: Line2D([], [], color=looks[name].color, marker=looks[name].marker, **shapes) for name in points if name
     }
     if not all(point.converged for rows in points.values() for point in rows):
-        handles["not converged"] = Line2D([], [], color=_GREY, marker="o", markerfacecolor="white", **shapes)
+        handles["not converged"] = Line2D([], [], color=GREY, marker="o", markerfacecolor="white", **shapes)
     return handles
 
 
 # ---------------------------------------------------------------------------------------------- from results to points
-
-
-def _estimates(result: Named[Estimate], ax: Axes | None, label: str, log: bool | None, legend: bool) -> Axes:
-    return _readings(require_some(result, Estimate), ax, label, log, legend)
-
-
-def _readings(several: Mapping[str, Result], ax: Axes | None, label: str, log: bool | None, legend: bool) -> Axes:
-    points = {name: _points(item) for name, item in several.items()}
-    return draw_points(points, ax, label, log=log, legend=legend)
 
 
 def _points(result: Result, prefix: str = "", only: str | None = None) -> list[Point]:
@@ -414,21 +382,3 @@ def _numbers(readings: Iterable[Reading]) -> list[Reading]:
 
 def _stem(name: str) -> str:
     return name.rstrip("0123456789 ")
-
-
-__all__ = [
-    "average_sharpness",
-    "ball_sharpness",
-    "by_layer",
-    "certify",
-    "curvature_along",
-    "data_interval",
-    "fisher_rao_norm",
-    "m_sharpness",
-    "measure",
-    "momentum_gradient_cosine",
-    "one_step_sharpness",
-    "relative_flatness",
-    "top_eigenvalues",
-    "trace",
-]

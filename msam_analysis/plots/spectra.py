@@ -8,18 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from msam_analysis.plots.look import (
-    Array,
-    Look,
-    Named,
-    draw_curve,
-    look,
-    name_curves,
-    one_panel,
-    ordered,
-    require_some,
-    style,
-)
+from msam_analysis.plots.drawing import GREY, draw_curve, name_curves, one_panel
+from msam_analysis.plots.look import Array, Look, Named, look, ordered, require_some, style
 from msam_analysis.results import SpectralDensity
 from msam_analysis.results.statistics import LEVEL, bands
 
@@ -90,7 +80,7 @@ def spectral_density(
         ends = [item for item in results.values() if len(item.top)]
         if ends:
             words = "top and bottom eigenvalues" + ("" if all(item.converged for item in ends) else " (not converged)")
-            color = "#4d4d4d" if len(results) > 1 else look(names)[names[0]].color
+            color = GREY if len(results) > 1 else look(names)[names[0]].color
             handles[words] = Line2D([], [], color=color, marker="|", markersize=_TICK, linestyle="none")
         if legend and handles:
             name_curves(np.array([ax], dtype=np.object_), made=made, handles=handles)
@@ -118,6 +108,3 @@ def _log_density(ax: Axes, densities: list[SpectralDensity]) -> None:
     highest = max(float(item.density.max()) for item in densities)
     ax.set_yscale("log", nonpositive="clip")
     ax.set_ylim(0.1 * min(peaks), 2.0 * max(highest, *peaks))
-
-
-__all__ = ["spectral_density"]

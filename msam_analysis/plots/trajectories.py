@@ -18,21 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from msam_analysis.plots.contours import slice_2d
-from msam_analysis.plots.look import (
-    PAGE_WIDTH,
-    Array,
-    AxesArray,
-    Look,
-    given_axes,
-    log_scale,
-    look,
-    make_ticks,
-    name_curves,
-    one_panel,
-    panels,
-    require_some,
-    style,
-)
+from msam_analysis.plots.drawing import GREY, given_axes, log_scale, make_ticks, name_curves, one_panel, panels
+from msam_analysis.plots.look import PAGE_WIDTH, Array, AxesArray, Look, look, require_some, style
 from msam_analysis.plots.scale import as_array
 from msam_analysis.results import Projection, Slice2D
 from msam_analysis.results.slices import LARGE_RANGE
@@ -415,7 +402,6 @@ def draw_losses(axes: AxesArray, several: Mapping[str, Projection], *, log: bool
 _FIRST: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 3.4, "markerfacecolor": "white"}
 _PROJECTED: dict[str, Any] = {"linestyle": (0, (2.2, 1.2)), "linewidth": 0.8}
 _DIRECTIONS = ("-", "--", "-.", ":")
-_GREY = "#4d4d4d"
 
 
 def _last(appearance: Look) -> dict[str, Any]:
@@ -435,13 +421,13 @@ def _path_handles(ax: Axes, several: Mapping[str, Projection], *, circles: bool)
         outside = _outside(ax, several[name])
         label = name + (f" ({outside} of {len(several[name].steps)} points outside)" if outside else "")
         handles[label] = _line_handle(appearance)
-    handles["start"] = Line2D([], [], **_FIRST, color=_GREY)
+    handles["start"] = Line2D([], [], **_FIRST, color=GREY)
     largest = _largest_off_plane(several)
     if circles and largest > 0:
         shown = _round_number(largest)
         diameter = 2 * math.sqrt(_LARGEST_CIRCLE * shown / largest / math.pi)
         handles[f"{shown:g} from plane"] = Line2D(
-            [], [], linestyle="none", marker="o", markersize=diameter, markerfacecolor=f"{_GREY}59",
+            [], [], linestyle="none", marker="o", markersize=diameter, markerfacecolor=f"{GREY}59",
             markeredgecolor="white", markeredgewidth=0.7,
         )  # fmt: skip
     return handles
@@ -449,8 +435,8 @@ def _path_handles(ax: Axes, several: Mapping[str, Projection], *, circles: bool)
 
 def _loss_handles() -> dict[str, Any]:
     return {
-        "loss at the weights": Line2D([], [], color=_GREY, linewidth=1.2),
-        "at their projection": Line2D([], [], color=_GREY, **_PROJECTED),
+        "loss at the weights": Line2D([], [], color=GREY, linewidth=1.2),
+        "at their projection": Line2D([], [], color=GREY, **_PROJECTED),
     }
 
 
@@ -464,6 +450,3 @@ def _round_number(value: float) -> float:
     """Return the largest of 1, 2, 5 times a power of ten that is not above a value."""
     power = 10.0 ** math.floor(math.log10(value))
     return max(digit * power for digit in (1, 2, 5) if digit * power <= value * (1 + 1e-9))
-
-
-__all__ = ["trajectory", "trajectory_losses", "trajectory_panels"]
