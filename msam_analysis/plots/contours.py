@@ -112,14 +112,8 @@ def slice_2d(
             if title:
                 ax.set_title(title)
         _name_directions(figure, drawn, list(slices.values()), made=axes is None)
-        bar = figure.colorbar(
-            mapped,
-            ax=list(drawn),
-            **({} if filled else {"extend": scale.extend}),
-            extendfrac=0.04,
-            aspect=22,
-            pad=0.015 if len(slices) > 1 else 0.03,
-        )
+        ends: dict[str, Any] = {"extendfrac": 0.04} | ({} if filled else {"extend": scale.extend})
+        bar = figure.colorbar(mapped, ax=list(drawn), aspect=22, pad=0.015 if len(slices) > 1 else 0.03, **ends)
         scale.label(bar, label or values)
         reasons = _why_holes(slices.values())
         if reasons:
@@ -152,15 +146,10 @@ def _map_panels(count: int, ratio: float) -> AxesArray:
     panel_width = ((PAGE_WIDTH if count > 1 else COLUMN_WIDTH) - around) / columns
     panel_height = min(panel_width * ratio, 3.2)
     width = max(panel_height / ratio * columns + around + 0.1 * (columns - 1), COLUMN_WIDTH)
-    return panels(
-        count,
-        columns=columns,
-        width=min(width, PAGE_WIDTH) if count > 1 else COLUMN_WIDTH,
-        panel_height=panel_height + (0.45 if count == 1 else 0.42 if count == columns else 0.31),
-        share_x=True,
-        share_y=True,
-        layout="compressed",
-    )[1]
+    width = min(width, PAGE_WIDTH) if count > 1 else COLUMN_WIDTH
+    height = panel_height + (0.45 if count == 1 else 0.42 if count == columns else 0.31)
+    size: dict[str, Any] = {"columns": columns, "width": width, "panel_height": height}
+    return panels(count, **size, share_x=True, share_y=True, layout="compressed")[1]
 
 
 def _contours(
@@ -180,9 +169,7 @@ def _contours(
         lines: dict[str, Any] = {"levels": within, "linewidths": 0.6}
         if filled:
             # the outermost colours stand for all that lies beyond; the colour bar's arrows say where that is so
-            contours = ax.contourf(
-                x, y, height, levels=scale.filled, norm=scale.norm, cmap=COLORMAP, extend=scale.extend
-            )
+            contours = ax.contourf(x, y, height, scale.filled, norm=scale.norm, cmap=COLORMAP, extend=scale.extend)
             # light lines on dark colours, dark lines on light ones
             lines["colors"] = ["#ffffffb0" if scale.norm(level) < 0.62 else "#000000a0" for level in within]
         else:

@@ -61,15 +61,9 @@ def panels(
     columns = columns or (count if count <= 4 else 3 if count <= 6 else 4)
     rows = -(-count // columns)
     with style():
-        figure, grid = plt.subplots(
-            rows,
-            columns,
-            figsize=(width or (COLUMN_WIDTH if count == 1 else PAGE_WIDTH), rows * panel_height),
-            sharex=share_x,
-            sharey=share_y,
-            squeeze=False,
-            layout=layout,
-        )
+        size = (width or (COLUMN_WIDTH if count == 1 else PAGE_WIDTH), rows * panel_height)
+        shared: dict[str, Any] = {"sharex": share_x, "sharey": share_y, "squeeze": False}
+        figure, grid = plt.subplots(rows, columns, figsize=size, layout=layout, **shared)
         axes = grid.ravel()
         make_ticks(axes)
         for ax in axes[count:]:

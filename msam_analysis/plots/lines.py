@@ -136,10 +136,8 @@ def slice_1d_panels(
 
     Raises
     ------
-    ValueError
-        As :func:`slice_1d`, or fewer axes than panels.
-    TypeError
-        As :func:`slice_1d`.
+    ValueError, TypeError
+        As :func:`slice_1d`, or fewer axes than panels (``ValueError``).
 
     Notes
     -----

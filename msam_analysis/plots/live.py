@@ -43,11 +43,9 @@ class Recording(Protocol):
 
     def frame(self) -> pd.DataFrame:
         """Return the table so far."""
-        ...
 
     def on_record(self, listener: Callable[[Any], None]) -> Any:
         """Call ``listener`` after every row; ``remove()`` of what is returned ends that."""
-        ...
 
 
 def recorded(
@@ -191,9 +189,7 @@ def _notebook_display() -> Callable[[Any, bytes], Any] | None:
         ipython: Any = importlib.import_module("IPython")
     except ModuleNotFoundError:
         return None
-    if not hasattr(
-        ipython.get_ipython(), "kernel"
-    ):  # IPython in a terminal would print the name of an object every time
+    if not hasattr(ipython.get_ipython(), "kernel"):  # a terminal would print the name of an object every time
         return None
 
     def show(place: Any, png: bytes) -> Any:

@@ -4,31 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from msam_analysis import results
 from msam_analysis.plots.drawing import GREY, given_axes, log_scale, name_curves, one_panel, panels, zero_line
 from msam_analysis.plots.look import AxesArray, Look, Named, look, require_some, size_of, style, wrapped
 from msam_analysis.plots.spectra import spectral_density
-from msam_analysis.results import (
-    BallSharpness,
-    BatchSharpness,
-    ByLayer,
-    Certificate,
-    Curvatures,
-    DataInterval,
-    DirectionalSharpness,
-    Eigenpairs,
-    Estimate,
-    Measurement,
-    Reading,
-    Result,
-    Scalar,
-    SpectralDensity,
-)
 from msam_analysis.results.slices import LARGE_RANGE
 
 _FEW = 6  # points that have their values written beside them
@@ -55,7 +40,10 @@ _UNITS = {  # of a reading, by its name
 }
 
 
-Drawn_contra = TypeVar("Drawn_contra", bound=Result, contravariant=True)
+T_contra = TypeVar("T_contra", bound=results.Result, contravariant=True)
+
+
+Along: TypeAlias = results.Scalar | results.Curvatures
 
 
 class Point(NamedTuple):
@@ -69,7 +57,7 @@ class Point(NamedTuple):
 
 
 def top_eigenvalues(
-    result: Named[Eigenpairs], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+    result: Named[results.Eigenpairs], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw eigenvalues over their index, with their residuals.
 
@@ -98,32 +86,29 @@ def top_eigenvalues(
     TypeError
         Something that is not the result of the measure.
     """
-    several = require_some(result, Eigenpairs)
+    several = require_some(result, results.Eigenpairs)
     points = {name: _points(item, "eigenvalue ") for name, item in several.items()}
     ax = draw_points(points, ax, _UNITS["eigenvalue"], log=log, legend=legend)
     ax.set_xlabel("index")
     return ax
 
 
-class _Draws(Protocol[Drawn_contra]):
+class _Draws(Protocol[T_contra]):
     def __call__(
-        self, result: Named[Drawn_contra], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+        self, result: Named[T_contra], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
     ) -> Axes: ...
 
 
-def _picture(
-    name: str, kind: type[Drawn_contra], says: str, label: str = "", only: str | None = None
-) -> _Draws[Drawn_contra]:
+def _picture(name: str, kind: type[T_contra], says: str, label: str = "", only: str | None = None) -> _Draws[T_contra]:
     """Return the function that draws the readings of a result, with the parameters of :func:`top_eigenvalues`."""
     label = label or name.replace("_", " ")
 
-    def draw(
-        result: Named[Drawn_contra], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
-    ) -> Axes:
+    def draw(result: Named[T_contra], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True) -> Axes:
         points = {name: _points(item, only=only) for name, item in require_some(result, kind).items()}
         return draw_points(points, ax, _UNITS.get(label, label), log=log, legend=legend)
 
     draw.__name__ = draw.__qualname__ = name
+    draw.__annotations__["result"] = f"Named[{kind.__name__}]"
     draw.__doc__ = f"Draw {says}.\n{(top_eigenvalues.__doc__ or '').partition(chr(10))[2]}"
     return draw
 
@@ -131,25 +116,25 @@ def _picture(
 _ERRORS = "with their standard errors"
 _BALL = "the largest rise found in a ball, a lower bound, beside that of a single step"
 _STEP = "rises after a single step, with the error of rounding"
-trace = _picture("trace", Estimate, f"traces {_ERRORS}")
-average_sharpness = _picture("average_sharpness", Estimate, f"mean rises under noise {_ERRORS}")
-relative_flatness = _picture("relative_flatness", Estimate, f"relative flatnesses {_ERRORS}")
+trace = _picture("trace", results.Estimate, f"traces {_ERRORS}")
+average_sharpness = _picture("average_sharpness", results.Estimate, f"mean rises under noise {_ERRORS}")
+relative_flatness = _picture("relative_flatness", results.Estimate, f"relative flatnesses {_ERRORS}")
 fisher_rao_norm = _picture(
-    "fisher_rao_norm", Estimate, f"squared Fisher-Rao norms {_ERRORS}", "squared Fisher-Rao norm"
+    "fisher_rao_norm", results.Estimate, f"squared Fisher-Rao norms {_ERRORS}", "squared Fisher-Rao norm"
 )
-m_sharpness = _picture("m_sharpness", BatchSharpness, f"mean largest rises of batches {_ERRORS}", "m-sharpness")
-ball_sharpness = _picture("ball_sharpness", BallSharpness, _BALL, "sharpness")
+m_sharpness = _picture("m_sharpness", results.BatchSharpness, f"mean largest rises of batches {_ERRORS}", "m-sharpness")
+ball_sharpness = _picture("ball_sharpness", results.BallSharpness, _BALL, "sharpness")
 one_step_sharpness = _picture(
-    "one_step_sharpness", DirectionalSharpness, _STEP, "rise of the loss after one step", "sharpness"
+    "one_step_sharpness", results.DirectionalSharpness, _STEP, "rise of the loss after one step", "sharpness"
 )
 
 
-def certify(result: Named[Certificate], ax: Axes | None = None, *, legend: bool = True) -> Axes:
+def certify(result: Named[results.Certificate], ax: Axes | None = None, *, legend: bool = True) -> Axes:
     """Draw the curvature left within the ball with its residual, under the verdict: at a maximum none is positive.
 
     Parameters as for :func:`top_eigenvalues`.
     """
-    several = require_some(result, Certificate)
+    several = require_some(result, results.Certificate)
     points = {name: _points(item, only="curvature") for name, item in several.items()}
     ax = draw_points(points, ax, f"largest curvature left {_CURVATURE}", log=False, legend=legend)
     zero_line(ax)
@@ -158,17 +143,17 @@ def certify(result: Named[Certificate], ax: Axes | None = None, *, legend: bool 
 
 
 def curvature_along(
-    result: Named[Scalar | Curvatures], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+    result: Named[Along], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw curvatures along directions; parameters as for :func:`top_eigenvalues`."""
-    several: dict[str, Scalar | Curvatures] = require_some(result, (Scalar, Curvatures))
+    several: dict[str, Along] = require_some(result, (results.Scalar, results.Curvatures))
     points = {name: _points(item, "curvature along ") for name, item in several.items()}
     return draw_points(points, ax, f"curvature {_CURVATURE}", log=log, legend=legend)
 
 
-def momentum_gradient_cosine(result: Named[Scalar], ax: Axes | None = None, *, legend: bool = True) -> Axes:
+def momentum_gradient_cosine(result: Named[results.Scalar], ax: Axes | None = None, *, legend: bool = True) -> Axes:
     """Draw cosines of momentum and gradient: a negative one overshot; parameters as for :func:`top_eigenvalues`."""
-    points = {name: _points(item) for name, item in require_some(result, Scalar).items()}
+    points = {name: _points(item) for name, item in require_some(result, results.Scalar).items()}
     ax = draw_points(points, ax, "cosine of momentum and gradient", log=False, legend=legend)
     zero_line(ax)
     ax.set_ylim(-1.05, 1.05)
@@ -176,13 +161,13 @@ def momentum_gradient_cosine(result: Named[Scalar], ax: Axes | None = None, *, l
 
 
 def data_interval(
-    result: Named[DataInterval], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+    result: Named[results.DataInterval], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw a metric less its bias with its interval, beside a dash at the value on the samples.
 
     Parameters as for :func:`top_eigenvalues`; the unit is that of the metric.
     """
-    several = require_some(result, DataInterval)
+    several = require_some(result, results.DataInterval)
     points = {}
     for name, item in several.items():
         rows = zip(*(part.reshape(-1).tolist() for part in (item.corrected, item.low, item.high)), strict=True)
@@ -198,15 +183,15 @@ def data_interval(
 
 
 def by_layer(
-    result: Named[ByLayer[Any]], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+    result: Named[results.ByLayer[Any]], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw a number of every layer with its error, all eigenvalues of each, or the layers' spectral densities.
 
     Parameters as for :func:`top_eigenvalues`. Of a result with several numbers, such as a ball, the first is drawn.
     """
-    several: dict[str, ByLayer[Any]] = require_some(result, ByLayer)
+    several: dict[str, results.ByLayer[Any]] = require_some(result, results.ByLayer)
     first = next(iter(several.values()))
-    if any(isinstance(item, SpectralDensity) for item in first.values()) and len(several) == 1:
+    if any(isinstance(item, results.SpectralDensity) for item in first.values()) and len(several) == 1:
         return spectral_density(dict(first), ax, legend=legend)
     points: dict[str, list[Point]] = {}
     for name, layers in several.items():
@@ -221,7 +206,7 @@ def by_layer(
     return ax
 
 
-def measure(result: Named[Measurement], axes: Axes | Sequence[Axes] | AxesArray | None = None) -> AxesArray:
+def measure(result: Named[results.Measurement], axes: Axes | Sequence[Axes] | AxesArray | None = None) -> AxesArray:
     """Draw the table of all metrics, a panel for what is in one unit.
 
     Parameters
@@ -243,7 +228,7 @@ def measure(result: Named[Measurement], axes: Axes | Sequence[Axes] | AxesArray 
     TypeError
         Something that is not the result of the measure.
     """
-    several = require_some(result, Measurement)
+    several = require_some(result, results.Measurement)
     found: dict[str, dict[str, list[Point]]] = {}
     for name, item in several.items():
         for row in _numbers(item.readings()):
@@ -316,19 +301,9 @@ def _draw(ax: Axes, x: float, point: Point, appearance: Look, *, written: bool) 
         ax.text(x, 0.03, f"{point.value:g}", color=color, ha="center", fontsize=7, transform=ax.get_xaxis_transform())
         return
     bar = [[point.value - point.low], [point.high - point.value]]
-    ax.errorbar(
-        x,
-        point.value,
-        bar if np.isfinite(bar).all() else None,
-        color=color,
-        marker=appearance.marker,
-        markersize=5,
-        markerfacecolor=color if point.converged else "white",
-        elinewidth=1.2,
-        capsize=3,
-        linestyle="none",
-        zorder=3,
-    )
+    marker = {"marker": appearance.marker, "markersize": 5, "markerfacecolor": color if point.converged else "white"}
+    shape: dict[str, Any] = {**marker, "elinewidth": 1.2, "capsize": 3, "linestyle": "none", "zorder": 3}
+    ax.errorbar(x, point.value, bar if np.isfinite(bar).all() else None, color=color, **shape)
     if written:
         known = (point.high - point.low) / 2
         text = f"{point.value:.4g}" + (f" ± {known:.2g}" if known > 1e-4 * abs(point.value) else "")
@@ -365,18 +340,18 @@ def _handles(points: Mapping[str, Iterable[Point]]) -> dict[str, Line2D]:
 # ---------------------------------------------------------------------------------------------- from results to points
 
 
-def _points(result: Result, prefix: str = "", only: str | None = None) -> list[Point]:
+def _points(result: results.Result, prefix: str = "", only: str | None = None) -> list[Point]:
     """Return the readings that are numbers (of one name) as points, the tick named without a prefix."""
     rows = [row for row in _numbers(result.readings()) if only is None or row.name == only]
     return [_point(row, row.name.removeprefix(prefix)) for row in rows]
 
 
-def _point(row: Reading, at: str) -> Point:
+def _point(row: results.Reading, at: str) -> Point:
     value = float(row.value)
     return Point(at, value, value - row.error, value + row.error, row.converged)
 
 
-def _numbers(readings: Iterable[Reading]) -> list[Reading]:
+def _numbers(readings: Iterable[results.Reading]) -> list[results.Reading]:
     return [row for row in readings if not isinstance(row.value, str)]
 
 

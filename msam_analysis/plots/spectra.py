@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +14,7 @@ from msam_analysis.plots.look import Array, Look, Named, look, ordered, require_
 from msam_analysis.results import SpectralDensity
 from msam_analysis.results.statistics import LEVEL, bands
 
-_TICK = 7.0  # points: length of the tick at an eigenvalue that is known
+_TICK: dict[str, Any] = {"marker": "|", "markersize": 7.0, "linestyle": "none"}  # at an eigenvalue that is known
 
 
 def spectral_density(
@@ -81,7 +82,7 @@ def spectral_density(
         if ends:
             words = "top and bottom eigenvalues" + ("" if all(item.converged for item in ends) else " (not converged)")
             color = GREY if len(results) > 1 else look(names)[names[0]].color
-            handles[words] = Line2D([], [], color=color, marker="|", markersize=_TICK, linestyle="none")
+            handles[words] = Line2D([], [], color=color, **_TICK)
         if legend and handles:
             name_curves(np.array([ax], dtype=np.object_), made=made, handles=handles)
     return ax
@@ -90,17 +91,8 @@ def spectral_density(
 def _ticks(ax: Axes, density: SpectralDensity, appearance: Look, row: int) -> None:
     """Put a tick on the axis for every eigenvalue that is known at the two ends; those of another curve above them."""
     ends: Array = np.concatenate([density.top.numpy(), density.bottom.numpy()])
-    ax.plot(
-        ends,
-        np.full(len(ends), 0.03 + 0.06 * row),
-        color=appearance.color,
-        marker="|",
-        markersize=_TICK,
-        linestyle="none",
-        transform=ax.get_xaxis_transform(),
-        label=f"_ends {row}",
-        zorder=3,
-    )
+    place: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "label": f"_ends {row}", "zorder": 3}
+    ax.plot(ends, np.full(len(ends), 0.03 + 0.06 * row), color=appearance.color, **_TICK, **place)
 
 
 def _log_density(ax: Axes, densities: list[SpectralDensity]) -> None:

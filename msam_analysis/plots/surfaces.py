@@ -61,10 +61,8 @@ def surface_3d(
 
     Raises
     ------
-    ValueError
-        As :func:`slice_2d`, or axes that are not three-dimensional.
-    TypeError
-        As :func:`slice_2d`.
+    ValueError, TypeError
+        As :func:`slice_2d`, or axes that are not three-dimensional (``ValueError``).
     """
     slices = named_slices(result, values)
     losses = checked_losses(slices)
@@ -78,14 +76,9 @@ def surface_3d(
             if title:
                 ax.set_title(title, y=0.97)
         _name_axes_3d(drawn[0].figure, drawn, list(slices.values()), made=axes is None)
-        bar = drawn[0].figure.colorbar(
-            ScalarMappable(scale.norm, COLORMAP),
-            ax=list(drawn),
-            extend=scale.extend,
-            shrink=0.7,
-            aspect=18,
-            pad=0.06 if len(slices) == 1 else 0.03,
-        )
+        size: dict[str, Any] = {"shrink": 0.7, "aspect": 18, "pad": 0.06 if len(slices) == 1 else 0.03}
+        mapped = ScalarMappable(scale.norm, COLORMAP)
+        bar = drawn[0].figure.colorbar(mapped, ax=list(drawn), extend=scale.extend, **size)
         scale.label(bar, label or values)
     first: Axes = drawn[0]
     return first if isinstance(result, Slice2D) else drawn

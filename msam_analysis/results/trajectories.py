@@ -100,10 +100,8 @@ class Trajectory(Result):
             parameters, is absent.
         """
         sizes = [math.prod(shape) for shape in self.shapes]
-        pieces = self.points[index].split(sizes)
-        parameters = {
-            name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)
-        }
+        pieces = zip(self.names, self.points[index].split(sizes), self.shapes, strict=True)
+        parameters = {name: piece.view(shape) for name, piece, shape in pieces}
         return parameters | {name: values[index] for name, values in self.buffers.items()}
 
     def readings(self) -> list[Reading]:
