@@ -21,10 +21,11 @@ converge. NaN and infinity are drawn as holes. This room may import ``results``.
 from msam_analysis.plots.animation import animate_trajectory
 from msam_analysis.plots.contours import slice_2d
 from msam_analysis.plots.curves import directional_sharpness, feature_rank, pca_plane, robust_accuracy, sam_msam_angle
+from msam_analysis.plots.drawing import panels
 from msam_analysis.plots.interactive import interactive_surface
 from msam_analysis.plots.lines import slice_1d, slice_1d_panels
 from msam_analysis.plots.live import LivePlot, live, recorded
-from msam_analysis.plots.look import COLUMN_WIDTH, PAGE_WIDTH, Look, look, panels, save, style
+from msam_analysis.plots.look import COLUMN_WIDTH, PAGE_WIDTH, Look, look, save, style
 from msam_analysis.plots.points import (
     average_sharpness,
     ball_sharpness,
@@ -48,48 +49,13 @@ from msam_analysis.plots.trajectories import project, trajectory, trajectory_los
 eigenvalues = top_eigenvalues
 
 __all__ = [
-    "COLUMN_WIDTH",
-    "PAGE_WIDTH",
-    "LivePlot",
-    "Look",
-    "animate_trajectory",
-    "average_sharpness",
-    "ball_sharpness",
-    "by_layer",
-    "certify",
-    "curvature_along",
-    "data_interval",
-    "directional_sharpness",
-    "eigenvalues",
-    "feature_rank",
-    "fisher_rao_norm",
-    "interactive_surface",
-    "live",
-    "look",
-    "m_sharpness",
-    "measure",
-    "momentum_gradient_cosine",
-    "one_step_sharpness",
-    "panels",
-    "pca_plane",
-    "project",
-    "recorded",
-    "relative_flatness",
-    "robust_accuracy",
-    "sam_msam_angle",
-    "save",
-    "slice_1d",
-    "slice_1d_panels",
-    "slice_2d",
-    "spectral_density",
-    "style",
-    "surface_3d",
-    "top_eigenvalues",
-    "trace",
-    "trajectory",
-    "trajectory_losses",
-    "trajectory_panels",
-]
+    "COLUMN_WIDTH", "PAGE_WIDTH", "LivePlot", "Look", "animate_trajectory", "average_sharpness", "ball_sharpness",
+    "by_layer", "certify", "curvature_along", "data_interval", "directional_sharpness", "eigenvalues", "feature_rank",
+    "fisher_rao_norm", "interactive_surface", "live", "look", "m_sharpness", "measure", "momentum_gradient_cosine",
+    "one_step_sharpness", "panels", "pca_plane", "project", "recorded", "relative_flatness", "robust_accuracy",
+    "sam_msam_angle", "save", "slice_1d", "slice_1d_panels", "slice_2d", "spectral_density", "style", "surface_3d",
+    "top_eigenvalues", "trace", "trajectory", "trajectory_losses", "trajectory_panels",
+]  # fmt: skip
 
 
 def __dir__() -> list[str]:

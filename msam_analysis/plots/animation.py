@@ -57,11 +57,9 @@ def animate_trajectory(
 
     Raises
     ------
-    ValueError
-        As :func:`trajectory_panels`; ``seconds`` or ``frames`` is not positive, the suffix is another, or ffmpeg is
-        missing.
-    TypeError
-        As :func:`trajectory_panels`.
+    ValueError, TypeError
+        As :func:`trajectory_panels`; ``ValueError`` too if ``seconds`` or ``frames`` is not positive, the suffix is
+        another, or ffmpeg is missing.
     """
     path = Path(path)
     if not seconds > 0 or (frames is not None and frames < 1):
@@ -84,24 +82,14 @@ class Film(NamedTuple):
     """A picture, and how it moves."""
 
     figure: Any
-    show: Callable[[int], None]
-    """Set the picture to a frame."""
+    show: Callable[[int], None]  # sets the picture to a frame
     frames: int
-    """How many."""
-    moving: tuple[Artist, ...]
-    """What differs between frames, or lies above it, from back to front."""
+    moving: tuple[Artist, ...]  # what differs between frames, or lies above it, from back to front
 
 
-def make_film(
-    plane: Slice2D,
-    several: Mapping[str, Projection],
-    frames: int,
-    *,
-    limits: tuple[float, float] | None = None,
-    log: bool | None = None,
-) -> Film:
-    """Draw the whole picture and return how to show it frame by frame."""
-    axes, drawn = draw_panels(plane, several, limits=limits, log=log)
+def make_film(plane: Slice2D, several: Mapping[str, Projection], frames: int, **scale: Any) -> Film:
+    """Draw the whole picture, with options of :func:`draw_panels`, and return how to show it frame by frame."""
+    axes, drawn = draw_panels(plane, several, **scale)
     figure = axes[0].figure
     with style():
         title = axes[0].set_title("step")
@@ -172,6 +160,3 @@ def _pictures(film: Film) -> Iterator[Image.Image]:
         for artist in film.moving:
             artist.draw(canvas.get_renderer())
         yield Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
-__all__ = ["animate_trajectory"]

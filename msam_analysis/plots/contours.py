@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from matplotlib import patheffects
@@ -15,48 +15,36 @@ from matplotlib.patches import Patch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
-from msam_analysis.plots.look import (
-    COLUMN_WIDTH,
-    PAGE_WIDTH,
-    Array,
-    AxesArray,
-    given_axes,
-    panels,
-    size_of,
-    style,
-    wrapped,
+from msam_analysis.plots.drawing import given_axes, panels
+from msam_analysis.plots.look import COLUMN_WIDTH, PAGE_WIDTH, Array, AxesArray, Places, size_of, style, wrapped
+from msam_analysis.plots.scale import (
+    COLORMAP,
+    ROUND_STEPS,
+    MapOptions,
+    Scale,
+    as_array,
+    checked_losses,
+    named_slices,
+    number,
 )
-from msam_analysis.plots.scale import COLORMAP, ROUND_STEPS, Scale, as_array, checked_losses, named_slices, number
 from msam_analysis.results import Slice2D
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class _Options(MapOptions, total=False):
+    filled: bool
+    aspect: str
+
 
 @overload
-def slice_2d(
-    result: Slice2D,
-    axes: Axes | Sequence[Axes] | AxesArray | None = None,
-    *,
-    values: str = "loss",
-    limits: tuple[float, float] | None = None,
-    log: bool | None = None,
-    filled: bool = True,
-    aspect: str = "equal",
-    label: str | None = None,
-) -> Axes: ...
+def slice_2d(result: Slice2D, axes: Places = None, **options: Unpack[_Options]) -> Axes: ...
 @overload
-def slice_2d(
-    result: Mapping[str, Slice2D],
-    axes: Axes | Sequence[Axes] | AxesArray | None = None,
-    *,
-    values: str = "loss",
-    limits: tuple[float, float] | None = None,
-    log: bool | None = None,
-    filled: bool = True,
-    aspect: str = "equal",
-    label: str | None = None,
-) -> AxesArray: ...
+def slice_2d(result: Mapping[str, Slice2D], axes: Places = None, **options: Unpack[_Options]) -> AxesArray: ...
 def slice_2d(
     result: Slice2D | Mapping[str, Slice2D],
-    axes: Axes | Sequence[Axes] | AxesArray | None = None,
+    axes: Places = None,
     *,
     values: str = "loss",
     limits: tuple[float, float] | None = None,
@@ -124,21 +112,14 @@ def slice_2d(
             if title:
                 ax.set_title(title)
         _name_directions(figure, drawn, list(slices.values()), made=axes is None)
-        bar = figure.colorbar(
-            mapped,
-            ax=list(drawn),
-            **({} if filled else {"extend": scale.extend}),
-            extendfrac=0.04,
-            aspect=22,
-            pad=0.015 if len(slices) > 1 else 0.03,
-        )
+        ends: dict[str, Any] = {"extendfrac": 0.04} | ({} if filled else {"extend": scale.extend})
+        bar = figure.colorbar(mapped, ax=list(drawn), aspect=22, pad=0.015 if len(slices) > 1 else 0.03, **ends)
         scale.label(bar, label or values)
         reasons = _why_holes(slices.values())
         if reasons:
             figure_or_axes: Any = figure if axes is None else drawn[-1]
             figure_or_axes.legend(
-                handles=[Patch(label=reasons, **_HOLE)],
-                loc="outside lower right" if axes is None else "lower right",
+                handles=[Patch(label=reasons, **_HOLE)], loc="outside lower right" if axes is None else "lower right"
             )
     first: Axes = drawn[0]
     return first if isinstance(result, Slice2D) else drawn
@@ -165,15 +146,10 @@ def _map_panels(count: int, ratio: float) -> AxesArray:
     panel_width = ((PAGE_WIDTH if count > 1 else COLUMN_WIDTH) - around) / columns
     panel_height = min(panel_width * ratio, 3.2)
     width = max(panel_height / ratio * columns + around + 0.1 * (columns - 1), COLUMN_WIDTH)
-    return panels(
-        count,
-        columns=columns,
-        width=min(width, PAGE_WIDTH) if count > 1 else COLUMN_WIDTH,
-        panel_height=panel_height + (0.45 if count == 1 else 0.42 if count == columns else 0.31),
-        share_x=True,
-        share_y=True,
-        layout="compressed",
-    )[1]
+    width = min(width, PAGE_WIDTH) if count > 1 else COLUMN_WIDTH
+    height = panel_height + (0.45 if count == 1 else 0.42 if count == columns else 0.31)
+    size: dict[str, Any] = {"columns": columns, "width": width, "panel_height": height}
+    return panels(count, **size, share_x=True, share_y=True, layout="compressed")[1]
 
 
 def _contours(
@@ -193,9 +169,7 @@ def _contours(
         lines: dict[str, Any] = {"levels": within, "linewidths": 0.6}
         if filled:
             # the outermost colours stand for all that lies beyond; the colour bar's arrows say where that is so
-            contours = ax.contourf(
-                x, y, height, levels=scale.filled, norm=scale.norm, cmap=COLORMAP, extend=scale.extend
-            )
+            contours = ax.contourf(x, y, height, scale.filled, norm=scale.norm, cmap=COLORMAP, extend=scale.extend)
             # light lines on dark colours, dark lines on light ones
             lines["colors"] = ["#ffffffb0" if scale.norm(level) < 0.62 else "#000000a0" for level in within]
         else:
@@ -261,6 +235,3 @@ def _name_directions(figure: Figure, drawn: AxesArray, slices: Sequence[Slice2D]
         width, height = size_of(ax)
         ax.set_xlabel(wrapped(item.directions[0], width))
         ax.set_ylabel(wrapped(item.directions[1], height))
-
-
-__all__ = ["slice_2d"]

@@ -9,23 +9,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from msam_analysis.plots.look import (
-    Array,
-    Look,
-    Named,
-    draw_curve,
-    look,
-    name_curves,
-    one_panel,
-    require_some,
-    size_of,
-    style,
-    wrapped,
-)
+from msam_analysis.plots.drawing import GREY, draw_curve, name_curves, one_panel, zero_line
+from msam_analysis.plots.look import Array, Look, Named, look, require_some, size_of, style, wrapped
 from msam_analysis.plots.scale import as_array
 from msam_analysis.results import DirectionalSharpness, FeatureRank, Result, RobustAccuracy, SamMsamAngle
 
-_GREY = "#4d4d4d"
 _LITTLE = 0.1  # share of a gradient within a plane from which on its angle there says little
 _NONE: dict[str, Any] = {"linestyle": "none"}
 
@@ -110,7 +98,7 @@ def feature_rank(result: Named[FeatureRank], ax: Axes | None = None, *, legend: 
     ranks = {name: item.rank for name, item in several.items()}
     ax = _shares(several, "explained", ranks, ax, legend=legend, word="rank")
     for threshold in {item.threshold for item in several.values()}:
-        ax.axhline(threshold, color=_GREY, linewidth=0.7, linestyle=(0, (4, 2)), zorder=1.5)
+        ax.axhline(threshold, color=GREY, linewidth=0.7, linestyle=(0, (4, 2)), zorder=1.5)
     ax.set_ylabel("explained share of the variance")
     return ax
 
@@ -185,13 +173,10 @@ def _zero(ax: Axes, *, always: bool = False) -> None:
     """Draw a line at 0 where values lie on both sides of it."""
     low, high = ax.get_ylim()
     if always or low < 0 < high:
-        ax.axhline(0.0, color=_GREY, linewidth=0.7, zorder=1.5)
+        zero_line(ax)
 
 
 def _finished(ax: Axes, *, made: bool, legend: bool) -> Axes:
     if legend and ax.get_legend_handles_labels()[1]:
         name_curves(np.array([ax], dtype=np.object_), made=made)
     return ax
-
-
-__all__ = ["directional_sharpness", "feature_rank", "pca_plane", "robust_accuracy", "sam_msam_angle"]

@@ -86,12 +86,8 @@ def interactive_surface(
     figure.update_layout(_layout(first, scale, label, legend=len(slices) + len(several) > 1))
     if path is not None:
         with atomic_path(path) as partial:
-            page: str = figure.to_html(
-                include_plotlyjs=True,
-                div_id="surface",
-                default_height="100vh",
-                config={"displaylogo": False, "responsive": True},
-            )
+            buttons = {"displaylogo": False, "responsive": True}
+            page: str = figure.to_html(buttons, include_plotlyjs=True, div_id="surface", default_height="100vh")
             partial.write_text(page.replace("<head>", f"<head>{_HEAD}", 1), encoding="utf-8")
     return figure
 
@@ -112,7 +108,6 @@ def _words(values: Array) -> Any:
 def _surface(go: Any, name: str, item: Slice2D, loss: Array, scale: Scale, label: str, *, bar: bool) -> Any:
     # plotly wants rows of constant y
     low, high = _height(np.array([scale.low, scale.high]), scale)
-    ticks = scale.lines
     # around holes plotly draws level lines that are not there
     levels = {"show": bool(np.isfinite(loss).all()), "usecolormap": True, "width": 1}
     return go.Surface(
@@ -127,13 +122,7 @@ def _surface(go: Any, name: str, item: Slice2D, loss: Array, scale: Scale, label
         colorscale="Viridis",
         showscale=bar,
         showlegend=bool(name),
-        colorbar={
-            "title": {"text": label, "side": "right"},
-            "tickvals": _height(ticks, scale),
-            "ticktext": [_plain(tick) for tick in ticks],
-            "len": 0.7,
-            "thickness": 16,
-        },
+        colorbar={"title": {"text": label, "side": "right"}, **_ticks(scale), "len": 0.7, "thickness": 16},
         contours={"z": {**levels, "start": low, "end": high, "size": (high - low) / 24}},
         lighting={"ambient": 0.75, "diffuse": 0.5, "specular": 0.05},
     )
@@ -182,25 +171,15 @@ def _layout(item: Slice2D, scale: Scale, label: str, *, legend: bool) -> dict[st
         "scene": {
             "xaxis": {"title": {"text": item.directions[0]}, **flat},
             "yaxis": {"title": {"text": item.directions[1]}, **flat},
-            "zaxis": {
-                "title": {"text": label},
-                "tickvals": _height(scale.lines, scale),
-                "ticktext": [_plain(tick) for tick in scale.lines],
-                **flat,
-            },
+            "zaxis": {"title": {"text": label}, **_ticks(scale), **flat},
             "aspectmode": "manual",
-            "aspectratio": {
-                "x": max(lengths[0] / longest, 0.4), "y": max(lengths[1] / longest, 0.4), "z": 0.65,
-            },
+            "aspectratio": {"x": max(lengths[0] / longest, 0.4), "y": max(lengths[1] / longest, 0.4), "z": 0.65},
             "camera": {"eye": {"x": -1.0, "y": -1.45, "z": 1.0}, "center": {"x": 0, "y": 0, "z": -0.1}},
         },
     }  # fmt: skip
 
 
-def _plain(value: float) -> str:
-    """Return a level's number without mathematical notation."""
-    short = number(value)
-    return f"{value:.3g}" if "$" in short else short
-
-
-__all__ = ["interactive_surface"]
+def _ticks(scale: Scale) -> dict[str, Any]:
+    """Return the labelled levels, their numbers without mathematical notation."""
+    numbers = [f"{value:.3g}" if "$" in number(value) else number(value) for value in scale.lines]
+    return {"tickvals": _height(scale.lines, scale), "ticktext": numbers}

@@ -10,20 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from msam_analysis.plots.look import (
-    Array,
-    AxesArray,
-    draw_banded,
-    given_axes,
-    log_scale,
-    look,
-    name_curves,
-    one_panel,
-    panels,
-    size_of,
-    style,
-    wrapped,
-)
+from msam_analysis.plots.drawing import draw_banded, given_axes, log_scale, name_curves, one_panel, panels
+from msam_analysis.plots.look import Array, AxesArray, look, size_of, style, wrapped
 from msam_analysis.plots.scale import ROUND_STEPS, as_array, shown
 from msam_analysis.results import Slice1D
 from msam_analysis.results.statistics import LEVEL, bands, quantile_bands
@@ -148,10 +136,8 @@ def slice_1d_panels(
 
     Raises
     ------
-    ValueError
-        As :func:`slice_1d`, or fewer axes than panels.
-    TypeError
-        As :func:`slice_1d`.
+    ValueError, TypeError
+        As :func:`slice_1d`, or fewer axes than panels (``ValueError``).
 
     Notes
     -----
@@ -220,6 +206,3 @@ def _seeds(name: str, slices: list[Slice1D], *, relative: bool, distance: bool) 
             )
     losses = np.stack([as_array(item.loss) - (item.center_loss if relative else 0.0) for item in slices])
     return grids[0], losses
-
-
-__all__ = ["slice_1d", "slice_1d_panels"]

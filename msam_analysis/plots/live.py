@@ -16,16 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from msam_analysis.plots.look import (
-    AxesArray,
-    draw_curve,
-    given_axes,
-    look,
-    panels,
-    require_columns,
-    style,
-    words,
-)
+from msam_analysis.plots.drawing import draw_curve, given_axes, panels, zero_line
+from msam_analysis.plots.look import AxesArray, look, require_columns, style, words
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,17 +43,13 @@ class Recording(Protocol):
 
     def frame(self) -> pd.DataFrame:
         """Return the table so far."""
-        ...
 
     def on_record(self, listener: Callable[[Any], None]) -> Any:
         """Call ``listener`` after every row; ``remove()`` of what is returned ends that."""
-        ...
 
 
 def recorded(
-    frame: pd.DataFrame,
-    columns: Columns | None = None,
-    axes: Axes | Sequence[Axes] | AxesArray | None = None,
+    frame: pd.DataFrame, columns: Columns | None = None, axes: Axes | Sequence[Axes] | AxesArray | None = None
 ) -> AxesArray:
     """Draw what a monitor has recorded against the step, one panel for each kind of quantity.
 
@@ -99,12 +87,7 @@ def recorded(
     return drawn
 
 
-def live(
-    monitor: Recording,
-    columns: Columns | None = None,
-    *,
-    interval: float = 2.0,
-) -> LivePlot:
+def live(monitor: Recording, columns: Columns | None = None, *, interval: float = 2.0) -> LivePlot:
     """Draw a monitor's rows in a notebook while they come in: call it in a cell, before the loop.
 
     The picture below that cell is replaced from time to time. In a terminal, in a script, or without IPython nothing is
@@ -206,9 +189,7 @@ def _notebook_display() -> Callable[[Any, bytes], Any] | None:
         ipython: Any = importlib.import_module("IPython")
     except ModuleNotFoundError:
         return None
-    if not hasattr(
-        ipython.get_ipython(), "kernel"
-    ):  # IPython in a terminal would print the name of an object every time
+    if not hasattr(ipython.get_ipython(), "kernel"):  # a terminal would print the name of an object every time
         return None
 
     def show(place: Any, png: bytes) -> Any:
@@ -270,10 +251,7 @@ def _draw(ax: Axes, frame: pd.DataFrame, title: str, names: tuple[str, ...]) -> 
     if title in _LOGARITHMIC and values.size and values.min() > 0:
         ax.set_yscale("log")
     elif values.size and values.min() < 0 < values.max():
-        ax.axhline(0.0, color="#4d4d4d", linewidth=0.7, zorder=1.5)
+        zero_line(ax)
     ax.set_xlabel("step")
     ax.set_ylabel(words(title))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-
-
-__all__ = ["LivePlot", "live", "recorded"]

@@ -4,47 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from msam_analysis.plots.look import (
-    AxesArray,
-    Look,
-    Named,
-    given_axes,
-    log_scale,
-    look,
-    name_curves,
-    one_panel,
-    panels,
-    require_some,
-    size_of,
-    style,
-    wrapped,
-)
+from msam_analysis import results
+from msam_analysis.plots.drawing import GREY, given_axes, log_scale, name_curves, one_panel, panels, zero_line
+from msam_analysis.plots.look import AxesArray, Look, Named, look, require_some, size_of, style, wrapped
 from msam_analysis.plots.spectra import spectral_density
-from msam_analysis.results import (
-    BallSharpness,
-    BatchSharpness,
-    ByLayer,
-    Certificate,
-    Curvatures,
-    DataInterval,
-    DirectionalSharpness,
-    Eigenpairs,
-    Estimate,
-    Measurement,
-    Reading,
-    Result,
-    Scalar,
-    SpectralDensity,
-)
 from msam_analysis.results.slices import LARGE_RANGE
 
-_GREY = "#4d4d4d"
 _FEW = 6  # points that have their values written beside them
 _PER_INCH = 19  # characters of a tick label
 _CURVATURE = "(loss\u00a0/\u00a0distance²)"  # never in two lines
@@ -69,6 +40,12 @@ _UNITS = {  # of a reading, by its name
 }
 
 
+T_contra = TypeVar("T_contra", bound=results.Result, contravariant=True)
+
+
+Along: TypeAlias = results.Scalar | results.Curvatures
+
+
 class Point(NamedTuple):
     """A number in a picture: over which tick it stands, its value, the ends of its bar, whether it converged."""
 
@@ -80,7 +57,7 @@ class Point(NamedTuple):
 
 
 def top_eigenvalues(
-    result: Named[Eigenpairs], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+    result: Named[results.Eigenpairs], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw eigenvalues over their index, with their residuals.
 
@@ -99,8 +76,8 @@ def top_eigenvalues(
     Returns
     -------
     matplotlib.axes.Axes
-        Bars are residuals, within which an exact eigenvalue lies. Open markers did not converge; a value that is NaN or
-        infinite is written at its place.
+        Bars are standard errors or residuals; an exact eigenvalue lies within its residual. Open markers did not
+        converge; a value that is NaN or infinite is written at its place.
 
     Raises
     ------
@@ -109,103 +86,88 @@ def top_eigenvalues(
     TypeError
         Something that is not the result of the measure.
     """
-    several = require_some(result, Eigenpairs)
+    several = require_some(result, results.Eigenpairs)
     points = {name: _points(item, "eigenvalue ") for name, item in several.items()}
     ax = draw_points(points, ax, _UNITS["eigenvalue"], log=log, legend=legend)
     ax.set_xlabel("index")
     return ax
 
 
-def trace(result: Named[Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True) -> Axes:
-    """Draw traces with their standard errors; parameters as for :func:`top_eigenvalues`."""
-    return _estimates(result, ax, _UNITS["trace"], log, legend)
+class _Draws(Protocol[T_contra]):
+    def __call__(
+        self, result: Named[T_contra], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+    ) -> Axes: ...
 
 
-def average_sharpness(
-    result: Named[Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
-) -> Axes:
-    """Draw mean rises under noise with their standard errors; parameters as for :func:`top_eigenvalues`."""
-    return _estimates(result, ax, _UNITS["average sharpness"], log, legend)
+def _picture(name: str, kind: type[T_contra], says: str, label: str = "", only: str | None = None) -> _Draws[T_contra]:
+    """Return the function that draws the readings of a result, with the parameters of :func:`top_eigenvalues`."""
+    label = label or name.replace("_", " ")
+
+    def draw(result: Named[T_contra], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True) -> Axes:
+        points = {name: _points(item, only=only) for name, item in require_some(result, kind).items()}
+        return draw_points(points, ax, _UNITS.get(label, label), log=log, legend=legend)
+
+    draw.__name__ = draw.__qualname__ = name
+    draw.__annotations__["result"] = f"Named[{kind.__name__}]"
+    draw.__doc__ = f"Draw {says}.\n{(top_eigenvalues.__doc__ or '').partition(chr(10))[2]}"
+    return draw
 
 
-def relative_flatness(
-    result: Named[Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
-) -> Axes:
-    """Draw relative flatnesses with their standard errors; parameters as for :func:`top_eigenvalues`."""
-    return _estimates(result, ax, _UNITS["relative flatness"], log, legend)
+_ERRORS = "with their standard errors"
+_BALL = "the largest rise found in a ball, a lower bound, beside that of a single step"
+_STEP = "rises after a single step, with the error of rounding"
+trace = _picture("trace", results.Estimate, f"traces {_ERRORS}")
+average_sharpness = _picture("average_sharpness", results.Estimate, f"mean rises under noise {_ERRORS}")
+relative_flatness = _picture("relative_flatness", results.Estimate, f"relative flatnesses {_ERRORS}")
+fisher_rao_norm = _picture(
+    "fisher_rao_norm", results.Estimate, f"squared Fisher-Rao norms {_ERRORS}", "squared Fisher-Rao norm"
+)
+m_sharpness = _picture("m_sharpness", results.BatchSharpness, f"mean largest rises of batches {_ERRORS}", "m-sharpness")
+ball_sharpness = _picture("ball_sharpness", results.BallSharpness, _BALL, "sharpness")
+one_step_sharpness = _picture(
+    "one_step_sharpness", results.DirectionalSharpness, _STEP, "rise of the loss after one step", "sharpness"
+)
 
 
-def fisher_rao_norm(
-    result: Named[Estimate], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
-) -> Axes:
-    """Draw squared Fisher-Rao norms with their standard errors; parameters as for :func:`top_eigenvalues`."""
-    return _estimates(result, ax, _UNITS["squared Fisher-Rao norm"], log, legend)
-
-
-def ball_sharpness(
-    result: Named[BallSharpness], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
-) -> Axes:
-    """Draw the largest rise found in a ball, a lower bound, beside that of a single step.
-
-    Parameters as for :func:`top_eigenvalues`.
-    """
-    return _readings(require_some(result, BallSharpness), ax, _UNITS["sharpness"], log, legend)
-
-
-def m_sharpness(
-    result: Named[BatchSharpness], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
-) -> Axes:
-    """Draw mean largest rises of batches with their standard errors; parameters as for :func:`top_eigenvalues`."""
-    return _readings(require_some(result, BatchSharpness), ax, _UNITS["m-sharpness"], log, legend)
-
-
-def one_step_sharpness(
-    result: Named[DirectionalSharpness], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
-) -> Axes:
-    """Draw rises after a single step, with the error of rounding; parameters as for :func:`top_eigenvalues`."""
-    several = require_some(result, DirectionalSharpness)
-    points = {name: _points(item, only="sharpness") for name, item in several.items()}
-    return draw_points(points, ax, "rise of the loss after one step", log=log, legend=legend)
-
-
-def certify(result: Named[Certificate], ax: Axes | None = None, *, legend: bool = True) -> Axes:
+def certify(result: Named[results.Certificate], ax: Axes | None = None, *, legend: bool = True) -> Axes:
     """Draw the curvature left within the ball with its residual, under the verdict: at a maximum none is positive.
 
     Parameters as for :func:`top_eigenvalues`.
     """
-    several = require_some(result, Certificate)
+    several = require_some(result, results.Certificate)
     points = {name: _points(item, only="curvature") for name, item in several.items()}
     ax = draw_points(points, ax, f"largest curvature left {_CURVATURE}", log=False, legend=legend)
-    ax.axhline(0.0, color=_GREY, linewidth=0.7, zorder=1.5)
+    zero_line(ax)
     _name_ticks(ax, [f"{name}\n{item.verdict}".strip() for name, item in several.items()])
     return ax
 
 
 def curvature_along(
-    result: Named[Scalar | Curvatures], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+    result: Named[Along], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw curvatures along directions; parameters as for :func:`top_eigenvalues`."""
-    several: dict[str, Scalar | Curvatures] = require_some(result, (Scalar, Curvatures))
+    several: dict[str, Along] = require_some(result, (results.Scalar, results.Curvatures))
     points = {name: _points(item, "curvature along ") for name, item in several.items()}
     return draw_points(points, ax, f"curvature {_CURVATURE}", log=log, legend=legend)
 
 
-def momentum_gradient_cosine(result: Named[Scalar], ax: Axes | None = None, *, legend: bool = True) -> Axes:
+def momentum_gradient_cosine(result: Named[results.Scalar], ax: Axes | None = None, *, legend: bool = True) -> Axes:
     """Draw cosines of momentum and gradient: a negative one overshot; parameters as for :func:`top_eigenvalues`."""
-    ax = _readings(require_some(result, Scalar), ax, "cosine of momentum and gradient", False, legend)
-    ax.axhline(0.0, color=_GREY, linewidth=0.7, zorder=1.5)
+    points = {name: _points(item) for name, item in require_some(result, results.Scalar).items()}
+    ax = draw_points(points, ax, "cosine of momentum and gradient", log=False, legend=legend)
+    zero_line(ax)
     ax.set_ylim(-1.05, 1.05)
     return ax
 
 
 def data_interval(
-    result: Named[DataInterval], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+    result: Named[results.DataInterval], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw a metric less its bias with its interval, beside a dash at the value on the samples.
 
     Parameters as for :func:`top_eigenvalues`; the unit is that of the metric.
     """
-    several = require_some(result, DataInterval)
+    several = require_some(result, results.DataInterval)
     points = {}
     for name, item in several.items():
         rows = zip(*(part.reshape(-1).tolist() for part in (item.corrected, item.low, item.high)), strict=True)
@@ -221,15 +183,15 @@ def data_interval(
 
 
 def by_layer(
-    result: Named[ByLayer[Any]], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
+    result: Named[results.ByLayer[Any]], ax: Axes | None = None, *, log: bool | None = None, legend: bool = True
 ) -> Axes:
     """Draw a number of every layer with its error, all eigenvalues of each, or the layers' spectral densities.
 
     Parameters as for :func:`top_eigenvalues`. Of a result with several numbers, such as a ball, the first is drawn.
     """
-    several: dict[str, ByLayer[Any]] = require_some(result, ByLayer)
+    several: dict[str, results.ByLayer[Any]] = require_some(result, results.ByLayer)
     first = next(iter(several.values()))
-    if any(isinstance(item, SpectralDensity) for item in first.values()) and len(several) == 1:
+    if any(isinstance(item, results.SpectralDensity) for item in first.values()) and len(several) == 1:
         return spectral_density(dict(first), ax, legend=legend)
     points: dict[str, list[Point]] = {}
     for name, layers in several.items():
@@ -244,7 +206,7 @@ def by_layer(
     return ax
 
 
-def measure(result: Named[Measurement], axes: Axes | Sequence[Axes] | AxesArray | None = None) -> AxesArray:
+def measure(result: Named[results.Measurement], axes: Axes | Sequence[Axes] | AxesArray | None = None) -> AxesArray:
     """Draw the table of all metrics, a panel for what is in one unit.
 
     Parameters
@@ -266,7 +228,7 @@ def measure(result: Named[Measurement], axes: Axes | Sequence[Axes] | AxesArray 
     TypeError
         Something that is not the result of the measure.
     """
-    several = require_some(result, Measurement)
+    several = require_some(result, results.Measurement)
     found: dict[str, dict[str, list[Point]]] = {}
     for name, item in several.items():
         for row in _numbers(item.readings()):
@@ -322,12 +284,12 @@ def draw_points(
         if log:
             log_scale(ax, [known])
         elif known.size and known.min() < 0 < known.max():
-            ax.axhline(0.0, color=_GREY, linewidth=0.7, zorder=1.5)
+            zero_line(ax)
         _name_ticks(ax, ticks if grouped or set(points) == {""} else list(points))
         ax.set_ylabel(wrapped(label, 0.8 * size_of(ax)[1]))
         handles = _handles(points if grouped else {"": [row for rows in points.values() for row in rows]})
         if dashes is not None:
-            handles[dashes[0]] = Line2D([], [], marker="_", markersize=9, color=_GREY, linestyle="none")
+            handles[dashes[0]] = Line2D([], [], marker="_", markersize=9, color=GREY, linestyle="none")
         if legend and handles:
             name_curves(np.array([ax], dtype=np.object_), made=made, handles=handles)
     return ax
@@ -339,19 +301,9 @@ def _draw(ax: Axes, x: float, point: Point, appearance: Look, *, written: bool) 
         ax.text(x, 0.03, f"{point.value:g}", color=color, ha="center", fontsize=7, transform=ax.get_xaxis_transform())
         return
     bar = [[point.value - point.low], [point.high - point.value]]
-    ax.errorbar(
-        x,
-        point.value,
-        bar if np.isfinite(bar).all() else None,
-        color=color,
-        marker=appearance.marker,
-        markersize=5,
-        markerfacecolor=color if point.converged else "white",
-        elinewidth=1.2,
-        capsize=3,
-        linestyle="none",
-        zorder=3,
-    )
+    marker = {"marker": appearance.marker, "markersize": 5, "markerfacecolor": color if point.converged else "white"}
+    shape: dict[str, Any] = {**marker, "elinewidth": 1.2, "capsize": 3, "linestyle": "none", "zorder": 3}
+    ax.errorbar(x, point.value, bar if np.isfinite(bar).all() else None, color=color, **shape)
     if written:
         known = (point.high - point.low) / 2
         text = f"{point.value:.4g}" + (f" ± {known:.2g}" if known > 1e-4 * abs(point.value) else "")
@@ -381,54 +333,27 @@ def _handles(points: Mapping[str, Iterable[Point]]) -> dict[str, Line2D]:
         name: Line2D([], [], color=looks[name].color, marker=looks[name].marker, **shapes) for name in points if name
     }
     if not all(point.converged for rows in points.values() for point in rows):
-        handles["not converged"] = Line2D([], [], color=_GREY, marker="o", markerfacecolor="white", **shapes)
+        handles["not converged"] = Line2D([], [], color=GREY, marker="o", markerfacecolor="white", **shapes)
     return handles
 
 
 # ---------------------------------------------------------------------------------------------- from results to points
 
 
-def _estimates(result: Named[Estimate], ax: Axes | None, label: str, log: bool | None, legend: bool) -> Axes:
-    return _readings(require_some(result, Estimate), ax, label, log, legend)
-
-
-def _readings(several: Mapping[str, Result], ax: Axes | None, label: str, log: bool | None, legend: bool) -> Axes:
-    points = {name: _points(item) for name, item in several.items()}
-    return draw_points(points, ax, label, log=log, legend=legend)
-
-
-def _points(result: Result, prefix: str = "", only: str | None = None) -> list[Point]:
+def _points(result: results.Result, prefix: str = "", only: str | None = None) -> list[Point]:
     """Return the readings that are numbers (of one name) as points, the tick named without a prefix."""
     rows = [row for row in _numbers(result.readings()) if only is None or row.name == only]
     return [_point(row, row.name.removeprefix(prefix)) for row in rows]
 
 
-def _point(row: Reading, at: str) -> Point:
+def _point(row: results.Reading, at: str) -> Point:
     value = float(row.value)
     return Point(at, value, value - row.error, value + row.error, row.converged)
 
 
-def _numbers(readings: Iterable[Reading]) -> list[Reading]:
+def _numbers(readings: Iterable[results.Reading]) -> list[results.Reading]:
     return [row for row in readings if not isinstance(row.value, str)]
 
 
 def _stem(name: str) -> str:
     return name.rstrip("0123456789 ")
-
-
-__all__ = [
-    "average_sharpness",
-    "ball_sharpness",
-    "by_layer",
-    "certify",
-    "curvature_along",
-    "data_interval",
-    "fisher_rao_norm",
-    "m_sharpness",
-    "measure",
-    "momentum_gradient_cosine",
-    "one_step_sharpness",
-    "relative_flatness",
-    "top_eigenvalues",
-    "trace",
-]

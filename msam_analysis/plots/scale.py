@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 from matplotlib.colors import LogNorm, Normalize
@@ -16,6 +16,16 @@ from msam_analysis.results import Slice1D, Slice2D
 from msam_analysis.results.slices import LARGE_RANGE
 
 Slice = TypeVar("Slice", Slice1D, Slice2D)
+
+
+class MapOptions(TypedDict, total=False):
+    """What all pictures of planes let one choose."""
+
+    values: str
+    limits: tuple[float, float] | None
+    log: bool | None
+    label: str | None
+
 
 COLORMAP = "viridis"
 ROUND_STEPS = (1, 2, 2.5, 5, 10)
@@ -34,10 +44,7 @@ def as_array(values: Tensor) -> Array:
 def shown(item: Slice, values: str) -> Slice:
     """Return a slice with one of its metrics in the place of the loss, and at its centre, NaN where 0 is off the grid.
 
-    Raises
-    ------
-    ValueError
-        It has no such metric, or one with several numbers at a point.
+    Raises ``ValueError`` if it has no such metric, or one with several numbers at a point.
     """
     if values == "loss":
         return item
@@ -80,25 +87,15 @@ class Scale:
     norm: Normalize
     extend: str
     log: bool
-
-    @property
-    def low(self) -> float:
-        """Lower end."""
-        return float(self.filled[0])
-
-    @property
-    def high(self) -> float:
-        """Upper end."""
-        return float(self.filled[-1])
+    low: float
+    high: float
 
     @classmethod
     def of(cls, losses: Sequence[Array], limits: tuple[float, float] | None, log: bool | None) -> Scale:
         """Return the scale that holds all losses, or ends at ``limits``; logarithmic where they span a factor of ten.
 
-        Raises
-        ------
-        ValueError
-            Nothing is finite, limits are in the wrong order, or a logarithmic scale would start at 0 or below.
+        Raises ``ValueError`` if nothing is finite, limits are in the wrong order, or a logarithmic scale would start at
+        0 or below.
         """
         values = np.concatenate([loss[np.isfinite(loss)] for loss in losses])
         if values.size == 0:
@@ -119,11 +116,9 @@ class Scale:
         lines, filled = _log_levels(low, high, exact) if log else _linear_levels(low, high, exact)
         lines = lines[(lines >= filled[0]) & (lines <= filled[-1])]
         below, above = smallest < filled[0] * (1 - 1e-12), largest > filled[-1] * (1 + 1e-12)
-        extend = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}[
-            below, above
-        ]
+        extend = (("neither", "max"), ("min", "both"))[int(below)][int(above)]
         norm: Normalize = (LogNorm if log else Normalize)(filled[0], filled[-1])
-        return cls(filled, lines, norm, extend, log)
+        return cls(filled, lines, norm, extend, log, float(filled[0]), float(filled[-1]))
 
     def lines_within(self, low: float, high: float) -> Array:
         """Return the labelled levels between two losses; finer ones where these are fewer than three.
@@ -134,9 +129,7 @@ class Scale:
         if len(between) >= _FEWEST_LINES:
             return between
         wide = self.log and high >= LARGE_RANGE * low
-        finer = (
-            _log_levels(low, high, False)[0] if wide else np.asarray(_ROUND.tick_values(low, high), dtype=np.float64)
-        )
+        finer = np.asarray(_log_levels(low, high, False)[0] if wide else _ROUND.tick_values(low, high), np.float64)
         finer = finer[(finer > max(low, self.low)) & (finer < min(high, self.high))]
         return finer if len(finer) > len(between) else between
 

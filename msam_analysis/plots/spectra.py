@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from msam_analysis.plots.look import (
-    Array,
-    Look,
-    Named,
-    draw_curve,
-    look,
-    name_curves,
-    one_panel,
-    ordered,
-    require_some,
-    style,
-)
+from msam_analysis.plots.drawing import GREY, draw_curve, name_curves, one_panel
+from msam_analysis.plots.look import Array, Look, Named, look, ordered, require_some, style
 from msam_analysis.results import SpectralDensity
 from msam_analysis.results.statistics import LEVEL, bands
 
-_TICK = 7.0  # points: length of the tick at an eigenvalue that is known
+_TICK: dict[str, Any] = {"marker": "|", "markersize": 7.0, "linestyle": "none"}  # at an eigenvalue that is known
 
 
 def spectral_density(
@@ -90,8 +81,8 @@ def spectral_density(
         ends = [item for item in results.values() if len(item.top)]
         if ends:
             words = "top and bottom eigenvalues" + ("" if all(item.converged for item in ends) else " (not converged)")
-            color = "#4d4d4d" if len(results) > 1 else look(names)[names[0]].color
-            handles[words] = Line2D([], [], color=color, marker="|", markersize=_TICK, linestyle="none")
+            color = GREY if len(results) > 1 else look(names)[names[0]].color
+            handles[words] = Line2D([], [], color=color, **_TICK)
         if legend and handles:
             name_curves(np.array([ax], dtype=np.object_), made=made, handles=handles)
     return ax
@@ -100,17 +91,8 @@ def spectral_density(
 def _ticks(ax: Axes, density: SpectralDensity, appearance: Look, row: int) -> None:
     """Put a tick on the axis for every eigenvalue that is known at the two ends; those of another curve above them."""
     ends: Array = np.concatenate([density.top.numpy(), density.bottom.numpy()])
-    ax.plot(
-        ends,
-        np.full(len(ends), 0.03 + 0.06 * row),
-        color=appearance.color,
-        marker="|",
-        markersize=_TICK,
-        linestyle="none",
-        transform=ax.get_xaxis_transform(),
-        label=f"_ends {row}",
-        zorder=3,
-    )
+    place: dict[str, Any] = {"transform": ax.get_xaxis_transform(), "label": f"_ends {row}", "zorder": 3}
+    ax.plot(ends, np.full(len(ends), 0.03 + 0.06 * row), color=appearance.color, **_TICK, **place)
 
 
 def _log_density(ax: Axes, densities: list[SpectralDensity]) -> None:
@@ -118,6 +100,3 @@ def _log_density(ax: Axes, densities: list[SpectralDensity]) -> None:
     highest = max(float(item.density.max()) for item in densities)
     ax.set_yscale("log", nonpositive="clip")
     ax.set_ylim(0.1 * min(peaks), 2.0 * max(highest, *peaks))
-
-
-__all__ = ["spectral_density"]

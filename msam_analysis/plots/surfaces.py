@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from matplotlib import colormaps
@@ -13,36 +13,26 @@ from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection  # type: ignore[import-untyped]
 
-from msam_analysis.plots.look import COLUMN_WIDTH, Array, AxesArray, given_axes, panels, style
-from msam_analysis.plots.scale import COLORMAP, Scale, as_array, checked_losses, named_slices, number
+from msam_analysis.plots.drawing import given_axes, panels
+from msam_analysis.plots.look import COLUMN_WIDTH, Array, AxesArray, Places, style
+from msam_analysis.plots.scale import COLORMAP, MapOptions, Scale, as_array, checked_losses, named_slices, number
 from msam_analysis.results import Slice2D
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class _Options(MapOptions, total=False):
+    view: tuple[float, float]
+
 
 @overload
-def surface_3d(
-    result: Slice2D,
-    axes: Axes | Sequence[Axes] | AxesArray | None = None,
-    *,
-    values: str = "loss",
-    limits: tuple[float, float] | None = None,
-    log: bool | None = None,
-    view: tuple[float, float] = (36.0, -60.0),
-    label: str | None = None,
-) -> Axes: ...
+def surface_3d(result: Slice2D, axes: Places = None, **options: Unpack[_Options]) -> Axes: ...
 @overload
-def surface_3d(
-    result: Mapping[str, Slice2D],
-    axes: Axes | Sequence[Axes] | AxesArray | None = None,
-    *,
-    values: str = "loss",
-    limits: tuple[float, float] | None = None,
-    log: bool | None = None,
-    view: tuple[float, float] = (36.0, -60.0),
-    label: str | None = None,
-) -> AxesArray: ...
+def surface_3d(result: Mapping[str, Slice2D], axes: Places = None, **options: Unpack[_Options]) -> AxesArray: ...
 def surface_3d(
     result: Slice2D | Mapping[str, Slice2D],
-    axes: Axes | Sequence[Axes] | AxesArray | None = None,
+    axes: Places = None,
     *,
     values: str = "loss",
     limits: tuple[float, float] | None = None,
@@ -71,10 +61,8 @@ def surface_3d(
 
     Raises
     ------
-    ValueError
-        As :func:`slice_2d`, or axes that are not three-dimensional.
-    TypeError
-        As :func:`slice_2d`.
+    ValueError, TypeError
+        As :func:`slice_2d`, or axes that are not three-dimensional (``ValueError``).
     """
     slices = named_slices(result, values)
     losses = checked_losses(slices)
@@ -88,14 +76,9 @@ def surface_3d(
             if title:
                 ax.set_title(title, y=0.97)
         _name_axes_3d(drawn[0].figure, drawn, list(slices.values()), made=axes is None)
-        bar = drawn[0].figure.colorbar(
-            ScalarMappable(scale.norm, COLORMAP),
-            ax=list(drawn),
-            extend=scale.extend,
-            shrink=0.7,
-            aspect=18,
-            pad=0.06 if len(slices) == 1 else 0.03,
-        )
+        size: dict[str, Any] = {"shrink": 0.7, "aspect": 18, "pad": 0.06 if len(slices) == 1 else 0.03}
+        mapped = ScalarMappable(scale.norm, COLORMAP)
+        bar = drawn[0].figure.colorbar(mapped, ax=list(drawn), extend=scale.extend, **size)
         scale.label(bar, label or values)
     first: Axes = drawn[0]
     return first if isinstance(result, Slice2D) else drawn
@@ -165,6 +148,3 @@ def _name_axes_3d(figure: Any, drawn: AxesArray, slices: Sequence[Slice2D], *, m
     if explained:
         between = "    " if figure.get_figwidth() > COLUMN_WIDTH else "\n"
         figure.supxlabel(f"$x$: {slices[0].directions[0]}{between}$y$: {slices[0].directions[1]}", fontsize=8)
-
-
-__all__ = ["surface_3d"]

@@ -18,21 +18,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from msam_analysis.plots.contours import slice_2d
-from msam_analysis.plots.look import (
-    PAGE_WIDTH,
-    Array,
-    AxesArray,
-    Look,
-    given_axes,
-    log_scale,
-    look,
-    make_ticks,
-    name_curves,
-    one_panel,
-    panels,
-    require_some,
-    style,
-)
+from msam_analysis.plots.drawing import GREY, given_axes, log_scale, make_ticks, name_curves, one_panel, panels
+from msam_analysis.plots.look import PAGE_WIDTH, Array, AxesArray, Look, Places, look, require_some, style
 from msam_analysis.plots.scale import as_array
 from msam_analysis.results import Projection, Slice2D
 from msam_analysis.results.slices import LARGE_RANGE
@@ -203,10 +190,8 @@ def trajectory_panels(
 
     Raises
     ------
-    ValueError
-        As those functions, or projections along other directions than the slice's.
-    TypeError
-        As those functions.
+    ValueError, TypeError
+        As those functions, or projections along other directions than the slice's (``ValueError``).
     """
     return draw_panels(plane, named(projections), axes, limits=limits, log=log, filled=filled, aspect=aspect)[0]
 
@@ -216,13 +201,9 @@ def trajectory_panels(
 
 def named(projections: Projections) -> dict[str, Projection]:
     """Return the projections by name."""
-    if isinstance(projections, Projection):
-        found = {projections.label: projections}
-    elif isinstance(projections, Mapping):
-        found = dict(projections)
-    else:
-        found = {}
-        for number, item in enumerate(projections):
+    found = dict(projections) if isinstance(projections, Mapping) else {}
+    if not isinstance(projections, Mapping):
+        for number, item in enumerate([projections] if isinstance(projections, Projection) else projections):
             label = getattr(item, "label", "")
             found[label if label not in found else f"{label} {number + 1}"] = item
     return require_some(found, Projection)
@@ -231,10 +212,8 @@ def named(projections: Projections) -> dict[str, Projection]:
 def _require_planes(several: Mapping[str, Projection]) -> None:
     first = next(iter(several.values()))
     for name, item in several.items():
-        if item.coordinates.shape[1] != 2:
-            raise ValueError(
-                f"{name!r} is projected onto {item.coordinates.shape[1]} directions, expected two: a plane"
-            )
+        if (count := item.coordinates.shape[1]) != 2:
+            raise ValueError(f"{name!r} is projected onto {count} directions, expected two: a plane")
         if item.directions != first.directions or not np.allclose(item.direction_norms, first.direction_norms):
             raise ValueError(f"{name!r} is projected onto another plane: expected one for all; project them together")
 
@@ -265,17 +244,12 @@ def require_same_plane(plane: Slice2D, several: Mapping[str, Projection]) -> Non
 class Drawn(NamedTuple):
     """The artists of one trajectory: on the map, and beside it where there are panels for losses and distance."""
 
-    growing: tuple[Line2D, ...]
-    """Lines over the recorded points: path, loss, projected loss, distance."""
-    heads: tuple[Line2D, ...]
-    """The markers at their ends: of path, loss and distance."""
-    first: Line2D | None
-    """The ring at the first point of the path."""
+    growing: tuple[Line2D, ...]  # lines over the recorded points: path, loss, projected loss, distance
+    heads: tuple[Line2D, ...]  # the markers at the ends of path, loss and distance
+    first: Line2D | None  # the ring at the first point of the path
     circles: PathCollection | None
-    at: npt.NDArray[np.int64]
-    """Indices of the points that have circles."""
-    areas: Array
-    """Of the circles."""
+    at: npt.NDArray[np.int64]  # indices of the points that have circles
+    areas: Array  # areas of the circles
 
     @property
     def moving(self) -> tuple[Artist, ...]:
@@ -284,14 +258,7 @@ class Drawn(NamedTuple):
 
 
 def draw_panels(
-    plane: Slice2D,
-    several: Mapping[str, Projection],
-    axes: Sequence[Axes] | AxesArray | None = None,
-    *,
-    limits: tuple[float, float] | None = None,
-    log: bool | None = None,
-    filled: bool = True,
-    aspect: str = "equal",
+    plane: Slice2D, several: Mapping[str, Projection], axes: Places = None, *, log: bool | None = None, **options: Any
 ) -> tuple[AxesArray, dict[str, Drawn]]:
     """Draw :func:`trajectory_panels` and return its axes and artists."""
     _require_planes(several)
@@ -299,7 +266,7 @@ def draw_panels(
     measured_losses(several)
     with style():
         drawn = _three_panels() if axes is None else given_axes(axes, 3)
-        slice_2d(plane, drawn[0], limits=limits, log=log, filled=filled, aspect=aspect)
+        slice_2d(plane, drawn[0], log=log, **options)
         drawn[0].set_autoscale_on(False)
         paths = draw_paths(drawn[0], several)
         beside = draw_losses(drawn[1:], several, log=log)
@@ -343,9 +310,8 @@ def draw_paths(ax: Axes, several: Mapping[str, Projection], *, circles: bool = T
         areas = _LARGEST_CIRCLE * np.nan_to_num(as_array(item.off_plane)[at]) / (largest or 1.0)
         rings = None
         if circles and largest > 0:
-            rings = ax.scatter(
-                x[at], y[at], areas, facecolors=f"{color}59", edgecolors="white", linewidths=0.6, zorder=5.5
-            )
+            edge: dict[str, Any] = {"edgecolors": "white", "linewidths": 0.6, "zorder": 5.5}
+            rings = ax.scatter(x[at], y[at], areas, facecolors=f"{color}59", **edge)
         paths[name] = Drawn((line,), (last,), first, rings, at, areas)
     return paths
 
@@ -415,7 +381,6 @@ def draw_losses(axes: AxesArray, several: Mapping[str, Projection], *, log: bool
 _FIRST: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 3.4, "markerfacecolor": "white"}
 _PROJECTED: dict[str, Any] = {"linestyle": (0, (2.2, 1.2)), "linewidth": 0.8}
 _DIRECTIONS = ("-", "--", "-.", ":")
-_GREY = "#4d4d4d"
 
 
 def _last(appearance: Look) -> dict[str, Any]:
@@ -435,13 +400,13 @@ def _path_handles(ax: Axes, several: Mapping[str, Projection], *, circles: bool)
         outside = _outside(ax, several[name])
         label = name + (f" ({outside} of {len(several[name].steps)} points outside)" if outside else "")
         handles[label] = _line_handle(appearance)
-    handles["start"] = Line2D([], [], **_FIRST, color=_GREY)
+    handles["start"] = Line2D([], [], **_FIRST, color=GREY)
     largest = _largest_off_plane(several)
     if circles and largest > 0:
         shown = _round_number(largest)
         diameter = 2 * math.sqrt(_LARGEST_CIRCLE * shown / largest / math.pi)
         handles[f"{shown:g} from plane"] = Line2D(
-            [], [], linestyle="none", marker="o", markersize=diameter, markerfacecolor=f"{_GREY}59",
+            [], [], linestyle="none", marker="o", markersize=diameter, markerfacecolor=f"{GREY}59",
             markeredgecolor="white", markeredgewidth=0.7,
         )  # fmt: skip
     return handles
@@ -449,8 +414,8 @@ def _path_handles(ax: Axes, several: Mapping[str, Projection], *, circles: bool)
 
 def _loss_handles() -> dict[str, Any]:
     return {
-        "loss at the weights": Line2D([], [], color=_GREY, linewidth=1.2),
-        "at their projection": Line2D([], [], color=_GREY, **_PROJECTED),
+        "loss at the weights": Line2D([], [], color=GREY, linewidth=1.2),
+        "at their projection": Line2D([], [], color=GREY, **_PROJECTED),
     }
 
 
@@ -464,6 +429,3 @@ def _round_number(value: float) -> float:
     """Return the largest of 1, 2, 5 times a power of ten that is not above a value."""
     power = 10.0 ** math.floor(math.log10(value))
     return max(digit * power for digit in (1, 2, 5) if digit * power <= value * (1 + 1e-9))
-
-
-__all__ = ["trajectory", "trajectory_losses", "trajectory_panels"]

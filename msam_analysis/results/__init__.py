@@ -20,36 +20,11 @@ from msam_analysis.results.together import ByLayer, Measurement, layer_frame
 from msam_analysis.results.trajectories import Projection, Trajectory
 
 __all__ = [
-    "ApproximationWarning",
-    "BallSharpness",
-    "BatchSharpness",
-    "ByLayer",
-    "Certificate",
-    "ConvergenceWarning",
-    "Curvatures",
-    "DataInterval",
-    "DirectionalSharpness",
-    "Eigenpairs",
-    "Estimate",
-    "FeatureRank",
-    "Measurement",
-    "Projection",
-    "Reading",
-    "Result",
-    "RobustAccuracy",
-    "SamMsamAngle",
-    "Scalar",
-    "Settings",
-    "Slice1D",
-    "Slice2D",
-    "SpectralDensity",
-    "Trajectory",
-    "atomic_folder",
-    "atomic_path",
-    "layer_frame",
-    "load",
-    "load_trajectory",
-]
+    "ApproximationWarning", "BallSharpness", "BatchSharpness", "ByLayer", "Certificate", "ConvergenceWarning",
+    "Curvatures", "DataInterval", "DirectionalSharpness", "Eigenpairs", "Estimate", "FeatureRank", "Measurement",
+    "Projection", "Reading", "Result", "RobustAccuracy", "SamMsamAngle", "Scalar", "Settings", "Slice1D", "Slice2D",
+    "SpectralDensity", "Trajectory", "atomic_folder", "atomic_path", "layer_frame", "load", "load_trajectory",
+]  # fmt: skip
 
 
 def __dir__() -> list[str]:

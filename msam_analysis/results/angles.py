@@ -9,7 +9,7 @@ from typing import ClassVar
 import pandas as pd
 from torch import Tensor
 
-from msam_analysis.results.base import Reading, Result, column
+from msam_analysis.results.base import Reading, Result, table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,6 @@ class SamMsamAngle(Result):
 
     _asked: ClassVar = ("rho_sam", "bracket")
 
-    def __post_init__(self) -> None:
-        """Make the bracket, a list in a file, a tuple again."""
-        object.__setattr__(self, "bracket", tuple(self.bracket))
-
     def readings(self) -> list[Reading]:
         """Return where the angle is 0, with the farther end of the bracket, and the angle of the plain gradient."""
         low, high = self.bracket
@@ -59,7 +55,4 @@ class SamMsamAngle(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per perturbation strength: ``rho``, ``angle``, ``share``."""
-        frame: pd.DataFrame = pd.DataFrame(
-            {"rho": column(self.rhos), "angle": column(self.angles), "share": column(self.shares)}
-        )
-        return frame
+        return table({"rho": self.rhos, "angle": self.angles, "share": self.shares})

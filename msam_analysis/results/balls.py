@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import pandas as pd
 from torch import Tensor
 
-from msam_analysis.results.base import Reading, Result, column
+from msam_analysis.results.base import Reading, Result, row, table
 
 Verdict = Literal["local maximum", "not a local maximum", "undecided"]
 
@@ -81,8 +81,7 @@ class BallSharpness(Result):
     def to_frame(self) -> pd.DataFrame:
         """Return one row, without the displacement."""
         names = ("rho", "norm", "adaptive", "sharpness", "one_step", "loss", "spread", "stationarity", "converged")
-        frame: pd.DataFrame = pd.DataFrame([{name: getattr(self, name) for name in names}])
-        return frame
+        return row(self, *names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,19 +135,8 @@ class BatchSharpness(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per batch measured: its rise, its one-step rise, its size; the ball and ``m``."""
-        columns = {name: column(getattr(self, name)) for name in ("rises", "one_steps", "sizes")}
-        frame: pd.DataFrame = pd.DataFrame(
-            {
-                "sharpness": columns["rises"],
-                "one_step": columns["one_steps"],
-                "samples": columns["sizes"],
-                "m": self.m,
-                "rho": self.rho,
-                "norm": self.norm,
-                "adaptive": self.adaptive,
-            }
-        )
-        return frame
+        measured = {"sharpness": self.rises, "one_step": self.one_steps, "samples": self.sizes}
+        return table({**measured, "m": self.m, "rho": self.rho, "norm": self.norm, "adaptive": self.adaptive})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,15 +186,8 @@ class DirectionalSharpness(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per point: ``coordinate`` and ``rise``."""
-        frame: pd.DataFrame = pd.DataFrame(
-            {
-                "coordinate": column(self.coordinates),
-                "rise": column(self.rises),
-                "direction": self.direction,
-                "resolution": self.resolution,
-            }
-        )
-        return frame
+        measured = {"coordinate": self.coordinates, "rise": self.rises}
+        return table({**measured, "direction": self.direction, "resolution": self.resolution})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -269,9 +250,5 @@ class Certificate(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row."""
-        names = (
-            *("verdict", "multiplier", "residual", "relative_residual", "curvature", "curvature_residual", "gain"),
-            *("on_surface", "dimensions", "converged"),
-        )
-        frame: pd.DataFrame = pd.DataFrame([{name: getattr(self, name) for name in names}])
-        return frame
+        names = ("verdict", "multiplier", "residual", "relative_residual", "curvature", "curvature_residual", "gain")
+        return row(self, *names, "on_surface", "dimensions", "converged")

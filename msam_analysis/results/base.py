@@ -91,6 +91,12 @@ class Result(abc.ABC):
         Result._kinds[cls.__name__] = cls
         cls.__repr__ = Result.__repr__  # type: ignore[method-assign]  # dataclasses would write one that dumps tensors
 
+    def __post_init__(self) -> None:
+        """Turn lists, as a file has them, into tuples."""
+        for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), list):
+                object.__setattr__(self, field.name, _tupled(value))
+
     @abc.abstractmethod
     def to_frame(self) -> pd.DataFrame:
         """Return the result as a tidy table; each kind says what its rows are."""
@@ -238,6 +244,24 @@ def _unpacked(kind: type[Result], plain: Mapping[str, Any], tensors: Mapping[str
     return kind(**fields, **inner)
 
 
+def _tupled(value: Any) -> Any:
+    return tuple(_tupled(item) for item in value) if isinstance(value, list) else value
+
+
 def column(values: Tensor) -> Any:
     """Return a tensor as a NumPy column of a table."""
     return values.detach().cpu().numpy()
+
+
+def table(columns: Mapping[str, object]) -> pd.DataFrame:
+    """Return a table of columns by name; a column is a tensor, a sequence, or one value for all rows."""
+    frame: pd.DataFrame = pd.DataFrame(
+        {name: column(values) if isinstance(values, Tensor) else values for name, values in columns.items()}
+    )
+    return frame
+
+
+def row(result: Result, *names: str) -> pd.DataFrame:
+    """Return some fields of a result as a table of one row."""
+    frame: pd.DataFrame = pd.DataFrame([{name: getattr(result, name) for name in names}])
+    return frame

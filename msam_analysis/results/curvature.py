@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from msam_analysis.results.base import Reading, Result, column, numbered
+from msam_analysis.results.base import Reading, Result, numbered, row, table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,16 +57,8 @@ class Eigenpairs(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per eigenvalue: ``index`` (from 1), ``value``, ``residual``, ``method``, ``converged``."""
-        frame: pd.DataFrame = pd.DataFrame(
-            {
-                "index": range(1, len(self.values) + 1),
-                "value": column(self.values),
-                "residual": column(self.residuals),
-                "method": self.method,
-                "converged": self.converged,
-            }
-        )
-        return frame
+        known = {"index": range(1, len(self.values) + 1), "value": self.values, "residual": self.residuals}
+        return table({**known, "method": self.method, "converged": self.converged})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,10 +97,7 @@ class Estimate(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row."""
-        frame: pd.DataFrame = pd.DataFrame(
-            [{key: getattr(self, key) for key in ("quantity", "value", "standard_error", "draws")}]
-        )
-        return frame
+        return row(self, "quantity", "value", "standard_error", "draws")
 
 
 class Share(NamedTuple):
@@ -326,14 +315,7 @@ class SpectralDensity(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per point of the grid: ``value``, ``density``, ``standard_error``."""
-        frame: pd.DataFrame = pd.DataFrame(
-            {
-                "value": column(self.values),
-                "density": column(self.density),
-                "standard_error": column(self.standard_error),
-            }
-        )
-        return frame
+        return table({"value": self.values, "density": self.density, "standard_error": self.standard_error})
 
     def _peaks(self, x: Tensor, width: float) -> Tensor:
         """Return the kernel about every node, shape ``(nodes, len(x))``."""

@@ -99,10 +99,8 @@ def _parts_of_code(thing: Any) -> list[Any] | None:
         return [thing.__func__, thing.__self__]
     if not isinstance(thing, FunctionType):
         return [thing.__wrapped__] if hasattr(thing, "__wrapped__") else None  # a function with a cache
-    name = [thing.__module__, thing.__qualname__]
-    return (
-        name if _known(thing) else [*name, *_code(thing), thing.__defaults__, thing.__kwdefaults__, *_enclosed(thing)]
-    )
+    own = [] if _known(thing) else [*_code(thing), thing.__defaults__, thing.__kwdefaults__, *_enclosed(thing)]
+    return [thing.__module__, thing.__qualname__, *own]
 
 
 def _parts_of_object(thing: Any) -> list[Any] | None:

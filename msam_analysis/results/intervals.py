@@ -8,7 +8,7 @@ from typing import ClassVar
 import pandas as pd
 from torch import Tensor
 
-from msam_analysis.results.base import Reading, Result, column, numbered
+from msam_analysis.results.base import Reading, Result, numbered, table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,16 +71,8 @@ class DataInterval(Result):
     def to_frame(self) -> pd.DataFrame:
         """Return one row per number of the metric: ``index`` (from 1), its value, interval, and how it was made."""
         numbers = ("value", "low", "high", "bias", "standard_error")
-        frame: pd.DataFrame = pd.DataFrame(
-            {
-                "index": range(1, self.value.numel() + 1),
-                **{name: column(getattr(self, name).reshape(-1)) for name in numbers},
-                "level": self.level,
-                "samples": self.samples,
-                "method": self.method,
-                "replicates": len(self.replicates),
-                "failed": self.failed,
-                "converged": self.converged,
-            }
-        )
-        return frame
+        columns: dict[str, object] = {"index": range(1, self.value.numel() + 1)}
+        columns |= {name: getattr(self, name).reshape(-1) for name in numbers}
+        columns |= {"level": self.level, "samples": self.samples, "method": self.method}
+        columns |= {"replicates": len(self.replicates), "failed": self.failed, "converged": self.converged}
+        return table(columns)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pandas as pd
 from torch import Tensor
 
-from msam_analysis.results.base import Reading, Result, column
+from msam_analysis.results.base import Reading, Result, column, table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,14 +60,9 @@ class FeatureRank(Result):
     def to_frame(self) -> pd.DataFrame:
         """Return one row per component: ``component`` from 1, ``singular_value``, ``explained`` (share up to it)."""
         squares = self.singular_values.square()
-        frame: pd.DataFrame = pd.DataFrame(
-            {
-                "component": range(1, len(squares) + 1),
-                "singular_value": column(self.singular_values),
-                "explained": column(squares.cumsum(0) / squares.sum()),
-            }
-        )
-        return frame
+        explained = squares.cumsum(0) / squares.sum()
+        components = range(1, len(squares) + 1)
+        return table({"component": components, "singular_value": self.singular_values, "explained": explained})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,12 +111,7 @@ class RobustAccuracy(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per size: ``attack``, ``size``, ``accuracy``, ``error``; first the clean one, of size 0."""
-        frame: pd.DataFrame = pd.DataFrame(
-            {
-                "attack": self.attack,
-                "size": [0.0, *column(self.sizes)],
-                "accuracy": [self.clean, *column(self.accuracies)],
-                "error": [self.clean_error, *column(self.errors)],
-            }
-        )
-        return frame
+        known = {"size": (0.0, self.sizes), "accuracy": (self.clean, self.accuracies)}
+        known |= {"error": (self.clean_error, self.errors)}
+        columns = {name: [clean, *column(values)] for name, (clean, values) in known.items()}
+        return table({"attack": self.attack, **columns})

@@ -124,11 +124,8 @@ def _opened(path: Path) -> Any:
 def write_header(folder: Path, origin: Tensor | None, fields: Mapping[str, Any]) -> None:
     """Begin a folder: ``fields`` are ``label``, ``names``, ``shapes``, ``dtype`` and ``settings``."""
     with atomic_path(folder / _HEADER) as partial:
-        save_file(
-            {} if origin is None else {"origin": origin},
-            partial,
-            metadata={"format": _FORMAT, "fields": json.dumps(fields)},
-        )
+        metadata = {"format": _FORMAT, "fields": json.dumps(fields)}
+        save_file({} if origin is None else {"origin": origin}, partial, metadata=metadata)
 
 
 def write_point(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from torch import Tensor
 
-from msam_analysis.results.base import Reading, Result, column
+from msam_analysis.results.base import Reading, Result, row, table
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,8 +40,7 @@ class Scalar(Result, float):
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row: ``quantity``, ``value``."""
-        frame: pd.DataFrame = pd.DataFrame([{"quantity": self.quantity, "value": self.value}])
-        return frame
+        return row(self, "quantity", "value")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,10 +58,6 @@ class Curvatures(Result):
     values: Tensor
     directions: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        """Turn a list from a file back into a tuple."""
-        object.__setattr__(self, "directions", tuple(self.directions))
-
     def __len__(self) -> int:
         """Return the number of directions."""
         return len(self.values)
@@ -73,5 +68,4 @@ class Curvatures(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per direction: ``direction``, ``value``."""
-        frame: pd.DataFrame = pd.DataFrame({"direction": list(self.directions), "value": column(self.values)})
-        return frame
+        return table({"direction": list(self.directions), "value": self.values})

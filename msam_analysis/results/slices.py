@@ -12,7 +12,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
-from msam_analysis.results.base import Reading, Result, column
+from msam_analysis.results.base import Reading, Result, column, table
 
 LARGE_RANGE = 10.0
 """From this ratio of largest to smallest loss on, pictures have a logarithmic scale."""
@@ -20,43 +20,7 @@ LARGE_RANGE = 10.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Points:
-    """What is known of the points of a slice, on a line or a plane; ``grid`` is the shape of the loss.
-
-    Attributes
-    ----------
-    loss
-        NaN and infinity are kept.
-    center_loss
-        ``L(w)``.
-    metrics
-        Name to other quantities at the same points, shape ``grid`` or ``(*grid, n)``, such as each sample's loss.
-    center_metrics
-        The same quantities at ``w``, shape ``()`` or ``(n,)``.
-    evaluated
-        Shape ``grid``, boolean: where the loss was computed. Elsewhere it was interpolated (``refine``), or is NaN
-        because it is still to come (``complete`` is false). ``None``: everywhere.
-    error
-        Estimate of the largest error of the loss at the interpolated points, in units of the loss; 0 where every point
-        was computed.
-    metric_errors
-        The same for every metric that was interpolated.
-    tolerance
-        The error that was asked for, as a fraction of the range of the loss; ``None`` where every point was computed.
-    converged
-        Whether ``error`` is within the tolerance.
-    complete
-        Whether the measurement was finished: false for the file of one that still runs or was stopped.
-    standard_error
-        Shape ``grid``: of ``loss`` as an estimate of the loss on all data, where only some samples were drawn.
-    rise_error
-        Shape ``grid``: of ``loss − center_loss``; near the centre much smaller, since the samples are the same.
-    units
-        How many samples (or batches, where the loss of a sample cannot be told) the standard errors come from.
-    resolution
-        Size below which a difference of losses near the centre is rounding, ``2 ε |L(w)|``; NaN where it is not known.
-    identity
-        Content hashes of what was measured: weights, data, directions, settings; empty without a file.
-    """
+    """What is known of the points of a slice, on a line or a plane; :class:`Slice2D` says what each field is."""
 
     loss: Tensor
     center_loss: float
@@ -152,14 +116,7 @@ class Slice1D(_Points, Result):
     def to_frame(self) -> pd.DataFrame:
         """Return one row per point: ``coordinate``, ``distance``, ``loss``, and what else was measured there."""
         coordinates = column(self.coordinates)
-        frame: pd.DataFrame = pd.DataFrame(
-            {
-                "coordinate": coordinates,
-                "distance": coordinates * self.direction_norm,
-                **{name: column(values) for name, values in self._columns().items()},
-            }
-        )
-        return frame
+        return table({"coordinate": coordinates, "distance": coordinates * self.direction_norm, **self._columns()})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,7 +153,8 @@ class Slice2D(_Points, Result):
         Whether the measurement was finished: false for the file of one that still runs or was stopped.
     standard_error, rise_error
         Shape ``(nx, ny)``: of ``loss`` as an estimate of the loss on all data, and of ``loss − center_loss``, where
-        only some samples were drawn; else ``None``.
+        only some samples were drawn; else ``None``. Near the centre ``rise_error`` is much smaller, since the samples
+        are the same.
     units
         How many samples (or batches, where the loss of a sample cannot be told) the standard errors come from.
     identity
@@ -211,14 +169,8 @@ class Slice2D(_Points, Result):
 
     _asked: ClassVar = ("directions", "direction_norms", "cosine")
 
-    def __post_init__(self) -> None:
-        """Turn lists from a file back into tuples."""
-        object.__setattr__(self, "directions", tuple(self.directions))
-        object.__setattr__(self, "direction_norms", tuple(self.direction_norms))
-
     def to_frame(self) -> pd.DataFrame:
         """Return one row per point: ``x``, ``y``, ``loss``, and what else was measured; ``x`` varies slowest."""
         x, y = torch.meshgrid(self.x, self.y, indexing="ij")
         columns = {"x": x, "y": y, **self._columns()}
-        frame: pd.DataFrame = pd.DataFrame({name: column(values.flatten()) for name, values in columns.items()})
-        return frame
+        return table({name: values.flatten() for name, values in columns.items()})

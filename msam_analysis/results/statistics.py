@@ -16,6 +16,8 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.special import stdtrit
 
+Array = npt.NDArray[np.float64]
+
 LEVEL = 0.68
 """Confidence of an interval where none is asked for; the paper's."""
 
@@ -65,14 +67,19 @@ def _checked_level(level: float) -> float:
     return level
 
 
+def _over_seeds(values: npt.ArrayLike) -> Array:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim < 1 or array.shape[0] == 0:
+        raise ValueError(f"expected at least one seed along the first axis, got an array of shape {array.shape}")
+    return array
+
+
 def _quantile(count: int, level: float) -> float:
     """Return Student's t with ``count − 1`` degrees of freedom, of a two-sided level."""
     return float(stdtrit(count - 1, (1.0 + level) / 2.0))
 
 
-def _intervals(
-    values: npt.NDArray[np.float64], level: float
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _intervals(values: Array, level: float) -> tuple[Array, Array]:
     """Return mean and half width along the first axis."""
     count = values.shape[0]
     with np.errstate(all="ignore"):  # infinity minus infinity is NaN, which is the answer
@@ -82,7 +89,7 @@ def _intervals(
         return mean, _quantile(count, level) * values.std(axis=0, ddof=1) / np.sqrt(count)
 
 
-def bands(values: npt.ArrayLike, level: float = LEVEL) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def bands(values: npt.ArrayLike, level: float = LEVEL) -> tuple[Array, Array]:
     """Return mean and half width of a curve repeated over seeds, point by point.
 
     Parameters
@@ -103,15 +110,10 @@ def bands(values: npt.ArrayLike, level: float = LEVEL) -> tuple[npt.NDArray[np.f
     ValueError
         No seed was given, or ``level`` does not lie between 0 and 1.
     """
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim < 1 or array.shape[0] == 0:
-        raise ValueError(f"expected at least one seed along the first axis, got an array of shape {array.shape}")
-    return _intervals(array, _checked_level(level))
+    return _intervals(_over_seeds(values), _checked_level(level))
 
 
-def quantile_bands(
-    values: npt.ArrayLike, level: float = LEVEL
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def quantile_bands(values: npt.ArrayLike, level: float = LEVEL) -> tuple[Array, Array, Array]:
     """Return the median of a curve repeated over seeds, and the range of its middle seeds, point by point.
 
     Parameters
@@ -137,9 +139,7 @@ def quantile_bands(
     This is the spread of the seeds, which stays as it is with more of them; the interval of :func:`bands` is the
     uncertainty of their mean, which shrinks.
     """
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim < 1 or array.shape[0] == 0:
-        raise ValueError(f"expected at least one seed along the first axis, got an array of shape {array.shape}")
+    array = _over_seeds(values)
     outside = (1.0 - _checked_level(level)) / 2.0
     low, median, high = (_quantile_of_sorted(np.sort(array, axis=0), part) for part in (outside, 0.5, 1.0 - outside))
     if array.shape[0] < 2:
@@ -147,13 +147,13 @@ def quantile_bands(
     return median, low, high
 
 
-def _quantile_of_sorted(values: npt.NDArray[np.float64], part: float) -> npt.NDArray[np.float64]:
+def _quantile_of_sorted(values: Array, part: float) -> Array:
     """Interpolate along the first axis as numpy.quantile does, but for infinity, of which that makes NaN."""
     below, share = divmod(part * (len(values) - 1), 1.0)
     first = values[int(below)]
     with np.errstate(invalid="ignore"):
         between = first + share * (values[min(int(below) + 1, len(values) - 1)] - first) if share else first
-    found: npt.NDArray[np.float64] = np.where(np.isnan(values).any(axis=0), np.nan, between)
+    found: Array = np.where(np.isnan(values).any(axis=0), np.nan, between)
     return found
 
 
@@ -217,10 +217,7 @@ def paired_interval(a: npt.ArrayLike, b: npt.ArrayLike, level: float = LEVEL) ->
 
 
 def summarise(
-    frame: pd.DataFrame,
-    by: str | Sequence[str],
-    columns: str | Sequence[str],
-    level: float = LEVEL,
+    frame: pd.DataFrame, by: str | Sequence[str], columns: str | Sequence[str], level: float = LEVEL
 ) -> pd.DataFrame:
     """Return mean and interval of every group of a tidy table.
 
@@ -268,6 +265,3 @@ def summarise(
     header = [*keys, *(column for name in names for column in (name, f"{name}_half_width")), "count"]
     table: pd.DataFrame = pd.DataFrame(rows, columns=header)
     return table
-
-
-__all__ = ["LEVEL", "Interval", "bands", "mean_interval", "paired_interval", "quantile_bands", "summarise"]

@@ -98,10 +98,6 @@ class Measurement(Result):
     rows: tuple[Mapping[str, Any], ...]
     results: Mapping[str, Result]
 
-    def __post_init__(self) -> None:
-        """Turn a list from a file back into a tuple."""
-        object.__setattr__(self, "rows", tuple(self.rows))
-
     @property
     def table(self) -> pd.DataFrame:
         """What :meth:`to_frame` returns."""

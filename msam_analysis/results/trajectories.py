@@ -7,33 +7,16 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from msam_analysis.results.base import Reading, Result, column
+from msam_analysis.results.base import Reading, Result, table
 
-
-class PointsOnDisk(Protocol):
-    """Flat weight vectors, one for each recorded step, that are read when asked for."""
-
-    def __len__(self) -> int:
-        """Return the number of points."""
-        ...
-
-    def __getitem__(self, index: int, /) -> Tensor:
-        """Return one point, shape ``(size,)``."""
-        ...
-
-    def columns(self, start: int, stop: int) -> Tensor:
-        """Return some entries of every point, shape ``(n, stop − start)``."""
-        ...
-
-    def select(self, indices: Sequence[int]) -> PointsOnDisk:
-        """Return some of the points."""
-        ...
+if TYPE_CHECKING:
+    from msam_analysis.results.points import StoredPoints
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,17 +46,12 @@ class Trajectory(Result):
 
     label: str
     steps: Tensor
-    points: Tensor | PointsOnDisk
+    points: Tensor | StoredPoints
     rounding: Tensor
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     metrics: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     buffers: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Turn lists from a file back into tuples."""
-        object.__setattr__(self, "names", tuple(self.names))
-        object.__setattr__(self, "shapes", tuple(tuple(shape) for shape in self.shapes))
 
     def __len__(self) -> int:
         """Return the number of points."""
@@ -122,10 +100,8 @@ class Trajectory(Result):
             parameters, is absent.
         """
         sizes = [math.prod(shape) for shape in self.shapes]
-        pieces = self.points[index].split(sizes)
-        parameters = {
-            name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)
-        }
+        pieces = zip(self.names, self.points[index].split(sizes), self.shapes, strict=True)
+        parameters = {name: piece.view(shape) for name, piece, shape in pieces}
         return parameters | {name: values[index] for name, values in self.buffers.items()}
 
     def readings(self) -> list[Reading]:
@@ -134,9 +110,7 @@ class Trajectory(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per point: ``step``, ``rounding`` and the metrics; not the weights."""
-        columns = {"step": self.steps, "rounding": self.rounding, **self.metrics}
-        frame: pd.DataFrame = pd.DataFrame({name: column(values) for name, values in columns.items()})
-        return frame
+        return table({"step": self.steps, "rounding": self.rounding, **self.metrics})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write everything to one ``.safetensors`` file, atomically; all points are held in memory for it.
@@ -202,11 +176,6 @@ class Projection(Result):
 
     _asked: ClassVar = ("directions", "direction_norms")
 
-    def __post_init__(self) -> None:
-        """Turn lists from a file back into tuples."""
-        object.__setattr__(self, "directions", tuple(self.directions))
-        object.__setattr__(self, "direction_norms", tuple(self.direction_norms))
-
     @property
     def off_plane_share(self) -> Tensor:
         """Shape ``(n,)``: ``‖r − P r‖² / ‖r‖²``, the part of the squared distance that the picture hides.
@@ -228,6 +197,4 @@ class Projection(Result):
         columns = {"step": self.steps, **dict(zip(axes, self.coordinates.T, strict=True))}
         columns |= {"off_plane": self.off_plane, "distance": self.distance, "rounding": self.rounding}
         losses = {"loss": self.loss, "projected_loss": self.projected_loss}
-        columns |= {name: values for name, values in losses.items() if values is not None}
-        frame: pd.DataFrame = pd.DataFrame({name: column(values) for name, values in columns.items()})
-        return frame
+        return table(columns | {name: values for name, values in losses.items() if values is not None})

@@ -10,18 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from msam_analysis.plots.look import (
-    Look,
-    draw_curve,
-    log_scale,
-    log_ticks,
-    look,
-    name_curves,
-    one_panel,
-    ordered,
-    require_columns,
-    style,
-)
+from msam_analysis.plots.drawing import draw_curve, log_scale, log_ticks, name_curves, one_panel
+from msam_analysis.plots.look import Look, look, ordered, require_columns, style
 from msam_analysis.results.statistics import LEVEL, summarise
 
 _LARGE_RANGE = 20.0  # from this ratio on, eigenvalues go on a logarithmic axis

@@ -11,18 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from msam_analysis.plots.look import (
-    AxesArray,
-    draw_curve,
-    given_axes,
-    look,
-    name_curves,
-    one_panel,
-    ordered,
-    panels,
-    require_columns,
-    style,
-)
+from msam_analysis.plots.drawing import draw_curve, given_axes, name_curves, one_panel, panels
+from msam_analysis.plots.look import AxesArray, look, ordered, require_columns, style
 from msam_analysis.results.statistics import LEVEL, summarise
 
 _ZERO: dict[str, Any] = {"color": "#4d4d4d", "linewidth": 0.7, "zorder": 1.5}

@@ -11,21 +11,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from msam_analysis.plots.look import (
-    AxesArray,
-    Look,
-    draw_curve,
-    given_axes,
-    log_scale,
-    log_ticks,
-    look,
-    name_curves,
-    ordered,
-    panels,
-    require_columns,
-    style,
-    words,
-)
+from msam_analysis.plots.drawing import draw_curve, given_axes, log_scale, log_ticks, name_curves, panels
+from msam_analysis.plots.look import AxesArray, Look, look, ordered, require_columns, style, words
 from msam_analysis.results.statistics import LEVEL, summarise
 
 

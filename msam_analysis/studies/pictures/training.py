@@ -11,22 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from msam_analysis.plots.look import (
-    AxesArray,
-    Look,
-    bottom_panels,
-    draw_curve,
-    given_axes,
-    log_scale,
-    look,
-    name_curves,
-    one_panel,
-    ordered,
-    panels,
-    require_columns,
-    style,
-    words,
-)
+from msam_analysis.plots.drawing import bottom_panels, draw_curve, given_axes, log_scale, name_curves, one_panel, panels
+from msam_analysis.plots.look import AxesArray, Look, look, ordered, require_columns, style, words
 from msam_analysis.results.statistics import LEVEL, summarise
 
 
