@@ -33,12 +33,8 @@ NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
 class Source:
     """Which images.
 
-    Attributes
-    ----------
-    path, checksum
-        See :func:`msam_analysis.studies.cifar.load`.
-    limit
-        Only so many of the first training images, and of the first test images; ``None`` for all.
+    ``path``, ``checksum``: See :func:`msam_analysis.studies.cifar.load`.
+    ``limit``: Only so many of the first training images, and of the first test images; ``None`` for all.
     """
 
     path: Path
@@ -50,14 +46,9 @@ class Source:
 class Augmented:
     """What an epoch of training draws from.
 
-    Attributes
-    ----------
-    images
-        Shape ``(N, 3, 32, 32)``, uint8.
-    labels
-        Shape ``(N,)``, int64.
-    augmentation
-        What is done to the images of a batch.
+    ``images``: Shape ``(N, 3, 32, 32)``, uint8.
+    ``labels``: Shape ``(N,)``, int64.
+    ``augmentation``: What is done to the images of a batch.
     """
 
     images: Tensor
@@ -69,12 +60,8 @@ class Augmented:
 class Images:
     """The images of a source.
 
-    Attributes
-    ----------
-    train
-        Training images, and what standardises and augments them; the statistics are those of these images.
-    test, test_labels
-        As they are in the file, uint8 and int64.
+    ``train``: Training images, and what standardises and augments them; the statistics are those of these images.
+    ``test``, ``test_labels``: As they are in the file, uint8 and int64.
     """
 
     train: Augmented

@@ -31,10 +31,7 @@ def save(run: Stateful, path: Path) -> None:
 def resume(run: Stateful, path: Path, device: torch.device) -> None:
     """Go on from the state in a file, if there is one.
 
-    Raises
-    ------
-    ValueError
-        It cannot be read.
+    Raises ValueError: It cannot be read.
     """
     if not path.is_file():
         return

@@ -33,18 +33,11 @@ Tick = Callable[[float], None]
 class Trained:
     """A trained network at its true weights, and what was recorded on the way.
 
-    Attributes
-    ----------
-    model, optimizer
-        BatchNorm statistics are re-estimated at the true weights; the optimizer is in eval mode.
-    base
-        One row per step: ``step``, ``epoch``, ``lr``, ``train_batch_loss``, ``cosine``, ``cosine_after``.
-    gradients_per_step
-        Gradients that were evaluated, per batch.
-    skipped
-        Batches whose step was left out, because a gradient overflowed in float16; they have no row.
-    watched
-        Name of a slower probe to what it recorded, with the column ``step``.
+    ``model``, ``optimizer``: BatchNorm statistics are re-estimated at the true weights; the optimizer is in eval mode.
+    ``base``: One row per step: ``step``, ``epoch``, ``lr``, ``train_batch_loss``, ``cosine``, ``cosine_after``.
+    ``gradients_per_step``: Gradients that were evaluated, per batch.
+    ``skipped``: Batches whose step was left out, because a gradient overflowed in float16; they have no row.
+    ``watched``: Name of a slower probe to what it recorded, with the column ``step``.
     """
 
     model: nn.Module
@@ -152,12 +145,9 @@ def train(
 def some(batches: Batches, samples: int | None) -> Batches:
     """Return a fixed random part of the data, the same for every network; all of it for ``None`` or if it has no more.
 
-    Parameters
-    ----------
-    batches
-        The data.
-    samples
-        How many samples, drawn without replacement and kept in their order, in batches as large as the largest.
+    ``batches``: The data.
+    ``samples``: How many samples, drawn without replacement and kept in their order, in batches as large as the
+        largest.
     """
     sizes = [len(labels) for _, labels in batches]
     if samples is None or samples >= sum(sizes):
@@ -172,13 +162,10 @@ def some(batches: Batches, samples: int | None) -> Batches:
 class Training:
     """A training under way: all that changes from step to step, the step, and what a probe may look at.
 
-    Attributes
-    ----------
-    workload, seed
-        What is trained.
-    everything
-        The training loss over all samples, or a part of them; BatchNorm with each batch's own statistics, as in the
-        training step: the running ones of a perturbed optimizer belong to its perturbed weights while it trains.
+    ``workload``, ``seed``: What is trained.
+    ``everything``: The training loss over all samples, or a part of them; BatchNorm with each batch's own statistics,
+        as in the training step: the running ones of a perturbed optimizer belong to its perturbed weights while it
+        trains.
     """
 
     def __init__(

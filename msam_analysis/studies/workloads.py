@@ -126,10 +126,7 @@ class Workload:
     def optimizer(self, name: str, model: nn.Module) -> PerturbedOptimizer:
         """Return the named optimizer for a model.
 
-        Raises
-        ------
-        ValueError
-            There is no optimizer of that name.
+        Raises ValueError: There is no optimizer of that name.
         """
         if name not in self.perturbations:
             raise ValueError(f"unknown optimizer {name!r}: expected one of {list(self.perturbations)}")

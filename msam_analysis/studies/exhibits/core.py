@@ -206,10 +206,7 @@ def _flattest(column: str, best: str) -> Compare:
 
 
 def _ordered(column: str) -> Compare:
-    return lambda tables: [
-        ratio(tables.runs, column, "SGD", "SAM"),
-        ratio(tables.runs, column, "SAM", "MSAM"),
-    ]
+    return lambda tables: [ratio(tables.runs, column, "SGD", "SAM"), ratio(tables.runs, column, "SAM", "MSAM")]
 
 
 # What is shown
