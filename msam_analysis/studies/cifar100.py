@@ -56,22 +56,9 @@ class Augmented:
     augmentation: Augmentation
 
 
-@dataclass(frozen=True, eq=False)
-class Images:
-    """The images of a source.
-
-    ``train``: Training images, and what standardises and augments them; the statistics are those of these images.
-    ``test``, ``test_labels``: As they are in the file, uint8 and int64.
-    """
-
-    train: Augmented
-    test: Tensor
-    test_labels: Tensor
-
-
 @lru_cache(maxsize=1)
-def load(source: Source) -> Images:
-    """Return the images of a source; read once.
+def load(source: Source) -> tuple[Augmented, Tensor, Tensor]:
+    """Return what is trained on, and the test images (uint8) and labels as they are in the file; read once.
 
     Raises
     ------
@@ -83,30 +70,27 @@ def load(source: Source) -> Images:
     data = cifar.load(source.path, "cifar100", checksum=source.checksum)
     images, labels = data.train.images[: source.limit].contiguous(), data.train.labels[: source.limit]
     mean, std = channel_statistics(images)
-    return Images(
-        train=Augmented(images, labels, Augmentation(mean, std)),
-        test=data.test.images[: source.limit],
-        test_labels=data.test.labels[: source.limit],
-    )
+    train = Augmented(images, labels, Augmentation(mean, std))
+    return train, data.test.images[: source.limit], data.test.labels[: source.limit]
 
 
 def augmented(source: Source) -> Augmented:
     """Return what is trained on."""
-    return load(source).train
+    return load(source)[0]
 
 
 @lru_cache(maxsize=1)
 def train_data(source: Source) -> list[tuple[Tensor, Tensor]]:
     """Return the training images as they are, standardised, in batches of 250: what is measured."""
-    train = load(source).train
+    train = augmented(source)
     return _batches(train.images, train.labels, train.augmentation)
 
 
 @lru_cache(maxsize=1)
 def test_data(source: Source) -> list[tuple[Tensor, Tensor]]:
     """Return the test images, standardised as the training images are, in batches of 250."""
-    images = load(source)
-    return _batches(images.test, images.test_labels, images.train.augmentation)
+    train, images, labels = load(source)
+    return _batches(images, labels, train.augmentation)
 
 
 def _batches(images: Tensor, labels: Tensor, augmentation: Augmentation) -> list[tuple[Tensor, Tensor]]:

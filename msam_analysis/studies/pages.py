@@ -112,6 +112,3 @@ def _summary_tables(setting: Setting, tables: Tables | None, caption: str) -> li
 def _listed(names: Iterable[str]) -> str:
     *head, last = names
     return f"{', '.join(head)} and {last}" if head else last
-
-
-__all__ = ["Setting", "compose"]

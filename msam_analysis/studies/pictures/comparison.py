@@ -285,6 +285,3 @@ def accuracy(
             handles = {"test": Line2D([], [], **grey), "train": Line2D([], [], **grey, markerfacecolor="white")}
             name_curves(np.array([ax], dtype=np.object_), made=made, handles=handles)
     return ax
-
-
-__all__ = ["accuracy", "ball_sharpness", "eigenvalues"]

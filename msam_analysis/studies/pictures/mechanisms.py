@@ -315,6 +315,3 @@ def by_group(
             ax.set_xlabel(label)
         name_curves(drawn, made=axes is None)
     return drawn
-
-
-__all__ = ["along_momentum", "by_group", "one_step", "zero_angle"]

@@ -272,6 +272,3 @@ def _label_x(part: Sweep) -> str:
 
 def _label_y(part: Sweep) -> str:
     return part.label_y or words(part.y)
-
-
-__all__ = ["Sweep", "both_signs", "sweep"]

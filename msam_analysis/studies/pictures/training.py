@@ -245,6 +245,3 @@ def perturbation_rise(
 
 
 _BEFORE = Look("#9a9a9a", (0, (2.5, 1)), "o")
-
-
-__all__ = ["over_training", "perturbation_rise"]
