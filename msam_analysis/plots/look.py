@@ -286,6 +286,15 @@ def draw_banded(
         ax.fill_between(x, low, high, color=color, alpha=0.17, linewidth=0, zorder=zorder - 0.5)
 
 
+def curve_of(
+    table: pd.DataFrame, optimizer: str, x: str, y: str, *, positive: bool = False
+) -> tuple[Array, Array, Array]:
+    """Return an optimizer's x, means and half widths of a summary; ``positive`` makes holes of all other means."""
+    rows = table[table["optimizer"] == optimizer].sort_values(x)
+    at, mean, half_width = (rows[name].to_numpy(dtype=np.float64) for name in (x, y, f"{y}_half_width"))
+    return at, np.where(mean > 0, mean, np.nan) if positive else mean, half_width
+
+
 def log_scale(ax: Axes, drawn: Sequence[Array]) -> None:
     """Make the y axis logarithmic, with limits set by the means ``drawn`` and not by where a band touches zero."""
     positive = np.concatenate([values[np.isfinite(values) & (values > 0)] for values in drawn])

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from msam_analysis.plots.look import (
     Look,
+    curve_of,
     draw_curve,
     log_scale,
     log_ticks,
@@ -175,13 +176,9 @@ def ball_sharpness(
         ax = one_panel(ax)
         means = []
         for optimizer, appearance in look(ordered(table["optimizer"])).items():
-            part = table[table["optimizer"] == optimizer].sort_values("rho")
-            radius = part["rho"].to_numpy(dtype=np.float64)
-            mean = part[value].to_numpy(dtype=np.float64)
-            if log:
-                mean = np.where(mean > 0, mean, np.nan)
+            radius, mean, half_width = curve_of(table, optimizer, "rho", value, positive=log)
             means.append(mean)
-            draw_curve(ax, radius, mean, part[f"{value}_half_width"].to_numpy(dtype=np.float64), appearance, None)
+            draw_curve(ax, radius, mean, half_width, appearance, None)
             ax.plot(radius, mean, linestyle="none", marker=appearance.marker, markersize=3.2, color=appearance.color)
             ax.plot([], [], **_line(appearance), label=optimizer)
         if log:

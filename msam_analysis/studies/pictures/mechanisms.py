@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from msam_analysis.plots.look import (
     AxesArray,
+    curve_of,
     draw_curve,
     given_axes,
     look,
@@ -139,15 +140,7 @@ def along_momentum(frame: pd.DataFrame, ax: Axes | None = None, *, level: float 
     with style():
         ax = one_panel(ax)
         for optimizer, appearance in look(ordered(table["optimizer"])).items():
-            part = table[table["optimizer"] == optimizer].sort_values("offset")
-            draw_curve(
-                ax,
-                part["offset"].to_numpy(dtype=np.float64),
-                part["change"].to_numpy(dtype=np.float64),
-                part["change_half_width"].to_numpy(dtype=np.float64),
-                appearance,
-                optimizer,
-            )
+            draw_curve(ax, *curve_of(table, optimizer, "offset", "change"), appearance, optimizer)
         ax.set_xscale("symlog", linthresh=0.1)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
         smallest = float(table["change"].abs()[table["change"] != 0].min()) if (table["change"] != 0).any() else 1.0
@@ -205,21 +198,12 @@ def zero_angle(
         looks = look(ordered([*angles["optimizer"], *roots["optimizer"]]))
         table = summarise(angles, ["optimizer", "rho"], "angle", level)
         for optimizer, appearance in looks.items():
-            part = table[table["optimizer"] == optimizer].sort_values("rho")
-            at, mean, half = (part[name].to_numpy(dtype=np.float64) for name in ("rho", "angle", "angle_half_width"))
-            draw_curve(drawn[0], at, mean, half, appearance, optimizer)
+            draw_curve(drawn[0], *curve_of(table, optimizer, "rho", "angle"), appearance, optimizer)
             # With the markers of the other panel, which have no name of their own.
             drawn[0].lines[-1].set(marker=appearance.marker, markersize=3.2)
             found = roots[(roots["optimizer"] == optimizer) & np.isfinite(roots["rho_0"])]
-            drawn[1].plot(
-                found["epoch"],
-                found["rho_0"],
-                linestyle="none",
-                marker=appearance.marker,
-                markersize=3.2,
-                color=appearance.color,
-                alpha=0.7,
-            )
+            points: dict[str, Any] = {"marker": appearance.marker, "color": appearance.color, "alpha": 0.7}
+            drawn[1].plot(found["epoch"], found["rho_0"], linestyle="none", markersize=3.2, **points)
         drawn[0].axhline(0.0, **_ZERO)
         drawn[0].axvline(best, color=_GREY, linestyle=(0, (3, 2)), zorder=1.5)
         drawn[1].axhline(best, color=_GREY, linestyle=(0, (3, 2)), zorder=1.5, label=f"MSAM's ρ = {best:g}")
@@ -291,17 +275,9 @@ def by_group(
                 mean = part[quantity].to_numpy(dtype=np.float64)
                 half = part[f"{quantity}_half_width"].to_numpy(dtype=np.float64)
                 at = np.array([rows.index(value) for value in part[group]], dtype=np.float64) + shift
-                ax.errorbar(
-                    mean,
-                    at,
-                    xerr=np.where(np.isfinite(half), half, 0.0),
-                    linestyle="none",
-                    marker=appearance.marker,
-                    markersize=3.8,
-                    color=appearance.color,
-                    elinewidth=1.1,
-                    label=optimizer,
-                )
+                xerr = np.where(np.isfinite(half), half, 0.0)
+                points: dict[str, Any] = {"marker": appearance.marker, "markersize": 3.8, "color": appearance.color}
+                ax.errorbar(mean, at, xerr=xerr, linestyle="none", elinewidth=1.1, label=optimizer, **points)
             means = table[quantity].to_numpy(dtype=np.float64)
             if quantity in log:
                 ax.set_xscale("log")

@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from msam_analysis.plots.look import (
     AxesArray,
     Look,
+    curve_of,
     draw_curve,
     given_axes,
     log_scale,
@@ -209,12 +210,7 @@ def _panel(ax: Axes, part: Sweep, looks: Mapping[str, Look], level: float) -> No
         raise ValueError(f"a logarithmic axis needs values of {part.x!r} above 0, got {sorted(set(table[part.x]))}")
     means = []
     for optimizer, appearance in looks.items():
-        rows = table[table["optimizer"] == optimizer].sort_values(part.x)
-        x, mean, half_width = (
-            rows[name].to_numpy(dtype=np.float64) for name in (part.x, part.y, f"{part.y}_half_width")
-        )
-        if part.log_y:
-            mean = np.where(mean > 0, mean, np.nan)
+        x, mean, half_width = curve_of(table, optimizer, part.x, part.y, positive=part.log_y)
         means.append(mean)
         known = np.isfinite(mean)
         aside = (x <= 0) & part.log

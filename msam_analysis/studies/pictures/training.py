@@ -15,6 +15,7 @@ from msam_analysis.plots.look import (
     AxesArray,
     Look,
     bottom_panels,
+    curve_of,
     draw_curve,
     given_axes,
     log_scale,
@@ -143,13 +144,9 @@ def _recorded(
     table = summarise(frame, ["optimizer", time], name, level)
     means = []
     for optimizer, appearance in look(ordered(table["optimizer"])).items():
-        part = table[table["optimizer"] == optimizer].sort_values(time)
-        mean = part[name].to_numpy(dtype=np.float64)
-        if log:
-            mean = np.where(mean > 0, mean, np.nan)
+        at, mean, half_width = curve_of(table, optimizer, time, name, positive=log)
         means.append(mean)
-        half_width = part[f"{name}_half_width"].to_numpy(dtype=np.float64)
-        draw_curve(ax, part[time].to_numpy(dtype=np.float64), mean, half_width, appearance, optimizer)
+        draw_curve(ax, at, mean, half_width, appearance, optimizer)
     values = np.concatenate(means)
     values = values[np.isfinite(values)]
     if zero_line is None:
@@ -216,14 +213,9 @@ def perturbation_rise(
     with style():
         means = []
         for ax, (optimizer, appearance) in zip(drawn, looks.items(), strict=True):
-            part = table[table["optimizer"] == optimizer].sort_values(time)
-            at = part[time].to_numpy(dtype=np.float64)
             for name, drawn_as, zorder in ((after, appearance._replace(linestyle="-"), 2.5), (before, _BEFORE, 2.6)):
-                mean = part[name].to_numpy(dtype=np.float64)
-                if log:
-                    mean = np.where(mean > 0, mean, np.nan)
+                at, mean, half_width = curve_of(table, optimizer, time, name, positive=log)
                 means.append(mean)
-                half_width = part[f"{name}_half_width"].to_numpy(dtype=np.float64)
                 draw_curve(ax, at, mean, half_width, drawn_as, words(name), zorder=zorder)
             ax.set_title(optimizer)
             ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
