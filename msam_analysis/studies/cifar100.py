@@ -60,10 +60,7 @@ class Augmented:
 def load(source: Source) -> tuple[Augmented, Tensor, Tensor]:
     """Return what is trained on, and the test images (uint8) and labels as they are in the file; read once.
 
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        As :func:`msam_analysis.studies.cifar.load`, or ``limit`` is not positive.
+    Raises FileNotFoundError, ValueError: As :func:`msam_analysis.studies.cifar.load`, or ``limit`` is not positive.
     """
     if source.limit is not None and source.limit < 1:
         raise ValueError(f"expected a positive limit of images, got {source.limit}: leave it out for all of them")
