@@ -46,8 +46,7 @@ def landscape_command(
     ] = None,
     one_d: Annotated[bool, typer.Option("--one-d", help="Move biases and norms too when normalising.")] = False,
     metrics: Annotated[
-        str,
-        typer.Option(help=f"Also {', '.join(METRICS)}, or package.module:function of (objective, w)."),
+        str, typer.Option(help=f"Also {', '.join(METRICS)}, or package.module:function of (objective, w).")
     ] = "",
     refine: Annotated[
         float | None, typer.Option(help="Interpolate with this error, as a fraction of the range: 0.01 saves most.")
@@ -55,8 +54,7 @@ def landscape_command(
     samples: Annotated[int | None, typer.Option(help="Number of samples, drawn at random; default all.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random directions (x: seed, y: seed + 1) and of --samples.")] = 0,
     batchnorm: Annotated[
-        str | None,
-        typer.Option(help="eval, batch or recalibrate; default eval around checkpoints, else recalibrate."),
+        str | None, typer.Option(help="eval, batch or recalibrate; default eval around checkpoints, else recalibrate.")
     ] = None,
     parameters: Annotated[
         list[str] | None, typer.Option(help="Pattern of the parameters to move, such as 'layer4.*'; may be repeated.")

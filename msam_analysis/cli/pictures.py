@@ -27,12 +27,8 @@ _NEEDS = {"html": ("plotly", "interactive"), "nc": ("h5netcdf", "export"), "h5":
 def check_formats(formats: Sequence[str], dimensions: int, trajectories: int) -> None:
     """Refuse formats that could not be written, before anything is measured.
 
-    Raises
-    ------
-    ValueError
-        A format is unknown, or needs a surface or a trajectory that there will not be.
-    ImportError
-        A package is missing.
+    Raises ValueError: A format is unknown, or needs a surface or a trajectory that there will not be.
+    Raises ImportError: A package is missing.
     """
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:

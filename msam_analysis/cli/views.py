@@ -23,20 +23,13 @@ THROUGH = {"interpolation": 2, "plane": 3, "pca": 1}
 class Course:
     """The options that decide the lines and planes.
 
-    Attributes
-    ----------
-    kind
-        One of :data:`AROUND` or :data:`THROUGH`.
-    dimensions
-        Number of axes, 1 or 2; ``None``: 1 for an interpolation, otherwise 2.
-    radius, normalize, one_d
-        Length and normalisation of :data:`AROUND`; ``None`` and ``False``: the default.
-    points
-        Number of points along each axis.
-    seed
-        Seed of random directions, the same for every checkpoint.
-    trajectories
-        Folders of recorded trajectories to draw.
+    ``kind``: One of :data:`AROUND` or :data:`THROUGH`.
+    ``dimensions``: Number of axes, 1 or 2; ``None``: 1 for an interpolation, otherwise 2.
+    ``radius``, ``normalize``, ``one_d``: Length and normalisation of :data:`AROUND`; ``None`` and ``False``: the
+        default.
+    ``points``: Number of points along each axis.
+    ``seed``: Seed of random directions, the same for every checkpoint.
+    ``trajectories``: Folders of recorded trajectories to draw.
     """
 
     kind: str
@@ -56,10 +49,7 @@ class Course:
     def check(self, checkpoints: int) -> None:
         """Refuse options that do not go together.
 
-        Raises
-        ------
-        ValueError
-            Some options do not go together.
+        Raises ValueError: Some options do not go together.
         """
         if self.kind not in (*AROUND, *THROUGH):
             raise ValueError(f"--directions must be one of {', '.join((*AROUND, *THROUGH))}, got {self.kind!r}")
@@ -92,20 +82,12 @@ class Course:
 class View:
     """A line or plane to measure.
 
-    Attributes
-    ----------
-    name
-        Name of its file.
-    title
-        Name in pictures.
-    objective
-        The loss at its centre.
-    lines
-        One or two directions.
-    grid
-        Arguments of a slice for the points.
-    marks
-        Coordinates of points to mark on a plane, by title.
+    ``name``: Name of its file.
+    ``title``: Name in pictures.
+    ``objective``: The loss at its centre.
+    ``lines``: One or two directions.
+    ``grid``: Arguments of a slice for the points.
+    ``marks``: Coordinates of points to mark on a plane, by title.
     """
 
     name: str

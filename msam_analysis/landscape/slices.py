@@ -30,8 +30,8 @@ from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.direction import Direction, as_direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.ranks import Ranks
-from msam_analysis.objective.statistics import warn_of_statistics
 from msam_analysis.objective.rounding import resolution, warn_if_below
+from msam_analysis.objective.statistics import warn_of_statistics
 from msam_analysis.results import Slice1D, Slice2D
 from msam_analysis.results.fingerprint import fingerprint
 

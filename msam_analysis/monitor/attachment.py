@@ -22,26 +22,13 @@ class Attachment:
     closure, an empty one if the caller gave none. Optimizers of :mod:`msam` have a hook of their own for that moment.
     ``monitor.after`` is called when the step is over.
 
-    Parameters
-    ----------
-    optimizer
-        Any ``torch.optim`` optimizer, or a wrapper that keeps it as ``optimizer``.
-    monitor
-        The monitor that is told about steps.
-    scaler
-        The :class:`torch.amp.GradScaler` that calls ``step``. It does not call it when a gradient overflowed, and only
-        the scaler's own ``step`` shows that.
-
-    Attributes
-    ----------
-    gradients_stay
-        Whether the gradients of a step are still in ``.grad``, without a loss scale, when the step is over. Some of
-        torch's kernels write something else there.
-
-    Raises
-    ------
-    TypeError
-        ``optimizer`` is not an optimizer.
+    ``optimizer``: Any ``torch.optim`` optimizer, or a wrapper that keeps it as ``optimizer``.
+    ``monitor``: The monitor that is told about steps.
+    ``scaler``: The :class:`torch.amp.GradScaler` that calls ``step``. It does not call it when a gradient overflowed,
+        and only the scaler's own ``step`` shows that.
+    ``gradients_stay``: Whether the gradients of a step are still in ``.grad``, without a loss scale, when the step is
+        over. Some of torch's kernels write something else there.
+    Raises TypeError: ``optimizer`` is not an optimizer.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, monitor: Monitor, scaler: Any = None) -> None:

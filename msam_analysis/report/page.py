@@ -43,14 +43,9 @@ _CSS = {"holds": "holds", "does not hold": "does-not-hold", "cannot tell at this
 class Figure:
     """A picture from a file.
 
-    Attributes
-    ----------
-    path
-        A PNG, SVG or JPEG file. A relative path starts, like any other, at the working directory.
-    caption
-        What the picture shows, as a sentence.
-    alt
-        The same for somebody who cannot see it; by default the caption.
+    ``path``: A PNG, SVG or JPEG file. A relative path starts, like any other, at the working directory.
+    ``caption``: What the picture shows, as a sentence.
+    ``alt``: The same for somebody who cannot see it; by default the caption.
     """
 
     path: str | os.PathLike[str]
@@ -62,16 +57,11 @@ class Figure:
 class Table:
     """A table of a few rows.
 
-    Attributes
-    ----------
-    frame
-        The table. Its index is not shown; underscores in names of columns become spaces. A column ``q`` that has
+    ``frame``: The table. Its index is not shown; underscores in names of columns become spaces. A column ``q`` that has
         its interval in ``q_half_width``, as :func:`msam_analysis.results.statistics.summarise` gives it, becomes one
         column with ``mean ± half width``.
-    caption
-        Meaning of the rows, as a sentence.
-    digits
-        Significant digits of floating-point numbers that stand alone, default 4. NaN is shown as a dash.
+    ``caption``: Meaning of the rows, as a sentence.
+    ``digits``: Significant digits of floating-point numbers that stand alone, default 4. NaN is shown as a dash.
     """
 
     frame: pd.DataFrame
@@ -83,27 +73,14 @@ class Table:
 class Claim:
     """A claim of the paper beside what was measured.
 
-    Attributes
-    ----------
-    exhibit
-        Id of the figure or table it comes from, for example ``"TA1"``.
-    claim
-        The claim, as a sentence.
-    paper
-        The paper's number.
-    measured
-        The number measured, with its interval (see :func:`plus_minus`).
-    verdict
-        ``"holds"``, ``"does not hold"`` or ``"cannot tell at this scale"``.
-    note
-        Why, where the numbers do not say it.
-    control
-        Whether it is no claim of the paper, and not counted as one.
-
-    Raises
-    ------
-    ValueError
-        The verdict is none of the three.
+    ``exhibit``: Id of the figure or table it comes from, for example ``"TA1"``.
+    ``claim``: The claim, as a sentence.
+    ``paper``: The paper's number.
+    ``measured``: The number measured, with its interval (see :func:`plus_minus`).
+    ``verdict``: ``"holds"``, ``"does not hold"`` or ``"cannot tell at this scale"``.
+    ``note``: Why, where the numbers do not say it.
+    ``control``: Whether it is no claim of the paper, and not counted as one.
+    Raises ValueError: The verdict is none of the three.
     """
 
     exhibit: str
@@ -124,14 +101,9 @@ class Claim:
 class Section:
     """A part of the report.
 
-    Attributes
-    ----------
-    title
-        Heading of the part.
-    text
-        Plain text; empty lines part the paragraphs.
-    items
-        Figures and tables, in the order they appear below the text.
+    ``title``: Heading of the part.
+    ``text``: Plain text; empty lines part the paragraphs.
+    ``items``: Figures and tables, in the order they appear below the text.
     """
 
     title: str
@@ -143,16 +115,10 @@ class Section:
 class Report:
     """What :func:`write` writes: title, summary, the claims, then the sections.
 
-    Attributes
-    ----------
-    title
-        Heading of the page.
-    summary
-        Plain text; empty lines part the paragraphs.
-    sections
-        Parts, in the order in which they appear.
-    claims
-        Rows of the table of claims, which comes before the sections; none, no table.
+    ``title``: Heading of the page.
+    ``summary``: Plain text; empty lines part the paragraphs.
+    ``sections``: Parts, in the order in which they appear.
+    ``claims``: Rows of the table of claims, which comes before the sections; none, no table.
     """
 
     title: str
@@ -164,20 +130,11 @@ class Report:
 def plus_minus(mean: float, half_width: float, *, digits: int = 2, unit: str = "") -> str:
     """Return ``mean ± half width`` as text, both rounded to where the half width has its leading digits.
 
-    Parameters
-    ----------
-    mean, half_width
-        Two numbers, for example those of :func:`msam_analysis.results.statistics.mean_interval`.
-    digits
-        Significant digits of the half width, default 2. Without a half width (NaN, for one seed) the mean alone gets
-        two digits more.
-    unit
-        Appended after a space.
-
-    Returns
-    -------
-    str
-        For example ``"15.19 ± 0.34"``; ``"–"`` when the mean is NaN.
+    ``mean``, ``half_width``: Two numbers, for example those of :func:`msam_analysis.results.statistics.mean_interval`.
+    ``digits``: Significant digits of the half width, default 2. Without a half width (NaN, for one seed) the mean alone
+        gets two digits more.
+    ``unit``: Appended after a space.
+    Returns: For example ``"15.19 ± 0.34"``; ``"–"`` when the mean is NaN.
     """
     if math.isnan(mean):
         return "–"
@@ -204,24 +161,11 @@ def plus_minus(mean: float, half_width: float, *, digits: int = 2, unit: str = "
 def write(report: Report, directory: str | os.PathLike[str]) -> tuple[Path, Path]:
     """Write ``report.html`` and ``report.md`` into a directory, each at once or not at all.
 
-    Parameters
-    ----------
-    report
-        The report. All text is taken literally: nothing in it is read as HTML or Markdown.
-    directory
-        Folder of the files; it is made if it does not exist. Links in the Markdown are relative to it.
-
-    Returns
-    -------
-    html, markdown : pathlib.Path
-        The two files.
-
-    Raises
-    ------
-    FileNotFoundError
-        A figure's file does not exist; nothing is written then.
-    ValueError
-        A figure is not a PNG, SVG or JPEG file.
+    ``report``: The report. All text is taken literally: nothing in it is read as HTML or Markdown.
+    ``directory``: Folder of the files; it is made if it does not exist. Links in the Markdown are relative to it.
+    Returns: The two files.
+    Raises FileNotFoundError: A figure's file does not exist; nothing is written then.
+    Raises ValueError: A figure is not a PNG, SVG or JPEG file.
     """
     directory = Path(directory)
     images = {figure: _embedded(figure) for figure in _figures(report)}
@@ -234,10 +178,7 @@ def write(report: Report, directory: str | os.PathLike[str]) -> tuple[Path, Path
 def write_markdown(report: Report, directory: str | os.PathLike[str]) -> Path:
     """Write ``report.md`` alone into a directory, which is made if it does not exist; see :func:`write`.
 
-    Returns
-    -------
-    pathlib.Path
-        The file. Its links to the figures are relative.
+    Returns: The file. Its links to the figures are relative.
     """
     path = Path(directory) / "report.md"
     links = {figure: _link(Path(figure.path), path.parent) for figure in _figures(report)}

@@ -155,6 +155,8 @@ class Slice2D(_Points, Result):
         Shape ``(nx, ny)``: of ``loss`` as an estimate of the loss on all data, and of ``loss − center_loss``, where
         only some samples were drawn; else ``None``. Near the centre ``rise_error`` is much smaller, since the samples
         are the same.
+    resolution
+        Size below which a difference of losses near the centre is rounding, ``2 ε |L(w)|``; NaN where it is not known.
     units
         How many samples (or batches, where the loss of a sample cannot be told) the standard errors come from.
     identity

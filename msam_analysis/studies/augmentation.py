@@ -17,15 +17,8 @@ from torch import Tensor
 def stream(seed: int, epoch: int, batch: int) -> np.random.Generator:
     """Return the generator of one batch: independent of every other seed's, epoch's and batch's.
 
-    Parameters
-    ----------
-    seed, epoch, batch
-        Not negative; the seed below 2^128, the others below 2^32.
-
-    Returns
-    -------
-    numpy.random.Generator
-        Philox, seeded by 128 bits of hash of all three: NumPy's ``SeedSequence``.
+    ``seed``, ``epoch``, ``batch``: Not negative; the seed below 2^128, the others below 2^32.
+    Returns: Philox, seeded by 128 bits of hash of all three: NumPy's ``SeedSequence``.
     """
     # Not the list [seed, epoch, batch]: a seed of more than 32 bits would there be mistaken for two numbers.
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(epoch, batch))))
@@ -37,23 +30,11 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     From the histogram of the 256 values, in exact integers until the last division and root. For CIFAR-100's training
     images means of 0.5071, 0.4865, 0.4409 and deviations of 0.2673, 0.2564, 0.2762 are widely reported.
 
-    Parameters
-    ----------
-    images
-        Shape ``(N, C, H, W)``, uint8.
-
-    Returns
-    -------
-    tuple
-        Means and standard deviations, C numbers each, of pixels scaled to [0, 1]; the variance is
+    ``images``: Shape ``(N, C, H, W)``, uint8.
+    Returns: Means and standard deviations, C numbers each, of pixels scaled to [0, 1]; the variance is
         :math:`\overline{x^2} - \bar{x}^2`, that of the pixels themselves, not an estimate for others.
-
-    Raises
-    ------
-    TypeError
-        The images are not uint8.
-    ValueError
-        There are none, or their tensor has another number of dimensions.
+    Raises TypeError: The images are not uint8.
+    Raises ValueError: There are none, or their tensor has another number of dimensions.
     """
     _check(images)
     means, deviations = [], []
@@ -71,14 +52,9 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 class Draw:
     """What was drawn for a batch.
 
-    Attributes
-    ----------
-    corners
-        Shape ``(N, 2)``, int64: top and left of the crop in the padded image, from 0 to twice the padding.
-    mirrored
-        Shape ``(N,)``, bool: whether left and right change places.
-    centres
-        Shape ``(N, 2)``, int64: row and column of the cutout's centre in the result.
+    ``corners``: Shape ``(N, 2)``, int64: top and left of the crop in the padded image, from 0 to twice the padding.
+    ``mirrored``: Shape ``(N,)``, bool: whether left and right change places.
+    ``centres``: Shape ``(N, 2)``, int64: row and column of the cutout's centre in the result.
     """
 
     corners: Tensor
@@ -150,17 +126,9 @@ class Augmentation:
     def draw(self, shape: torch.Size | tuple[int, ...], generator: np.random.Generator) -> Draw:
         """Draw for a batch.
 
-        Parameters
-        ----------
-        shape
-            Of all of the batch, ``(N, C, H, W)``, also where only a part of it will be augmented.
-        generator
-            See :func:`stream`; it advances.
-
-        Returns
-        -------
-        Draw
-            On the CPU.
+        ``shape``: Of all of the batch, ``(N, C, H, W)``, also where only a part of it will be augmented.
+        ``generator``: See :func:`stream`; it advances.
+        Returns: On the CPU.
         """
         count, _, *size = shape
         corners = generator.integers(0, 2 * self.padding + 1, (count, 2))
@@ -171,24 +139,12 @@ class Augmentation:
     def apply(self, images: Tensor, draw: Draw) -> Tensor:
         """Augment images as drawn.
 
-        Parameters
-        ----------
-        images
-            Shape ``(N, C, H, W)``, uint8, on any device.
-        draw
-            One of every image.
-
-        Returns
-        -------
-        torch.Tensor
-            Same shape and device, float32.
-
-        Raises
-        ------
-        TypeError
-            The images are not uint8.
-        ValueError
-            They are no batch, or of another number of channels; or the draw is one of another number of images.
+        ``images``: Shape ``(N, C, H, W)``, uint8, on any device.
+        ``draw``: One of every image.
+        Returns: Same shape and device, float32.
+        Raises TypeError: The images are not uint8.
+        Raises ValueError: They are no batch, or of another number of channels; or the draw is one of another number of
+            images.
         """
         self._check(images)
         if len(draw.mirrored) != len(images):
@@ -213,22 +169,10 @@ class Augmentation:
     def standardise(self, images: Tensor) -> Tensor:
         """Return the images standardised and otherwise as they are, for evaluation.
 
-        Parameters
-        ----------
-        images
-            Shape ``(N, C, H, W)``, uint8, on any device.
-
-        Returns
-        -------
-        torch.Tensor
-            Same shape and device, float32.
-
-        Raises
-        ------
-        TypeError
-            The images are not uint8.
-        ValueError
-            They are no batch, or of another number of channels.
+        ``images``: Shape ``(N, C, H, W)``, uint8, on any device.
+        Returns: Same shape and device, float32.
+        Raises TypeError: The images are not uint8.
+        Raises ValueError: They are no batch, or of another number of channels.
         """
         self._check(images)
         return self._standardised(images)

@@ -102,15 +102,10 @@ _FORMATS: Mapping[str, _Format] = {
 class Split:
     """Images and what they show.
 
-    Attributes
-    ----------
-    images
-        Shape ``(N, 3, 32, 32)``, uint8; red, green, blue. CIFAR-100's are views into the files' records, so that they
-        are in memory once; indexing with a tensor and moving to another device make them contiguous.
-    labels
-        Shape ``(N,)``, int64, below 10 or 100.
-    superclasses
-        Shape ``(N,)``, int64, below 20; ``None`` for CIFAR-10.
+    ``images``: Shape ``(N, 3, 32, 32)``, uint8; red, green, blue. CIFAR-100's are views into the files' records, so
+        that they are in memory once; indexing with a tensor and moving to another device make them contiguous.
+    ``labels``: Shape ``(N,)``, int64, below 10 or 100.
+    ``superclasses``: Shape ``(N,)``, int64, below 20; ``None`` for CIFAR-10.
     """
 
     images: Tensor
@@ -122,20 +117,12 @@ class Split:
 class Cifar:
     """A data set as it was read.
 
-    Attributes
-    ----------
-    kind
-        ``"cifar10"`` or ``"cifar100"``.
-    train, test
-        50,000 and 10,000 images, if they are the published ones.
-    classes
-        Number of classes.
-    source
-        The folder or the archive that was read.
-    published
-        Whether the bytes were checked to be the published ones. If not, a report should say so.
-    sha256
-        File name to the SHA-256 of its content.
+    ``kind``: ``"cifar10"`` or ``"cifar100"``.
+    ``train``, ``test``: 50,000 and 10,000 images, if they are the published ones.
+    ``classes``: Number of classes.
+    ``source``: The folder or the archive that was read.
+    ``published``: Whether the bytes were checked to be the published ones. If not, a report should say so.
+    ``sha256``: File name to the SHA-256 of its content.
     """
 
     kind: Kind

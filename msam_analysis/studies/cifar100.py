@@ -33,12 +33,8 @@ NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
 class Source:
     """Which images.
 
-    Attributes
-    ----------
-    path, checksum
-        See :func:`msam_analysis.studies.cifar.load`.
-    limit
-        Only so many of the first training images, and of the first test images; ``None`` for all.
+    ``path``, ``checksum``: See :func:`msam_analysis.studies.cifar.load`.
+    ``limit``: Only so many of the first training images, and of the first test images; ``None`` for all.
     """
 
     path: Path
@@ -50,14 +46,9 @@ class Source:
 class Augmented:
     """What an epoch of training draws from.
 
-    Attributes
-    ----------
-    images
-        Shape ``(N, 3, 32, 32)``, uint8.
-    labels
-        Shape ``(N,)``, int64.
-    augmentation
-        What is done to the images of a batch.
+    ``images``: Shape ``(N, 3, 32, 32)``, uint8.
+    ``labels``: Shape ``(N,)``, int64.
+    ``augmentation``: What is done to the images of a batch.
     """
 
     images: Tensor
@@ -65,61 +56,38 @@ class Augmented:
     augmentation: Augmentation
 
 
-@dataclass(frozen=True, eq=False)
-class Images:
-    """The images of a source.
-
-    Attributes
-    ----------
-    train
-        Training images, and what standardises and augments them; the statistics are those of these images.
-    test, test_labels
-        As they are in the file, uint8 and int64.
-    """
-
-    train: Augmented
-    test: Tensor
-    test_labels: Tensor
-
-
 @lru_cache(maxsize=1)
-def load(source: Source) -> Images:
-    """Return the images of a source; read once.
+def load(source: Source) -> tuple[Augmented, Tensor, Tensor]:
+    """Return what is trained on, and the test images (uint8) and labels as they are in the file; read once.
 
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        As :func:`msam_analysis.studies.cifar.load`, or ``limit`` is not positive.
+    Raises FileNotFoundError, ValueError: As :func:`msam_analysis.studies.cifar.load`, or ``limit`` is not positive.
     """
     if source.limit is not None and source.limit < 1:
         raise ValueError(f"expected a positive limit of images, got {source.limit}: leave it out for all of them")
     data = cifar.load(source.path, "cifar100", checksum=source.checksum)
     images, labels = data.train.images[: source.limit].contiguous(), data.train.labels[: source.limit]
     mean, std = channel_statistics(images)
-    return Images(
-        train=Augmented(images, labels, Augmentation(mean, std)),
-        test=data.test.images[: source.limit],
-        test_labels=data.test.labels[: source.limit],
-    )
+    train = Augmented(images, labels, Augmentation(mean, std))
+    return train, data.test.images[: source.limit], data.test.labels[: source.limit]
 
 
 def augmented(source: Source) -> Augmented:
     """Return what is trained on."""
-    return load(source).train
+    return load(source)[0]
 
 
 @lru_cache(maxsize=1)
 def train_data(source: Source) -> list[tuple[Tensor, Tensor]]:
     """Return the training images as they are, standardised, in batches of 250: what is measured."""
-    train = load(source).train
+    train = augmented(source)
     return _batches(train.images, train.labels, train.augmentation)
 
 
 @lru_cache(maxsize=1)
 def test_data(source: Source) -> list[tuple[Tensor, Tensor]]:
     """Return the test images, standardised as the training images are, in batches of 250."""
-    images = load(source)
-    return _batches(images.test, images.test_labels, images.train.augmentation)
+    train, images, labels = load(source)
+    return _batches(images, labels, train.augmentation)
 
 
 def _batches(images: Tensor, labels: Tensor, augmentation: Augmentation) -> list[tuple[Tensor, Tensor]]:

@@ -30,18 +30,12 @@ Compare = Callable[[Any], list["Comparison"]]
 class Comparison:
     """A quantity and where a claim says it lies.
 
-    Attributes
-    ----------
-    label
-        Name of the quantity: "whose, what".
-    interval
-        Mean over seeds with its 68 % interval; for a factor, that of the logarithm.
-    unit
-        Shown after the number.
-    factor
-        The quantity is a ratio.
-    above, below
-        Bounds of the claim's region, on the interval's scale; by default all numbers above 0 (ratios above 1).
+    ``label``: Name of the quantity: "whose, what".
+    ``interval``: Mean over seeds with its 68 % interval; for a factor, that of the logarithm.
+    ``unit``: Shown after the number.
+    ``factor``: The quantity is a ratio.
+    ``above``, ``below``: Bounds of the claim's region, on the interval's scale; by default all numbers above 0 (ratios
+        above 1).
     """
 
     label: str
@@ -98,10 +92,7 @@ def verdict(comparisons: Sequence[Comparison]) -> Verdict:
     even at the level ``1 − 0.32 / comparisons`` (Bonferroni): of many quantities one is easily found on the wrong side
     by chance. Otherwise it cannot be told.
 
-    Raises
-    ------
-    ValueError
-        There is nothing to compare.
+    Raises ValueError: There is nothing to compare.
     """
     if not comparisons:
         raise ValueError("a verdict needs at least one comparison, got none")
@@ -115,20 +106,12 @@ def verdict(comparisons: Sequence[Comparison]) -> Verdict:
 class PaperClaim:
     """A sentence of the paper and how it is tested.
 
-    Attributes
-    ----------
-    exhibit
-        Id of the paper's figure or table.
-    sentence
-        The claim in our words.
-    paper
-        The paper's number.
-    compare
-        Function that makes comparisons of the exhibit's table; those of the main exhibits get the main tables.
-    note
-        How the test was set up, where that matters.
-    control
-        Whether it is no claim of the paper, but must be read beside one.
+    ``exhibit``: Id of the paper's figure or table.
+    ``sentence``: The claim in our words.
+    ``paper``: The paper's number.
+    ``compare``: Function that makes comparisons of the exhibit's table; those of the main exhibits get the main tables.
+    ``note``: How the test was set up, where that matters.
+    ``control``: Whether it is no claim of the paper, but must be read beside one.
     """
 
     exhibit: str
@@ -196,18 +179,11 @@ def times(label: str, larger: Values, smaller: Values, at_least: float = 1.0) ->
 def over_seeds(what: str, column: str, *by: str, where: Mapping[str, object] | None = None, **region: Any) -> Compare:
     """Return a function that makes one :class:`Comparison` of a column's values for every group of a table.
 
-    Parameters
-    ----------
-    what
-        Name of the numbers, for the label.
-    column
-        Column with one number a seed.
-    *by
-        Columns whose values make the groups, and name them in the label.
-    where
-        Columns to the value that a row must have there to be looked at; default all rows.
-    **region
-        Unit and bounds of the comparisons.
+    ``what``: Name of the numbers, for the label.
+    ``column``: Column with one number a seed.
+    ``*by``: Columns whose values make the groups, and name them in the label.
+    ``where``: Columns to the value that a row must have there to be looked at; default all rows.
+    ``**region``: Unit and bounds of the comparisons.
     """
 
     def compare(table: pd.DataFrame) -> list[Comparison]:

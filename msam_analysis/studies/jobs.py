@@ -26,18 +26,13 @@ from msam_analysis.studies.watching import WATCHES
 class Job:
     """A run with its folder and the settings of its probes and measures: what a worker process gets.
 
-    Attributes
-    ----------
-    run
-        Which network, and what is to be known of it.
-    directory
-        The folder of the network, named after what decides it.
-    watched, measured
-        Probe to the name of its file in the folder, measure to that of its folder: named after what decides them.
-    protocol, every, computing
-        How finely is measured, the steps between records of slow probes, and where and in what precision.
-    torch
-        The release of torch that the names stand for.
+    ``run``: Which network, and what is to be known of it.
+    ``directory``: The folder of the network, named after what decides it.
+    ``watched``, ``measured``: Probe to the name of its file in the folder, measure to that of its folder: named after
+        what decides them.
+    ``protocol``, ``every``, ``computing``: How finely is measured, the steps between records of slow probes, and where
+        and in what precision.
+    ``torch``: The release of torch that the names stand for.
     """
 
     run: Run
@@ -92,15 +87,8 @@ class Job:
     def make(self, tick: Tick) -> None:
         """Train the network unless it is there, and measure what is wanted and missing; each is kept when it is done.
 
-        Parameters
-        ----------
-        tick
-            Called with the cost of every part that is done, :attr:`cost` in all.
-
-        Raises
-        ------
-        RuntimeError
-            This process has another release of torch than the one that planned the job.
+        ``tick``: Called with the cost of every part that is done, :attr:`cost` in all.
+        Raises RuntimeError: This process has another release of torch than the one that planned the job.
         """
         if torch.__version__ != self.torch:
             raise RuntimeError(
@@ -167,19 +155,10 @@ def job(run: Run, folder: Path, protocol: Protocol, every: int, computing: Compu
     What decides the network gives its folder a name: the run's values, device and precision, torch's release and the
     version of :mod:`~msam_analysis.studies.training`. What decides a record or a measure gives that a name inside.
 
-    Parameters
-    ----------
-    run
-        What is wanted.
-    folder
-        The folder of all runs.
-    protocol, every, computing
-        See :class:`Job`.
-
-    Raises
-    ------
-    ValueError
-        There is no probe or measure of a name that the run wants.
+    ``run``: What is wanted.
+    ``folder``: The folder of all runs.
+    ``protocol``, ``every``, ``computing``: See :class:`Job`.
+    Raises ValueError: There is no probe or measure of a name that the run wants.
     """
     unknown = sorted(run.measured - MEASURES.keys()) + sorted(run.watched - WATCHES.keys())
     if unknown:

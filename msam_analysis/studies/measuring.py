@@ -99,12 +99,9 @@ def scores(workload: Workload, model: nn.Module) -> dict[str, float]:
 class Subject:
     """What is measured: a trained network, and its training loss with the running BatchNorm statistics.
 
-    Attributes
-    ----------
-    workload, model, optimizer
-        The network with its data, and the optimizer that trained it, in eval mode.
-    samples
-        Training samples whose mean loss is measured, see :func:`~msam_analysis.studies.training.some`; default all.
+    ``workload``, ``model``, ``optimizer``: The network with its data, and the optimizer that trained it, in eval mode.
+    ``samples``: Training samples whose mean loss is measured, see :func:`~msam_analysis.studies.training.some`; default
+        all.
     """
 
     workload: Workload
@@ -232,18 +229,12 @@ SOME = 256
 class Measure(NamedTuple):
     """A part of the measurements.
 
-    Attributes
-    ----------
-    of
-        Measures a network, as finely as the protocol says: results by name.
-    settings
-        The fields of the protocol that it reads.
-    version
-        Raised by hand when the numbers of the measure change: it is then measured anew on every network.
-    cost, each
-        Rough cost in training steps, and that of every radius but the first, for the progress bar alone.
-    needs
-        Optional packages: the name to import and the name of the release.
+    ``of``: Measures a network, as finely as the protocol says: results by name.
+    ``settings``: The fields of the protocol that it reads.
+    ``version``: Raised by hand when the numbers of the measure change: it is then measured anew on every network.
+    ``cost``, ``each``: Rough cost in training steps, and that of every radius but the first, for the progress bar
+        alone.
+    ``needs``: Optional packages: the name to import and the name of the release.
     """
 
     of: Callable[[Subject, Protocol], dict[str, Result]]

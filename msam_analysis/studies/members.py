@@ -19,10 +19,7 @@ _PATIENCE = timedelta(days=365)
 class Members:
     """The members of the default process group, or this process alone.
 
-    Attributes
-    ----------
-    rank, count
-        Which this one is, and how many there are.
+    ``rank``, ``count``: Which this one is, and how many there are.
     """
 
     def __init__(self) -> None:
@@ -51,10 +48,7 @@ class Members:
     def check_alike(self, plan: object) -> None:
         """Make sure that all processes are about to make the same runs.
 
-        Raises
-        ------
-        ValueError
-            One of them is not.
+        Raises ValueError: One of them is not.
         """
         if self.count == 1:
             return
@@ -69,10 +63,7 @@ class Members:
     def meet(self) -> None:
         """Wait for the others.
 
-        Raises
-        ------
-        RuntimeError
-            One of them has ended.
+        Raises RuntimeError: One of them has ended.
         """
         if self.count > 1:
             self._all(None)

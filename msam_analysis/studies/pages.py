@@ -25,14 +25,9 @@ _SUMMARY = ("train_accuracy", "test_accuracy", "train_loss", "test_loss", "lambd
 class Setting:
     """What a study was asked for, for its report.
 
-    Attributes
-    ----------
-    workload, protocol, computing, seeds
-        As the study was given them.
-    networks
-        Number of networks that were trained.
-    diverged
-        The networks that diverged, in words; empty where there are none.
+    ``workload``, ``protocol``, ``computing``, ``seeds``: As the study was given them.
+    ``networks``: Number of networks that were trained.
+    ``diverged``: The networks that diverged, in words; empty where there are none.
     """
 
     workload: Workload
@@ -48,16 +43,10 @@ def compose(
 ) -> report.Report:
     """Return the report of a study.
 
-    Parameters
-    ----------
-    setting
-        What the study was asked for.
-    findings
-        What every exhibit found, in the report's order.
-    tables
-        The main tables; None where they were not asked for, or a network diverged.
-    pictures
-        Files of the pictures; an exhibit without one has nothing to show.
+    ``setting``: What the study was asked for.
+    ``findings``: What every exhibit found, in the report's order.
+    ``tables``: The main tables; None where they were not asked for, or a network diverged.
+    ``pictures``: Files of the pictures; an exhibit without one has nothing to show.
     """
     spread = f"Mean over {setting.seeds} seeds ± half width"
     sections = [report.Section("What was run", _setup(setting), _summary_tables(setting, tables, spread))]
@@ -123,6 +112,3 @@ def _summary_tables(setting: Setting, tables: Tables | None, caption: str) -> li
 def _listed(names: Iterable[str]) -> str:
     *head, last = names
     return f"{', '.join(head)} and {last}" if head else last
-
-
-__all__ = ["Setting", "compose"]

@@ -33,27 +33,14 @@ _ticks: list[Connection] = []
 def make(jobs: Sequence[Job], processes: int, *, cluster: str | None = None, done: int = 0, bar: bool = True) -> None:
     """Make jobs, the dearest first, so that no processor idles at the end; show how far they are.
 
-    Parameters
-    ----------
-    jobs
-        What is to be made.
-    processes
-        Worker processes; with one, the jobs are made in this process.
-    cluster
-        Address of a Dask scheduler, whose workers make the jobs instead; they must see the same folder.
-    done
-        How many other jobs of the study are finished, for the progress bar.
-    bar
-        Whether to show it.
-
-    Raises
-    ------
-    ChildProcessError
-        A worker process was killed.
-    FileNotFoundError
-        The workers of the cluster write to another disk.
-    ModuleNotFoundError
-        Dask is not installed.
+    ``jobs``: What is to be made.
+    ``processes``: Worker processes; with one, the jobs are made in this process.
+    ``cluster``: Address of a Dask scheduler, whose workers make the jobs instead; they must see the same folder.
+    ``done``: How many other jobs of the study are finished, for the progress bar.
+    ``bar``: Whether to show it.
+    Raises ChildProcessError: A worker process was killed.
+    Raises FileNotFoundError: The workers of the cluster write to another disk.
+    Raises ModuleNotFoundError: Dask is not installed.
     """
     if not jobs:
         return

@@ -24,17 +24,11 @@ class Prose:
 
     Tags such as ``{% if found %}`` stand on lines of their own.
 
-    Attributes
-    ----------
-    title
-        Heading of its section.
-    caption
-        What its picture shows.
-    note
-        What a reader must know to read it.
-    claims
-        Name of a claim to the paper's exhibit, the sentence, the paper's number, the note on the test, and whether it
-        is a control.
+    ``title``: Heading of its section.
+    ``caption``: What its picture shows.
+    ``note``: What a reader must know to read it.
+    ``claims``: Name of a claim to the paper's exhibit, the sentence, the paper's number, the note on the test, and
+        whether it is a control.
     """
 
     title: str
@@ -45,10 +39,7 @@ class Prose:
     def claimed(self, comparisons: Mapping[str, Compare], facts: Mapping[str, object]) -> tuple[PaperClaim, ...]:
         """Return the claims with their tests, in the order of the words.
 
-        Raises
-        ------
-        ValueError
-            The comparisons have other names than the claims.
+        Raises ValueError: The comparisons have other names than the claims.
         """
         if comparisons.keys() != self.claims.keys():
             raise ValueError(
@@ -65,19 +56,11 @@ class Prose:
 def read(text: str, preamble: str = "") -> Prose:
     """Read the words of an exhibit.
 
-    Parameters
-    ----------
-    text
-        The title on a line, the caption, and any paragraphs of the note, with empty lines between them. Then the
+    ``text``: The title on a line, the caption, and any paragraphs of the note, with empty lines between them. Then the
         claims: ``* name, T1: sentence`` (``* name, T1, control: sentence`` for a control), ``paper: number`` and, where
         there is something to say about the test, ``note: words``, the last two indented by two spaces.
-    preamble
-        What jinja2 reads before the note and before every claim.
-
-    Raises
-    ------
-    ValueError
-        The caption is missing, or a claim does not follow the form.
+    ``preamble``: What jinja2 reads before the note and before every claim.
+    Raises ValueError: The caption is missing, or a claim does not follow the form.
     """
     head, *claims = re.split(r"^(?=\* )", text.strip() + "\n", flags=re.MULTILINE)
     title, *paragraphs = head.strip().split("\n\n", 2)
@@ -112,10 +95,7 @@ def render(template: str, facts: Mapping[str, object]) -> str:
 def fill(text: str, facts: Mapping[str, object]) -> str:
     """Return a text with its numbers, each paragraph on one line.
 
-    Raises
-    ------
-    jinja2.UndefinedError
-        The text names a number that is not given.
+    Raises jinja2.UndefinedError: The text names a number that is not given.
     """
     return _lines(_environment().from_string(text).render(facts) if "{" in text else text)
 

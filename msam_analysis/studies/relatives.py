@@ -82,10 +82,7 @@ class _ClassesSecond(nn.Module):
 def text() -> tuple[str, ...]:
     """Return the pages: letters in lower case, full stops and commas, with one space for whatever lies between.
 
-    Raises
-    ------
-    ModuleNotFoundError
-        scikit-learn is not installed.
+    Raises ModuleNotFoundError: scikit-learn is not installed.
     """
     folder = resources.files(_datasets("text")) / "descr"
     return tuple(reduced((folder / f"{page}.rst").read_text(encoding="utf-8")) for page in _PAGES)
@@ -99,11 +96,8 @@ def reduced(original: str) -> str:
 def sequences(texts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
     """Return the texts cut into pieces of :data:`CONTEXT` characters, and the characters that follow each.
 
-    Returns
-    -------
-    tuple
-        Two int64 tensors ``(N, CONTEXT)``, places in the :data:`ALPHABET`: the second is the first, one character on.
-        What does not fill a last piece of a text is left out.
+    Returns: Two int64 tensors ``(N, CONTEXT)``, places in the :data:`ALPHABET`: the second is the first, one character
+        on. What does not fill a last piece of a text is left out.
     """
     inputs, targets = [], []
     for piece in texts:
@@ -132,15 +126,8 @@ def _cut(piece: str) -> int:
 def table() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return train inputs, train labels (30 % flipped), test inputs, test labels; always the same.
 
-    Returns
-    -------
-    tuple
-        ``(300, 30)`` and ``(269, 30)`` float32, every column standardised by its training values; int64 labels.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        scikit-learn is not installed.
+    Returns: ``(300, 30)`` and ``(269, 30)`` float32, every column standardised by its training values; int64 labels.
+    Raises ModuleNotFoundError: scikit-learn is not installed.
     """
     bunch = _datasets("table").load_breast_cancer()
     inputs = torch.tensor(bunch.data, dtype=torch.float32)

@@ -15,16 +15,11 @@ from msam_analysis.studies.workloads import Recipe, Workload
 class Run:
     """One network to be trained, and what is to be known of it.
 
-    Attributes
-    ----------
-    workload, optimizer, seed
-        Which network. A variant is the same workload with another recipe or perturbation: see :func:`variant`.
-    replacement
-        Whether samples are drawn independently, instead of each once an epoch.
-    watched
-        What is recorded while it trains: keys of :data:`~msam_analysis.studies.watching.WATCHES`.
-    measured
-        What is measured after it: keys of :data:`~msam_analysis.studies.measuring.MEASURES`.
+    ``workload``, ``optimizer``, ``seed``: Which network. A variant is the same workload with another recipe or
+        perturbation: see :func:`variant`.
+    ``replacement``: Whether samples are drawn independently, instead of each once an epoch.
+    ``watched``: What is recorded while it trains: keys of :data:`~msam_analysis.studies.watching.WATCHES`.
+    ``measured``: What is measured after it: keys of :data:`~msam_analysis.studies.measuring.MEASURES`.
     """
 
     workload: Workload

@@ -54,10 +54,7 @@ class _NoResults(dict[str, Result]):
 def alone(root: Path) -> Iterator[None]:
     """Hold a folder of runs for this process alone; however the process ends, its hold ends with it.
 
-    Raises
-    ------
-    BlockingIOError
-        Another process holds it.
+    Raises BlockingIOError: Another process holds it.
     """
     lock = filelock.FileLock(root / LOCK)
     try:
@@ -85,14 +82,9 @@ def write_trained(
     The same network may be there already, trained without these probes: then their records are put beside it. What is
     not whole, or another network, as another machine may have trained, goes with all that was known of it.
 
-    Parameters
-    ----------
-    directory
-        The folder of the network.
-    trained, scores
-        The network and what it reached.
-    watched
-        Name of a file to what a probe recorded.
+    ``directory``: The folder of the network.
+    ``trained``, ``scores``: The network and what it reached.
+    ``watched``: Name of a file to what a probe recorded.
     """
     weights = trained.model.state_dict()
     if is_trained(directory):
@@ -141,12 +133,8 @@ def write_measured(folder: Path, measured: Mapping[str, Result]) -> None:
 def read_run(directory: Path, run: Run, watched: Sequence[str] = (), measured: Sequence[str] = ()) -> FinishedRun:
     """Read a finished run; the numbers are those that were written, to the bit.
 
-    Parameters
-    ----------
-    directory, run
-        The folder of the network, and what it is.
-    watched, measured
-        Files of probes and folders of measures that are to be read, in this order.
+    ``directory``, ``run``: The folder of the network, and what it is.
+    ``watched``, ``measured``: Files of probes and folders of measures that are to be read, in this order.
     """
     reached = read_scores(directory)
     found: dict[str, Result] = {}
@@ -169,12 +157,8 @@ def read_run(directory: Path, run: Run, watched: Sequence[str] = (), measured: S
 def name_networks(named: Mapping[str, Path], folder: Path) -> None:
     """Put the checkpoints of runs into a folder, under names that do not change with what decides a run.
 
-    Parameters
-    ----------
-    named
-        Name, without an ending, to the directory of a run.
-    folder
-        It is made; another checkpoint of that name is replaced.
+    ``named``: Name, without an ending, to the directory of a run.
+    ``folder``: It is made; another checkpoint of that name is replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, directory in named.items():

@@ -82,15 +82,8 @@ class Study:
     def jobs(self, folder: Path) -> dict[str, Job]:
         """Return the jobs of all networks that the exhibits need, by :attr:`.Run.identity`, each with what they want.
 
-        Parameters
-        ----------
-        folder
-            The folder of all runs.
-
-        Raises
-        ------
-        ModuleNotFoundError
-            A package that the workload or a measure needs is not installed.
+        ``folder``: The folder of all runs.
+        Raises ModuleNotFoundError: A package that the workload or a measure needs is not installed.
         """
         needed = gather(run for exhibit in self.exhibits for run in exhibit.runs(self.workload, self.seeds))
         for name in {name for run in needed.values() for name in run.measured & MEASURES.keys()}:

@@ -20,18 +20,11 @@ from msam_analysis.studies.measuring import LINES
 class FinishedRun:
     """One trained and measured network.
 
-    Attributes
-    ----------
-    optimizer, seed
-        Name of the optimizer, and the seed.
-    scores
-        Losses, accuracies and gradients per step.
-    steps
-        Records of the training, one row a step.
-    results
-        Results of the measurements after training, by name.
-    settings
-        The recipe and the perturbation, as columns of a table.
+    ``optimizer``, ``seed``: Name of the optimizer, and the seed.
+    ``scores``: Losses, accuracies and gradients per step.
+    ``steps``: Records of the training, one row a step.
+    ``results``: Results of the measurements after training, by name.
+    ``settings``: The recipe and the perturbation, as columns of a table.
     """
 
     optimizer: str
@@ -46,24 +39,15 @@ class FinishedRun:
 class Tables:
     """Tidy tables over all runs; every one has the columns ``optimizer`` and ``seed``, but ``optimizers``.
 
-    Attributes
-    ----------
-    runs
-        One row per run: scores, λ1..λk with residuals, sharpness per radius with how far it is from stationary, whether
-        the solvers converged, mean loss rise on every line and on the plane.
-    optimizers
-        One row per optimizer: mean and 68 % Student-t half width of every column of ``runs``; of yes and no, the
-        fraction of yes.
-    steps
-        One row per training step.
-    eigenvalues
-        One row per run, method and index: ``value``, ``residual``, ``converged``.
-    balls
-        One row per run and radius; ``converged`` and ``stationarity`` tell how good the ascent was.
-    lines, planes
-        One row per run and point of each slice.
-    controls
-        ``steps`` of the runs on batches drawn with replacement.
+    ``runs``: One row per run: scores, λ1..λk with residuals, sharpness per radius with how far it is from stationary,
+        whether the solvers converged, mean loss rise on every line and on the plane.
+    ``optimizers``: One row per optimizer: mean and 68 % Student-t half width of every column of ``runs``; of yes and
+        no, the fraction of yes.
+    ``steps``: One row per training step.
+    ``eigenvalues``: One row per run, method and index: ``value``, ``residual``, ``converged``.
+    ``balls``: One row per run and radius; ``converged`` and ``stationarity`` tell how good the ascent was.
+    ``lines``, ``planes``: One row per run and point of each slice.
+    ``controls``: ``steps`` of the runs on batches drawn with replacement.
     """
 
     runs: pd.DataFrame

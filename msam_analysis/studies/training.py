@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -17,7 +16,7 @@ from msam import PerturbedOptimizer, frozen_batchnorm_statistics, update_batchno
 from msam_analysis.monitor import Monitor
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.randomness import RandomStream
-from msam_analysis.studies import saving
+from msam_analysis.results import atomic_path
 from msam_analysis.studies.augmentation import stream
 from msam_analysis.studies.computing import PLAIN, Computing
 from msam_analysis.studies.watching import SLOW, watch
@@ -33,18 +32,11 @@ Tick = Callable[[float], None]
 class Trained:
     """A trained network at its true weights, and what was recorded on the way.
 
-    Attributes
-    ----------
-    model, optimizer
-        BatchNorm statistics are re-estimated at the true weights; the optimizer is in eval mode.
-    base
-        One row per step: ``step``, ``epoch``, ``lr``, ``train_batch_loss``, ``cosine``, ``cosine_after``.
-    gradients_per_step
-        Gradients that were evaluated, per batch.
-    skipped
-        Batches whose step was left out, because a gradient overflowed in float16; they have no row.
-    watched
-        Name of a slower probe to what it recorded, with the column ``step``.
+    ``model``, ``optimizer``: BatchNorm statistics are re-estimated at the true weights; the optimizer is in eval mode.
+    ``base``: One row per step: ``step``, ``epoch``, ``lr``, ``train_batch_loss``, ``cosine``, ``cosine_after``.
+    ``gradients_per_step``: Gradients that were evaluated, per batch.
+    ``skipped``: Batches whose step was left out, because a gradient overflowed in float16; they have no row.
+    ``watched``: Name of a slower probe to what it recorded, with the column ``step``.
     """
 
     model: nn.Module
@@ -121,7 +113,7 @@ def train(
         for monitor in training.monitors.values():
             stack.enter_context(monitor)
         if state is not None:
-            saving.resume(training, state, training.device)
+            training.resume(state)
         tick = tick or (lambda _: None)
         if training.batches:
             tick(float(training.batches))
@@ -134,7 +126,7 @@ def train(
             training.epochs = epoch + 1
             due = computing.save_every is not None and training.epochs % computing.save_every == 0
             if state is not None and (due or training.epochs == workload.recipe.epochs):
-                saving.save(training, state)
+                training.save(state)
     training.optimizer.eval()
     update_batchnorm_statistics(training.model, workload.train(), training.optimizer, device=training.device)
     base = pd.DataFrame(training.rows, columns=["step", "epoch", "lr", "train_batch_loss"])
@@ -152,12 +144,9 @@ def train(
 def some(batches: Batches, samples: int | None) -> Batches:
     """Return a fixed random part of the data, the same for every network; all of it for ``None`` or if it has no more.
 
-    Parameters
-    ----------
-    batches
-        The data.
-    samples
-        How many samples, drawn without replacement and kept in their order, in batches as large as the largest.
+    ``batches``: The data.
+    ``samples``: How many samples, drawn without replacement and kept in their order, in batches as large as the
+        largest.
     """
     sizes = [len(labels) for _, labels in batches]
     if samples is None or samples >= sum(sizes):
@@ -172,13 +161,10 @@ def some(batches: Batches, samples: int | None) -> Batches:
 class Training:
     """A training under way: all that changes from step to step, the step, and what a probe may look at.
 
-    Attributes
-    ----------
-    workload, seed
-        What is trained.
-    everything
-        The training loss over all samples, or a part of them; BatchNorm with each batch's own statistics, as in the
-        training step: the running ones of a perturbed optimizer belong to its perturbed weights while it trains.
+    ``workload``, ``seed``: What is trained.
+    ``everything``: The training loss over all samples, or a part of them; BatchNorm with each batch's own statistics,
+        as in the training step: the running ones of a perturbed optimizer belong to its perturbed weights while it
+        trains.
     """
 
     def __init__(
@@ -268,9 +254,9 @@ class Training:
         if self.recipe.clip < math.inf:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return all that the rest of the run depends on; what is drawn depends on seed, epoch and batch alone."""
-        return {
+    def save(self, path: Path) -> None:
+        """Write all that the rest of the run depends on, whole or not at all; seed, epoch, batch decide the draws."""
+        state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
@@ -281,9 +267,23 @@ class Training:
             "batches": self.batches,
             "evaluated": self.evaluated,
         }
+        with atomic_path(path) as partial:
+            torch.save(state, partial)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+    def resume(self, path: Path) -> None:
+        """Go on from the state in a file, if there is one, without running anything in it.
+
+        Raises ValueError: It cannot be read.
+        """
+        if not path.is_file():
+            return
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error:  # noqa: BLE001 - of half a dozen kinds, by where the damage is
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"the state of a run in {path} cannot be read ({reason}): remove it, and the run begins anew"
+            ) from None
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler is not None:

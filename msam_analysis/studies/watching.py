@@ -33,20 +33,13 @@ if TYPE_CHECKING:
 class Watch(NamedTuple):
     """How a probe is made and how often it is called.
 
-    Attributes
-    ----------
-    make
-        Makes the probe for a training under way.
-    version
-        Raised by hand when the numbers that the probe records change: those recorded before are then recorded anew.
-    every
-        Steps between two records; ``None`` for the study's own interval.
-    cost
-        Rough cost of one record in training steps, for the progress bar alone.
-    everything
-        Whether the probe looks at the loss over all samples, or the part of them that a study chooses.
-    beside
-        Another optimizer of the workload whose perturbation the probe looks at.
+    ``make``: Makes the probe for a training under way.
+    ``version``: Raised by hand when the numbers that the probe records change: those recorded before are then recorded
+        anew.
+    ``every``: Steps between two records; ``None`` for the study's own interval.
+    ``cost``: Rough cost of one record in training steps, for the progress bar alone.
+    ``everything``: Whether the probe looks at the loss over all samples, or the part of them that a study chooses.
+    ``beside``: Another optimizer of the workload whose perturbation the probe looks at.
     """
 
     make: Callable[[Training], Probe]
@@ -153,14 +146,10 @@ SLOW = ("rise", "curvature")
 def identity(name: str, workload: Workload, every: int, samples: int | None) -> str:
     """Return a hash of what decides the records of a probe, beside the run that it watches.
 
-    Parameters
-    ----------
-    name
-        A key of :data:`WATCHES`.
-    workload
-        The workload of the run.
-    every, samples
-        The study's interval in steps, and its number of training samples for probes of the whole loss.
+    ``name``: A key of :data:`WATCHES`.
+    ``workload``: The workload of the run.
+    ``every``, ``samples``: The study's interval in steps, and its number of training samples for probes of the whole
+        loss.
     """
     watch = WATCHES[name]
     return fingerprint(
@@ -174,19 +163,10 @@ def identity(name: str, workload: Workload, every: int, samples: int | None) -> 
 def watch(training: Training, names: Sequence[str], every: int | None) -> dict[str, Monitor]:
     """Attach a monitor of the cosine at every step, under the name ``cosine``, and one for each of the named probes.
 
-    Parameters
-    ----------
-    training
-        The training that is watched.
-    names
-        Keys of :data:`WATCHES`.
-    every
-        The study's interval in steps; ``None`` records the cosine alone.
-
-    Raises
-    ------
-    ValueError
-        A name is unknown.
+    ``training``: The training that is watched.
+    ``names``: Keys of :data:`WATCHES`.
+    ``every``: The study's interval in steps; ``None`` records the cosine alone.
+    Raises ValueError: A name is unknown.
     """
     unknown = [name for name in names if name not in WATCHES]
     if unknown:

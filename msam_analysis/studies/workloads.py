@@ -126,10 +126,7 @@ class Workload:
     def optimizer(self, name: str, model: nn.Module) -> PerturbedOptimizer:
         """Return the named optimizer for a model.
 
-        Raises
-        ------
-        ValueError
-            There is no optimizer of that name.
+        Raises ValueError: There is no optimizer of that name.
         """
         if name not in self.perturbations:
             raise ValueError(f"unknown optimizer {name!r}: expected one of {list(self.perturbations)}")
@@ -362,19 +359,19 @@ def _trained_for(workload: Workload, share: float) -> Workload:
 
 def _cifar100(name: str, source: cifar100.Source) -> Workload:
     network, recipe = CIFAR100[name]
-    images = cifar100.load(source)
-    augmentation = images.train.augmentation
+    train, test, _ = cifar100.load(source)
+    augmentation = train.augmentation
     departures = []
     if source.checksum != "published":
         departures.append("files that were not checked to be the published CIFAR-100")
     if source.limit is not None:
-        departures.append(f"the first {len(images.train.images):,} training and {len(images.test):,} test images only")
+        departures.append(f"the first {len(train.images):,} training and {len(test):,} test images only")
     return Workload(
         name=name,
         description=(
-            f"CIFAR-100: {len(images.train.images):,} colour images of 32x32 pixels to train on, standardised, cropped "
+            f"CIFAR-100: {len(train.images):,} colour images of 32x32 pixels to train on, standardised, cropped "
             f"at random with {augmentation.padding} pixels of padding, mirrored, and with a square of "
-            f"{augmentation.cutout} pixels cut out; {len(images.test):,} to test on; {network}"
+            f"{augmentation.cutout} pixels cut out; {len(test):,} to test on; {network}"
         ),
         network=cifar100.NETWORKS[network],
         train=partial(cifar100.train_data, source),

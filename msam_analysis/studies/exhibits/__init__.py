@@ -32,10 +32,7 @@ def choose(ids: Sequence[str] | None) -> tuple[Exhibit, ...]:
 
     ``all`` stands for every one, and the head of an id, ``F4``, for all that begin with it: ``F4A``, ``F4B``, ``F4C``.
 
-    Raises
-    ------
-    ValueError
-        An id is unknown, or none is given.
+    Raises ValueError: An id is unknown, or none is given.
     """
     if ids is None:
         return tuple(exhibit for exhibit in EXHIBITS if exhibit.main)

@@ -25,14 +25,9 @@ Wanted = Sequence[Run] | Mapping[str, Sequence[Run]]
 class Evidence:
     """The finished runs that an exhibit wanted, and no others.
 
-    Attributes
-    ----------
-    workload
-        The workload of the study.
-    seeds
-        Number of seeds of every network.
-    groups
-        The finished runs of every group, by the exhibit's name for it; all under ``""`` where it wanted a list.
+    ``workload``: The workload of the study.
+    ``seeds``: Number of seeds of every network.
+    ``groups``: The finished runs of every group, by the exhibit's name for it; all under ``""`` where it wanted a list.
     """
 
     workload: Workload
@@ -49,18 +44,11 @@ class Evidence:
 class Finding:
     """What an exhibit found.
 
-    Attributes
-    ----------
-    draw
-        Function that makes the figure and returns its axes. None where there is nothing to show.
-    table
-        The table that is written beside the figure. None where there is nothing to show.
-    claims
-        The claims with their verdicts.
-    shown
-        A short table for the report.
-    note
-        The note for the report: what a reader must know.
+    ``draw``: Function that makes the figure and returns its axes. None where there is nothing to show.
+    ``table``: The table that is written beside the figure. None where there is nothing to show.
+    ``claims``: The claims with their verdicts.
+    ``shown``: A short table for the report.
+    ``note``: The note for the report: what a reader must know.
     """
 
     draw: Callable[[], Any] | None
@@ -74,36 +62,22 @@ class Finding:
 class Exhibit:
     """A figure of the report: the runs behind it, its table, and the claims about it. :func:`find` does the rest.
 
-    Attributes
-    ----------
-    ids
-        Ids of the paper's figures and tables that the exhibit answers; empty for an addition of ours.
-    name
-        Name of its files.
-    wants
-        Function of the workload and the number of seeds. It returns the runs that the exhibit needs: a list, or lists
-        by the name of a group.
-    table
-        Function of the finished runs. It returns what is judged and drawn: a tidy table. A table without rows means
-        that the workload has nothing that the exhibit could be about.
-    draw
-        Function of the table and the finished runs. It draws a new figure, and returns its axes.
-    comparisons
-        Name of a claim to the function of the table that tests it.
-    shown
-        Function of the table. It returns a short one for the report; default none.
-    constants
-        Numbers that the words name.
-    facts
-        Function of the table and the finished runs. It returns more numbers for the note; default none. The note can
-        also ask whether there is anything to show: ``found``.
-    written
-        Function of the table. It returns what is written beside the figure; default the table itself.
-    main
-        Whether the exhibit is part of the study that is made when none is chosen.
-    words
-        Title, caption, note and claims, in the form of :func:`~msam_analysis.studies.prose.read`; default those under
-        the exhibit's name in ``templates/exhibits.md.j2``.
+    ``ids``: Ids of the paper's figures and tables that the exhibit answers; empty for an addition of ours.
+    ``name``: Name of its files.
+    ``wants``: Function of the workload and the number of seeds. It returns the runs that the exhibit needs: a list, or
+        lists by the name of a group.
+    ``table``: Function of the finished runs. It returns what is judged and drawn: a tidy table. A table without rows
+        means that the workload has nothing that the exhibit could be about.
+    ``draw``: Function of the table and the finished runs. It draws a new figure, and returns its axes.
+    ``comparisons``: Name of a claim to the function of the table that tests it.
+    ``shown``: Function of the table. It returns a short one for the report; default none.
+    ``constants``: Numbers that the words name.
+    ``facts``: Function of the table and the finished runs. It returns more numbers for the note; default none. The note
+        can also ask whether there is anything to show: ``found``.
+    ``written``: Function of the table. It returns what is written beside the figure; default the table itself.
+    ``main``: Whether the exhibit is part of the study that is made when none is chosen.
+    ``words``: Title, caption, note and claims, in the form of :func:`~msam_analysis.studies.prose.read`; default those
+        under the exhibit's name in ``templates/exhibits.md.j2``.
     """
 
     ids: tuple[str, ...]
@@ -157,16 +131,10 @@ def find(exhibit: Exhibit, workload: Workload, seeds: int, finished: Mapping[str
 
     Where it needs what a diverged network does not have, nothing is found, and the claims say why.
 
-    Parameters
-    ----------
-    exhibit
-        The exhibit.
-    workload
-        Workload of the study.
-    seeds
-        Number of seeds of every network.
-    finished
-        Finished runs by :attr:`~msam_analysis.studies.runs.Run.identity`, with at least those of the exhibit.
+    ``exhibit``: The exhibit.
+    ``workload``: Workload of the study.
+    ``seeds``: Number of seeds of every network.
+    ``finished``: Finished runs by :attr:`~msam_analysis.studies.runs.Run.identity`, with at least those of the exhibit.
     """
     evidence = exhibit.evidence(workload, seeds, finished)
     try:

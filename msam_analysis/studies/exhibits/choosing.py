@@ -89,18 +89,11 @@ RULES = {
 def rule_table(table: pd.DataFrame, validation: pd.DataFrame) -> pd.DataFrame:
     """Return what every rule chooses for every seed, and what that costs.
 
-    Parameters
-    ----------
-    table
-        Table of :func:`~msam_analysis.studies.exhibits.strengths.strength_table`, for SAM and MSAM with positive ρ.
-    validation
-        MSAM with samples held out: ``seed``, ``rho`` and the ``test_accuracy`` on the samples held out.
-
-    Returns
-    -------
-    pandas.DataFrame
-        ``rule``, ``seed``, ``rho``, its ``test_accuracy`` and ``lost``: the points to the ρ that is best in the mean
-        over seeds, on the same seed.
+    ``table``: Table of :func:`~msam_analysis.studies.exhibits.strengths.strength_table`, for SAM and MSAM with positive
+        ρ.
+    ``validation``: MSAM with samples held out: ``seed``, ``rho`` and the ``test_accuracy`` on the samples held out.
+    Returns: ``rule``, ``seed``, ``rho``, its ``test_accuracy`` and ``lost``: the points to the ρ that is best in the
+        mean over seeds, on the same seed.
     """
     msam, sam = part(table, "MSAM"), best(part(table, "SAM"))
     accuracy = msam.pivot_table(index="seed", columns="rho", values="test_accuracy")

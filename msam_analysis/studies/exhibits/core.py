@@ -122,12 +122,6 @@ def _per_seed(steps: pd.DataFrame, optimizer: str, statistic: Callable[[pd.DataF
     return np.array([of_training(run, statistic) for _, run in part.groupby("seed")], dtype=np.float64)
 
 
-def _accuracy(tables: Tables) -> list[Comparison]:
-    return [
-        difference(tables.runs, "test_accuracy", "MSAM", other, scale=100, unit="points") for other in ("SGD", "NAG")
-    ]
-
-
 def _same_cost(tables: Tables) -> list[Comparison]:
     sgd, sam, msam = (by_seed(tables.runs, name, "gradients_per_step") for name in ("SGD", "SAM", "MSAM"))
     return [
@@ -206,10 +200,7 @@ def _flattest(column: str, best: str) -> Compare:
 
 
 def _ordered(column: str) -> Compare:
-    return lambda tables: [
-        ratio(tables.runs, column, "SGD", "SAM"),
-        ratio(tables.runs, column, "SAM", "MSAM"),
-    ]
+    return lambda tables: [ratio(tables.runs, column, "SGD", "SAM"), ratio(tables.runs, column, "SAM", "MSAM")]
 
 
 # What is shown
@@ -236,7 +227,10 @@ CORE: tuple[Exhibit, ...] = (
         lambda tables: summarise(
             tables.runs, "optimizer", ["train_accuracy", "test_accuracy", "train_loss", "test_loss"]
         ),
-        better=_accuracy,
+        better=lambda tables: [
+            difference(tables.runs, "test_accuracy", "MSAM", other, scale=100, unit="points")
+            for other in ("SGD", "NAG")
+        ],
         cost=_same_cost,
     ),
     _main(

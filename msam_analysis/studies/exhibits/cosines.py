@@ -30,12 +30,6 @@ def _workloads(workload: Workload) -> dict[str, Workload]:
     return {workload.name: workload, **workload.relatives}
 
 
-def _models_runs(workload: Workload, seeds: int) -> dict[str, list[Run]]:
-    return {
-        name: each(one, dict.fromkeys((unperturbed(one), "MSAM")), seeds) for name, one in _workloads(workload).items()
-    }
-
-
 def _models_table(evidence: Evidence) -> pd.DataFrame:
     parts = [per_run(runs, _three, problem=name) for name, runs in evidence.groups.items()]
     return as_table(pd.concat(parts, ignore_index=True))
@@ -57,7 +51,9 @@ def _mostly_negative(table: pd.DataFrame) -> list[Comparison]:
 MODELS = Exhibit(
     ("A3", "A4"),
     "cosine_models",
-    wants=_models_runs,
+    wants=lambda workload, seeds: {
+        name: each(one, dict.fromkeys((unperturbed(one), "MSAM")), seeds) for name, one in _workloads(workload).items()
+    },
     table=_models_table,
     draw=lambda table, _: pictures.by_group(
         table,

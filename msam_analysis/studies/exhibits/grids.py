@@ -28,12 +28,8 @@ SAME_ACCURACY = 1.0
 def base(workload: Workload, name: str) -> Perturbation:
     """Return a workload's perturbation, around whose strength a grid is laid.
 
-    Raises
-    ------
-    ValueError
-        The workload has no perturbation of that name.
-    TypeError
-        Its ρ is not a number.
+    Raises ValueError: The workload has no perturbation of that name.
+    Raises TypeError: Its ρ is not a number.
     """
     perturbation = workload.perturbations.get(name)
     if perturbation is None:
@@ -136,19 +132,10 @@ def paired(
 def plateau(x: npt.ArrayLike, y: npt.ArrayLike, drop: float) -> tuple[float, float]:
     """Return the range of ``x`` around the largest ``y`` in which ``y`` stays within ``drop`` of it.
 
-    Parameters
-    ----------
-    x
-        Positive and increasing; ``y`` is interpolated linearly in its logarithm.
-    y
-        One number for each.
-    drop
-        How much less still counts.
-
-    Returns
-    -------
-    low, high
-        An end of the grid where it is not left before.
+    ``x``: Positive and increasing; ``y`` is interpolated linearly in its logarithm.
+    ``y``: One number for each.
+    ``drop``: How much less still counts.
+    Returns: An end of the grid where it is not left before.
     """
     at, values = np.log(np.asarray(x, dtype=np.float64)), np.asarray(y, dtype=np.float64)
     peak, floor = int(values.argmax()), float(values.max()) - drop

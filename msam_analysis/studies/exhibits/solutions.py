@@ -41,10 +41,7 @@ RANK = Exhibit(
     wants=lambda workload, seeds: each(workload, workload.perturbations, seeds, measured=("features",)),
     table=lambda evidence: per_run(evidence.runs, _ranks),
     draw=_draw_ranks,
-    facts=lambda table, _: {
-        "dimension": table["dimension"].iloc[0],
-        "samples": f"{table['samples'].iloc[0]:,}",
-    },
+    facts=lambda table, _: {"dimension": table["dimension"].iloc[0], "samples": f"{table['samples'].iloc[0]:,}"},
     comparisons={"falls": lambda table: [ratio(table, "rank", "SGD", "SAM"), ratio(table, "rank", "SAM", "MSAM")]},
 )
 

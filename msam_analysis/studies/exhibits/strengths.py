@@ -204,11 +204,7 @@ def _step_table(evidence: Evidence) -> pd.DataFrame:
 
 def _draw_steps(table: pd.DataFrame, _: Evidence) -> Any:
     drawn = table.assign(optimizer=table["step"])
-    labels = {
-        "test_accuracy": "test accuracy (%)",
-        "train_accuracy": "train accuracy (%)",
-        "train_loss": "train loss",
-    }
+    labels = {"test_accuracy": "test accuracy (%)", "train_accuracy": "train accuracy (%)", "train_loss": "train loss"}
     return pictures.sweep(
         [
             Sweep(drawn, "rho", name, r"$\rho$", label, percent=name.endswith("accuracy"), log_y=name.endswith("loss"))
