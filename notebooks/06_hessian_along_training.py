@@ -132,7 +132,7 @@ assert (middle["curvature_momentum"] > 5 * middle["curvature_random"]).all()
 # %%
 densities = {
     moment: {
-        name: ma.spectral_density(moments[moment], probes=PROBES, steps=20, extremes=2, sigma=0.1, tolerance=1e-2)
+        name: ma.spectral_density(moments[moment], probes=PROBES, steps=40, extremes=2, tolerance=1e-2)
         for name, (_, moments) in trained.items()
         if moment != "start" or name == "SGD"  # one network, untrained
     }
