@@ -31,6 +31,7 @@ from msam_analysis.objective.direction import Direction, as_direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.ranks import Ranks
 from msam_analysis.objective.rounding import resolution, warn_if_below
+from msam_analysis.objective.statistics import warn_of_statistics
 from msam_analysis.results import Slice1D, Slice2D
 from msam_analysis.results.fingerprint import fingerprint
 
@@ -189,8 +190,15 @@ def slice_2d(
 
 
 def _checked(objective: Objective, *directions: Direction | Tensor) -> list[Direction]:
-    """Return checked directions."""
-    return [as_direction(direction, objective) for direction in directions]
+    """Return checked directions; a bare tensor may lead to another network, which a :class:`Direction` would say."""
+    found = [as_direction(direction, objective) for direction in directions]
+    if any(isinstance(direction, Tensor) for direction in directions):
+        warn_of_statistics(
+            objective,
+            "along a bare tensor, which may lead to another network (a Direction(tensor, name) is taken not to)",
+            stacklevel=4,
+        )
+    return found
 
 
 @dataclass(eq=False)

@@ -182,7 +182,8 @@ def test_metrics_at_the_same_points(policy: Any) -> None:
         "slope": metrics.gradient_norm,
         "far": lambda o, w: torch.stack([(w - o.point()).norm(), w.sum()]),
     }
-    surface = ma.slice_2d(objective, (d1, d2), points=(3, 5), metrics=measured)
+    lines = [ma.Direction(d, "given") for d in (d1, d2)]
+    surface = ma.slice_2d(objective, lines, points=(3, 5), metrics=measured)
     assert surface.metrics["each"].shape == (3, 5, 19)
     np.testing.assert_allclose(surface.metrics["each"].mean(2), surface.loss, rtol=1e-12)
     for i, x in enumerate(surface.x):
@@ -192,7 +193,7 @@ def test_metrics_at_the_same_points(policy: Any) -> None:
             assert float(surface.metrics["slope"][i, j]) == pytest.approx(float(objective.gradient(w).norm()), rel=1e-9)
             distance = float((x * d1 + y * d2).norm())
             assert surface.metrics["far"][i, j].tolist() == pytest.approx([distance, float(w.sum())], abs=1e-12)
-    plain = ma.slice_2d(objective, (d1, d2), points=(3, 5))
+    plain = ma.slice_2d(objective, lines, points=(3, 5))
     assert torch.equal(surface.loss, plain.loss), "metrics change nothing"
     frame = surface.to_frame()
     assert list(frame.columns) == ["x", "y", "loss", "accuracy", "slope"]
