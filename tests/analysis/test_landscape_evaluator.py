@@ -182,7 +182,7 @@ def test_metrics_at_the_same_points(policy: Any) -> None:
         "slope": metrics.gradient_norm,
         "far": lambda o, w: torch.stack([(w - o.point()).norm(), w.sum()]),
     }
-    lines = [ma.Direction(d, "given") for d in (d1, d2)]
+    lines = ma.Direction(d1, "x"), ma.Direction(d2, "y")
     surface = ma.slice_2d(objective, lines, points=(3, 5), metrics=measured)
     assert surface.metrics["each"].shape == (3, 5, 19)
     np.testing.assert_allclose(surface.metrics["each"].mean(2), surface.loss, rtol=1e-12)

@@ -146,7 +146,9 @@ PROBES: dict[str, Callable[[ma.Objective], Any]] = {
     "gradient direction": lambda o: ma.directions.gradient(o).normalized(o, "filter"),
     "eigenvector direction": ma.directions.eigenvector,
     "slice_1d": lambda o: ma.slice_1d(o, ma.Direction(direction(o), "given"), points=3),
-    "slice_2d": lambda o: ma.slice_2d(o, [ma.Direction(v, "given") for v in plane(o)], points=(3, 5)),
+    "slice_2d": lambda o: ma.slice_2d(o, (ma.Direction(plane(o)[0], "x"), ma.Direction(plane(o)[1], "y")), points=3),
+        o, (ma.Direction(plane(o)[0], "x"), ma.Direction(plane(o)[1], "y")), points=(3, 5)
+    ),
 }
 QUIET: dict[str, Callable[[ma.Objective], Any]] = {
     "point": lambda o: o.point().add_(1.0),
@@ -157,7 +159,7 @@ QUIET: dict[str, Callable[[ma.Objective], Any]] = {
     "random layer": lambda o: ma.directions.random(o, seed=1, normalize="layer"),
     "random l2": lambda o: ma.directions.random(o, seed=1, normalize="l2"),
     "random none": lambda o: ma.directions.random(o, seed=1, normalize="none"),
-    "interpolation": lambda o: interpolated(o),
+    "interpolation": interpolated,
 }
 
 
