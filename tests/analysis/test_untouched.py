@@ -147,8 +147,6 @@ PROBES: dict[str, Callable[[ma.Objective], Any]] = {
     "eigenvector direction": ma.directions.eigenvector,
     "slice_1d": lambda o: ma.slice_1d(o, ma.Direction(direction(o), "given"), points=3),
     "slice_2d": lambda o: ma.slice_2d(o, (ma.Direction(plane(o)[0], "x"), ma.Direction(plane(o)[1], "y")), points=3),
-        o, (ma.Direction(plane(o)[0], "x"), ma.Direction(plane(o)[1], "y")), points=(3, 5)
-    ),
 }
 QUIET: dict[str, Callable[[ma.Objective], Any]] = {
     "point": lambda o: o.point().add_(1.0),
