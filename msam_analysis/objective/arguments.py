@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import torch
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -37,3 +39,26 @@ def numbers(function: Callable[P, T]) -> Callable[P, T]:
         return function(*args, **kwargs)
 
     return checked
+
+
+def device_of(wanted: torch.device | str | None, own: torch.device) -> torch.device:
+    """Return the device that is wanted, or the model's own; ``ValueError`` where there is no such device."""
+    try:
+        device = own if wanted is None else torch.device(wanted)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device must be one that torch knows, got {wanted!r}: pass 'cpu', 'cuda' or 'mps', or leave it out"
+        ) from error
+    if device.type == "meta":
+        raise ValueError("the parameters are on the meta device, without values: load weights before measuring")
+    return device
+
+
+def check_autocast(autocast: torch.dtype | None, dtype: torch.dtype) -> None:
+    """Raise ``ValueError`` unless autocast is a half precision, or none, and fits the precision of evaluation."""
+    if autocast not in {None, torch.bfloat16, torch.float16}:
+        raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast}")
+    if autocast is not None and dtype == torch.float64:
+        raise ValueError(
+            "autocast leaves float64 alone: expected a float32 model under autocast; drop autocast, or dtype=float64"
+        )

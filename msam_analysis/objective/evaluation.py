@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from msam_analysis.objective.batches import Batches
-from msam_analysis.objective.batchnorm import Policy, blank_statistics, collect_statistics, use_batch_statistics
+from msam_analysis.objective.batchnorm import (
+    Policy,
+    blank_statistics,
+    collect_statistics,
+    describe_policy,
+    use_batch_statistics,
+)
 from msam_analysis.objective.examination import Examination
 from msam_analysis.objective.explaining import explained
 from msam_analysis.objective.nested import Batch
@@ -24,7 +30,7 @@ from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.objective.second_derivatives import SecondDerivatives
 from msam_analysis.objective.vectors import Layout, Selection, select
 from msam_analysis.objective.weighing import SAMPLES, Weighing, counted, mean_and_weight, with_reduction
-from msam_analysis.results import ApproximationWarning
+from msam_analysis.results import ApproximationWarning, Settings
 
 # The part of a displacement that rounding may take before it is told.
 _ROUNDED = 0.1
@@ -208,6 +214,42 @@ class Evaluation:
         taking_part = ({self.cast} if self.cast is not None else own) | ({self.autocast} if self.autocast else set())
         coarsest: torch.dtype = max(taking_part, key=lambda dtype: torch.finfo(dtype).eps)
         return coarsest
+
+    @property
+    def labels(self) -> Settings:
+        """The choices, and what was found, in plain values."""
+        findings, hooks = self.findings, self.original.foreign_hooks
+        own = sorted({str(dtype).removeprefix("torch.") for dtype in self.dtypes.values()})
+        name = str(self.dtype).removeprefix("torch.")
+        special: dict[str, str | int | float | bool | None] = {}
+        if own != [name]:
+            special["weights"] = ", ".join(own)
+        if self.autocast is not None:
+            special["autocast"] = str(self.autocast).removeprefix("torch.")
+        if self.dropout:
+            special["dropout"] = (
+                True if findings.drawing is None or findings.drawing else "nothing draws random numbers"
+            )
+        if hooks:
+            special["hooks left out"] = hooks
+        if findings.weighing is not SAMPLES:
+            special["weighed by"] = findings.weighing.counts
+        if findings.with_gradients:
+            special["values"] = "with gradients enabled"
+        if self.foreign:
+            special["statistics"] = "of other weights"
+        if findings.examination is not None and findings.examination.verdict != "passed":
+            special["examination"] = findings.examination.verdict
+        return {
+            "batchnorm": describe_policy(self.copy, self.batchnorm),
+            "samples": self.batches.samples,
+            "batches": len(self.batches),
+            "parameters": self.layout.size,
+            "dtype": name,
+            "device": self.device.type,
+            **special,
+            **self.second_derivatives.settings,
+        }
 
     def point(self) -> Tensor:
         """Return a copy of the model's current weights, shape ``(size,)``."""

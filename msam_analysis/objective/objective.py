@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from msam_analysis.objective.arguments import check_autocast, device_of
 from msam_analysis.objective.batches import CACHE_BYTES, Batches
-from msam_analysis.objective.batchnorm import Policy, check_policy, describe_policy
+from msam_analysis.objective.batchnorm import Policy, check_policy
 from msam_analysis.objective.evaluation import Evaluation
 from msam_analysis.objective.examination import Examination
 from msam_analysis.objective.examine import examine as examination_of
@@ -26,7 +27,6 @@ from msam_analysis.objective.private import LossFunction, LossModule, unwrap
 from msam_analysis.objective.second_derivatives import SecondDerivatives, Wish
 from msam_analysis.objective.statistics import warn_of_statistics
 from msam_analysis.objective.vectors import Layout, Selection, select, widest
-from msam_analysis.objective.weighing import SAMPLES
 from msam_analysis.results import Settings
 
 _GRAPH_BYTES = 2 * 2**30
@@ -140,7 +140,7 @@ class Objective:
         self._graph_bytes = graph_bytes
         original = LossModule(unwrap(model), unwrap(loss_fn))
         first = next(iter(select(original.model, parameters).values()))
-        placed = _device(device, first.device)
+        placed = device_of(device, first.device)
         self._evaluation = Evaluation(
             original,
             Batches(data, device=placed, dtype=dtype, cache_bytes=cache_bytes),
@@ -153,7 +153,7 @@ class Objective:
             second_derivatives=SecondDerivatives(second_derivatives),
         )
         self._evaluation.choose(parameters)
-        _check_autocast(autocast, self.dtype)
+        check_autocast(autocast, self.dtype)
 
     def with_parameters(self, selection: Selection) -> Objective:
         """Return the same loss on the same data as a function of other parameters; all others are constants.
@@ -339,40 +339,10 @@ class Objective:
     @property
     def settings(self) -> Settings:
         """What every result made from this objective is labelled with."""
-        evaluation = self._evaluation
-        findings, hooks = evaluation.findings, evaluation.original.foreign_hooks
-        own = sorted({str(dtype).removeprefix("torch.") for dtype in evaluation.dtypes.values()})
-        name = str(self.dtype).removeprefix("torch.")
-        special: dict[str, str | int | float | bool | None] = {}
-        if own != [name]:
-            special["weights"] = ", ".join(own)
-        if evaluation.autocast is not None:
-            special["autocast"] = str(evaluation.autocast).removeprefix("torch.")
-        if evaluation.dropout:
-            drawing = findings.drawing
-            special["dropout"] = True if drawing is None or drawing else "nothing draws random numbers"
-        if hooks:
-            special["hooks left out"] = hooks
-        if findings.weighing is not SAMPLES:
-            special["weighed by"] = findings.weighing.counts
-        if findings.with_gradients:
-            special["values"] = "with gradients enabled"
-        if evaluation.foreign:
-            special["statistics"] = "of other weights"
+        found = dict(self._evaluation.labels)
         if not self._examines:
-            special["examination"] = "left out"
-        elif findings.examination is not None and findings.examination.verdict != "passed":
-            special["examination"] = findings.examination.verdict
-        return {
-            "batchnorm": describe_policy(evaluation.copy, self.batchnorm),
-            "samples": self.samples,
-            "batches": len(self.batches),
-            "parameters": self.size,
-            "dtype": name,
-            "device": self.device.type,
-            **special,
-            **evaluation.second_derivatives.settings,
-        }
+            found["examination"] = "left out"
+        return found
 
     def __repr__(self) -> str:
         """Name the model's class and the settings."""
@@ -527,24 +497,3 @@ class Objective:
             see :class:`~msam_analysis.objective.gauss_newton.GaussNewtonOperator`.
         """
         return GaussNewtonOperator(self.evaluation, w, keep_bytes=self._graph_bytes, settings=self.settings)
-
-
-def _device(wanted: torch.device | str | None, own: torch.device) -> torch.device:
-    try:
-        device = own if wanted is None else torch.device(wanted)
-    except RuntimeError as error:
-        raise ValueError(
-            f"device must be one that torch knows, got {wanted!r}: pass 'cpu', 'cuda' or 'mps', or leave it out"
-        ) from error
-    if device.type == "meta":
-        raise ValueError("the parameters are on the meta device, without values: load weights before measuring")
-    return device
-
-
-def _check_autocast(autocast: torch.dtype | None, dtype: torch.dtype) -> None:
-    if autocast not in {None, torch.bfloat16, torch.float16}:
-        raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got {autocast}")
-    if autocast is not None and dtype == torch.float64:
-        raise ValueError(
-            "autocast leaves float64 alone: expected a float32 model under autocast; drop autocast, or dtype=float64"
-        )
