@@ -200,7 +200,7 @@ def density(shift: float = 0.0, *, ends: bool = True, converged: bool = True) ->
         nodes=nodes,
         weights=torch.cat([torch.full((len(known),), 0.1).double(), part]),
         probe=torch.tensor([-1] * len(known) + [0, 0, 1, 1, 2, 2]),
-        exhausted=torch.zeros(3, dtype=torch.bool),
+        exhausted=torch.ones(3, dtype=torch.bool),  # two nodes are all that a probe sees
         top=nodes[1:2] if ends else none,
         top_residuals=torch.full((int(ends),), 1e-6).double(),
         bottom=nodes[:1] if ends else none,

@@ -71,7 +71,7 @@ def test_every_plot_of_a_notebook_is_shown(script: Path) -> None:
     plots = {
         number: any("image/png" in output.get("data", {}) for output in cell.outputs)
         for number, cell in enumerate(jupytext.read(script.with_suffix(".ipynb")).cells, start=1)
-        if cell.cell_type == "code" and re.search(r"\bplots\.(?!save|style)", cell.source)
+        if cell.cell_type == "code" and re.search(r"\b(plots|pictures)\.(?!save|style)", cell.source)
     }
     assert plots
     assert all(plots.values()), plots
