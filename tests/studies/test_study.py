@@ -47,8 +47,8 @@ def tables(out: Path) -> dict[str, bytes]:
 
 
 def stamps(out: Path) -> dict[str, tuple[int, int]]:
-    """What changes when a file is written again."""
-    files = [path for path in (out / "runs").rglob("*") if path.is_file()]
+    """What changes when a file is written again; folders that are half written do not count."""
+    files = [path for path in (out / "runs").rglob("*") if path.is_file() and "/.partial-" not in path.as_posix()]
     return {str(path.relative_to(out)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 

@@ -475,6 +475,12 @@ def points(n: int = 10, inputs: int = 3, classes: int = 2) -> tuple[Tensor, Tens
     return normal(n, inputs), labels(n, classes)
 
 
+def compiled(thing: Any, backend: str) -> Any:
+    """Compile a function or module as the first thing that torch compiles here: what came before may change it."""
+    torch.compiler.reset()
+    return torch.compile(thing, backend=backend)
+
+
 def seeded(build: Callable[[], Any], seed: int = 0) -> Any:
     """Return what a function builds from a seed, in float64 and evaluation mode if it is a module."""
     with torch.random.fork_rng(devices=[]):

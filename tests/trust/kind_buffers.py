@@ -222,7 +222,8 @@ def checkpoint_of_another(ask: Ask) -> Answer:
 
         def question() -> Tensor:
             objective = ma.Objective(a, F.cross_entropy, (X, Y))
-            v = objective.vector({name: value for name, value in torch.load(path).items() if "running" not in name})
+            state = torch.load(path, weights_only=True)
+            v = objective.vector({name: value for name, value in state.items() if "running" not in name})
             d = ma.directions.interpolation(objective, v)
             return ma.slice_1d(objective, d, coordinates=ENDS).loss[2]
 

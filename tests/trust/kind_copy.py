@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import msam_analysis as ma
 
-from .cases import Answer, Ask, Truth, case, mlp, need, normal, numbers, points, right_numbers, seeded
+from .cases import Answer, Ask, Truth, case, compiled, mlp, need, normal, numbers, points, right_numbers, seeded
 
 
 def same(
@@ -93,7 +93,7 @@ def compiled_submodule(ask: Ask) -> Answer:
     """One block was compiled by torch.compile (backend eager)."""
     net, (x, y) = mlp(), points()
     plain = copy.deepcopy(net)
-    net[2] = torch.compile(net[2], backend="eager")
+    net[2] = compiled(net[2], "eager")
     return same(ask, net, F.cross_entropy, lambda: F.cross_entropy(plain(x), y), outer=plain)
 
 
@@ -103,6 +103,7 @@ def compiled_in_place(ask: Ask) -> Answer:
     net, (x, y) = mlp(), points()
     plain = copy.deepcopy(net)
     compile_it: Any = net.compile
+    torch.compiler.reset()
     compile_it(backend="eager")
     return same(ask, net, F.cross_entropy, lambda: F.cross_entropy(plain(x), y), outer=plain)
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import msam_analysis as ma
 
-from .cases import Answer, Ask, Truth, case, mlp, need, normal, points, probe, seeded
+from .cases import Answer, Ask, Truth, case, compiled, mlp, need, normal, points, probe, seeded
 
 
 def curvature(ask: Ask, net: nn.Module, f: Any, data: Any, true: Callable[[], Tensor] | None = None) -> Answer:
@@ -256,7 +256,7 @@ def _doubled(output: Tensor, target: Tensor) -> Tensor:
 @case("second", *SOFT)
 def compiled_criterion(ask: Ask) -> Answer:
     """A criterion compiled by torch.compile (aot_eager), which has no double backward."""
-    criterion: Any = torch.compile(_once, backend="aot_eager")
+    criterion: Any = compiled(_once, "aot_eager")
     net, (x, y) = mlp(), points()
     return curvature(ask, net, criterion, (x, y), lambda: F.cross_entropy(net(x), y))
 
@@ -264,7 +264,7 @@ def compiled_criterion(ask: Ask) -> Answer:
 @case("second", *SOFT)
 def compiled_criterion_after_training(ask: Ask) -> Answer:
     """A compiled criterion that has already been used in a training step."""
-    criterion: Any = torch.compile(_doubled, backend="aot_eager")
+    criterion: Any = compiled(_doubled, "aot_eager")
     net, (x, y) = mlp(), points()
     criterion(net(x), y).backward()
     return curvature(ask, net, criterion, (x, y), lambda: 2 * F.cross_entropy(net(x), y))
@@ -275,7 +275,7 @@ def compiled_block(ask: Ask) -> Answer:
     """One block compiled by torch.compile (aot_eager)."""
     net, (x, y) = mlp(), points()
     plain = mlp()
-    net[2] = torch.compile(net[2], backend="aot_eager")
+    net[2] = compiled(net[2], "aot_eager")
     want = Truth(lambda: F.cross_entropy(plain(x), y), plain.parameters()).top(1)
     got = ask(lambda: ma.top_eigenvalues(ma.Objective(net, F.cross_entropy, (x, y)), k=1).values)
     need(torch.allclose(got, want, rtol=1e-4), f"{got}, right is {want}")
