@@ -13,19 +13,38 @@ neither the user's ``rcParams`` nor the user's axes are restyled, and nothing is
 >>> plots.save(axes, "figures/surface")  # doctest: +SKIP
 >>> plots.interactive_surface(msam, "figures/surface.html")  # doctest: +SKIP
 
+What the functions share:
+
+``result``, ``results``, ``projections``
+    What a measure returned, or one for each name, such as an optimizer's or a panel's title.
+``ax``, ``axes``
+    Axes to draw on, one for each panel; by default a new figure.
+``legend``
+    Whether curves and markers are named. Default: they are.
+
+They return the axes, those of several panels as an array of shape ``(panels,)``. They raise ``ValueError`` where there
+is nothing to draw or there are fewer axes than panels, and ``TypeError`` for what is not a result of the measure.
+
 An optimizer has one colour, line style and marker in every picture (:func:`look`). Bands and bars over seeds are 68 %
 Student-t intervals of the mean, as in the paper; those of a single result are its own error. An open marker did not
 converge. NaN and infinity are drawn as holes. This room may import ``results``.
 """
 
 from msam_analysis.plots.animation import animate_trajectory
-from msam_analysis.plots.contours import slice_2d
-from msam_analysis.plots.curves import directional_sharpness, feature_rank, pca_plane, robust_accuracy, sam_msam_angle
+from msam_analysis.plots.curves import (
+    directional_sharpness,
+    feature_rank,
+    pca_plane,
+    robust_accuracy,
+    sam_msam_angle,
+    spectral_density,
+)
 from msam_analysis.plots.drawing import panels
 from msam_analysis.plots.interactive import interactive_surface
 from msam_analysis.plots.lines import slice_1d, slice_1d_panels
 from msam_analysis.plots.live import LivePlot, live, recorded
 from msam_analysis.plots.look import COLUMN_WIDTH, PAGE_WIDTH, Look, look, save, style
+from msam_analysis.plots.planes import slice_2d, surface_3d
 from msam_analysis.plots.points import (
     average_sharpness,
     ball_sharpness,
@@ -42,8 +61,6 @@ from msam_analysis.plots.points import (
     top_eigenvalues,
     trace,
 )
-from msam_analysis.plots.spectra import spectral_density
-from msam_analysis.plots.surfaces import surface_3d
 from msam_analysis.plots.trajectories import project, trajectory, trajectory_losses, trajectory_panels
 
 eigenvalues = top_eigenvalues

@@ -97,7 +97,10 @@ def make_film(plane: Slice2D, several: Mapping[str, Projection], frames: int, **
     figure.set_layout_engine("none")  # a layout made anew for each picture would tremble
     times = np.unique(np.concatenate([as_array(item.steps) for item in several.values()]))
     times = times[np.unique(np.linspace(0, len(times) - 1, min(frames, len(times))).round().astype(int))]
-    whole = {name: _data(artists) for name, artists in drawn.items()}
+    whole = {  # the complete data of the lines: path, loss, projected loss, distance
+        name: [(np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in artists.growing]
+        for name, artists in drawn.items()
+    }
 
     def show(frame: int) -> None:
         title.set_text(f"step {times[frame]:.0f}")
@@ -106,11 +109,6 @@ def make_film(plane: Slice2D, several: Mapping[str, Projection], frames: int, **
 
     moving = [title, *(artist for artists in drawn.values() for artist in artists.moving)]
     return Film(figure, show, len(times), tuple(sorted(moving, key=Artist.get_zorder)))
-
-
-def _data(artists: Drawn) -> list[tuple[Array, Array]]:
-    """Return the complete data of the lines: path, loss, projected loss, distance."""
-    return [(np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in artists.growing]
 
 
 def _show(artists: Drawn, whole: list[tuple[Array, Array]], item: Projection, time: float) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from msam_analysis.plots.look import COLUMN_WIDTH, PAGE_WIDTH, Array, AxesArray, Look, style, style_settings
+from msam_analysis.plots.look import COLUMN_WIDTH, PAGE_WIDTH, Array, AxesArray, Look, Places, style, style_settings
 
 GREY = "#4d4d4d"
 """The colour of lines and markers that belong to no curve."""
@@ -88,24 +89,32 @@ def bottom_panels(axes: AxesArray) -> AxesArray:
     return axes[max(len(axes) - columns, 0) :]
 
 
-def one_panel(ax: Axes | None, *, width: float = COLUMN_WIDTH, height: float = 2.4) -> Axes:
-    """Return ``ax``, or the axes of a new figure of one panel."""
-    if ax is not None:
-        return ax
-    _, axes = panels(1, width=width, panel_height=height)
-    made: Axes = axes[0]
-    return made
+@contextmanager
+def one_panel(
+    ax: Axes | None, handles: Mapping[str, Any] | None = None, *, legend: bool = True, height: float = 2.4
+) -> Iterator[Axes]:
+    """Give ``ax``, or the axes of a new figure, to draw on in the package's style; then name the curves.
+
+    ``handles`` replace the labels of what was drawn, as they are by then; there is no legend where they are empty.
+    """
+    with style():
+        drawn: Axes = panels(1, panel_height=height)[1][0] if ax is None else ax
+        yield drawn
+        if legend and handles != {}:
+            name_curves([drawn], made=ax is None, handles=handles)
 
 
-def given_axes(axes: Axes | Sequence[Axes] | AxesArray, count: int) -> AxesArray:
-    """Return the user's axes as an array, one for each of ``count`` panels."""
+def several_panels(axes: Places, count: int, **options: Any) -> AxesArray:
+    """Return the user's axes as an array, one for each panel; or new :func:`panels`, with their options."""
+    if axes is None:
+        return panels(count, **options)[1]
     flat = np.atleast_1d(np.asarray(axes, dtype=np.object_)).ravel()
     if len(flat) < count:
         raise ValueError(f"{count} panels need {count} axes, got {len(flat)}")
     return flat[:count]
 
 
-def name_curves(axes: AxesArray, *, made: bool, handles: Mapping[str, Any] | None = None) -> None:
+def name_curves(axes: Sequence[Axes] | AxesArray, *, made: bool, handles: Mapping[str, Any] | None = None) -> None:
     """Add the legend: above all panels, where it covers nothing, if the figure was made here, else inside each axes.
 
     Every label appears once; ``handles`` replaces those of the artists drawn.
@@ -122,7 +131,7 @@ def name_curves(axes: AxesArray, *, made: bool, handles: Mapping[str, Any] | Non
         handles = {label: handle for handle, label in reversed(found)}
         handles = {label: handles[label] for _, label in found}
     if handles:
-        figure = axes[0].figure
+        figure: Any = axes[0].figure
         columns = _legend_columns(list(handles), 72.0 * figure.get_figwidth(), 4 if figure.get_figwidth() < 5 else 8)
         figure.legend(
             list(handles.values()), list(handles), loc="outside upper center", ncols=columns, handler_map=_SIDE_BY_SIDE
@@ -146,21 +155,14 @@ _SIDE_BY_SIDE = {tuple: HandlerTuple(ndivide=None, pad=0)}
 
 
 def draw_curve(
-    ax: Axes, x: Array, mean: Array, half_width: Array, appearance: Look, label: str | None, *, zorder: float = 2.5
+    ax: Axes, x: Array, mean: Array, half_width: Array | float, look: Look, label: str | None, *, zorder: float = 2.5
 ) -> None:
-    """Draw a mean with its band; what is not finite becomes a hole, and a point between two holes a dot."""
-    draw_banded(ax, x, mean, (mean - half_width, mean + half_width), appearance, label, zorder=zorder)
+    """Draw a mean with its band, none for NaN; what is not finite is a hole, and a point between two holes a dot."""
+    draw_banded(ax, x, mean, (mean - half_width, mean + half_width), look, label, zorder=zorder)
 
 
 def draw_banded(
-    ax: Axes,
-    x: Array,
-    middle: Array,
-    band: tuple[Array, Array],
-    appearance: Look,
-    label: str | None,
-    *,
-    zorder: float = 2.5,
+    ax: Axes, x: Array, middle: Array, band: tuple[Array, Array], look: Look, label: str | None, *, zorder: float = 2.5
 ) -> None:
     """Draw a curve between the two ends of a band; holes and dots as :func:`draw_curve` makes them."""
     middle = np.where(np.isfinite(middle), middle, np.nan)
@@ -168,13 +170,12 @@ def draw_banded(
     padded = np.concatenate([[False], known, [False]])
     alone = np.flatnonzero(known & ~padded[:-2] & ~padded[2:])
     width = None if len(x) <= 80 else 0.9
-    color = appearance.color
-    ax.plot(x, middle, color=color, linestyle=appearance.linestyle, linewidth=width, label=label, zorder=zorder)
+    ax.plot(x, middle, color=look.color, linestyle=look.linestyle, linewidth=width, label=label, zorder=zorder)
     if alone.size:
-        ax.plot(x[alone], middle[alone], linestyle="none", marker=".", color=color, zorder=zorder)
+        ax.plot(x[alone], middle[alone], linestyle="none", marker=".", color=look.color, zorder=zorder)
     low, high = (np.where(np.isfinite(end) & known, end, np.nan) for end in band)
     if np.isfinite(high - low).any():
-        ax.fill_between(x, low, high, color=color, alpha=0.17, linewidth=0, zorder=zorder - 0.5)
+        ax.fill_between(x, low, high, color=look.color, alpha=0.17, linewidth=0, zorder=zorder - 0.5)
 
 
 def log_scale(ax: Axes, drawn: Sequence[Array]) -> None:
@@ -203,6 +204,11 @@ def log_ticks(axis: Axis, low: float, high: float) -> None:
     axis.set_minor_formatter(NullFormatter())
     if low >= 1e-3 and high < 2e4:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+
+
+def points(appearance: Look, size: float, **changes: Any) -> dict[str, Any]:
+    """Return how points without a line are drawn."""
+    return {"linestyle": "none", "marker": appearance.marker, "markersize": size, "color": appearance.color, **changes}
 
 
 def zero_line(ax: Axes) -> None:

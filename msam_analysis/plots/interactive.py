@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from msam_analysis.plots.look import Array, look
-from msam_analysis.plots.scale import Scale, as_array, checked_losses, named_slices, number
+from msam_analysis.plots.scale import Scale, as_array, drawable, number
 from msam_analysis.plots.trajectories import Projections, measured_losses, named, require_same_plane
 from msam_analysis.results import Projection, Slice2D, atomic_path
 
@@ -68,8 +68,8 @@ def interactive_surface(
         raise ImportError(
             "interactive_surface needs plotly, which is not installed: pip install 'msam-analysis[interactive]'"
         ) from error
-    slices, label = named_slices(result, values), label or values
-    losses = checked_losses(slices)
+    slices, losses = drawable(result, values)
+    label = label or values
     several = {} if trajectories is None else named(trajectories)
     heights = measured_losses(several)
     for item in slices.values():
@@ -100,11 +100,6 @@ def _height(loss: Array, scale: Scale) -> Array:
     return height
 
 
-def _words(values: Array) -> Any:
-    """Return losses as text, as they were measured."""
-    return np.array([f"{value:.6g}" for value in values.ravel()], dtype=np.object_).reshape(values.shape)
-
-
 def _surface(go: Any, name: str, item: Slice2D, loss: Array, scale: Scale, label: str, *, bar: bool) -> Any:
     # plotly wants rows of constant y
     low, high = _height(np.array([scale.low, scale.high]), scale)
@@ -115,7 +110,7 @@ def _surface(go: Any, name: str, item: Slice2D, loss: Array, scale: Scale, label
         x=as_array(item.x),
         y=as_array(item.y),
         z=_height(loss, scale).T,
-        customdata=_words(loss.T),
+        customdata=np.array([[f"{value:.6g}" for value in row] for row in loss.T], dtype=np.object_),  # as measured
         hovertemplate=f"x %{{x:.4g}}<br>y %{{y:.4g}}<br>{label} %{{customdata}}<extra>{name}</extra>",
         cmin=low,
         cmax=high,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from msam_analysis.plots.drawing import draw_banded, given_axes, log_scale, name_curves, one_panel, panels
-from msam_analysis.plots.look import Array, AxesArray, look, size_of, style, wrapped
+from msam_analysis.plots.drawing import draw_banded, log_scale, name_curves, one_panel, several_panels
+from msam_analysis.plots.look import Array, AxesArray, Places, look, size_of, style, wrapped
 from msam_analysis.plots.scale import ROUND_STEPS, as_array, shown
 from msam_analysis.results import Slice1D
 from msam_analysis.results.statistics import LEVEL, bands, quantile_bands
@@ -34,13 +34,15 @@ def slice_1d(
 ) -> Axes:
     """Draw the loss along a line, one curve per optimizer, with a band over seeds.
 
+    Becker et al., arXiv 2401.12033, figure 4, with ``relative=True``.
+
     Parameters
     ----------
     result
         One slice, the slices of several seeds, or a mapping from a name (an optimizer) to either. The slices under one
         name must share their coordinates.
-    ax
-        Where to draw; by default new axes, 3.3 in wide.
+    ax, legend
+        See :mod:`msam_analysis.plots`, also for the errors.
     values
         What is drawn: ``"loss"`` (default), or one of the slices' ``metrics`` by its name.
     relative
@@ -57,8 +59,6 @@ def slice_1d(
         slice has a standard error: the interval for the loss on all data.
     label
         Label of the loss axis, instead of the one made from ``relative``.
-    legend
-        Whether to name the curves.
 
     Returns
     -------
@@ -68,45 +68,35 @@ def slice_1d(
     Raises
     ------
     ValueError
-        Nothing to draw, an unknown ``values``, ``x`` or ``summary``, or seeds under one name whose coordinates differ.
-    TypeError
-        Something that is not a :class:`~msam_analysis.results.Slice1D`.
-
-    Notes
-    -----
-    Becker et al., arXiv 2401.12033, figure 4, with ``relative=True``.
+        An unknown ``values``, ``x`` or ``summary``, or seeds under one name whose coordinates differ.
     """
     if x not in ("coordinate", "distance"):
         raise ValueError(f"x must be 'coordinate' or 'distance', got {x!r}")
     if summary not in ("mean", "median"):
         raise ValueError(f"summary must be 'mean' or 'median', got {summary!r}")
     curves = {name: [shown(item, values) for item in slices] for name, slices in _curves(result).items()}
-    with style():
-        made = ax is None
-        ax = one_panel(ax)
-        means = []
+    means = []
+    with one_panel(ax, legend=legend) as panel:
         for name, appearance in look(curves).items():
             line, losses = _seeds(name, curves[name], relative=relative, distance=x == "distance")
             middle, low, high = _band(curves[name], losses, summary, level, relative=relative)
             if log:
                 middle = np.where(middle > 0, middle, np.nan)
             means.append(middle)
-            draw_banded(ax, line, middle, (low, high), appearance, name or None)
+            draw_banded(panel, line, middle, (low, high), appearance, name or None)
         if log:
-            log_scale(ax, means)
+            log_scale(panel, means)
         directions = {slice_.direction for slices in curves.values() for slice_ in slices}
         where = f" along {directions.pop()}" if len(directions) == 1 else ""
-        ax.set_xlabel(wrapped(f"{'displacement' if x == 'coordinate' else 'distance'}{where}", size_of(ax)[0]))
-        ax.set_ylabel(label or (f"{values} − {values} at centre" if relative else values))
-        ax.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
-        if legend:
-            name_curves(np.array([ax], dtype=np.object_), made=made)
-    return ax
+        panel.set_xlabel(wrapped(f"{'displacement' if x == 'coordinate' else 'distance'}{where}", size_of(panel)[0]))
+        panel.set_ylabel(label or (f"{values} − {values} at centre" if relative else values))
+        panel.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
+    return panel
 
 
 def slice_1d_panels(
     results: Mapping[str, Curves],
-    axes: Sequence[Axes] | AxesArray | None = None,
+    axes: Places = None,
     *,
     values: str = "loss",
     relative: bool = True,
@@ -118,46 +108,25 @@ def slice_1d_panels(
 ) -> AxesArray:
     """Draw slices along several directions side by side, with one legend.
 
+    Becker et al., arXiv 2401.12033, figure 4 A to C.
+
     Parameters
     ----------
     results
         Title of a panel (``"gradient"``, ``"momentum"``, ``"random"``) to what :func:`slice_1d` draws.
     axes
-        One axes per panel; by default a new figure, 6.8 in wide.
+        See :mod:`msam_analysis.plots`.
     share_y
         One loss axis for all panels of a new figure (default), or one each where the rises differ too much.
     values, relative, log, x, summary, level
-        As in :func:`slice_1d`, except that ``relative`` is on by default.
-
-    Returns
-    -------
-    numpy.ndarray
-        The axes, shape ``(panels,)``.
-
-    Raises
-    ------
-    ValueError, TypeError
-        As :func:`slice_1d`, or fewer axes than panels (``ValueError``).
-
-    Notes
-    -----
-    Becker et al., arXiv 2401.12033, figure 4 A to C.
+        As in :func:`slice_1d`, also for the errors, except that ``relative`` is on by default.
     """
     made = axes is None
-    drawn = panels(len(results), share_y=share_y)[1] if axes is None else given_axes(axes, len(results))
+    drawn = several_panels(axes, len(results), share_y=share_y)
+    options: Any = {"values": values, "relative": relative, "log": log, "x": x, "summary": summary, "level": level}
     with style():
         for ax, (title, result) in zip(drawn, results.items(), strict=True):
-            slice_1d(
-                result,
-                ax,
-                values=values,
-                relative=relative,
-                log=log,
-                x=x,
-                summary=summary,
-                level=level,
-                legend=not made,
-            )
+            slice_1d(result, ax, legend=not made, **options)
             ax.set_title(title)
             ax.set_xlabel("displacement" if x == "coordinate" else "distance")
             if made and ax is not drawn[0]:

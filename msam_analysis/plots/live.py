@@ -7,7 +7,8 @@ import io
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -16,11 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from msam_analysis.plots.drawing import draw_curve, given_axes, panels, zero_line
-from msam_analysis.plots.look import AxesArray, look, require_columns, style, words
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from msam_analysis.plots.drawing import draw_curve, several_panels, zero_line
+from msam_analysis.plots.look import AxesArray, Places, look, require_columns, style, words
 
 Columns = str | Sequence[str] | Mapping[str, Sequence[str]]
 """A column for each panel, or the columns of each panel by its title."""
@@ -48,9 +46,7 @@ class Recording(Protocol):
         """Call ``listener`` after every row; ``remove()`` of what is returned ends that."""
 
 
-def recorded(
-    frame: pd.DataFrame, columns: Columns | None = None, axes: Axes | Sequence[Axes] | AxesArray | None = None
-) -> AxesArray:
+def recorded(frame: pd.DataFrame, columns: Columns | None = None, axes: Places = None) -> AxesArray:
     """Draw what a monitor has recorded against the step, one panel for each kind of quantity.
 
     Parameters
@@ -63,7 +59,7 @@ def recorded(
         layers, offsets and strengths and those that say how well another is known, up to eight panels, with what is of
         one kind (cosines, losses, curvatures, norms) together.
     axes
-        Where to draw; by default a new figure.
+        See :mod:`msam_analysis.plots`.
 
     Returns
     -------
@@ -79,7 +75,7 @@ def recorded(
     require_columns(frame, ["step"])
     shown = _panels(frame, columns)
     with style():
-        drawn = panels(len(shown), panel_height=1.9)[1] if axes is None else given_axes(axes, len(shown))
+        drawn = several_panels(axes, len(shown), panel_height=1.9)
         for ax, (title, names) in zip(drawn, shown.items(), strict=True):
             _draw(ax, frame, title, names)
             if len(names) > 1:  # above the panel, where it covers no curve
@@ -122,7 +118,7 @@ def live(monitor: Recording, columns: Columns | None = None, *, interval: float 
     return LivePlot(monitor, columns, interval)
 
 
-class LivePlot:
+class LivePlot(AbstractContextManager["LivePlot"]):
     """A picture in a notebook that follows a monitor; made by :func:`live`.
 
     Attributes
@@ -146,12 +142,7 @@ class LivePlot:
             self._handle = None
             self._update(now=True)
 
-    def __enter__(self) -> Self:
-        """Return the plot itself."""
-        return self
-
     def __exit__(self, *_: object) -> None:
-        """Stop."""
         self.close()
 
     def _update(self, *, now: bool) -> None:
@@ -208,10 +199,8 @@ def _present(frame: pd.DataFrame, columns: Columns | None) -> dict[str, tuple[st
         return {}
     if columns is None:
         return _panels(frame, None)
-    there = {
-        title: tuple(name for name in names if name in frame.columns) for title, names in _by_title(columns).items()
-    }
-    return {title: names for title, names in there.items() if names}
+    found = ((title, tuple(name for name in names if name in frame)) for title, names in _by_title(columns).items())
+    return {title: names for title, names in found if names}
 
 
 def _panels(frame: pd.DataFrame, columns: Columns | None) -> dict[str, tuple[str, ...]]:
@@ -244,8 +233,7 @@ def _draw(ax: Axes, frame: pd.DataFrame, title: str, names: tuple[str, ...]) -> 
         known = frame[["step", name]].dropna()
         values = known[name].to_numpy(dtype=np.float64)
         label = words(name.removeprefix(f"{title}_").removesuffix(f"_{title}")) if several else None
-        at, band = known["step"].to_numpy(dtype=np.float64), np.full_like(values, np.nan)
-        draw_curve(ax, at, values, band, appearance, label)
+        draw_curve(ax, known["step"].to_numpy(dtype=np.float64), values, np.nan, appearance, label)
         drawn.append(values[np.isfinite(values)])
     values = np.concatenate(drawn)
     if title in _LOGARITHMIC and values.size and values.min() > 0:

@@ -107,10 +107,7 @@ def style_settings() -> dict[str, Any]:
 def style() -> AbstractContextManager[None]:
     """Return the package's style as a context: ``with plots.style(): fig, ax = plt.subplots()``.
 
-    Returns
-    -------
-    context manager
-        Inside, ``style.mplstyle`` lies over the user's ``rcParams``; outside they are as before.
+    Inside, ``style.mplstyle`` lies over the user's ``rcParams``; outside they are as before.
     """
     # pyplot chooses its backend, and turns interactive mode on in a notebook, when it is first used. Were that inside
     # the context, leaving it would turn interactive mode off again.

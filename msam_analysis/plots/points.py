@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from msam_analysis import results
-from msam_analysis.plots.drawing import GREY, given_axes, log_scale, name_curves, one_panel, panels, zero_line
-from msam_analysis.plots.look import AxesArray, Look, Named, look, require_some, size_of, style, wrapped
-from msam_analysis.plots.spectra import spectral_density
+from msam_analysis.plots.curves import spectral_density
+from msam_analysis.plots.drawing import GREY, log_scale, name_curves, one_panel, several_panels, zero_line
+from msam_analysis.plots.look import AxesArray, Look, Named, Places, look, require_some, size_of, style, wrapped
 from msam_analysis.results.slices import LARGE_RANGE
 
 _FEW = 6  # points that have their values written beside them
@@ -39,10 +39,7 @@ _UNITS = {  # of a reading, by its name
     "squared Fisher-Rao norm": "squared Fisher-Rao norm (loss²)",
 }
 
-
 T_contra = TypeVar("T_contra", bound=results.Result, contravariant=True)
-
-
 Along: TypeAlias = results.Scalar | results.Curvatures
 
 
@@ -63,28 +60,17 @@ def top_eigenvalues(
 
     Parameters
     ----------
-    result
-        A result, or one for each name, such as an optimizer's.
-    ax
-        Where to draw; by default new axes, 3.3 in wide.
+    result, ax, legend
+        See :mod:`msam_analysis.plots`, also for the errors.
     log
         Logarithmic axis of the values; by default where all are positive and the largest is at least 10 times the
         smallest.
-    legend
-        Whether to say what the markers stand for.
 
     Returns
     -------
     matplotlib.axes.Axes
         Bars are standard errors or residuals; an exact eigenvalue lies within its residual. Open markers did not
         converge; a value that is NaN or infinite is written at its place.
-
-    Raises
-    ------
-    ValueError
-        There is nothing to draw.
-    TypeError
-        Something that is not the result of the measure.
     """
     several = require_some(result, results.Eigenpairs)
     points = {name: _points(item, "eigenvalue ") for name, item in several.items()}
@@ -206,27 +192,10 @@ def by_layer(
     return ax
 
 
-def measure(result: Named[results.Measurement], axes: Axes | Sequence[Axes] | AxesArray | None = None) -> AxesArray:
+def measure(result: Named[results.Measurement], axes: Places = None) -> AxesArray:
     """Draw the table of all metrics, a panel for what is in one unit.
 
-    Parameters
-    ----------
-    result
-        A result, or one for each name, such as an optimizer's.
-    axes
-        Where to draw, one for each panel; by default a new figure, 6.8 in wide.
-
-    Returns
-    -------
-    numpy.ndarray
-        The axes, shape ``(panels,)``: bars are residuals or standard errors, open markers did not converge.
-
-    Raises
-    ------
-    ValueError
-        There is nothing to draw, or fewer axes than panels.
-    TypeError
-        Something that is not the result of the measure.
+    Parameters and errors as for :func:`top_eigenvalues`; there are several panels.
     """
     several = require_some(result, results.Measurement)
     found: dict[str, dict[str, list[Point]]] = {}
@@ -235,7 +204,7 @@ def measure(result: Named[results.Measurement], axes: Axes | Sequence[Axes] | Ax
             panel = next((unit for unit, starts in _PANELS.items() if row.name.startswith(starts)), row.name)
             found.setdefault(panel, {}).setdefault(name, []).append(_point(row, row.name))
     found = {unit: found[unit] for unit in (*_PANELS, *found) if unit in found}
-    drawn = panels(len(found), panel_height=2.3)[1] if axes is None else given_axes(axes, len(found))
+    drawn = several_panels(axes, len(found), panel_height=2.3)
     handles: dict[str, Line2D] = {}
     for ax, (unit, points) in zip(drawn, found.items(), strict=True):
         draw_points(points, ax, unit, log=None, legend=False, grouped=True)
@@ -271,28 +240,25 @@ def draw_points(
     if log is None:  # a bar that reaches 0 has no end on a logarithmic axis
         certain = known.size > 0 and not any(min(point.low, point.value) <= 0 for point in finite)
         log = bool(certain and known.max() >= LARGE_RANGE * known.min())
-    with style():
-        made = ax is None
-        ax = one_panel(ax)
-        written = known.size <= _FEW and not grouped
+    handles: dict[str, Line2D] = {}
+    written = known.size <= _FEW and not grouped
+    with one_panel(ax, handles, legend=legend) as panel:
         for place, (name, appearance) in enumerate(look(points).items()):
             for index, point in enumerate(points[name]):
                 x = ticks.index(point.at) + 0.6 * ((place + 0.5) / len(points) - 0.5) if grouped else float(place)
-                _draw(ax, x, point, appearance, written=written)
+                _draw(panel, x, point, appearance, written=written)
                 if dashes is not None:
-                    ax.plot(x, dashes[1][name][index], marker="_", markersize=9, color=appearance.color, zorder=3)
+                    panel.plot(x, dashes[1][name][index], marker="_", markersize=9, color=appearance.color, zorder=3)
         if log:
-            log_scale(ax, [known])
+            log_scale(panel, [known])
         elif known.size and known.min() < 0 < known.max():
-            zero_line(ax)
-        _name_ticks(ax, ticks if grouped or set(points) == {""} else list(points))
-        ax.set_ylabel(wrapped(label, 0.8 * size_of(ax)[1]))
-        handles = _handles(points if grouped else {"": [row for rows in points.values() for row in rows]})
+            zero_line(panel)
+        _name_ticks(panel, ticks if grouped or set(points) == {""} else list(points))
+        panel.set_ylabel(wrapped(label, 0.8 * size_of(panel)[1]))
+        handles |= _handles(points if grouped else {"": [row for rows in points.values() for row in rows]})
         if dashes is not None:
             handles[dashes[0]] = Line2D([], [], marker="_", markersize=9, color=GREY, linestyle="none")
-        if legend and handles:
-            name_curves(np.array([ax], dtype=np.object_), made=made, handles=handles)
-    return ax
+    return panel
 
 
 def _draw(ax: Axes, x: float, point: Point, appearance: Look, *, written: bool) -> None:

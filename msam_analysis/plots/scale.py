@@ -63,19 +63,18 @@ def shown(item: Slice, values: str) -> Slice:
     return dataclasses.replace(item, loss=metric, center_loss=at_centre, standard_error=None, rise_error=None)
 
 
-def named_slices(result: Slice2D | Mapping[str, Slice2D], values: str) -> dict[str, Slice2D]:
-    """Return slices by name, with what is to be drawn in the place of the loss; the name of a single one is empty."""
-    slices: dict[str, Slice2D] = require_some(result, Slice2D)
-    return {name: shown(item, values) for name, item in slices.items()}
+def drawable(result: Slice2D | Mapping[str, Slice2D], values: str) -> tuple[dict[str, Slice2D], list[Array]]:
+    """Return planes by name, "" for a single one, with what is to be drawn in the place of the loss; and their losses.
 
-
-def checked_losses(slices: Mapping[str, Slice2D]) -> list[Array]:
-    """Return the losses of planes, NaN where they are not finite; raise :class:`ValueError` where none can be drawn."""
+    A loss that is not finite is NaN. Raises :class:`ValueError` where nothing can be drawn.
+    """
+    several: dict[str, Slice2D] = require_some(result, Slice2D)
+    slices = {name: shown(item, values) for name, item in several.items()}
     for item in slices.values():
         if min(item.loss.shape) < 2:
             raise ValueError(f"a plane needs two points along each direction, got {tuple(item.loss.shape)}")
     losses = [as_array(item.loss) for item in slices.values()]
-    return [np.where(np.isfinite(loss), loss, np.nan) for loss in losses]
+    return slices, [np.where(np.isfinite(loss), loss, np.nan) for loss in losses]
 
 
 @dataclasses.dataclass(frozen=True)

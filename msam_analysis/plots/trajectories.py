@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +17,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from msam_analysis.plots.contours import slice_2d
-from msam_analysis.plots.drawing import GREY, given_axes, log_scale, make_ticks, name_curves, one_panel, panels
+from msam_analysis.plots.drawing import GREY, log_scale, make_ticks, name_curves, one_panel, points, several_panels
 from msam_analysis.plots.look import PAGE_WIDTH, Array, AxesArray, Look, Places, look, require_some, style
+from msam_analysis.plots.planes import slice_2d
 from msam_analysis.plots.scale import as_array
 from msam_analysis.results import Projection, Slice2D
 from msam_analysis.results.slices import LARGE_RANGE
@@ -34,12 +34,15 @@ _HALO = [patheffects.withStroke(linewidth=2.6, foreground="white", alpha=0.85)]
 def trajectory(projections: Projections, ax: Axes | None = None, *, circles: bool = True, legend: bool = True) -> Axes:
     """Draw projected trajectories, for example over a contour plot of the same plane.
 
+    Li et al., arXiv 1712.09913, figure 9, which leaves the distance from the plane open.
+
     Parameters
     ----------
     projections
         One, several (named by their labels), or a mapping from a name to each.
     ax
-        Where to draw, usually the axes of :func:`slice_2d`, whose limits stay; by default new axes.
+        Where to draw, usually the axes of :func:`slice_2d`, whose limits stay. See :mod:`msam_analysis.plots`, also for
+        the errors.
     circles
         Put circles on each path whose area is proportional to the distance from the plane (default).
     legend
@@ -54,31 +57,24 @@ def trajectory(projections: Projections, ax: Axes | None = None, *, circles: boo
     Raises
     ------
     ValueError
-        No projection, one that is not on a plane, or projections on different planes.
-    TypeError
-        Something that is not a :class:`~msam_analysis.results.Projection`.
-
-    Notes
-    -----
-    Li et al., arXiv 1712.09913, figure 9, which leaves the distance from the plane open.
+        A projection that is not on a plane, or projections on different planes.
     """
     several = named(projections)
     _require_planes(several)
-    with style():
-        made = ax is None
-        ax = one_panel(ax, height=3.0)
+    made = ax is None
+    with one_panel(ax, legend=False, height=3.0) as panel:
         if made:
             first = next(iter(several.values()))
-            ax.set_aspect("equal", adjustable="datalim")
-            ax.set_xlabel(first.directions[0])
-            ax.set_ylabel(first.directions[1])
+            panel.set_aspect("equal", adjustable="datalim")
+            panel.set_xlabel(first.directions[0])
+            panel.set_ylabel(first.directions[1])
         else:
-            ax.set_autoscale_on(False)
-        draw_paths(ax, several, circles=circles)
+            panel.set_autoscale_on(False)
+        draw_paths(panel, several, circles=circles)
         if legend:
-            handles = _path_handles(ax, several, circles=circles)
-            name_curves(np.array([ax], dtype=np.object_), made=made or _has_room_above(ax), handles=handles)
-    return ax
+            handles = _path_handles(panel, several, circles=circles)
+            name_curves([panel], made=made or _has_room_above(panel), handles=handles)
+    return panel
 
 
 def project(projections: Projections, ax: Axes | None = None, *, circles: bool = True, legend: bool = True) -> Axes:
@@ -87,43 +83,31 @@ def project(projections: Projections, ax: Axes | None = None, *, circles: bool =
     Parameters
     ----------
     projections, ax, circles, legend
-        As for :func:`trajectory`; there are circles on a plane only.
+        As for :func:`trajectory`, also for the errors; there are circles on a plane only.
 
     Returns
     -------
     matplotlib.axes.Axes
         On a plane as :func:`trajectory`. On a line, or along more than two directions, a curve over the steps for each
         trajectory and direction, a marker of the trajectory at its end.
-
-    Raises
-    ------
-    ValueError
-        No projection, or projections on different planes.
-    TypeError
-        Something that is not a :class:`~msam_analysis.results.Projection`.
     """
     several = named(projections)
     if all(item.coordinates.shape[1] == 2 for item in several.values()):
         return trajectory(several, ax, circles=circles, legend=legend)
-    with style():
-        made, ax = ax is None, one_panel(ax)
+    with one_panel(ax, legend=legend) as panel:
         for name, appearance in look(several).items():
             steps = as_array(several[name].steps)
             for index, coordinates in enumerate(as_array(several[name].coordinates).T):
-                (line,) = ax.plot(steps, coordinates, color=appearance.color, linestyle=_DIRECTIONS[index % 4])
+                (line,) = panel.plot(steps, coordinates, color=appearance.color, linestyle=_DIRECTIONS[index % 4])
                 line.set_label(f"{name}, {several[name].directions[index]}")
-                ax.plot(steps[-1:], coordinates[-1:], **_last(appearance), clip_on=False, zorder=4)
-        ax.set_xlabel("step")
-        ax.set_ylabel("coordinate (multiples of the direction)")
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        if legend:
-            name_curves(np.array([ax], dtype=np.object_), made=made)
-    return ax
+                panel.plot(steps[-1:], coordinates[-1:], **_last(appearance), clip_on=False, zorder=4)
+        panel.set_xlabel("step")
+        panel.set_ylabel("coordinate (multiples of the direction)")
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    return panel
 
 
-def trajectory_losses(
-    projections: Projections, axes: Sequence[Axes] | AxesArray | None = None, *, log: bool | None = None
-) -> AxesArray:
+def trajectory_losses(projections: Projections, axes: Places = None, *, log: bool | None = None) -> AxesArray:
     """Draw what a picture of projected trajectories hides: the true loss beside the projected one, and the distance.
 
     Parameters
@@ -131,7 +115,7 @@ def trajectory_losses(
     projections
         As for :func:`trajectory`, with measured losses.
     axes
-        Two axes; by default a new figure, 6.8 in wide.
+        See :mod:`msam_analysis.plots`, also for the errors. There are two panels.
     log
         Logarithmic loss axis; by default where the largest loss is at least 10 times the smallest positive one.
 
@@ -144,14 +128,12 @@ def trajectory_losses(
     Raises
     ------
     ValueError
-        No projection, one without losses, or fewer than two axes.
-    TypeError
-        Something that is not a :class:`~msam_analysis.results.Projection`.
+        A projection without losses.
     """
     several = named(projections)
     measured_losses(several)
     with style():
-        drawn = panels(2, share_x=True)[1] if axes is None else given_axes(axes, 2)
+        drawn = several_panels(axes, 2, share_x=True)
         draw_losses(drawn, several, log=log)
         handles = {name: _line_handle(item) for name, item in look(several).items()} | _loss_handles()
         name_curves(drawn if axes is None else drawn[:1], made=axes is None, handles=handles)
@@ -161,7 +143,7 @@ def trajectory_losses(
 def trajectory_panels(
     plane: Slice2D,
     projections: Projections,
-    axes: Sequence[Axes] | AxesArray | None = None,
+    axes: Places = None,
     *,
     limits: tuple[float, float] | None = None,
     log: bool | None = None,
@@ -177,7 +159,7 @@ def trajectory_panels(
     projections
         As for :func:`trajectory`, with measured losses.
     axes
-        Three axes; by default a new figure, 6.8 in wide.
+        See :mod:`msam_analysis.plots`. There are three panels.
     limits, filled, aspect
         As for :func:`slice_2d`.
     log
@@ -265,7 +247,7 @@ def draw_panels(
     require_same_plane(plane, several)
     measured_losses(several)
     with style():
-        drawn = _three_panels() if axes is None else given_axes(axes, 3)
+        drawn = _three_panels() if axes is None else several_panels(axes, 3)
         slice_2d(plane, drawn[0], log=log, **options)
         drawn[0].set_autoscale_on(False)
         paths = draw_paths(drawn[0], several)
@@ -333,9 +315,11 @@ def _has_room_above(ax: Axes) -> bool:
 
 def _largest_off_plane(several: Mapping[str, Projection]) -> float:
     """Return the largest distance from the plane, 0 where it is no more than rounding."""
-    off = np.concatenate([as_array(item.off_plane) for item in several.values()])
-    away = np.concatenate([as_array(item.distance) for item in several.values()])
-    noise = np.concatenate([as_array(item.rounding) for item in several.values()]) + 1e-6 * away
+    off, away, rounding = (
+        np.concatenate([as_array(getattr(item, name)) for item in several.values()])
+        for name in ("off_plane", "distance", "rounding")
+    )
+    noise = rounding + 1e-6 * away
     real = off[np.isfinite(off) & (off > noise)]
     return float(real.max()) if real.size else 0.0
 
@@ -384,10 +368,7 @@ _DIRECTIONS = ("-", "--", "-.", ":")
 
 
 def _last(appearance: Look) -> dict[str, Any]:
-    return {
-        "linestyle": "none", "marker": appearance.marker, "markersize": 5.5, "color": appearance.color,
-        "markeredgecolor": "white", "markeredgewidth": 0.7,
-    }  # fmt: skip
+    return points(appearance, 5.5, markeredgecolor="white", markeredgewidth=0.7)
 
 
 def _line_handle(appearance: Look) -> Line2D:
@@ -396,8 +377,10 @@ def _line_handle(appearance: Look) -> Line2D:
 
 def _path_handles(ax: Axes, several: Mapping[str, Projection], *, circles: bool) -> dict[str, Any]:
     handles: dict[str, Any] = {}
+    (left, right), (bottom, top) = sorted(ax.get_xlim()), sorted(ax.get_ylim())
     for name, appearance in look(several).items():
-        outside = _outside(ax, several[name])
+        x, y = as_array(several[name].coordinates).T
+        outside = (np.isfinite(x) & np.isfinite(y) & ((x < left) | (x > right) | (y < bottom) | (y > top))).sum()
         label = name + (f" ({outside} of {len(several[name].steps)} points outside)" if outside else "")
         handles[label] = _line_handle(appearance)
     handles["start"] = Line2D([], [], **_FIRST, color=GREY)
@@ -417,12 +400,6 @@ def _loss_handles() -> dict[str, Any]:
         "loss at the weights": Line2D([], [], color=GREY, linewidth=1.2),
         "at their projection": Line2D([], [], color=GREY, **_PROJECTED),
     }
-
-
-def _outside(ax: Axes, item: Projection) -> int:
-    x, y = as_array(item.coordinates).T
-    (left, right), (bottom, top) = sorted(ax.get_xlim()), sorted(ax.get_ylim())
-    return int((np.isfinite(x) & np.isfinite(y) & ((x < left) | (x > right) | (y < bottom) | (y > top))).sum())
 
 
 def _round_number(value: float) -> float:

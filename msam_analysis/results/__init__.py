@@ -6,7 +6,6 @@ Every result shows itself in one line and, in a notebook, as a small table; beco
 safe to read.
 """
 
-from msam_analysis.results.angles import SamMsamAngle
 from msam_analysis.results.balls import BallSharpness, BatchSharpness, Certificate, DirectionalSharpness
 from msam_analysis.results.base import ApproximationWarning, ConvergenceWarning, Reading, Result, Settings, load
 from msam_analysis.results.curvature import Eigenpairs, Estimate, SpectralDensity
@@ -14,7 +13,7 @@ from msam_analysis.results.files import atomic_folder, atomic_path
 from msam_analysis.results.intervals import DataInterval
 from msam_analysis.results.networks import FeatureRank, RobustAccuracy
 from msam_analysis.results.points import load_trajectory
-from msam_analysis.results.scalars import Curvatures, Scalar
+from msam_analysis.results.scalars import Curvatures, SamMsamAngle, Scalar
 from msam_analysis.results.slices import Slice1D, Slice2D
 from msam_analysis.results.together import ByLayer, Measurement, layer_frame
 from msam_analysis.results.trajectories import Projection, Trajectory

@@ -106,12 +106,12 @@ class Share(NamedTuple):
     Attributes
     ----------
     value
-        Mean over the probes.
+        Mean over the random vectors.
     standard_error
-        Over the probes; 0 where all eigenvalues are known.
+        Of that mean; 0 where all eigenvalues are known.
     low, high
-        Between these the probes' own shares lie (their mean), whatever the spectrum does between the nodes: the
-        inequalities of Chebyshev, Markov and Stieltjes (Szegő, Orthogonal Polynomials, section 3.41).
+        Between these the mean share lies that the random vectors would see, whatever the spectrum does between the
+        nodes: the inequalities of Chebyshev, Markov and Stieltjes (Szegő, Orthogonal Polynomials, section 3.41).
     """
 
     value: Tensor
@@ -125,7 +125,7 @@ class SpectralDensity(Result):
     """The density of the eigenvalues: of one drawn at random, the probability per unit of ``x``.
 
     A sum of point masses: eigenvalues that are known exactly have ``1/size`` each; the others are seen by random
-    probes, each as nodes with weights. It is smoothed by a Gaussian kernel; the cumulative share and the moments are
+    vectors, each as nodes with weights. It is smoothed by a Gaussian kernel; the cumulative share and the moments are
     not.
 
     Attributes
@@ -133,15 +133,17 @@ class SpectralDensity(Result):
     values
         Shape ``(points,)``, increasing: where the density is given, in the unit of the operator.
     density, standard_error
-        Shape ``(points,)``: mean over the probes and its standard error, per unit of the operator; see :meth:`at`.
+        Shape ``(points,)``: mean over the random vectors and its standard error, per unit of the operator; see
+        :meth:`at`.
     sigma
         Standard deviation of the kernel, in the unit of the operator.
     nodes, weights
-        Shape ``(nodes,)``, float64: the point masses. The weights of one probe and of the known eigenvalues sum to 1.
+        Shape ``(nodes,)``, float64: the point masses. The weights of one random vector and of the known ones sum to 1.
     probe
-        Shape ``(nodes,)``: which probe saw the node; -1 for an eigenvalue that is known.
+        Shape ``(nodes,)``: which random vector saw the node; -1 for an eigenvalue that is known.
     exhausted
-        Shape ``(probes,)``: whether a probe's nodes are all eigenvalues that it has a part in, and its weights exact.
+        Shape ``(probes,)``: whether the nodes of a random vector are all eigenvalues that it has a part in, and their
+        weights exact.
     top, bottom
         Eigenvalues at the two ends: the largest, descending, and the smallest, ascending.
     top_residuals, bottom_residuals
@@ -154,13 +156,13 @@ class SpectralDensity(Result):
     size
         Number of eigenvalues.
     steps
-        Products for each probe.
+        Products for each random vector.
     hvps
         Products in all.
     resolution
         Kernel width, in the unit of the operator, from which on the quadratures determine the density: the range of the
-        probes' nodes over ``steps``. A narrower kernel shows single nodes, and the standard error does not cover that.
-        0 where every probe is exhausted.
+        seen nodes over ``steps``. A narrower kernel shows single nodes, and the standard error does not cover that.
+        0 where every random vector is exhausted.
     """
 
     values: Tensor
@@ -214,11 +216,11 @@ class SpectralDensity(Result):
 
     @property
     def probes(self) -> int:
-        """Number of probes; 0 where every eigenvalue is known."""
+        """Number of random vectors; 0 where every eigenvalue is known."""
         return len(self.exhausted)
 
     def curves(self, x: Tensor, sigma: float | None = None) -> Tensor:
-        """Return the density as each probe sees it, shape ``(probes, len(x))``; one row where every value is known.
+        """Return the density as each random vector sees it, ``(probes, len(x))``; one row where every value is known.
 
         Parameters
         ----------
@@ -241,9 +243,9 @@ class SpectralDensity(Result):
         r"""Return the density and its standard error at other places, or with another kernel; as in :meth:`curves`.
 
         For a start that is uniform on the unit sphere of ``N`` dimensions the variance of ``zᵀ f(A) z`` is
-        ``2/(N + 2)`` times the variance of ``f(λ)`` over the eigenvalues. The quadratures of all probes together give
-        it. The standard error is the larger of this one and of that from the probes' scatter, which few probes often
-        make too small. It holds for a ``sigma`` of at least ``resolution``; a narrower kernel shows single nodes.
+        ``2/(N + 2)`` times the variance of ``f(λ)`` over the eigenvalues. The quadratures of all random vectors
+        together give it. The standard error is the larger of this one and of that from their scatter, which few of them
+        often make too small. It holds for a ``sigma`` of at least ``resolution``.
 
         Returns
         -------
@@ -254,7 +256,7 @@ class SpectralDensity(Result):
         if self.probes:
             seen = self.probe >= 0
             peaks, weights = self._peaks(x, self.sigma if sigma is None else sigma)[seen], self.weights[seen]
-            left = float(weights.sum()) / self.probes  # share of the eigenvalues that the probes see
+            left = float(weights.sum()) / self.probes  # share of the eigenvalues that are not known
             mean, square = (weights @ peaks**power / (left * self.probes) for power in (1, 2))
             spread = (square - mean**2).clamp_min(0) * 2 / (left * self.size + 2)
             error = torch.maximum(error, left * (spread / self.probes).sqrt())
@@ -297,14 +299,8 @@ class SpectralDensity(Result):
     def moment(self, order: int) -> Estimate:
         """Return the mean of ``λ^order`` over the eigenvalues: for 1, ``tr(A)/n``; for 2, ``‖A‖²/n`` (Frobenius)."""
         value, error = _mean(self._by_probe((self.weights * self.nodes**order)[:, None]), known=self.probes == 0)
-        return Estimate(
-            quantity=f"moment {order}",
-            value=float(value),
-            standard_error=float(error),
-            draws=self.probes,
-            evaluations=self.hvps,
-            settings=self.settings,
-        )
+        known: dict[str, Any] = {"draws": self.probes, "evaluations": self.hvps, "settings": self.settings}
+        return Estimate(quantity=f"moment {order}", value=float(value), standard_error=float(error), **known)
 
     def readings(self) -> list[Reading]:
         """Return the eigenvalues at the two ends with their residuals; where there are none, the ends of the nodes."""
@@ -323,7 +319,7 @@ class SpectralDensity(Result):
         return torch.exp(-0.5 * ((x - self.nodes[:, None]) / width) ** 2) / (width * math.sqrt(2 * math.pi))
 
     def _by_probe(self, contributions: Tensor) -> Tensor:
-        """Sum what nodes contribute, shape ``(nodes, ...)``, over each probe's own and the known ones."""
+        """Sum what nodes contribute, shape ``(nodes, ...)``, over each random vector's own and the known ones."""
         known = self.probe < 0
         rows = contributions.new_zeros(max(self.probes, 1), contributions.shape[1])
         rows.index_add_(0, self.probe[~known], contributions[~known])
@@ -331,7 +327,7 @@ class SpectralDensity(Result):
 
 
 def _resolution(nodes: Tensor, probe: Tensor, exhausted: Tensor, steps: int) -> float:
-    """Return the range of the nodes of the probes that are not exhausted, over the steps.
+    """Return the range of the nodes of the random vectors that are not exhausted, over the steps.
 
     A Gaussian of this width on that range is a polynomial of degree ``2 steps − 1`` but for ``exp(−8)`` of its height.
     """

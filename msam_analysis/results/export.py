@@ -13,7 +13,7 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree as ET
@@ -75,13 +75,18 @@ def to_xarray(result: Result) -> xarray.Dataset:
         xarray is not installed.
     """
     xr = _imported("xarray")
-    arrays = _arrays(result)
+    arrays, attributes = _labelled(result)
     axes = _AXES.get(type(result).__name__, {})
     coordinates = {axes[name]: values for name, (_, values) in arrays.items() if name in axes}
     data = {name: (dims, values) for name, (dims, values) in arrays.items() if name not in axes}
-    dataset = xr.Dataset(data, coords=coordinates, attrs=_attributes(result))
-    for dimension, attributes in _axis_labels(result).items():
-        dataset[dimension].attrs.update(attributes)
+    dataset = xr.Dataset(data, coords=coordinates, attrs=attributes)
+    named: dict[str, tuple[str, float]] = {}
+    if isinstance(result, Slice1D):
+        named = {"coordinate": (result.direction, result.direction_norm)}
+    elif isinstance(result, Slice2D):
+        named = dict(zip("xy", zip(result.directions, result.direction_norms, strict=True), strict=True))
+    for dimension, (name, norm) in named.items():
+        dataset[dimension].attrs.update(long_name=name, units="1", direction=name, direction_norm=norm)
     return dataset  # type: ignore[no-any-return]  # imported by its name
 
 
@@ -91,9 +96,9 @@ def to_netcdf(result: Result, path: str | os.PathLike[str]) -> Path:
     Parameters
     ----------
     result
-        Any result of this package.
+        See :func:`to_xarray`.
     path
-        ``.nc`` is added unless it is there.
+        Where to write; parents are made. The suffix, here ``.nc``, is added unless it is there.
 
     Returns
     -------
@@ -102,10 +107,8 @@ def to_netcdf(result: Result, path: str | os.PathLike[str]) -> Path:
 
     Raises
     ------
-    TypeError
-        Not a result.
-    ImportError
-        xarray or h5netcdf is not installed.
+    TypeError, ImportError
+        As :func:`to_xarray`; h5netcdf must be installed too.
     """
     _imported("h5netcdf")
     dataset = to_xarray(result)
@@ -121,24 +124,7 @@ def to_hdf5(result: Result, path: str | os.PathLike[str]) -> Path:
     It follows the netCDF-4 conventions, so that ``h5py``, MATLAB and Julia's HDF5 read it like any other, and netCDF
     readers too.
 
-    Parameters
-    ----------
-    result
-        Any result of this package.
-    path
-        ``.h5`` is added unless it, or ``.hdf5``, is there.
-
-    Returns
-    -------
-    pathlib.Path
-        The file written.
-
-    Raises
-    ------
-    TypeError
-        Not a result.
-    ImportError
-        xarray or h5netcdf is not installed.
+    Parameters, return value and errors as for :func:`to_netcdf`; the suffix is ``.h5``, ``.hdf5`` where that is given.
     """
     path = _with_suffix(path, ".h5", ".hdf5")
     with atomic_path(path) as partial:
@@ -151,10 +137,8 @@ def to_npz(result: Result, path: str | os.PathLike[str]) -> Path:
 
     Parameters
     ----------
-    result
-        Any result of this package.
-    path
-        ``.npz`` is added unless it is there.
+    result, path
+        As for :func:`to_netcdf`; the suffix is ``.npz``.
 
     Returns
     -------
@@ -167,86 +151,65 @@ def to_npz(result: Result, path: str | os.PathLike[str]) -> Path:
     TypeError
         Not a result.
     """
-    arrays = _arrays(result)
-    attributes = _attributes(result) | {"dimensions": {name: dims for name, (dims, _) in arrays.items()}}
+    arrays, attributes = _labelled(result)
+    attributes |= {"dimensions": {name: dims for name, (dims, _) in arrays.items()}}
     path = _with_suffix(path, ".npz")
     with atomic_path(path) as partial, partial.open("wb") as file:
-        values: dict[str, Any] = {name: values for name, (_, values) in arrays.items()}
-        np.savez_compressed(file, attributes=np.array(json.dumps(attributes)), **values)
+        known: dict[str, Any] = {name: values for name, (_, values) in arrays.items()}
+        np.savez_compressed(file, attributes=np.array(json.dumps(attributes)), **known)
     return path
 
 
-def _arrays(result: Result) -> dict[str, tuple[tuple[str, ...], Array]]:
-    """Return the dimensions and values of every array of a result."""
+def _labelled(result: Result) -> tuple[dict[str, tuple[tuple[str, ...], Array]], dict[str, Any]]:
+    """Return every array of a result with its dimensions, and all else in values that every format knows."""
     if not isinstance(result, Result):
         raise TypeError(
             f"expected a result of this package, got {type(result).__name__}: export what a function returned"
         )
-    axes = _AXES.get(type(result).__name__, {})
+    kind = type(result).__name__
+    axes = _AXES.get(kind, {})
     grid = tuple(len(getattr(result, name)) for name in axes)
-    found: dict[str, tuple[tuple[str, ...], Array]] = {}
-    for name, values in _tensors(result).items():
-        array = _numpy(values)
-        if name in axes and array.ndim == 1:
-            found[name] = (axes[name],), array
+    arrays: dict[str, tuple[tuple[str, ...], Array]] = {}
+    attributes: dict[str, Any] = {}
+    for name, value in _entries(result):
+        if not isinstance(value, Tensor):
+            attributes[name] = _plain(value)
             continue
-        on_grid = bool(grid) and array.shape[: len(grid)] == grid
-        known = tuple(axes.values()) if on_grid else ()
+        array = _numpy(value)
+        if name in axes and array.ndim == 1:
+            arrays[name] = (axes[name],), array
+            continue
+        known = tuple(axes.values()) if grid and array.shape[: len(grid)] == grid else ()
         rest = array.ndim - len(known)
-        further = _COLUMNS.get(type(result).__name__, ()) if name == "vectors" else _FURTHER.get(name, ())
+        further = _COLUMNS.get(kind, ()) if name == "vectors" else _FURTHER.get(name, ())
         if len(further) != rest:
             further = tuple(f"{name}_{axis}" for axis in range(rest))
-        found[name] = (*known, *further), array
-    return found
+        arrays[name] = (*known, *further), array
+    return arrays, attributes
 
 
-def _tensors(result: Result) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+def _entries(result: Result) -> Iterator[tuple[str, Any]]:
+    """Give what a result holds, and the results in it: its kind, and ``field`` or ``field.key`` with the value."""
+    yield "kind", type(result).__name__
     for field in dataclasses.fields(result):
         value = getattr(result, field.name)
         if field.name == "points":
-            found[field.name] = torch.stack([value[index] for index in range(len(value))])
-        elif isinstance(value, Tensor):
-            found[field.name] = value
+            yield field.name, torch.stack([value[index] for index in range(len(value))])
         elif isinstance(value, Mapping):
             for key, item in value.items():
-                entry = _entry(field.name, key)
+                entry = f"{field.name}.{key}".replace("/", ".")  # a slash in a name is a folder in an HDF5 file
                 if isinstance(item, Result):
-                    found |= {f"{entry}.{name}": values for name, values in _tensors(item).items()}
-                elif isinstance(item, Tensor):
-                    found[entry] = item
-    return found
+                    yield from ((f"{entry}.{name}", part) for name, part in _entries(item))
+                else:
+                    yield entry, item
+        elif value is not None:
+            yield field.name, value
 
 
 def _numpy(values: Tensor) -> Array:
     values = values.detach().cpu()
     array: Array = (values.float() if values.dtype is torch.bfloat16 else values).numpy()  # NumPy has no bfloat16
     return array
-
-
-def _attributes(result: Result) -> dict[str, Any]:
-    """Return all that is not an array, in values that every format knows."""
-    found: dict[str, Any] = {"kind": type(result).__name__}
-    for field in dataclasses.fields(result):
-        value = getattr(result, field.name)
-        if isinstance(value, Mapping):
-            entries: dict[str, Any] = {}
-            for key, item in value.items():
-                entry = _entry(field.name, key)
-                if isinstance(item, Result):
-                    entries |= {f"{entry}.{name}": inside for name, inside in _attributes(item).items()}
-                elif not isinstance(item, Tensor):
-                    entries[entry] = item
-        elif value is None or isinstance(value, Tensor) or field.name == "points":
-            continue
-        else:
-            entries = {field.name: value}
-        found |= {name: _plain(item) for name, item in entries.items()}
-    return found
-
-
-def _entry(field: str, key: str) -> str:
-    return f"{field}.{key}".replace("/", ".")  # a slash in a name is a folder in an HDF5 file
 
 
 def _plain(value: Any) -> Any:
@@ -258,19 +221,6 @@ def _plain(value: Any) -> Any:
     if items and (all(isinstance(item, str) for item in items) or all(type(item) is float for item in items)):
         return items
     return json.dumps(items)
-
-
-def _axis_labels(result: Result) -> dict[str, dict[str, Any]]:
-    if isinstance(result, Slice1D):
-        return {"coordinate": _axis_label(result.direction, result.direction_norm)}
-    if isinstance(result, Slice2D):
-        norms = result.direction_norms
-        return {name: _axis_label(result.directions[i], norms[i]) for i, name in enumerate(("x", "y"))}
-    return {}
-
-
-def _axis_label(direction: str, norm: float) -> dict[str, Any]:
-    return {"long_name": direction, "units": "1", "direction": direction, "direction_norm": norm}
 
 
 def _imported(name: str) -> Any:
@@ -299,6 +249,8 @@ def to_vtk(
 ) -> Path:
     """Write a slice as a surface, or a line or projected trajectory as a path, for ParaView and other readers of VTK.
 
+    The format is VTK's XML, version 1.0, with the arrays in base64.
+
     Parameters
     ----------
     result
@@ -324,31 +276,37 @@ def to_vtk(
         A result of another kind.
     ValueError
         A projection without losses or not on a plane, no finite height, or limits that are not two increasing numbers.
-
-    Notes
-    -----
-    VTK's XML format, version 1.0, with the arrays in base64.
     """
     if limits is not None and not limits[0] < limits[1]:
         raise ValueError(f"limits must be two numbers, the lower first, got {limits!r}: swap them")
     if isinstance(result, Slice2D):
-        arrays = {name: values for name, (dims, values) in _arrays(result).items() if dims == ("x", "y")}
         kind, suffix = "StructuredGrid", ".vts"
         x, y = np.meshgrid(_numpy(result.x), _numpy(result.y), indexing="ij")
-    elif isinstance(result, Slice1D | Projection):
-        arrays = {name: values for name, (dims, values) in _arrays(result).items() if len(dims) == 1}
+    elif isinstance(result, Slice1D):
         kind, suffix = "PolyData", ".vtp"
-        x, y = _path(result)
+        x = _numpy(result.coordinates)
+        y = np.zeros_like(x)
+    elif isinstance(result, Projection):
+        kind, suffix = "PolyData", ".vtp"
+        if result.loss is None or result.coordinates.shape[1] != 2:
+            raise ValueError(
+                f"the projection of {result.label!r} needs two coordinates and losses to have a height: "
+                "project it onto a plane with objective=..."
+            )
+        x, y = _numpy(result.coordinates).T
     else:
         raise TypeError(
             f"expected Slice1D, Slice2D or Projection, got {type(result).__name__}: nothing else has a shape"
         )
+    labelled, attributes = _labelled(result)
+    on_grid = tuple(_AXES[type(result).__name__].values())
+    arrays = {name: values for name, (dims, values) in labelled.items() if dims == on_grid}
     z, finite = _height(arrays["loss"], log, limits)
     # VTK's first index runs fastest
     points = np.stack([part.ravel(order="F") for part in (x, y, z)], axis=1)
     root = ET.Element("VTKFile", type=kind, version="1.0", byte_order=_ORDER, header_type="UInt64")
     body = ET.SubElement(root, kind)
-    _write_fields(body, _attributes(result))
+    _write_fields(body, attributes)
     if isinstance(result, Slice2D):
         extent = f"0 {x.shape[0] - 1} 0 {x.shape[1] - 1} 0 0"
         body.set("WholeExtent", extent)
@@ -375,18 +333,6 @@ def to_vtk(
 _ORDER = "LittleEndian" if sys.byteorder == "little" else "BigEndian"
 _HIDDEN_POINT = 2  # vtkDataSetAttributes::HIDDENPOINT
 _VTK_TYPES = {"f": "Float", "i": "Int", "u": "UInt"}
-
-
-def _path(result: Slice1D | Projection) -> tuple[Array, Array]:
-    if isinstance(result, Slice1D):
-        x = _numpy(result.coordinates)
-        return x, np.zeros_like(x)
-    if result.loss is None or result.coordinates.shape[1] != 2:
-        raise ValueError(
-            f"the projection of {result.label!r} needs two coordinates and losses to have a height: "
-            "project it onto a plane with objective=..."
-        )
-    return _numpy(result.coordinates[:, 0]), _numpy(result.coordinates[:, 1])
 
 
 def _height(loss: Array, log: bool, limits: tuple[float, float] | None) -> tuple[Array, npt.NDArray[np.bool_]]:

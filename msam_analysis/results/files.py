@@ -14,34 +14,34 @@ PARTIAL = ".partial-"
 """How the name of a folder begins that is being written."""
 
 
-class atomic_path:  # noqa: N801 - used as a function in with statements
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside ``path`` that replaces it on success and vanishes on failure.
 
     Parameters
     ----------
     path
         The final path; its parents are made.
+
+    Yields
+    ------
+    pathlib.Path
+        Where to write.
     """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-
-    def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.stem}.", suffix=self.path.suffix)
-        os.close(handle)
-        self.partial = Path(name)
-        return self.partial
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            # mkstemp makes files private; a result is as readable as any other file of the user's.
-            umask = os.umask(0)
-            os.umask(umask)
-            self.partial.chmod(0o666 & ~umask)
-            self.partial.replace(self.path)
-        else:
-            self.partial.unlink(missing_ok=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        # mkstemp makes files private; a result is as readable as any other file of the user's.
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -26,26 +26,15 @@ _KNOWN_BY_VERSION = ("msam", "msam_analysis", "torch", "numpy", "builtins")
 
 
 def fingerprint(*things: object) -> str:
-    """Return a hash of things by value.
+    """Return 16 hexadecimal digits of a SHA-256 of things by value.
 
-    Parameters
-    ----------
-    *things
-        Plain values, containers of them, data classes (their fields that are compared), tensors, arrays, functions,
-        modules (what they are made of, not their parameters and buffers) and other objects (their attributes).
-
-    Returns
-    -------
-    str
-        16 hexadecimal digits of a SHA-256.
-
-    Notes
-    -----
-    A function counts by its code, its constants, its defaults and what it closes over, a class by its methods; comments
-    and docstrings do not count. The code of ``msam``, ``msam_analysis``, torch and NumPy counts by its name alone. What
-    a function calls counts by its name.
+    Data classes count by the fields that are compared, modules by what they are made of without parameters and buffers,
+    other objects by their attributes. A function counts by its code, its constants, its defaults and what it closes
+    over, a class by its methods; comments and docstrings do not count. The code of ``msam``, ``msam_analysis``, torch
+    and NumPy counts by its name alone. What a function calls counts by its name.
     """
-    return _digest(json.dumps([_plain(thing, frozenset()) for thing in things]))
+    text = json.dumps([_plain(thing, frozenset()) for thing in things])
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 
 def of_tensors(tensors: Iterable[Tensor]) -> str:
@@ -55,10 +44,6 @@ def of_tensors(tensors: Iterable[Tensor]) -> str:
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:_DIGITS]
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
 
 
 def _plain(thing: Any, above: frozenset[int]) -> object:

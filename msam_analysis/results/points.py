@@ -37,9 +37,6 @@ def stored_steps(folder: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.safetensors"))
 
 
-# ------------------------------------------------------------------------------------------------------------- a vector
-
-
 def encode(vector: Tensor, origin: Tensor | None) -> tuple[Tensor, int, float]:
     """Return a point as it is stored: the tensor, its exponent, and the L2 distance that is lost.
 
@@ -64,19 +61,7 @@ def decode(stored: Tensor, origin: Tensor | None, exponent: int, dtype: torch.dt
 
 
 class StoredPoints:
-    """The points of a folder, read when asked for.
-
-    Parameters
-    ----------
-    files
-        One for each point.
-    exponents
-        How they are scaled.
-    origin
-        What they are differences to, or ``None``.
-    dtype
-        Of the points returned.
-    """
+    """The points of a folder, read when asked for: a file and an exponent for each, as :func:`encode` stored them."""
 
     def __init__(
         self, files: Sequence[Path], exponents: Sequence[int], origin: Tensor | None, dtype: torch.dtype
@@ -85,7 +70,6 @@ class StoredPoints:
         self.origin, self.dtype = origin, dtype
 
     def __len__(self) -> int:
-        """Return the number of points."""
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
@@ -118,9 +102,6 @@ def _opened(path: Path) -> Any:
         ) from None
 
 
-# -------------------------------------------------------------------------------------------------------------- writing
-
-
 def write_header(folder: Path, origin: Tensor | None, fields: Mapping[str, Any]) -> None:
     """Begin a folder: ``fields`` are ``label``, ``names``, ``shapes``, ``dtype`` and ``settings``."""
     with atomic_path(folder / _HEADER) as partial:
@@ -144,19 +125,8 @@ def write_point(
         save_file(tensors, partial, metadata={"fields": json.dumps(header)})
 
 
-# -------------------------------------------------------------------------------------------------------------- reading
-
-
 def read_header(folder: Path) -> tuple[dict[str, Any], Tensor | None]:
-    """Return the fields of a folder and its origin.
-
-    Raises
-    ------
-    FileNotFoundError
-        No trajectory was begun in this folder.
-    ValueError
-        It is of another format.
-    """
+    """Return the fields of a folder and its origin; raise an error where there is none, or one of another format."""
     path = folder / _HEADER
     if not path.is_file():
         raise FileNotFoundError(f"no trajectory in {folder}: expected a folder that a TrajectoryRecorder wrote to")
@@ -203,6 +173,7 @@ def load_trajectory(folder: str | os.PathLike[str]) -> Trajectory:
     folder = Path(folder)
     fields, origin = read_header(folder)
     steps = stored_steps(folder)
+    files = [point_path(folder, step) for step in steps]
     read = [read_notes(folder, step) for step in steps]
     notes, buffers = [item[0] for item in read], [item[1] for item in read]
     metrics = dict.fromkeys(name for item in notes for name in item["metrics"])
@@ -210,9 +181,7 @@ def load_trajectory(folder: str | os.PathLike[str]) -> Trajectory:
     return Trajectory(
         label=fields["label"],
         steps=torch.tensor(steps, dtype=torch.int64),
-        points=StoredPoints(
-            [point_path(folder, step) for step in steps], [item["exponent"] for item in notes], origin, dtype
-        ),
+        points=StoredPoints(files, [item["exponent"] for item in notes], origin, dtype),
         rounding=_numbers(item["rounding"] for item in notes),
         names=fields["names"],
         shapes=fields["shapes"],

@@ -101,10 +101,8 @@ class Slice1D(_Points, Result):
         Its name (with the normalisation) and its L2 norm.
     metrics, center_metrics, evaluated, error, metric_errors, tolerance, converged, complete
         As in :class:`Slice2D`.
-    standard_error, rise_error, units
+    standard_error, rise_error, resolution, units, identity
         As in :class:`Slice2D`.
-    identity
-        Content hashes of what was measured: weights, data, direction, settings; empty without a file.
     """
 
     coordinates: Tensor

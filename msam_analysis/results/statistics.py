@@ -97,7 +97,7 @@ def bands(values: npt.ArrayLike, level: float = LEVEL) -> tuple[Array, Array]:
     values
         Shape ``(seeds, ...)``, at least one seed.
     level
-        Confidence of the interval, default 0.68.
+        Confidence of the interval. Default :data:`LEVEL`.
 
     Returns
     -------
@@ -116,10 +116,13 @@ def bands(values: npt.ArrayLike, level: float = LEVEL) -> tuple[Array, Array]:
 def quantile_bands(values: npt.ArrayLike, level: float = LEVEL) -> tuple[Array, Array, Array]:
     """Return the median of a curve repeated over seeds, and the range of its middle seeds, point by point.
 
+    This is the spread of the seeds, which stays as it is with more of them; the interval of :func:`bands` is the
+    uncertainty of their mean, which shrinks.
+
     Parameters
     ----------
     values
-        Shape ``(seeds, ...)``, at least one seed.
+        As for :func:`bands`, also for the errors.
     level
         Part of the seeds inside the band, default 0.68: from quantile 0.16 to 0.84, interpolated between seeds.
 
@@ -128,16 +131,6 @@ def quantile_bands(values: npt.ArrayLike, level: float = LEVEL) -> tuple[Array, 
     median, low, high : numpy.ndarray
         Each of shape ``(...)``, float64. A seed at infinity counts as the largest; a point that is NaN for any seed is
         NaN. One seed has a NaN band.
-
-    Raises
-    ------
-    ValueError
-        No seed was given, or ``level`` does not lie between 0 and 1.
-
-    Notes
-    -----
-    This is the spread of the seeds, which stays as it is with more of them; the interval of :func:`bands` is the
-    uncertainty of their mean, which shrinks.
     """
     array = _over_seeds(values)
     outside = (1.0 - _checked_level(level)) / 2.0
@@ -165,7 +158,7 @@ def mean_interval(values: npt.ArrayLike, level: float = LEVEL) -> Interval:
     values
         Shape ``(n,)`` with ``n >= 1``: one number per seed.
     level
-        Confidence of the interval, default 0.68.
+        As for :func:`bands`.
 
     Returns
     -------
@@ -186,7 +179,7 @@ def mean_interval(values: npt.ArrayLike, level: float = LEVEL) -> Interval:
 
 
 def paired_interval(a: npt.ArrayLike, b: npt.ArrayLike, level: float = LEVEL) -> Interval:
-    """Return the mean of ``a − b`` with its interval, for values that share their seed.
+    """Return the mean of ``a − b`` with its interval as :func:`mean_interval` does, for values that share their seed.
 
     What the seeds have in common (initial weights, wrong labels, order of the batches) cancels, so that this interval
     is usually narrower than the two of :func:`mean_interval` suggest.
@@ -196,17 +189,12 @@ def paired_interval(a: npt.ArrayLike, b: npt.ArrayLike, level: float = LEVEL) ->
     a, b
         Shape ``(n,)``, in the same order of seeds.
     level
-        Confidence of the interval, default 0.68.
-
-    Returns
-    -------
-    Interval
-        Of the ``n`` differences.
+        As for :func:`bands`.
 
     Raises
     ------
     ValueError
-        The lists differ in length, or as in :func:`mean_interval`.
+        The lists differ in length, or as :func:`mean_interval`.
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
@@ -231,7 +219,7 @@ def summarise(
     columns
         Column or columns of numbers to summarise.
     level
-        Confidence of the intervals, default 0.68.
+        As for :func:`bands`.
 
     Returns
     -------

@@ -54,15 +54,12 @@ class ByLayer(Result, Mapping[str, Measured], Generic[Measured]):
     results: Mapping[str, Measured]
 
     def __getitem__(self, name: str) -> Measured:
-        """Return the result of one group."""
         return self.results[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over the names of the groups."""
         return iter(self.results)
 
     def __len__(self) -> int:
-        """Return the number of groups."""
         return len(self.results)
 
     @property
@@ -72,11 +69,8 @@ class ByLayer(Result, Mapping[str, Measured], Generic[Measured]):
 
     def readings(self) -> list[Reading]:
         """Return the readings of all groups, each with the name of its group."""
-        return [
-            reading._replace(name=f"{name}: {reading.name}")
-            for name, result in self.results.items()
-            for reading in result.readings()
-        ]
+        found = ((name, reading) for name, result in self.results.items() for reading in result.readings())
+        return [reading._replace(name=f"{name}: {reading.name}") for name, reading in found]
 
     def to_frame(self) -> pd.DataFrame:
         """Return the tables of all groups below one another, the name of the group in the column ``layer``."""

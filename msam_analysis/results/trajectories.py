@@ -54,7 +54,6 @@ class Trajectory(Result):
     buffers: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
-        """Return the number of points."""
         return len(self.steps)
 
     @property
@@ -113,18 +112,7 @@ class Trajectory(Result):
         return table({"step": self.steps, "rounding": self.rounding, **self.metrics})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write everything to one ``.safetensors`` file, atomically; all points are held in memory for it.
-
-        Parameters
-        ----------
-        path
-            Where to write; parents are made.
-
-        Returns
-        -------
-        pathlib.Path
-            The file written.
-        """
+        """Write everything to one file, as :meth:`Result.save` does; all points are held in memory for it."""
         if isinstance(self.points, Tensor):
             return super().save(path)
         points = torch.stack([self.points[index] for index in range(len(self))])

@@ -10,10 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from msam_analysis.plots.drawing import draw_curve, log_scale, log_ticks, name_curves, one_panel
-from msam_analysis.plots.look import Look, look, ordered, require_columns, style
+from msam_analysis.plots.drawing import GREY, draw_curve, log_scale, log_ticks, one_panel, points
+from msam_analysis.plots.look import Look, look, ordered, require_columns
 from msam_analysis.results.statistics import LEVEL, summarise
+from msam_analysis.studies.pictures.means import mean_curves
 
+_GREY_DOT = Look(GREY, "-", "o")
 _LARGE_RANGE = 20.0  # from this ratio on, eigenvalues go on a logarithmic axis
 
 
@@ -22,97 +24,62 @@ def eigenvalues(
 ) -> Axes:
     """Draw the leading eigenvalues of every optimizer, side by side for each index, by each method.
 
+    Becker et al., arXiv 2401.12033, table A1.
+
     Parameters
     ----------
     frame
-        Tidy table with the columns ``optimizer``, ``seed``, ``index`` (1 for the largest), ``value`` and, where two
-        methods were used, ``method``. The first method drawn (``lanczos`` where there is one) has filled markers
-        with the interval, any other an open ring around them: a ring that is not centred is a disagreement.
-    ax
-        Axes to draw on; by default new ones, 3.3 in wide.
+        Table with the columns ``index`` (1 for the largest), ``value`` and, where two methods were used, ``method``.
+        The first method drawn (``lanczos`` where there is one) has filled markers with the interval, any other an open
+        ring around them: a ring that is not centred is a disagreement.
+    ax, level, legend
+        See :mod:`msam_analysis.studies.pictures`, also for the errors.
     log
         Logarithmic axis; by default where all means are positive and the largest is at least 20 times the smallest.
-    level
-        Confidence of the intervals, default 0.68; one seed has none.
-    legend
-        Whether optimizers and methods are named.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
-        With the indices 1, 2, ... on the horizontal axis.
-
-    Raises
-    ------
-    ValueError
-        A column is missing, the table is empty, or a seed has two values for one index and method.
-
-    Notes
-    -----
-    Becker et al., arXiv 2401.12033, table A1.
     """
     require_columns(frame, ["optimizer", "seed", "index", "value"])
     methods = list(dict.fromkeys(frame["method"])) if "method" in frame.columns else []
     methods.sort(key=lambda name: name != "lanczos")
-    by = ["optimizer", "index", *(["method"] if methods else [])]
-    table = summarise(frame, by, "value", level)
+    table = summarise(frame, ["optimizer", "index", *(["method"] if methods else [])], "value", level)
     looks = look(ordered(table["optimizer"]))
-    with style():
-        made = ax is None
-        ax = one_panel(ax)
+    means = table["value"].to_numpy(dtype=np.float64)
+    finite = means[np.isfinite(means)]
+    if log is None:
+        log = bool(finite.size) and finite.min() > 0 and finite.max() / finite.min() >= _LARGE_RANGE
+    handles: dict[str, Any] = {}
+    with one_panel(ax, handles, legend=legend) as panel:
         spread = min(0.18, 0.7 / len(looks))
-        for position, (optimizer, appearance) in enumerate(looks.items()):
-            shift = (position - (len(looks) - 1) / 2) * spread
-            part = table[table["optimizer"] == optimizer]
+        for position, name in enumerate(looks):
             for rank, method in enumerate(methods or [None]):
-                points = part if method is None else part[part["method"] == method]
-                _points(ax, points, "index", "value", shift, appearance, ring=rank)
-        means = table["value"].to_numpy(dtype=np.float64)
-        finite = means[np.isfinite(means)]
-        if log is None:
-            log = bool(finite.size) and finite.min() > 0 and finite.max() / finite.min() >= _LARGE_RANGE
+                shown = table if method is None else table[table["method"] == method]
+                (curve,) = mean_curves(shown, "index", "value", looks={name: looks[name]})
+                at = curve.x + (position - (len(looks) - 1) / 2) * spread
+                mean = np.where(np.isfinite(curve.mean), curve.mean, np.nan)
+                if rank:
+                    panel.plot(at, mean, color=curve.look.color, **_ring(rank))
+                    continue
+                if np.isfinite(curve.half_width).any():
+                    bar: dict[str, Any] = {"fmt": "none", "elinewidth": 1.0, "capsize": 2, "capthick": 1.0}
+                    panel.errorbar(at, mean, curve.half_width, ecolor=curve.look.color, **bar)
+                panel.plot(at, mean, **points(curve.look, 3.2))
         if log:
-            log_scale(ax, [means])
+            log_scale(panel, [means])
         indices = sorted(set(table["index"]))
-        ax.set_xlim(indices[0] - 0.5, indices[-1] + 0.5)
-        ax.grid(visible=False, axis="x")
-        ax.set_xticks(indices, [f"$\\lambda_{{{index}}}$" for index in indices])
-        ax.set_ylabel("eigenvalue of the Hessian")
-        if legend:
-            handles = {
-                name: Line2D([], [], color=item.color, marker=item.marker, linestyle="none")
-                for name, item in looks.items()
-            }
-            if len(methods) > 1:
-                handles |= {str(method): _ring_handle(rank) for rank, method in enumerate(methods)}
-            name_curves(np.array([ax], dtype=np.object_), made=made, handles=handles)
-    return ax
+        panel.set_xlim(indices[0] - 0.5, indices[-1] + 0.5)
+        panel.grid(visible=False, axis="x")
+        panel.set_xticks(indices, [f"$\\lambda_{{{index}}}$" for index in indices])
+        panel.set_ylabel("eigenvalue of the Hessian")
+        for name, item in looks.items():
+            handles[name] = Line2D([], [], color=item.color, marker=item.marker, linestyle="none")
+        for rank, method in enumerate(methods if len(methods) > 1 else ()):
+            handles[str(method)] = Line2D([], [], color=GREY, **_ring(rank))
+    return panel
 
 
-def _ring_handle(rank: int) -> Line2D:
-    if rank == 0:
-        return Line2D([], [], color="#4d4d4d", marker="o", markersize=3, linestyle="none")
-    return Line2D(
-        [], [], color="#4d4d4d", marker="o", markersize=6.5 + 2 * rank, fillstyle="none", linestyle="none",
-        markeredgewidth=0.8,
-    )  # fmt: skip
-
-
-def _points(ax: Axes, points: pd.DataFrame, x: str, y: str, shift: float, appearance: Look, *, ring: int = 0) -> None:
-    """Draw means as markers with bars (``ring`` 0) or as open rings around them."""
-    at = points[x].to_numpy(dtype=np.float64) + shift
-    mean = points[y].to_numpy(dtype=np.float64)
-    half_width = points[f"{y}_half_width"].to_numpy(dtype=np.float64)
-    mean = np.where(np.isfinite(mean), mean, np.nan)
-    if ring:
-        ax.plot(
-            at, mean, linestyle="none", marker="o", markersize=6.5 + 2 * ring, fillstyle="none",
-            markeredgewidth=0.8, color=appearance.color,
-        )  # fmt: skip
-        return
-    if np.isfinite(half_width).any():
-        ax.errorbar(at, mean, half_width, fmt="none", ecolor=appearance.color, elinewidth=1.0, capsize=2, capthick=1.0)
-    ax.plot(at, mean, linestyle="none", marker=appearance.marker, markersize=3.2, color=appearance.color)
+def _ring(rank: int) -> dict[str, Any]:
+    """Return the shape of the markers of a method: filled for the first, open and larger for each further one."""
+    size = {"markersize": 6.5 + 2 * rank, "fillstyle": "none", "markeredgewidth": 0.8} if rank else {"markersize": 3}
+    return {"marker": "o", "linestyle": "none", **size}
 
 
 def ball_sharpness(
@@ -127,71 +94,37 @@ def ball_sharpness(
 ) -> Axes:
     """Draw the largest loss rise found in a ball against its radius, one curve per optimizer.
 
+    ``max_{‖e‖ ≤ ρ} L(w + e) − L(w)``, Foret et al., arXiv 2010.01412, equation 1.
+
     Parameters
     ----------
     frame
-        Tidy table with the columns ``optimizer``, ``seed``, ``rho`` and the one named by ``value``.
-    ax
-        Axes to draw on; by default new ones, 3.3 in wide.
+        Table with the columns ``rho`` and the one named by ``value``.
+    ax, level, legend
+        See :mod:`msam_analysis.studies.pictures`, also for the errors.
     value
         Column drawn, default ``sharpness``; ``one_step`` for what a single ascent step finds.
     log
         Both axes logarithmic (default); means that are not positive are then holes.
-    level
-        Confidence of the bands, default 0.68; there is no band for one seed.
     label
         Label of the vertical axis, instead of the definition of the sharpness.
-    legend
-        Whether the curves are named.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
-        With the radius on the horizontal axis.
-
-    Raises
-    ------
-    ValueError
-        A column is missing, the table is empty, or a seed has two values for one radius.
-
-    Notes
-    -----
-    ``max_{‖e‖ ≤ ρ} L(w + e) − L(w)``, Foret et al., arXiv 2010.01412, equation 1.
     """
     require_columns(frame, ["optimizer", "seed", "rho", value])
     table = summarise(frame, ["optimizer", "rho"], value, level)
-    with style():
-        made = ax is None
-        ax = one_panel(ax)
-        means = []
-        for optimizer, appearance in look(ordered(table["optimizer"])).items():
-            part = table[table["optimizer"] == optimizer].sort_values("rho")
-            radius = part["rho"].to_numpy(dtype=np.float64)
-            mean = part[value].to_numpy(dtype=np.float64)
-            if log:
-                mean = np.where(mean > 0, mean, np.nan)
-            means.append(mean)
-            draw_curve(ax, radius, mean, part[f"{value}_half_width"].to_numpy(dtype=np.float64), appearance, None)
-            ax.plot(radius, mean, linestyle="none", marker=appearance.marker, markersize=3.2, color=appearance.color)
-            ax.plot([], [], **_line(appearance), label=optimizer)
+    means = []
+    with one_panel(ax, legend=legend) as panel:
+        for curve in mean_curves(table, "rho", value, log=log):
+            means.append(curve.mean)
+            draw_curve(panel, curve.x, curve.mean, curve.half_width, curve.look, None)
+            panel.plot(curve.x, curve.mean, **points(curve.look, 3.2))
+            panel.plot([], [], **points(curve.look, 3.2, linestyle=curve.look.linestyle), label=curve.optimizer)
         if log:
-            ax.set_xscale("log")
-            log_ticks(ax.xaxis, *sorted(ax.get_xlim()))
-            log_scale(ax, means)
-        ax.set_xlabel(r"radius $\rho$ of the ball")
-        ax.set_ylabel(label or r"$\max_{\|e\| \leq \rho}\ L(w + e) - L(w)$")
-        if legend:
-            name_curves(np.array([ax], dtype=np.object_), made=made)
-    return ax
-
-
-def _line(appearance: Look) -> dict[str, Any]:
-    return {
-        "color": appearance.color,
-        "linestyle": appearance.linestyle,
-        "marker": appearance.marker,
-        "markersize": 3.2,
-    }
+            panel.set_xscale("log")
+            log_ticks(panel.xaxis, *sorted(panel.get_xlim()))
+            log_scale(panel, means)
+        panel.set_xlabel(r"radius $\rho$ of the ball")
+        panel.set_ylabel(label or r"$\max_{\|e\| \leq \rho}\ L(w + e) - L(w)$")
+    return panel
 
 
 def accuracy(
@@ -205,19 +138,16 @@ def accuracy(
 ) -> Axes:
     """Draw train and test accuracy of every optimizer: the mean with its interval, and each seed as a small dot.
 
+    Becker et al., arXiv 2401.12033, table 1 and figure 2 A and B.
+
     Parameters
     ----------
     frame
-        Tidy table with the columns ``optimizer``, ``seed`` and the two accuracies, fractions between 0 and 1; one
-        row per run.
-    ax
-        Axes to draw on; by default new ones, 3.3 in wide.
+        Table with the two accuracies, fractions between 0 and 1; one row per run.
+    ax, level, legend
+        See :mod:`msam_analysis.studies.pictures`, also for the errors.
     train, test
         Names of the two columns.
-    level
-        Confidence of the intervals, default 0.68; one seed has none.
-    legend
-        Whether the markers are named.
 
     Returns
     -------
@@ -227,11 +157,7 @@ def accuracy(
     Raises
     ------
     ValueError
-        A column is missing, the table is empty, a seed has two rows, or a value is not a fraction.
-
-    Notes
-    -----
-    Becker et al., arXiv 2401.12033, table 1 and figure 2 A and B.
+        A value is not a fraction.
     """
     require_columns(frame, ["optimizer", "seed", train, test])
     values = frame[[train, test]].to_numpy(dtype=np.float64)
@@ -240,41 +166,29 @@ def accuracy(
         raise ValueError(f"accuracies must be fractions between 0 and 1, got {outside[0]:g}")
     table = summarise(frame, "optimizer", [train, test], level)
     names = ordered(table["optimizer"])
-    with style():
-        made = ax is None
-        ax = one_panel(ax, height=0.75 + 0.36 * len(names))
+    handles: dict[str, Any] = {}
+    dots: dict[str, Any] = {"marker": "o", "markeredgewidth": 0, "alpha": 0.35, "zorder": 2}
+    with one_panel(ax, handles, legend=legend, height=0.75 + 0.36 * len(names)) as panel:
         for row, (optimizer, appearance) in enumerate(look(names).items()):
             part = table[table["optimizer"] == optimizer].iloc[0]
             runs = frame[frame["optimizer"] == optimizer]
-            for column, shift, filled in ((test, -0.14, True), (train, 0.14, False)):
-                at, mean, half_width = row + shift, float(part[column]), float(part[f"{column}_half_width"])
+            color = appearance.color
+            for column, at, face in ((test, row - 0.14, color), (train, row + 0.14, "white")):
+                mean, half_width = float(part[column]), float(part[f"{column}_half_width"])
                 seeds = runs[column].to_numpy(dtype=np.float64)
                 if len(seeds) > 1:
-                    ax.plot(
-                        seeds, np.full(len(seeds), at), linestyle="none", marker="o", markersize=2.6,
-                        markeredgewidth=0, color=appearance.color, alpha=0.35, zorder=2,
-                    )  # fmt: skip
+                    panel.plot(seeds, np.full(len(seeds), at), **points(appearance, 2.6, **dots))
                 if np.isfinite(half_width):
-                    ax.errorbar(
-                        mean, at, xerr=half_width, fmt="none", ecolor=appearance.color, elinewidth=1.1, capsize=2
-                    )
-                ax.plot(
-                    mean, at, linestyle="none", marker=appearance.marker, markersize=4.2, color=appearance.color,
-                    markerfacecolor=appearance.color if filled else "white", zorder=3,
-                )  # fmt: skip
-        ax.set_yticks(range(len(names)), names)
-        ax.set_ylim(len(names) - 0.5, -0.5)
-        ax.grid(visible=False, axis="y")
-        ax.tick_params(axis="y", length=0, labelsize=8)
-        ax.margins(x=0.06)
-        ax.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}"))
-        ax.set_xlabel("accuracy (%)")
-        if legend:
-            grey: dict[str, Any] = {"color": "#4d4d4d", "marker": "o", "linestyle": "none", "markersize": 4.2}
-            handles = {"test": Line2D([], [], **grey), "train": Line2D([], [], **grey, markerfacecolor="white")}
-            name_curves(np.array([ax], dtype=np.object_), made=made, handles=handles)
-    return ax
-
-
-__all__ = ["accuracy", "ball_sharpness", "eigenvalues"]
+                    panel.errorbar(mean, at, xerr=half_width, fmt="none", ecolor=color, elinewidth=1.1, capsize=2)
+                panel.plot(mean, at, **points(appearance, 4.2, markerfacecolor=face, zorder=3))
+        panel.set_yticks(range(len(names)), names)
+        panel.set_ylim(len(names) - 0.5, -0.5)
+        panel.grid(visible=False, axis="y")
+        panel.tick_params(axis="y", length=0, labelsize=8)
+        panel.margins(x=0.06)
+        panel.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}"))
+        panel.set_xlabel("accuracy (%)")
+        for name, face in (("test", GREY), ("train", "white")):
+            handles[name] = Line2D([], [], **points(_GREY_DOT, 4.2, markerfacecolor=face))
+    return panel

@@ -11,81 +11,66 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from msam_analysis.plots.drawing import draw_curve, given_axes, name_curves, one_panel, panels
-from msam_analysis.plots.look import AxesArray, look, ordered, require_columns, style
+from msam_analysis.plots.drawing import GREY, draw_curve, name_curves, one_panel, points, several_panels, zero_line
+from msam_analysis.plots.look import AxesArray, Places, look, ordered, require_columns, style
 from msam_analysis.results.statistics import LEVEL, summarise
+from msam_analysis.studies.pictures.means import mean_curves
 
-_ZERO: dict[str, Any] = {"color": "#4d4d4d", "linewidth": 0.7, "zorder": 1.5}
-_GREY = "#8c8c8c"
+_ZERO: dict[str, Any] = {"color": GREY, "linewidth": 0.7, "zorder": 1.5}
+_LIGHT = "#8c8c8c"
+_BEST: dict[str, Any] = {"color": _LIGHT, "linestyle": (0, (3, 2)), "zorder": 1.5}
+_DOTTED = (0, (1.5, 1.2))
+_POINTS = ("from", "at", "gradient_at", "to")  # of a step
 
 
-def one_step(steps: pd.DataFrame, surface: pd.DataFrame, axes: Sequence[Axes] | AxesArray | None = None) -> AxesArray:
+def one_step(steps: pd.DataFrame, surface: pd.DataFrame, axes: Places = None) -> AxesArray:
     """Draw one step of every optimizer from one state on a loss of two weights: where the gradient is taken (F1).
+
+    Becker et al., arXiv 2401.12033, figure 1.
 
     Parameters
     ----------
     steps
-        One row per optimizer: ``optimizer``; and ``from_x``, ``from_y``, where the step before began, ``at_x``,
-        ``at_y``, where this one does, ``gradient_at_x`` and so on, where the gradient is taken, and ``to_x`` and so on,
-        where the step ends.
+        One row per optimizer, without seeds: ``optimizer``; ``from_x`` and ``from_y``, where the step before began;
+        ``at_x`` and so on, where this one does; ``gradient_at_x`` and so on, where the gradient is taken; ``to_x`` and
+        so on, where the step ends.
     surface
         ``x``, ``y`` and ``loss`` on a grid.
     axes
-        One axes per optimizer; by default a new figure, 6.8 in wide.
-
-    Returns
-    -------
-    numpy.ndarray
-        The axes, shape ``(optimizers,)``.
-
-    Raises
-    ------
-    ValueError
-        A column is missing, a table is empty, or there are too few axes.
-
-    Notes
-    -----
-    Becker et al., arXiv 2401.12033, figure 1.
+        See :mod:`msam_analysis.studies.pictures`, also for the errors.
     """
-    points = ("from", "at", "gradient_at", "to")
-    require_columns(steps, ["optimizer", *(f"{point}_{xy}" for point in points for xy in "xy")])
+    require_columns(steps, ["optimizer", *(f"{point}_{xy}" for point in _POINTS for xy in "xy")])
     require_columns(surface, ["x", "y", "loss"])
     looks = look(ordered(steps["optimizer"]))
-    drawn = (
-        panels(len(looks), panel_height=2.0, share_x=True, share_y=True)[1]
-        if axes is None
-        else given_axes(axes, len(looks))
-    )
+    drawn = several_panels(axes, len(looks), panel_height=2.0, share_x=True, share_y=True)
     grid = surface.pivot_table(index="y", columns="x", values="loss")
+    levels = np.unique(np.quantile(grid.to_numpy(), np.linspace(0.02, 0.9, 11)))
+    lines: dict[str, Any] = {"levels": levels, "colors": "#c8c8c8", "linewidths": 0.6, "zorder": 1}
     with style():
         for ax, (optimizer, appearance) in zip(drawn, looks.items(), strict=True):
             row = steps[steps["optimizer"] == optimizer].iloc[0]
-            at = {point: (float(row[f"{point}_x"]), float(row[f"{point}_y"])) for point in points}
-            levels = np.quantile(grid.to_numpy(), np.linspace(0.02, 0.9, 11))
-            ax.contour(
-                grid.columns, grid.index, grid.to_numpy(), np.unique(levels), colors="#c8c8c8", linewidths=0.6, zorder=1
-            )
-            _arrow(ax, at["from"], at["at"], _GREY)
+            at = {point: (float(row[f"{point}_x"]), float(row[f"{point}_y"])) for point in _POINTS}
+            ax.contour(grid.columns, grid.index, grid.to_numpy(), **lines)
+            _arrow(ax, at["from"], at["at"], _LIGHT)
             if at["gradient_at"] != at["at"]:
                 ends = np.transpose([at["at"], at["gradient_at"]])
-                ax.plot(*ends, color=appearance.color, linestyle=(0, (1.5, 1.2)), zorder=3)
+                ax.plot(*ends, color=appearance.color, linestyle=_DOTTED, zorder=3)
             _arrow(ax, at["at"], at["to"], appearance.color)
             ax.plot(*at["at"], marker="o", color="black", markersize=4, zorder=4)
-            face = appearance.color
-            ax.plot(*at["gradient_at"], marker="*", color=face, markersize=8, markeredgecolor="white", zorder=5)
+            star: dict[str, Any] = {"marker": "*", "markersize": 8, "markeredgecolor": "white", "zorder": 5}
+            ax.plot(*at["gradient_at"], color=appearance.color, **star)
             ax.set_title(optimizer)
             ax.set_xlabel("$w_1$")
             ax.xaxis.set_major_locator(MaxNLocator(4))
             ax.set_xlim(grid.columns.min(), grid.columns.max())
             ax.set_ylim(grid.index.min(), grid.index.max())
         drawn[0].set_ylabel("$w_2$")
-        black: dict[str, Any] = {"color": "black"}
         handles = {
-            "last step": Line2D([], [], color=_GREY),
-            "weights": Line2D([], [], **black, marker="o", linestyle="none", markersize=4),
-            "perturbation": Line2D([], [], **black, linestyle=(0, (1.5, 1.2))),
-            "gradient taken here": Line2D([], [], **black, marker="*", linestyle="none", markersize=8),
-            "step": Line2D([], [], **black),
+            "last step": Line2D([], [], color=_LIGHT),
+            "weights": Line2D([], [], color="black", marker="o", linestyle="none", markersize=4),
+            "perturbation": Line2D([], [], color="black", linestyle=_DOTTED),
+            "gradient taken here": Line2D([], [], color="black", marker="*", linestyle="none", markersize=8),
+            "step": Line2D([], [], color="black"),
         }
         name_curves(drawn if axes is None else drawn[:1], made=axes is None, handles=handles)
     return drawn
@@ -99,120 +84,69 @@ def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float], color
 def along_momentum(frame: pd.DataFrame, ax: Axes | None = None, *, level: float = LEVEL) -> Axes:
     """Draw the change of the next batch's loss along the momentum, for every optimizer (A2).
 
+    Becker et al., arXiv 2401.12033, figure A2.
+
     Parameters
     ----------
     frame
-        ``optimizer``, ``seed``, ``offset`` (distance along the unit momentum) and ``change`` of the loss; one row per
-        optimizer, seed and offset.
-    ax
-        Axes to draw on; by default a new figure.
-    level
-        Confidence of the bands, default 0.68.
+        Table with the columns ``offset`` (distance along the unit momentum) and ``change`` of the loss.
+    ax, level
+        See :mod:`msam_analysis.studies.pictures`, also for the errors.
 
     Returns
     -------
     matplotlib.axes.Axes
         Symmetric logarithmic in the offset, so that small and large ones are both seen.
-
-    Raises
-    ------
-    ValueError
-        A column is missing, or the table is empty.
-
-    Notes
-    -----
-    Becker et al., arXiv 2401.12033, figure A2.
     """
     require_columns(frame, ["optimizer", "seed", "offset", "change"])
     table = summarise(frame, ["optimizer", "offset"], "change", level)
-    made = ax is None
-    with style():
-        ax = one_panel(ax)
-        for optimizer, appearance in look(ordered(table["optimizer"])).items():
-            part = table[table["optimizer"] == optimizer].sort_values("offset")
-            draw_curve(
-                ax,
-                part["offset"].to_numpy(dtype=np.float64),
-                part["change"].to_numpy(dtype=np.float64),
-                part["change_half_width"].to_numpy(dtype=np.float64),
-                appearance,
-                optimizer,
-            )
-        ax.set_xscale("symlog", linthresh=0.1)
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+    with one_panel(ax) as panel:
+        for curve in mean_curves(table, "offset", "change"):
+            draw_curve(panel, curve.x, curve.mean, curve.half_width, curve.look, curve.optimizer)
+        panel.set_xscale("symlog", linthresh=0.1)
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
         smallest = float(table["change"].abs()[table["change"] != 0].min()) if (table["change"] != 0).any() else 1.0
-        ax.set_yscale("symlog", linthresh=max(smallest, 1e-3))
-        ax.axhline(0.0, **_ZERO)
-        ax.axvline(0.0, **_ZERO)
-        ax.set_xlabel(r"$a$ (the last step went towards negative $a$)")
-        ax.set_ylabel(r"$L(w + a\,v/\Vert v\Vert) - L(w)$ (nats)")
-        name_curves(np.array([ax], dtype=np.object_), made=made)
-    return ax
+        panel.set_yscale("symlog", linthresh=max(smallest, 1e-3))
+        zero_line(panel)
+        panel.axvline(0.0, **_ZERO)
+        panel.set_xlabel(r"$a$ (the last step went towards negative $a$)")
+        panel.set_ylabel(r"$L(w + a\,v/\Vert v\Vert) - L(w)$ (nats)")
+    return panel
 
 
 def zero_angle(
-    angles: pd.DataFrame,
-    roots: pd.DataFrame,
-    best: float,
-    axes: Sequence[Axes] | AxesArray | None = None,
-    *,
-    level: float = LEVEL,
+    angles: pd.DataFrame, roots: pd.DataFrame, best: float, axes: Places = None, *, level: float = LEVEL
 ) -> AxesArray:
     """Draw the angle of MSAM's gradient to SAM's against ρ, and where it is 0 over training (F3).
+
+    Becker et al., arXiv 2401.12033, figure 3.
 
     Parameters
     ----------
     angles
-        ``optimizer``, ``seed``, ``rho`` and ``angle`` (degrees); one row per optimizer, seed and ρ.
+        Table with the columns ``rho`` and ``angle`` (degrees).
     roots
-        ``optimizer``, ``seed``, ``epoch`` and ``rho_0``; one row per optimizer, seed and epoch, each of which is a
-        point; NaN where there is no root.
+        Table with the columns ``epoch`` and ``rho_0``, NaN where there is no root. Every row is a point.
     best
         MSAM's best ρ, drawn as a line.
-    axes
-        Two axes; by default a new figure, 6.8 in wide.
-    level
-        Confidence of the bands of the angles, default 0.68.
-
-    Returns
-    -------
-    numpy.ndarray
-        The two axes.
-
-    Raises
-    ------
-    ValueError
-        A column is missing, a table is empty, or there are too few axes.
-
-    Notes
-    -----
-    Becker et al., arXiv 2401.12033, figure 3.
+    axes, level
+        See :mod:`msam_analysis.studies.pictures`, also for the errors.
     """
     require_columns(angles, ["optimizer", "seed", "rho", "angle"])
     require_columns(roots, ["optimizer", "seed", "epoch", "rho_0"])
-    drawn = panels(2, panel_height=2.2)[1] if axes is None else given_axes(axes, 2)
+    looks = look(ordered([*angles["optimizer"], *roots["optimizer"]]))
+    table = summarise(angles, ["optimizer", "rho"], "angle", level)
+    drawn = several_panels(axes, 2, panel_height=2.2)
     with style():
-        looks = look(ordered([*angles["optimizer"], *roots["optimizer"]]))
-        table = summarise(angles, ["optimizer", "rho"], "angle", level)
-        for optimizer, appearance in looks.items():
-            part = table[table["optimizer"] == optimizer].sort_values("rho")
-            at, mean, half = (part[name].to_numpy(dtype=np.float64) for name in ("rho", "angle", "angle_half_width"))
-            draw_curve(drawn[0], at, mean, half, appearance, optimizer)
+        for curve in mean_curves(table, "rho", "angle", looks=looks):
+            draw_curve(drawn[0], curve.x, curve.mean, curve.half_width, curve.look, curve.optimizer)
             # With the markers of the other panel, which have no name of their own.
-            drawn[0].lines[-1].set(marker=appearance.marker, markersize=3.2)
-            found = roots[(roots["optimizer"] == optimizer) & np.isfinite(roots["rho_0"])]
-            drawn[1].plot(
-                found["epoch"],
-                found["rho_0"],
-                linestyle="none",
-                marker=appearance.marker,
-                markersize=3.2,
-                color=appearance.color,
-                alpha=0.7,
-            )
-        drawn[0].axhline(0.0, **_ZERO)
-        drawn[0].axvline(best, color=_GREY, linestyle=(0, (3, 2)), zorder=1.5)
-        drawn[1].axhline(best, color=_GREY, linestyle=(0, (3, 2)), zorder=1.5, label=f"MSAM's ρ = {best:g}")
+            drawn[0].lines[-1].set(marker=curve.look.marker, markersize=3.2)
+            found = roots[(roots["optimizer"] == curve.optimizer) & np.isfinite(roots["rho_0"])]
+            drawn[1].plot(found["epoch"], found["rho_0"], **points(curve.look, 3.2, alpha=0.7))
+        zero_line(drawn[0])
+        drawn[0].axvline(best, **_BEST)
+        drawn[1].axhline(best, **_BEST, label=f"MSAM's ρ = {best:g}")
         drawn[0].set_xlabel("ρ of MSAM's perturbation")
         drawn[0].set_ylabel("angle to SAM's gradient (°)")
         drawn[1].set_xlabel("epoch")
@@ -228,7 +162,7 @@ def by_group(
     frame: pd.DataFrame,
     quantities: Mapping[str, str],
     group: str,
-    axes: Sequence[Axes] | AxesArray | None = None,
+    axes: Places = None,
     *,
     log: Sequence[str] = (),
     zero_line: bool | None = None,
@@ -239,59 +173,33 @@ def by_group(
     Parameters
     ----------
     frame
-        ``optimizer``, ``seed``, the column named by ``group``, and the quantities; one row per optimizer, seed and
-        group. Holes are left out.
+        Table with the column named by ``group``, and the quantities. Holes are left out.
     quantities
         Column to the label of its panel.
     group
         Column whose values, in order of appearance, are the rows.
-    axes
-        One axes per quantity; by default a new figure.
+    axes, level
+        See :mod:`msam_analysis.studies.pictures`, also for the errors.
     log
         Quantities on a logarithmic axis.
     zero_line
         Draw a line at zero; by default where means have both signs.
-    level
-        Confidence of the bars, default 0.68.
-
-    Returns
-    -------
-    numpy.ndarray
-        The axes, shape ``(quantities,)``.
-
-    Raises
-    ------
-    ValueError
-        A column is missing, the table is empty, or there are too few axes.
     """
     require_columns(frame, ["optimizer", "seed", group, *quantities])
     rows = list(dict.fromkeys(frame[group]))
     looks = look(ordered(frame["optimizer"]))
-    if axes is None:
-        height = max(1.5, 0.55 + len(rows) * (0.12 + 0.09 * len(looks)))
-        drawn = panels(len(quantities), panel_height=height, share_y=True)[1]
-    else:
-        drawn = given_axes(axes, len(quantities))
+    height = max(1.5, 0.55 + len(rows) * (0.12 + 0.09 * len(looks)))
+    drawn = several_panels(axes, len(quantities), panel_height=height, share_y=True)
     with style():
         for ax, (quantity, label) in zip(drawn, quantities.items(), strict=True):
             table = summarise(frame.dropna(subset=[quantity]), ["optimizer", group], quantity, level)
             for rank, (optimizer, appearance) in enumerate(looks.items()):
                 part = table[table["optimizer"] == optimizer]
                 shift = 0.56 * ((rank + 0.5) / len(looks) - 0.5)
-                mean = part[quantity].to_numpy(dtype=np.float64)
-                half = part[f"{quantity}_half_width"].to_numpy(dtype=np.float64)
+                mean, half = part[[quantity, f"{quantity}_half_width"]].to_numpy(dtype=np.float64).T
                 at = np.array([rows.index(value) for value in part[group]], dtype=np.float64) + shift
-                ax.errorbar(
-                    mean,
-                    at,
-                    xerr=np.where(np.isfinite(half), half, 0.0),
-                    linestyle="none",
-                    marker=appearance.marker,
-                    markersize=3.8,
-                    color=appearance.color,
-                    elinewidth=1.1,
-                    label=optimizer,
-                )
+                bar = np.where(np.isfinite(half), half, 0.0)
+                ax.errorbar(mean, at, xerr=bar, **points(appearance, 3.8), elinewidth=1.1, label=optimizer)
             means = table[quantity].to_numpy(dtype=np.float64)
             if quantity in log:
                 ax.set_xscale("log")
@@ -305,6 +213,3 @@ def by_group(
             ax.set_xlabel(label)
         name_curves(drawn, made=axes is None)
     return drawn
-
-
-__all__ = ["along_momentum", "by_group", "one_step", "zero_angle"]

@@ -11,9 +11,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from msam_analysis.plots.drawing import draw_curve, given_axes, log_scale, log_ticks, name_curves, panels
-from msam_analysis.plots.look import AxesArray, Look, look, ordered, require_columns, style, words
+from msam_analysis.plots.drawing import draw_curve, log_scale, log_ticks, name_curves, points, several_panels, zero_line
+from msam_analysis.plots.look import AxesArray, Look, Places, look, ordered, require_columns, style, words
 from msam_analysis.results.statistics import LEVEL, summarise
+from msam_analysis.studies.pictures.means import mean_curves
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +24,7 @@ class Sweep:
     Attributes
     ----------
     frame
-        Tidy table with the columns ``optimizer`` (whatever the curves compare), ``seed`` and the two below; one row per
-        optimizer, seed and value of ``x``.
+        Table with the two columns below, see :mod:`msam_analysis.studies.pictures`.
     x, y
         The setting, and the quantity.
     label_x, label_y
@@ -56,7 +56,7 @@ class Sweep:
 
 def sweep(
     drawn: Sweep | Sequence[Sweep] | Mapping[str, Sweep],
-    axes: Axes | Sequence[Axes] | AxesArray | None = None,
+    axes: Places = None,
     *,
     columns: int | None = None,
     share_y: bool = False,
@@ -65,59 +65,40 @@ def sweep(
 ) -> AxesArray:
     """Draw quantities against settings: the mean over seeds of every optimizer, with its interval.
 
+    Becker et al., arXiv 2401.12033, figures 2A, 2B, A1, A5 to A7, A10, A11, A15.
+
     Parameters
     ----------
     drawn
         A panel, or several: a list, or a mapping from their titles.
-    axes
-        Axes to draw on, one for each panel; by default a new figure.
+    axes, level, legend
+        See :mod:`msam_analysis.studies.pictures`. A name has the same look in every panel.
     columns
         Panels in a row of a new figure; by default as :func:`~msam_analysis.plots.panels` chooses.
     share_y
         Whether all panels of a new figure have one vertical scale.
-    level
-        Confidence of the bands, default 0.68; there is no band for one seed.
-    legend
-        Whether the curves are named; a name has the same look in every panel.
-
-    Returns
-    -------
-    numpy.ndarray
-        The axes, shape ``(panels,)``. Where a seed is NaN or infinite there is a hole.
 
     Raises
     ------
     ValueError
-        There is no panel, a column is missing, a table is empty, a seed has two rows at one point, there are too few
-        axes, or a logarithmic axis has nothing to the right of 0.
-
-    Notes
-    -----
-    Becker et al., arXiv 2401.12033, figures 2A, 2B, A1, A5 to A7, A10, A11, A15.
+        There is no panel, or a logarithmic axis has nothing to the right of 0.
     """
-    titles, parts = _titled(drawn)
+    parts = [drawn] if isinstance(drawn, Sweep) else [*(drawn.values() if isinstance(drawn, Mapping) else drawn)]
+    titles = [*drawn] if isinstance(drawn, Mapping) else [""] * len(parts)
     for part in parts:
         require_columns(part.frame, ["optimizer", "seed", part.x, part.y])
     looks = look(ordered(name for part in parts for name in part.frame["optimizer"]))
+    where = _draw(parts, looks, axes, level=level, legend=legend, columns=columns, share_y=share_y)
     with style():
-        made = axes is None
-        if axes is None:
-            where = panels(len(parts), columns=columns, share_y=share_y)[1]
-        else:
-            where = given_axes(axes, len(parts))
-        for ax, title, part in zip(where, titles, parts, strict=True):
-            _panel(ax, part, looks, level)
+        for ax, title in zip(where, titles, strict=True):
             ax.set_title(title)
-        _label(where, parts)
-        if legend:
-            name_curves(where, made=made)
     return where
 
 
 def both_signs(
     frame: pd.DataFrame,
     quantities: Mapping[str, str],
-    axes: Sequence[Axes] | AxesArray | None = None,
+    axes: Places = None,
     *,
     x: str = "rho",
     sign: str = "sign",
@@ -127,22 +108,20 @@ def both_signs(
 ) -> AxesArray:
     """Draw quantities against the strength ρ with both of its signs, which meet in the middle of the page.
 
+    Becker et al., arXiv 2401.12033, figure 2 A and B.
+
     Parameters
     ----------
     frame
         As for :class:`Sweep`, with a column for the sign, 1 or −1. Rows with ``x = 0`` are drawn on both sides.
     quantities
         Column to label of the vertical axis, one row of panels each.
-    axes
-        Two for each quantity, negative ρ first; by default a new figure, 6.8 in wide.
+    axes, level, legend
+        See :mod:`msam_analysis.studies.pictures`. There are two axes for each quantity, negative ρ first.
     x, sign
         Columns with ρ ≥ 0 and with its sign.
     percent
         The quantities are fractions, shown as percentages (default).
-    level
-        Confidence of the bands, default 0.68.
-    legend
-        Whether the curves are named.
 
     Returns
     -------
@@ -152,11 +131,7 @@ def both_signs(
     Raises
     ------
     ValueError
-        As :func:`sweep`, or a sign is missing.
-
-    Notes
-    -----
-    Becker et al., arXiv 2401.12033, figure 2 A and B.
+        A sign is missing.
     """
     require_columns(frame, ["optimizer", "seed", x, sign, *quantities])
     sides = {value: frame[(frame[sign] == value) | (frame[x] == 0)] for value in (-1, 1)}
@@ -167,27 +142,26 @@ def both_signs(
         for name, label in quantities.items()
         for value in (-1, 1)
     ]
-    looks = look(ordered(frame["optimizer"]))
-    with style():
-        made = axes is None
-        where = panels(len(parts), columns=2)[1] if axes is None else given_axes(axes, len(parts))
-        for ax, part in zip(where, parts, strict=True):
-            _panel(ax, part, looks, level)
-        for pair in zip(where[::2], where[1::2], strict=True):
-            low, high = zip(*(ax.get_ylim() for ax in pair), strict=True)
-            for ax in pair:
-                ax.set_ylim(min(low), max(high))
-        _label(where, parts)
-        if legend:
-            name_curves(where, made=made)
+    where = _draw(parts, look(ordered(frame["optimizer"])), axes, level=level, legend=legend, columns=2)
+    for pair in zip(where[::2], where[1::2], strict=True):
+        low, high = zip(*(ax.get_ylim() for ax in pair), strict=True)
+        for ax in pair:
+            ax.set_ylim(min(low), max(high))
     return where
 
 
-def _titled(drawn: Sweep | Sequence[Sweep] | Mapping[str, Sweep]) -> tuple[list[str], list[Sweep]]:
-    if isinstance(drawn, Mapping):
-        return [*drawn], [*drawn.values()]
-    parts = [drawn] if isinstance(drawn, Sweep) else [*drawn]
-    return [""] * len(parts), parts
+def _draw(
+    parts: Sequence[Sweep], looks: Mapping[str, Look], axes: Places, *, level: float, legend: bool, **new: Any
+) -> AxesArray:
+    """Draw panels on axes, or on those of a new figure, which has the options ``new``."""
+    with style():
+        where = several_panels(axes, len(parts), **new)
+        for ax, part in zip(where, parts, strict=True):
+            _panel(ax, part, looks, level)
+        _label(where, parts)
+        if legend:
+            name_curves(where, made=axes is None)
+    return where
 
 
 def _panel(ax: Axes, part: Sweep, looks: Mapping[str, Look], level: float) -> None:
@@ -195,31 +169,27 @@ def _panel(ax: Axes, part: Sweep, looks: Mapping[str, Look], level: float) -> No
     if part.log and not (table[part.x] > 0).any():
         raise ValueError(f"a logarithmic axis needs values of {part.x!r} above 0, got {sorted(set(table[part.x]))}")
     means = []
-    for optimizer, appearance in looks.items():
-        rows = table[table["optimizer"] == optimizer].sort_values(part.x)
-        x, mean, half_width = (
-            rows[name].to_numpy(dtype=np.float64) for name in (part.x, part.y, f"{part.y}_half_width")
-        )
-        if part.log_y:
-            mean = np.where(mean > 0, mean, np.nan)
+    for optimizer, appearance, x, mean, half_width in mean_curves(table, part.x, part.y, log=part.log_y, looks=looks):
         means.append(mean)
         known = np.isfinite(mean)
         aside = (x <= 0) & part.log
         for middle, half in zip(mean[aside & known], half_width[aside & known], strict=True):
-            _across(ax, float(middle), float(half), appearance, optimizer)
+            ax.axhline(middle, color=appearance.color, linestyle=appearance.linestyle, label=optimizer, zorder=2.2)
+            if np.isfinite(half):
+                band: dict[str, Any] = {"color": appearance.color, "alpha": 0.17, "linewidth": 0, "zorder": 2.0}
+                ax.axhspan(middle - half, middle + half, **band)
         if aside.all():
             continue
         draw_curve(ax, x[~aside], mean[~aside], half_width[~aside], appearance, None)
-        points: dict[str, Any] = {"color": appearance.color, "marker": appearance.marker, "markersize": 3.0}
-        ax.plot(x[~aside & known], mean[~aside & known], linestyle="none", **points)
-        ax.plot([], [], linestyle=appearance.linestyle, label=optimizer, **points)
+        ax.plot(x[~aside & known], mean[~aside & known], **points(appearance, 3.0))
+        ax.plot([], [], **points(appearance, 3.0, linestyle=appearance.linestyle), label=optimizer)
     if part.log:
         ax.set_xscale("log")
         log_ticks(ax.xaxis, *sorted(ax.get_xlim()))
     if part.log_y:
         log_scale(ax, means)
     if part.zero_line:
-        ax.axhline(0.0, color="#4d4d4d", linewidth=0.7, zorder=1.5)
+        zero_line(ax)
     if part.mirrored:
         ax.invert_xaxis()
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"−{value:.4g}"))
@@ -228,37 +198,16 @@ def _panel(ax: Axes, part: Sweep, looks: Mapping[str, Look], level: float) -> No
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}"))
 
 
-def _across(ax: Axes, mean: float, half_width: float, appearance: Look, label: str) -> None:
-    ax.axhline(mean, color=appearance.color, linestyle=appearance.linestyle, label=label, zorder=2.2)
-    if np.isfinite(half_width):
-        ax.axhspan(mean - half_width, mean + half_width, color=appearance.color, alpha=0.17, linewidth=0, zorder=2.0)
-
-
 def _label(axes: AxesArray, parts: Sequence[Sweep]) -> None:
     """Name the axes; what the panel below or the one to the left says already is left out."""
-    columns = _columns(axes)
-    for index, (ax, part) in enumerate(zip(axes, parts, strict=True)):
-        below = parts[index + columns] if index + columns < len(parts) else None
-        left = parts[index - 1] if index % columns else None
-        if below is None or _label_x(below) != _label_x(part):
-            ax.set_xlabel(_label_x(part))
-        if left is None or _label_y(left) != _label_y(part):
-            ax.set_ylabel(_label_y(part))
-
-
-def _columns(axes: AxesArray) -> int:
-    """Return how many panels are side by side; 1 where axes are not on one grid, so that each gets its own labels."""
+    # One column where axes are not on one grid, so that each gets its own labels.
     spot = axes[0].get_subplotspec()
     grid = spot.get_gridspec() if spot is not None else None
-    return int(grid.ncols) if grid is not None and grid.nrows * grid.ncols >= len(axes) else 1
-
-
-def _label_x(part: Sweep) -> str:
-    return part.label_x or words(part.x)
-
-
-def _label_y(part: Sweep) -> str:
-    return part.label_y or words(part.y)
-
-
-__all__ = ["Sweep", "both_signs", "sweep"]
+    columns = int(grid.ncols) if grid is not None and grid.nrows * grid.ncols >= len(axes) else 1
+    x_labels = [part.label_x or words(part.x) for part in parts]
+    y_labels = [part.label_y or words(part.y) for part in parts]
+    for index, ax in enumerate(axes):
+        if x_labels[index] not in x_labels[index + columns : index + columns + 1]:
+            ax.set_xlabel(x_labels[index])
+        if index % columns == 0 or y_labels[index] != y_labels[index - 1]:
+            ax.set_ylabel(y_labels[index])
