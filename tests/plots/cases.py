@@ -1,6 +1,6 @@
 """Results and tables with known contents."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,22 +104,21 @@ def curves(ax: Axes) -> dict[str, npt.NDArray[np.float64]]:
     return {name: vertices for name, vertices in found.items() if not name.startswith("_")}
 
 
-def check_bytes(kind: Callable[[], Any], folder: Path) -> None:
-    """Check that a picture's files repeat, bit for bit, and that the settings of matplotlib stay."""
+def check_picture(kinds: Mapping[str, Callable[[], Any]], name: str, folder: Path) -> None:
+    """Check that a picture repeats, bit for bit, fits a column or a page, has readable text, and leaves rcParams alone.
+
+    The kinds take turns between the formats, so that every sort of picture is written in both.
+    """
+    form = ("svg", "png")[list(kinds).index(name) % 2]
     before = dict(mpl.rcParams)
-    first = plots.save(kind(), folder / "first", ["svg", "png"])
-    second = plots.save(kind(), folder / "second", ["svg", "png"])
+    drawn = np.atleast_1d(kinds[name]())
+    (first,) = plots.save(drawn, folder / "first", [form])
+    (second,) = plots.save(kinds[name](), folder / "second", [form])
     assert dict(mpl.rcParams) == before
-    for a, b in zip(first, second, strict=True):
-        assert a.read_bytes() == b.read_bytes()
-
-
-def check_size(kind: Callable[[], Any]) -> None:
-    """Check that a picture fits a column or a page, and that its text is readable."""
-    drawn = np.atleast_1d(kind())
+    assert first.read_bytes() == second.read_bytes()
     figure = drawn[0].figure
     assert figure.get_figwidth() == pytest.approx(plots.COLUMN_WIDTH if len(drawn) == 1 else plots.PAGE_WIDTH)
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     texts = [item for item in figure.findobj(mpl.text.Text) if item.get_text() and item.get_visible()]
     assert min(item.get_fontsize() for item in texts) >= 7
     box = figure.get_tightbbox()

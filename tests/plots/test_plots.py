@@ -22,8 +22,7 @@ from tests.plots.cases import (
     OPTIMIZERS,
     SHARPNESS,
     check_axes,
-    check_bytes,
-    check_size,
+    check_picture,
     curves,
     line,
     plane,
@@ -87,20 +86,12 @@ def corners(ax: Any) -> npt.NDArray[np.float64]:
     return np.array(points, dtype=np.float64)
 
 
-@pytest.fixture(params=EVERY_KIND)
-def kind(request: pytest.FixtureRequest) -> Any:
-    return EVERY_KIND[request.param]
-
-
 # ------------------------------------------------------------------------------------------------------- every picture
 
 
-def test_bytes_repeat_and_rcparams_stay(kind: Callable[[], Any], tmp_path: Path) -> None:
-    check_bytes(kind, tmp_path)
-
-
-def test_figures_fit_a_column_or_a_page_and_their_text_is_readable(kind: Callable[[], Any]) -> None:
-    check_size(kind)
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_files_repeat_and_figures_fit_a_column_or_a_page(name: str, tmp_path: Path) -> None:
+    check_picture(EVERY_KIND, name, tmp_path)
 
 
 def test_the_style_holds_when_the_figure_is_drawn_later() -> None:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from msam_analysis import plots
 from msam_analysis.results.statistics import mean_interval, summarise
 from msam_analysis.studies import pictures
-from tests.plots.cases import OPTIMIZERS, check_axes, check_bytes, check_size, curves, table
+from tests.plots.cases import OPTIMIZERS, check_axes, check_picture, curves, table
 
 EPOCHS = [1.0, 2.0, 3.0]
 EIGENVALUES = table(["value"], index=[1, 2, 3], method=["power", "lanczos"])
@@ -47,14 +47,9 @@ DRAWN_ON_ONE: dict[str, Callable[[Axes], Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", EVERY_KIND.values(), ids=EVERY_KIND)
-def test_bytes_repeat_and_rcparams_stay(kind: Callable[[], Any], tmp_path: Path) -> None:
-    check_bytes(kind, tmp_path)
-
-
-@pytest.mark.parametrize("kind", EVERY_KIND.values(), ids=EVERY_KIND)
-def test_figures_fit_a_column_or_a_page_and_their_text_is_readable(kind: Callable[[], Any]) -> None:
-    check_size(kind)
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_files_repeat_and_figures_fit_a_column_or_a_page(name: str, tmp_path: Path) -> None:
+    check_picture(EVERY_KIND, name, tmp_path)
 
 
 @pytest.mark.parametrize("draw", DRAWN_ON_ONE.values(), ids=DRAWN_ON_ONE)
