@@ -13,7 +13,7 @@ from msam_analysis.report.page import Claim
 from msam_analysis.studies import prose
 from msam_analysis.studies.claims import Compare, PaperClaim
 from msam_analysis.studies.prose import Prose
-from msam_analysis.studies.runs import Run
+from msam_analysis.studies.runs import Run, gather
 from msam_analysis.studies.store import DivergedError
 from msam_analysis.studies.tables import FinishedRun
 from msam_analysis.studies.workloads import Workload
@@ -35,9 +35,14 @@ class Evidence:
     groups: Mapping[str, Sequence[FinishedRun]]
 
     @property
+    def named(self) -> list[tuple[str, FinishedRun]]:
+        """The runs of all groups, in the order in which they are wanted, each with the name of its group."""
+        return [(name, run) for name, group in self.groups.items() for run in group]
+
+    @property
     def runs(self) -> list[FinishedRun]:
-        """The runs of all groups, in the order in which they are wanted."""
-        return [run for group in self.groups.values() for run in group]
+        """The runs of all groups."""
+        return [run for _, run in self.named]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,9 +115,10 @@ class Exhibit:
         return self.prose.claimed(self.comparisons, self.constants)
 
     def groups(self, workload: Workload, seeds: int) -> Mapping[str, Sequence[Run]]:
-        """Return the runs that it needs, by group."""
+        """Return the runs that it needs, by group, each network once in its group."""
         wanted = self.wants(workload, seeds)
-        return wanted if isinstance(wanted, Mapping) else {"": wanted}
+        groups = wanted if isinstance(wanted, Mapping) else {"": wanted}
+        return {name: [*gather(runs).values()] for name, runs in groups.items()}
 
     def runs(self, workload: Workload, seeds: int) -> list[Run]:
         """Return all the runs that it needs."""

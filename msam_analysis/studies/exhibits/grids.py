@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,17 +12,20 @@ import numpy.typing as npt
 import pandas as pd
 
 from msam import Perturbation
-from msam_analysis.results.statistics import mean_interval, summarise
-from msam_analysis.studies.claims import Comparison
+from msam_analysis.results.statistics import summarise
+from msam_analysis.studies.claims import Compare, Comparison, by_seed, compared
+from msam_analysis.studies.exhibits.wanted import each
 from msam_analysis.studies.pictures import Sweep
-from msam_analysis.studies.runs import Run, gather, variant
-from msam_analysis.studies.tables import as_table
+from msam_analysis.studies.runs import Run, variant
+from msam_analysis.studies.tables import as_table, rows
 from msam_analysis.studies.workloads import Workload
 
-HALF_DECADES = (-6, -3, 0, 3, 6)
-"""A coarse grid, in sixths of a decade around a workload's own value."""
 SAME_ACCURACY = 1.0
 """A difference of fewer points of test accuracy counts as none."""
+Where = Mapping[str, Any]
+SAME: Where = {"above": -SAME_ACCURACY, "below": SAME_ACCURACY}
+ACCURACIES = {"test_accuracy": "test accuracy (%)", "train_accuracy": "train accuracy (%)"}
+"""Columns, and their names on an axis."""
 
 
 def base(workload: Workload, name: str) -> Perturbation:
@@ -46,7 +49,7 @@ def scaled(value: Any, sixths: int) -> float:
 
 def plain(workload: Workload, seeds: int) -> list[Run]:
     """Return the runs without a perturbation."""
-    return [Run(variant(workload, "SGD", None), "SGD", seed) for seed in range(seeds)]
+    return each(variant(workload, "SGD", None), ("SGD",), seeds)
 
 
 def grid(
@@ -54,7 +57,6 @@ def grid(
     label: str,
     sixths: Iterable[int],
     seeds: int,
-    *,
     around: Perturbation | None = None,
     watched: Iterable[str] = (),
     **switches: Any,
@@ -65,21 +67,8 @@ def grid(
     """
     middle = dataclasses.replace(around or base(workload, label), **switches)
     strengths = [dataclasses.replace(middle, rho=scaled(middle.rho, sixth)) for sixth in sixths]
-    return [
-        Run(variant(workload, label, strength), label, seed, watched=frozenset(watched))
-        for strength in strengths
-        for seed in range(seeds)
-    ]
-
-
-def against_rho(frame: pd.DataFrame) -> Sweep:
-    """Return the panel of test accuracy against ρ."""
-    return Sweep(frame, "rho", "test_accuracy", r"$\rho$", "test accuracy (%)", percent=True)
-
-
-def once(runs: Iterable[Run]) -> list[Run]:
-    """Return every network once; rounding makes points of a grid meet where a workload is small."""
-    return list(gather(runs).values())
+    tried = [variant(workload, label, strength) for strength in strengths]
+    return [run for one in tried for run in each(one, (label,), seeds, watched=watched)]
 
 
 def best(frame: pd.DataFrame, x: str = "rho", y: str = "test_accuracy") -> pd.DataFrame:
@@ -91,42 +80,49 @@ def best(frame: pd.DataFrame, x: str = "rho", y: str = "test_accuracy") -> pd.Da
     return as_table(frame[frame[x] == means.fillna(-math.inf).idxmax()])
 
 
-def best_of_each(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+def summary(table: pd.DataFrame, by: Sequence[str], quantities: Sequence[str]) -> pd.DataFrame:
+    """Return means with their intervals over seeds, accuracies in percent: a short table for the report."""
+    percent = table.assign(**{name: 100 * table[name] for name in quantities if name.endswith("accuracy")})
+    return as_table(summarise(percent, by, quantities).drop(columns="count"))
+
+
+def best_of_each(frame: pd.DataFrame, *by: str) -> pd.DataFrame:
     """Return a short table of the best ρ of every group: its mean accuracies with their intervals, in percent.
 
     ``at_grid_end`` marks a best ρ at an end of its grid, beyond which there may be a better one.
     """
-    rows: list[dict[str, Any]] = []
-    for key, part in frame.groupby(list(by), sort=False):
-        chosen = best(part)
-        percent = chosen.assign(**{name: 100 * chosen[name] for name in ("test_accuracy", "train_accuracy")})
-        row = summarise(percent, ["rho"], ["test_accuracy", "train_accuracy"]).iloc[0].to_dict()
-        tried = sorted(set(part["rho"]))
-        at_end = len(tried) > 1 and row["rho"] in (tried[0], tried[-1])
-        group: dict[str, Any] = dict(zip(by, key, strict=True))
-        rows.append(
-            {
-                **group,
-                **{str(name): value for name, value in row.items()},
-                "tried": len(tried),
-                "at_grid_end": "yes" if at_end else "no",
-            }
-        )
-    return as_table(pd.DataFrame(rows).drop(columns="count"))
+    found = []
+    for _, part in frame.groupby([*by], sort=False):
+        row, tried = summary(best(part), [*by, "rho"], [*ACCURACIES]), sorted(set(part["rho"]))
+        at_end = len(tried) > 1 and row["rho"].iloc[0] in (tried[0], tried[-1])
+        found.append(row.assign(tried=len(tried), at_grid_end="yes" if at_end else "no"))
+    return as_table(pd.concat(found, ignore_index=True))
+
+
+def against(table: pd.DataFrame, x: str, label_x: str, y: Mapping[str, str], **switches: Any) -> list[Sweep]:
+    """Return a panel for every quantity and its label, against a setting."""
+    return [
+        Sweep(table, x, name, label_x, label, percent=name.endswith("accuracy"), **switches)
+        for name, label in y.items()
+    ]
 
 
 def paired(
-    label: str,
-    larger: pd.DataFrame,
-    smaller: pd.DataFrame,
-    column: str = "test_accuracy",
-    *,
-    above: float = 0.0,
-    below: float = math.inf,
+    label: str, larger: pd.DataFrame, smaller: pd.DataFrame, column: str = "test_accuracy", **region: Any
 ) -> Comparison:
     """Compare an accuracy of two settings, in points, paired by seed; each table has one row a seed."""
-    values = 100 * (larger.set_index("seed")[column] - smaller.set_index("seed")[column])
-    return Comparison(label, mean_interval(values.to_numpy(dtype=np.float64)), "points", above=above, below=below)
+    return compared(label, 100 * (by_seed(larger, column) - by_seed(smaller, column)), unit="points", **region)
+
+
+def gains(*pairs: tuple[str, Where, Where], column: str = "test_accuracy", **region: Any) -> Compare:
+    """Return a function that compares settings, each at the ρ of its best test accuracy, see :func:`paired`.
+
+    ``*pairs``: A label, and the ``rows`` of the setting whose accuracy is said to be larger, and of the other one.
+    """
+    return lambda table: [
+        paired(label, best(rows(table, **larger)), best(rows(table, **smaller)), column, **region)
+        for label, larger, smaller in pairs
+    ]
 
 
 def plateau(x: npt.ArrayLike, y: npt.ArrayLike, drop: float) -> tuple[float, float]:

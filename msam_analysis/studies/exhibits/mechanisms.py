@@ -1,4 +1,4 @@
-"""Why momentum is an ascent direction: the loss along it, the loss at the perturbed weights, and its angle to SAM's."""
+"""Why momentum is an ascent direction: the loss along it, and its angles to the next gradient and to SAM's."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from msam_analysis.results.statistics import mean_interval
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import Comparison, over_seeds
+from msam_analysis.studies.claims import NEGATIVE, Compare, Comparison, compared, over_seeds
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
-from msam_analysis.studies.exhibits.wanted import constant, each, with_recipe
+from msam_analysis.studies.exhibits.wanted import constant, each, unperturbed, with_recipe
 from msam_analysis.studies.runs import Run
-from msam_analysis.studies.tables import FinishedRun, as_table, mean_cosine, of_training, per_run
+from msam_analysis.studies.tables import COSINE, FinishedRun, as_table, negative_share, of_training, rows, statistics
 from msam_analysis.studies.watching import OFFSETS, STRENGTHS
 from msam_analysis.studies.workloads import Workload
 
@@ -24,7 +23,7 @@ RATES = (0.1, 1.0, 3.0)
 CLOSE = 2.0
 """Within this factor a strength counts as close."""
 
-# ------------------------------------------------------------------------------------------ A2, the loss along momentum
+# --- A2 and A12: the loss along momentum, and its change at the perturbed weights
 
 
 def _rise_from(steps: pd.DataFrame, offset: float, *, after: float = -math.inf) -> float:
@@ -37,22 +36,6 @@ def _rise_from(steps: pd.DataFrame, offset: float, *, after: float = -math.inf) 
         return float((asked[f"loss_along/{offset:g}"] - asked["loss_along/0"]).mean(skipna=False))
 
     return of_training(steps, rise)
-
-
-def _along_table(evidence: Evidence) -> pd.DataFrame:
-    """Return the mean change of the next batch's loss at every offset: one row per run and offset."""
-    rows = [
-        {
-            "optimizer": run.optimizer,
-            "seed": run.seed,
-            "lr": run.settings["lr"],
-            "offset": offset,
-            "change": _rise_from(run.steps, offset),
-        }
-        for run in evidence.runs
-        for offset in sorted((*OFFSETS, 0.0))
-    ]
-    return as_table(rows)
 
 
 def minimum(offsets: Sequence[float], changes: Sequence[float]) -> float:
@@ -71,9 +54,9 @@ def minimum(offsets: Sequence[float], changes: Sequence[float]) -> float:
 
 def _minima(table: pd.DataFrame, *names: str) -> list[Comparison]:
     found = []
-    for optimizer, runs in table[table["optimizer"].isin(names)].groupby("optimizer", sort=False):
+    for optimizer, runs in rows(table, optimizer=names).groupby("optimizer", sort=False):
         values = [minimum(run["offset"].to_list(), run["change"].to_list()) for _, run in runs.groupby("seed")]
-        found.append(Comparison(f"{optimizer}, minimum at a", mean_interval(values)))
+        found.append(compared(f"{optimizer}, minimum at a", values))
     return found
 
 
@@ -81,15 +64,19 @@ ALONG = Exhibit(
     ("A2",),
     "along_momentum",
     wants=lambda workload, seeds: each(workload, workload.perturbations, seeds, watched=("along_momentum", "rise")),
-    table=_along_table,
+    table=lambda evidence: as_table(
+        [
+            {**run.whose, "lr": run.settings["lr"], "offset": offset, "change": _rise_from(run.steps, offset)}
+            for run in evidence.runs
+            for offset in sorted((*OFFSETS, 0.0))
+        ]
+    ),
     draw=lambda table, _: pictures.along_momentum(table),
     comparisons={
         "behind": lambda table: _minima(table, "SGD"),
         "behind_control": lambda table: _minima(table, "NAG", "SAM", "MSAM"),
     },
 )
-
-# --------------------------------------------------------------------------- A12, the change of the loss itself, for η
 
 
 def _rates_runs(workload: Workload, seeds: int) -> list[Run]:
@@ -101,9 +88,9 @@ def _rates_table(evidence: Evidence) -> pd.DataFrame:
     # The recorded distance that is nearest to MSAM's ρ, by ratio.
     best = constant(evidence.workload.perturbations["MSAM"])
     rho = min((-offset for offset in OFFSETS if offset < 0), key=lambda value: abs(math.log(value / best)))
-
-    def rises(run: FinishedRun) -> dict[str, object]:
-        return {
+    found = [
+        {
+            **run.whose,
             "lr": run.settings["lr"],
             "learning_rate": f"η = {run.settings['lr']:g}",
             "rho": rho,
@@ -111,20 +98,12 @@ def _rates_table(evidence: Evidence) -> pd.DataFrame:
             "virtual_rise_last_quarter": _rise_from(run.steps, -rho, after=0.75 * run.steps["epoch"].max()),
             "own_rise": of_training(run.steps, lambda steps: steps["rise"].mean()),
             "small_rise": _rise_from(run.steps, -0.1),
-            "cosine": of_training(run.steps, mean_cosine),
+            "cosine": of_training(run.steps, COSINE["cosine"]),
             "test_accuracy": 100 * run.scores["test_accuracy"],
         }
-
-    return per_run(evidence.runs, rises)
-
-
-def _draw_rates(table: pd.DataFrame, _: Evidence) -> Any:
-    quantities = {
-        "virtual_rise": f"$L(w+\\epsilon) - L(w)$ (nats), ρ = {table['rho'].iloc[0]:g}",
-        "small_rise": "the same at ρ = 0.1",
-        "cosine": r"$\cos(v_{t-1},\, g_t)$",
-    }
-    return pictures.by_group(table, quantities, "learning_rate")
+        for run in evidence.runs
+    ]
+    return as_table(found)
 
 
 RISE_RATES = Exhibit(
@@ -132,14 +111,22 @@ RISE_RATES = Exhibit(
     "rise_by_learning_rate",
     wants=_rates_runs,
     table=_rates_table,
-    draw=_draw_rates,
+    draw=lambda table, _: pictures.by_group(
+        table,
+        {
+            "virtual_rise": f"$L(w+\\epsilon) - L(w)$ (nats), ρ = {table['rho'].iloc[0]:g}",
+            "small_rise": "the same at ρ = 0.1",
+            "cosine": r"$\cos(v_{t-1},\, g_t)$",
+        },
+        "learning_rate",
+    ),
     comparisons={
         "every_rate": over_seeds("mean L(w − ρ v/‖v‖) − L(w)", "virtual_rise", "optimizer", "learning_rate"),
         "small_move": over_seeds("mean L(w − 0.1 v/‖v‖) − L(w)", "small_rise", "optimizer", "learning_rate"),
     },
 )
 
-# ---------------------------------------------------------------------------------- F3, the angle between MSAM and SAM
+# --- F3: the angle between MSAM and SAM
 
 
 def _recorded(run: FinishedRun) -> tuple[pd.DataFrame, bool]:
@@ -156,20 +143,20 @@ def _angle_table(evidence: Evidence) -> pd.DataFrame:
     for run in evidence.runs:
         recorded, finished = _recorded(run)
         # A run without a record is not left out.
-        rows = (run.steps.iloc[-1:] if recorded.empty else recorded)[["step", "epoch", "rho_0"]]
-        roots.append(rows.assign(optimizer=run.optimizer, seed=run.seed, best_rho=best, finished=finished))
+        known = (run.steps.iloc[-1:] if recorded.empty else recorded)[["step", "epoch", "rho_0"]]
+        roots.append(known.assign(**run.whose, best_rho=best, finished=finished))
     return as_table(pd.concat(roots, ignore_index=True))
 
 
 def _draw_angle(table: pd.DataFrame, evidence: Evidence) -> Any:
-    angles = []
-    for run in evidence.runs:
-        recorded, finished = _recorded(run)
-        for rho in (0.0, *STRENGTHS):
-            angle = recorded[f"sam_angle/{rho:g}"].median() if finished else math.nan
-            angles.append({"optimizer": run.optimizer, "seed": run.seed, "rho": rho, "angle": angle})
+    medians = [
+        {**run.whose, "rho": rho, "angle": recorded[f"sam_angle/{rho:g}"].median() if finished else math.nan}
+        for run in evidence.runs
+        for recorded, finished in [_recorded(run)]
+        for rho in (0.0, *STRENGTHS)
+    ]
     per_epoch = table.groupby(["optimizer", "seed", "epoch"], sort=False)["rho_0"].mean().reset_index()
-    return pictures.zero_angle(pd.DataFrame(angles), per_epoch, float(table["best_rho"].iloc[0]))
+    return pictures.zero_angle(as_table(medians), per_epoch, float(table["best_rho"].iloc[0]))
 
 
 def _near_best(table: pd.DataFrame) -> list[Comparison]:
@@ -191,4 +178,113 @@ ANGLE = Exhibit(
     comparisons={"close": _near_best},
 )
 
+# --- A3 and A4: the cosine across models and tasks, and under what conditions it is negative
+
+
+def _workloads(workload: Workload) -> dict[str, Workload]:
+    return {workload.name: workload, **workload.relatives}
+
+
+def _after_update(steps: pd.DataFrame) -> float:
+    return float(steps["cosine_after"].mean(skipna=False))
+
+
+def _mostly_negative(table: pd.DataFrame) -> list[Comparison]:
+    compare = over_seeds("steps with a negative cosine", "negative", "problem", "optimizer", unit="%", above=50.0)
+    return compare(table) if table["problem"].nunique() > 1 else []
+
+
+MODELS = Exhibit(
+    ("A3", "A4"),
+    "cosine_models",
+    wants=lambda workload, seeds: {
+        name: each(one, dict.fromkeys((unperturbed(one), "MSAM")), seeds) for name, one in _workloads(workload).items()
+    },
+    table=lambda evidence: as_table(
+        [
+            {**run.whose, "problem": name, **statistics(run.steps, **COSINE, after_update=_after_update)}
+            for name, run in evidence.named
+        ]
+    ),
+    draw=lambda table, _: pictures.by_group(
+        table,
+        {
+            "cosine": r"$\cos(v_{t-1},\, g_t)$, mean",
+            "negative": "steps with a negative cosine (%)",
+            "after_update": r"$\cos(v_t,\, g_t)$, mean",
+        },
+        "problem",
+    ),
+    facts=lambda _, evidence: {
+        "descriptions": ". ".join(f"{name}: {one.description}" for name, one in _workloads(evidence.workload).items())
+    },
+    comparisons={
+        "negative": _mostly_negative,
+        "after_update": over_seeds("mean cos(v_t, g_t)", "after_update", "problem", "optimizer", above=0.25, below=0.5),
+    },
+)
+
+_SERIES = {
+    "cosine": "next batch",
+    "cosine_after": "after the update",
+    "held_out_cosine_fresh": "unseen batches",
+    "held_out_cosine_fixed": "one unseen batch",
+    "own_cosine_fresh": "unseen, momentum of their own",
+    "own_cosine_fixed": "one unseen batch, momentum of its own",
+}
+
+
+def _conditions_runs(workload: Workload, seeds: int) -> dict[str, list[Run]]:
+    names, watched = ("SGD", "MSAM"), ("held_out", "held_out_momentum")
+    return {
+        "decay": each(workload, names, seeds, watched=watched),
+        "constant": each(with_recipe(workload, schedule="constant"), names, seeds),
+    }
+
+
+def _means(steps: pd.DataFrame, column: str) -> dict[str, float]:
+    late = steps["epoch"] > 0.75 * steps["epoch"].max()
+    return statistics(
+        steps,
+        mean=lambda whole: whole[column].mean(),
+        negative=lambda whole: negative_share(whole[column].dropna()),
+        last_quarter=lambda whole: whole.loc[late, column].mean(),
+    )
+
+
+def _conditions_table(evidence: Evidence) -> pd.DataFrame:
+    found = [
+        {**run.whose, "schedule": schedule, "quantity": name, **_means(run.steps, name)}
+        for schedule, run in evidence.named
+        for name in _SERIES
+        if name in run.steps
+    ]
+    return as_table(found)
+
+
+def _draw_conditions(table: pd.DataFrame, _: Evidence) -> Any:
+    where = table["quantity"].map(_SERIES) + table["schedule"].map({"constant": ", constant η", "decay": ""})
+    quantities = {"mean": "cosine, mean over training", "last_quarter": "in the last quarter"}
+    return pictures.by_group(table.assign(where=where), quantities, "where")
+
+
+def _cosine(quantity: str, schedule: str, what: str, column: str, **region: float) -> Compare:
+    return over_seeds(what, column, "optimizer", where={"quantity": quantity, "schedule": schedule}, **region)
+
+
+CONDITIONS = Exhibit(
+    ("A4",),
+    "cosine_conditions",
+    wants=_conditions_runs,
+    table=_conditions_table,
+    draw=_draw_conditions,
+    comparisons={
+        "constant": _cosine("cosine", "constant", "cosine in the last quarter", "last_quarter", **NEGATIVE),
+        "fresh": _cosine("own_cosine_fresh", "decay", "mean cosine", "mean"),
+        "fixed": _cosine("own_cosine_fixed", "decay", "mean cosine", "mean", above=0.8),
+        "training_momentum": _cosine("held_out_cosine_fresh", "decay", "mean cosine", "mean", **NEGATIVE),
+    },
+)
+
 MECHANISMS = (ANGLE, ALONG, RISE_RATES)
+COSINES = (MODELS, CONDITIONS)
