@@ -21,9 +21,12 @@ from msam_analysis.studies.tables import rows
 
 FAR = 2.0
 """So many points of accuracy count as "far above" where the paper gives no bound."""
+SAME_ACCURACY = 1.0
+"""A difference of fewer points of test accuracy counts as none."""
 
 NEGATIVE: Mapping[str, Any] = {"above": -math.inf, "below": 0.0}
-"""The region of a claim that something is negative."""
+SAME: Mapping[str, Any] = {"above": -SAME_ACCURACY, "below": SAME_ACCURACY}
+"""Regions of claims that something is negative, and that accuracies are the same."""
 
 Compare = Callable[[Any], list["Comparison"]]
 """What was found to what is compared."""

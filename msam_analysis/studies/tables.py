@@ -116,6 +116,11 @@ def of_training(steps: pd.DataFrame, statistic: Callable[[pd.DataFrame], float])
     return float(statistic(steps)) if np.isfinite(steps["train_batch_loss"]).all() else math.nan
 
 
+def mean_of(column: str, *, skipna: bool = True) -> Callable[[pd.DataFrame], float]:
+    """Return the statistic that is the mean of a column; by default of what is recorded there."""
+    return lambda steps: float(steps[column].mean(skipna=skipna))
+
+
 def statistics(steps: pd.DataFrame, **each: Callable[[pd.DataFrame], float]) -> dict[str, float]:
     """Return several statistics of a run's records by name, see :func:`of_training`."""
     return {name: of_training(steps, statistic) for name, statistic in each.items()}

@@ -25,7 +25,6 @@ Finished = dict[str, FinishedRun]
 
 # The example of CONTRIBUTING.md begins here.
 GAP = Exhibit(
-    ids=(),
     name="gap",
     wants=lambda workload, seeds: each(workload, ("SGD", "MSAM"), seeds),
     table=lambda evidence: outcomes(evidence.runs).assign(gap=lambda runs: runs["test_loss"] - runs["train_loss"]),

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from msam_analysis.studies import pictures
 from msam_analysis.studies.cifar100 import Augmented
-from msam_analysis.studies.claims import Compare, by_seed, compared
+from msam_analysis.studies.claims import SAME_ACCURACY, Compare, by_seed, compared
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
-from msam_analysis.studies.exhibits.grids import SAME_ACCURACY, against, best, grid, summary
+from msam_analysis.studies.exhibits.grids import against, best, summary
 from msam_analysis.studies.exhibits.strengths import POSITIVE, part, strength_table
+from msam_analysis.studies.exhibits.wanted import grid
 from msam_analysis.studies.runs import Run
 from msam_analysis.studies.tables import as_table, outcomes
 from msam_analysis.studies.workloads import Batches, Workload
@@ -31,21 +32,14 @@ ONE_IN = 5
 
 def held_out(workload: Workload) -> Workload:
     """Return a workload that trains on four fifths of the training samples and tests on the fifth, labels as given."""
-    trained, tested = (_fold(workload.train, tested) for tested in (False, True))
-    augmented = workload.augmented and _thinned(workload.augmented)
+    train, test = (_of(_fold, workload.train, tested) for tested in (False, True))
+    augmented = None if workload.augmented is None else _of(_others, workload.augmented)
     name = f"{workload.name}, a fifth held out"
-    return dataclasses.replace(workload, name=name, train=trained, test=tested, augmented=augmented)
+    return dataclasses.replace(workload, name=name, train=train, test=test, augmented=augmented)
 
 
-# The same functions for the same data, by which their fingerprint is known.
-@functools.lru_cache
-def _fold(train: Callable[[], Batches], tested: bool) -> Callable[[], Batches]:
-    return functools.partial(_folded, train, tested)
-
-
-@functools.lru_cache
-def _thinned(augmented: Callable[[], Augmented]) -> Callable[[], Augmented]:
-    return functools.partial(_others, augmented)
+# The same function for the same data, by which their fingerprint is known.
+_of = functools.lru_cache(functools.partial)
 
 
 # Its images are those of the training batches, in their order.
@@ -55,7 +49,7 @@ def _others(augmented: Callable[[], Augmented]) -> Augmented:
     return dataclasses.replace(whole, images=whole.images[chosen], labels=whole.labels[chosen])
 
 
-def _folded(train: Callable[[], Batches], tested: bool) -> Batches:
+def _fold(train: Callable[[], Batches], tested: bool) -> Batches:
     batches = train()
     inputs, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     chosen = _is_held_out(len(labels)) == tested
@@ -149,7 +143,6 @@ def _lost(rule: str) -> Compare:
 
 
 CHOOSING = Exhibit(
-    (),
     "choosing_rho",
     wants=_runs,
     table=lambda evidence: rule_table(*_sources(evidence)),

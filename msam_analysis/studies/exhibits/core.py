@@ -20,7 +20,7 @@ from msam_analysis.studies.exhibits.wanted import controls, networks
 from msam_analysis.studies.measuring import LINES
 from msam_analysis.studies.runs import Run
 from msam_analysis.studies.store import DivergedError
-from msam_analysis.studies.tables import COSINE, FinishedRun, Tables, as_table, cosines, statistics, tabulate
+from msam_analysis.studies.tables import COSINE, FinishedRun, Tables, as_table, cosines, mean_of, statistics, tabulate
 from msam_analysis.studies.workloads import Workload
 
 CURVATURES = {f"curvature_{name}": f"along {name}" for name in ("momentum", "gradient", "random")}
@@ -108,10 +108,6 @@ def _plane_rises(tables: Tables) -> pd.DataFrame:
     return summarise(tables.runs, "optimizer", "rise_on_plane")
 
 
-def _mean_of(column: str) -> Callable[[pd.DataFrame], float]:
-    return lambda run: float(run[column].mean())
-
-
 def _trained(steps: pd.DataFrame) -> pd.DataFrame:
     """Return what the records say of every training, one row per run."""
     last = steps["epoch"].max() if len(steps) else math.nan
@@ -124,7 +120,7 @@ def _trained(steps: pd.DataFrame) -> pd.DataFrame:
         "left": lambda run: size(run, last, last),
         "fall": lambda run: size(run, 0.25 * last, 0.75 * last) - size(run, last, last),
     }
-    asked |= {name: _mean_of(name) for name in ("rise", *CURVATURES) if name in steps}
+    asked |= {name: mean_of(name) for name in ("rise", *CURVATURES) if name in steps}
     groups = steps.groupby(["optimizer", "seed"], sort=False)
     rows = [{"optimizer": name, "seed": seed, **statistics(run, **asked)} for (name, seed), run in groups]
     return as_table(rows) if rows else steps
@@ -165,21 +161,17 @@ _ABOVE_MSAM = (("SGD", "MSAM"), ("NAG", "MSAM"), ("SAM", "MSAM"))
 
 
 def _main(
-    ids: tuple[str, ...],
     name: str,
     draw: Callable[[Tables, Evidence], Any],
     written: Callable[[Tables], pd.DataFrame],
     constants: Mapping[str, object] | None = None,
     **comparisons: Compare,
 ) -> Exhibit:
-    return Exhibit(
-        ids, name, _wanted, _tables, draw, comparisons, written=written, main=True, constants=constants or {}
-    )
+    return Exhibit(name, _wanted, _tables, draw, comparisons, written=written, main=True, constants=constants or {})
 
 
 CORE: tuple[Exhibit, ...] = (
     _main(
-        ("T1",),
         "accuracy",
         lambda tables, _: pictures.accuracy(tables.runs),
         lambda tables: summarise(tables.runs, "optimizer", _SCORES),
@@ -187,7 +179,6 @@ CORE: tuple[Exhibit, ...] = (
         cost=_cost,
     ),
     _main(
-        ("F2C",),
         "cosine",
         _draw_cosine,
         _cosines,
@@ -199,7 +190,6 @@ CORE: tuple[Exhibit, ...] = (
         ),
     ),
     _main(
-        ("A12",),
         "perturbation_rise",
         lambda tables, _: pictures.perturbation_rise(_per_epoch(tables.steps, *_LOSSES)),
         lambda tables: _summary(tables.steps, *_LOSSES),
@@ -208,7 +198,6 @@ CORE: tuple[Exhibit, ...] = (
         ),
     ),
     _main(
-        ("A8",),
         "curvature",
         lambda tables, _: pictures.over_training(
             _per_epoch(tables.steps, *CURVATURES), CURVATURES, log=True, label=r"$d^\top H d \,/\, d^\top d$"
@@ -219,15 +208,13 @@ CORE: tuple[Exhibit, ...] = (
         lowest=_of_training(_lowest),
     ),
     _main(
-        ("TA1",),
         "eigenvalues",
         lambda tables, _: pictures.eigenvalues(tables.eigenvalues),
         lambda tables: tables.eigenvalues,
         falls=_of_runs(ratio, "lambda_1", *_FALLING),
     ),
-    _main((), "ball_sharpness", lambda tables, _: pictures.ball_sharpness(tables.balls), lambda tables: tables.balls),
+    _main("ball_sharpness", lambda tables, _: pictures.ball_sharpness(tables.balls), lambda tables: tables.balls),
     _main(
-        ("F4A", "F4B", "F4C"),
         "slices",
         _draw_lines,
         lambda tables: summarise(tables.lines, ["optimizer", "direction", "coordinate", "distance"], "loss"),
@@ -236,11 +223,10 @@ CORE: tuple[Exhibit, ...] = (
         random=_of_runs(ratio, "rise_along_random", *_ABOVE_MSAM),
     ),
     _main(
-        ("A13",),
         "surface",
         lambda _, evidence: plots.slice_2d(_planes(evidence)),
         _plane_rises,
         ordered=_of_runs(ratio, "rise_on_plane", *_FALLING),
     ),
-    _main((), "relief", lambda _, evidence: plots.surface_3d(_planes(evidence)), _plane_rises),
+    _main("relief", lambda _, evidence: plots.surface_3d(_planes(evidence)), _plane_rises),
 )

@@ -1,74 +1,23 @@
-"""Grids of one setting around a workload's own value, and the best of a grid."""
+"""What is found on a grid of one setting: the best, and what is as good."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from msam import Perturbation
 from msam_analysis.results.statistics import summarise
 from msam_analysis.studies.claims import Compare, Comparison, by_seed, compared
-from msam_analysis.studies.exhibits.wanted import each
 from msam_analysis.studies.pictures import Sweep
-from msam_analysis.studies.runs import Run, variant
 from msam_analysis.studies.tables import as_table, rows
-from msam_analysis.studies.workloads import Workload
 
-SAME_ACCURACY = 1.0
-"""A difference of fewer points of test accuracy counts as none."""
 Where = Mapping[str, Any]
-SAME: Where = {"above": -SAME_ACCURACY, "below": SAME_ACCURACY}
 ACCURACIES = {"test_accuracy": "test accuracy (%)", "train_accuracy": "train accuracy (%)"}
 """Columns, and their names on an axis."""
-
-
-def base(workload: Workload, name: str) -> Perturbation:
-    """Return a workload's perturbation, around whose strength a grid is laid.
-
-    Raises ValueError: The workload has no perturbation of that name.
-    Raises TypeError: Its ρ is not a number.
-    """
-    perturbation = workload.perturbations.get(name)
-    if perturbation is None:
-        raise ValueError(f"a grid around the ρ of {name} needs that perturbation, got {list(workload.perturbations)}")
-    if not isinstance(perturbation.rho, int | float):
-        raise TypeError(f"a grid around the ρ of {name} needs a number, got {perturbation.rho!r}: give it a constant ρ")
-    return perturbation
-
-
-def scaled(value: Any, sixths: int) -> float:
-    """Return ``value · 10^(sixths/6)`` to three digits, so that grids which meet in a point ask for one network."""
-    return float(f"{value * 10 ** (sixths / 6):.3g}")
-
-
-def plain(workload: Workload, seeds: int) -> list[Run]:
-    """Return the runs without a perturbation."""
-    return each(variant(workload, "SGD", None), ("SGD",), seeds)
-
-
-def grid(
-    workload: Workload,
-    label: str,
-    sixths: Iterable[int],
-    seeds: int,
-    around: Perturbation | None = None,
-    watched: Iterable[str] = (),
-    **switches: Any,
-) -> list[Run]:
-    """Return the runs of a perturbation at strengths around its own, in sixths of a decade.
-
-    The perturbation is ``around``, by default the workload's own under that label, with other ``switches``.
-    """
-    middle = dataclasses.replace(around or base(workload, label), **switches)
-    strengths = [dataclasses.replace(middle, rho=scaled(middle.rho, sixth)) for sixth in sixths]
-    tried = [variant(workload, label, strength) for strength in strengths]
-    return [run for one in tried for run in each(one, (label,), seeds, watched=watched)]
 
 
 def best(frame: pd.DataFrame, x: str = "rho", y: str = "test_accuracy") -> pd.DataFrame:
@@ -114,10 +63,10 @@ def paired(
     return compared(label, 100 * (by_seed(larger, column) - by_seed(smaller, column)), unit="points", **region)
 
 
-def gains(*pairs: tuple[str, Where, Where], column: str = "test_accuracy", **region: Any) -> Compare:
+def gains(pairs: Sequence[tuple[str, Where, Where]], column: str = "test_accuracy", **region: Any) -> Compare:
     """Return a function that compares settings, each at the ρ of its best test accuracy, see :func:`paired`.
 
-    ``*pairs``: A label, and the ``rows`` of the setting whose accuracy is said to be larger, and of the other one.
+    ``pairs``: A label, and the ``rows`` of the setting whose accuracy is said to be larger, and of the other one.
     """
     return lambda table: [
         paired(label, best(rows(table, **larger)), best(rows(table, **smaller)), column, **region)

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import NEGATIVE, Compare, Comparison, compared, over_seeds
+from msam_analysis.studies.claims import NEGATIVE, Compare, Comparison, over_seeds
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.exhibits.wanted import constant, each, unperturbed, with_recipe
 from msam_analysis.studies.runs import Run
-from msam_analysis.studies.tables import COSINE, FinishedRun, as_table, negative_share, of_training, rows, statistics
+from msam_analysis.studies.tables import COSINE, FinishedRun, as_table, mean_of, negative_share, of_training, statistics
 from msam_analysis.studies.watching import OFFSETS, STRENGTHS
 from msam_analysis.studies.workloads import Workload
 
@@ -23,9 +23,8 @@ RATES = (0.1, 1.0, 3.0)
 CLOSE = 2.0
 """Within this factor a strength counts as close."""
 
-# --- A2 and A12: the loss along momentum, and its change at the perturbed weights
 
-
+# A2 and A12: the loss along momentum, and its change at the perturbed weights
 def _rise_from(steps: pd.DataFrame, offset: float, *, after: float = -math.inf) -> float:
     """Return the mean change of the loss at an offset, of a whole run or after an epoch."""
 
@@ -53,15 +52,14 @@ def minimum(offsets: Sequence[float], changes: Sequence[float]) -> float:
 
 
 def _minima(table: pd.DataFrame, *names: str) -> list[Comparison]:
-    found = []
-    for optimizer, runs in rows(table, optimizer=names).groupby("optimizer", sort=False):
-        values = [minimum(run["offset"].to_list(), run["change"].to_list()) for _, run in runs.groupby("seed")]
-        found.append(compared(f"{optimizer}, minimum at a", values))
-    return found
+    found = [
+        {"optimizer": name, "seed": seed, "at": minimum(run["offset"].to_list(), run["change"].to_list())}
+        for (name, seed), run in table.groupby(["optimizer", "seed"], sort=False)
+    ]
+    return over_seeds("minimum at a", "at", "optimizer", where={"optimizer": names})(as_table(found))
 
 
 ALONG = Exhibit(
-    ("A2",),
     "along_momentum",
     wants=lambda workload, seeds: each(workload, workload.perturbations, seeds, watched=("along_momentum", "rise")),
     table=lambda evidence: as_table(
@@ -96,7 +94,7 @@ def _rates_table(evidence: Evidence) -> pd.DataFrame:
             "rho": rho,
             "virtual_rise": _rise_from(run.steps, -rho),
             "virtual_rise_last_quarter": _rise_from(run.steps, -rho, after=0.75 * run.steps["epoch"].max()),
-            "own_rise": of_training(run.steps, lambda steps: steps["rise"].mean()),
+            "own_rise": of_training(run.steps, mean_of("rise")),
             "small_rise": _rise_from(run.steps, -0.1),
             "cosine": of_training(run.steps, COSINE["cosine"]),
             "test_accuracy": 100 * run.scores["test_accuracy"],
@@ -107,7 +105,6 @@ def _rates_table(evidence: Evidence) -> pd.DataFrame:
 
 
 RISE_RATES = Exhibit(
-    ("A12",),
     "rise_by_learning_rate",
     wants=_rates_runs,
     table=_rates_table,
@@ -126,9 +123,8 @@ RISE_RATES = Exhibit(
     },
 )
 
-# --- F3: the angle between MSAM and SAM
 
-
+# F3: the angle between MSAM and SAM
 def _recorded(run: FinishedRun) -> tuple[pd.DataFrame, bool]:
     """Return the records of the angle, and whether there are some and the run did not diverge."""
     # At the first step there is no momentum.
@@ -169,7 +165,6 @@ def _near_best(table: pd.DataFrame) -> list[Comparison]:
 
 
 ANGLE = Exhibit(
-    ("F3",),
     "sam_angle",
     wants=lambda workload, seeds: each(workload, ("SGD", "MSAM"), seeds, watched=("sam_angle",)),
     table=_angle_table,
@@ -178,15 +173,12 @@ ANGLE = Exhibit(
     comparisons={"close": _near_best},
 )
 
-# --- A3 and A4: the cosine across models and tasks, and under what conditions it is negative
+# A3 and A4: the cosine across models and tasks, and under what conditions it is negative
+_AFTER = mean_of("cosine_after", skipna=False)
 
 
 def _workloads(workload: Workload) -> dict[str, Workload]:
     return {workload.name: workload, **workload.relatives}
-
-
-def _after_update(steps: pd.DataFrame) -> float:
-    return float(steps["cosine_after"].mean(skipna=False))
 
 
 def _mostly_negative(table: pd.DataFrame) -> list[Comparison]:
@@ -195,14 +187,13 @@ def _mostly_negative(table: pd.DataFrame) -> list[Comparison]:
 
 
 MODELS = Exhibit(
-    ("A3", "A4"),
     "cosine_models",
     wants=lambda workload, seeds: {
         name: each(one, dict.fromkeys((unperturbed(one), "MSAM")), seeds) for name, one in _workloads(workload).items()
     },
     table=lambda evidence: as_table(
         [
-            {**run.whose, "problem": name, **statistics(run.steps, **COSINE, after_update=_after_update)}
+            {**run.whose, "problem": name, **statistics(run.steps, **COSINE, after_update=_AFTER)}
             for name, run in evidence.named
         ]
     ),
@@ -246,7 +237,7 @@ def _means(steps: pd.DataFrame, column: str) -> dict[str, float]:
     late = steps["epoch"] > 0.75 * steps["epoch"].max()
     return statistics(
         steps,
-        mean=lambda whole: whole[column].mean(),
+        mean=mean_of(column),
         negative=lambda whole: negative_share(whole[column].dropna()),
         last_quarter=lambda whole: whole.loc[late, column].mean(),
     )
@@ -273,7 +264,6 @@ def _cosine(quantity: str, schedule: str, what: str, column: str, **region: floa
 
 
 CONDITIONS = Exhibit(
-    ("A4",),
     "cosine_conditions",
     wants=_conditions_runs,
     table=_conditions_table,

@@ -37,9 +37,7 @@ def _base(table: pd.DataFrame) -> str:
     return next(str(name) for name in table["optimizer"] if name not in _PERTURBED)
 
 
-# --- TA2, the warm-up phase
-
-
+# TA2, the warm-up phase
 def _warmup_runs(workload: Workload, seeds: int) -> dict[str, list[Run]]:
     """Return the runs of the transformer beside the workload; none where there is none."""
     one = workload.relatives.get("transformer")
@@ -68,7 +66,6 @@ def _later(name: str) -> Compare:
 
 
 WARMUP = Exhibit(
-    ("T2", "TA2"),
     "warmup",
     wants=_warmup_runs,
     table=lambda evidence: as_table([{"perturbed": when, **_scores(run)} for when, run in evidence.named]),
@@ -77,9 +74,8 @@ WARMUP = Exhibit(
     comparisons={"above": _above, "msam_later": _later("MSAM"), "sam_later": _later("SAM")},
 )
 
-# --- outside of vision
 
-
+# outside of vision
 def _outside_runs(workload: Workload, seeds: int) -> dict[str, list[Run]]:
     beside = {name: workload.relatives[name] for name in OUTSIDE if name in workload.relatives}
     return {
@@ -102,7 +98,6 @@ def _everywhere(compare: Callable[..., Comparison], column: str, name: str, **re
 
 
 OUTSIDE_VISION = Exhibit(
-    (),
     "outside_vision",
     wants=_outside_runs,
     table=lambda evidence: as_table(
@@ -131,8 +126,7 @@ OUTSIDE_VISION = Exhibit(
     },
 )
 
-# --- A6r, rank of features
-
+# A6r, rank of features
 _RANKS = ("rank", "threshold", "effective_rank", "stable_rank", "numerical_rank", "samples", "dimension")
 
 
@@ -146,7 +140,6 @@ def _draw_ranks(table: pd.DataFrame, _: Evidence) -> Any:
 
 
 RANK = Exhibit(
-    ("A6r",),
     "feature_rank",
     wants=lambda workload, seeds: each(workload, workload.perturbations, seeds, measured=("features",)),
     table=lambda evidence: as_table(
@@ -157,8 +150,7 @@ RANK = Exhibit(
     comparisons={"falls": lambda table: [ratio(table, "rank", "SGD", "SAM"), ratio(table, "rank", "SAM", "MSAM")]},
 )
 
-# --- TA4, disturbed inputs
-
+# TA4, disturbed inputs
 _TITLES: Mapping[str, str] = {attack: "noise" if attack == "noise" else attack.upper() for attack in DISTURBANCES}
 
 
@@ -210,7 +202,6 @@ def _above_sgd(size: int, by: float) -> Compare:
 
 
 DISTURBED = Exhibit(
-    ("TA4",),
     "robustness",
     wants=lambda workload, seeds: each(workload, workload.perturbations, seeds, measured=("robustness",)),
     table=_robust_table,

@@ -10,10 +10,10 @@ import pandas as pd
 
 from msam_analysis.results.statistics import summarise
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import NEGATIVE, Comparison, by_seed, compared
+from msam_analysis.studies.claims import NEGATIVE, SAME, Comparison, by_seed, compared
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
-from msam_analysis.studies.exhibits.grids import ACCURACIES, SAME, against, base, paired, scaled, summary
-from msam_analysis.studies.exhibits.wanted import each
+from msam_analysis.studies.exhibits.grids import ACCURACIES, against, paired, summary
+from msam_analysis.studies.exhibits.wanted import base, each, scaled
 from msam_analysis.studies.runs import Run, variant
 from msam_analysis.studies.tables import as_table, of_training, outcomes, rows
 from msam_analysis.studies.workloads import Workload
@@ -61,9 +61,7 @@ def _draw(table: pd.DataFrame, name: str, label: str, **switches: bool) -> Any:
     return pictures.sweep(panels, share_y=True)
 
 
-# --- A5, A6, A7: the cosine
-
-
+# A5, A6, A7: the cosine
 def _cosine_runs(workload: Workload, seeds: int) -> list[Run]:
     """Return SGD at every value of every setting, with every sample once an epoch and with replacement.
 
@@ -114,7 +112,6 @@ def _rise(table: pd.DataFrame, setting: str, replacement: bool) -> list[Comparis
 
 
 COSINE = Exhibit(
-    ("A5", "A6", "A7"),
     "cosine_settings",
     wants=_cosine_runs,
     table=_cosine_table,
@@ -136,9 +133,7 @@ COSINE = Exhibit(
 )
 
 
-# --- A10: the gain
-
-
+# A10: the gain
 def _gain_runs(workload: Workload, seeds: int) -> list[Run]:
     """Return SGD and MSAM, at the same ρ throughout, at every learning rate and momentum."""
     recipes = [{setting: value} for setting in ("lr", "momentum") for value in values(workload)[setting]]
@@ -175,7 +170,6 @@ def _gains(table: pd.DataFrame, near: bool) -> list[Comparison]:
 
 
 GAIN = Exhibit(
-    ("A10",),
     "stability",
     wants=_gain_runs,
     table=_gain_table,
@@ -186,9 +180,7 @@ GAIN = Exhibit(
 )
 
 
-# --- A11: equal compute
-
-
+# A11: equal compute
 def _budget_runs(workload: Workload, seeds: int) -> list[Run]:
     """Return SGD, MSAM and, with half the epochs, SAM, for budgets around the recipe's own."""
     # Even, so that SAM's half is whole.
@@ -219,7 +211,6 @@ def _budgets(table: pd.DataFrame, short: bool, **region: Any) -> list[Comparison
 
 
 COMPUTE = Exhibit(
-    ("A11",),
     "equal_compute",
     wants=_budget_runs,
     table=_budget_table,

@@ -15,25 +15,12 @@ from msam import NamedSubset, Perturbation, normalization_layers
 from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.results.statistics import summarise
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import NEGATIVE, Comparison, by_seed, compared, times
+from msam_analysis.studies.claims import NEGATIVE, SAME, SAME_ACCURACY, Comparison, by_seed, compared, times
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
-from msam_analysis.studies.exhibits.grids import (
-    ACCURACIES,
-    SAME,
-    SAME_ACCURACY,
-    against,
-    base,
-    best,
-    best_of_each,
-    gains,
-    grid,
-    paired,
-    plain,
-    plateau,
-    scaled,
-)
+from msam_analysis.studies.exhibits.grids import ACCURACIES, against, best, best_of_each, gains, paired, plateau
+from msam_analysis.studies.exhibits.wanted import base, grid, plain, scaled
 from msam_analysis.studies.runs import Run
-from msam_analysis.studies.tables import FinishedRun, as_table, of_training, outcomes, rows
+from msam_analysis.studies.tables import FinishedRun, as_table, mean_of, of_training, outcomes, rows
 from msam_analysis.studies.workloads import Workload
 
 # Grids of ρ, in sixths of a decade around the workload's own.
@@ -57,12 +44,12 @@ DECADES = 0.5
 
 _FAMILIES = ("SAM", "MSAM")
 _SGD, _MSAM = {"optimizer": "SGD"}, {"optimizer": "MSAM"}
+_POSITIVE = {name: {"optimizer": name, "sign": 1} for name in _FAMILIES}
 _SCORES = ["train_accuracy", "test_accuracy", "train_loss", "test_loss"]
 _RHO = r"$\rho$"
 
-# --- F2AB and A15: both signs
 
-
+# F2AB and A15: both signs
 def strength_runs(workload: Workload, seeds: int) -> list[Run]:
     """Return SGD, and SAM, MSAM and NAG's displacement −ρ η v on grids of ρ with both signs."""
     runs = plain(workload, seeds)
@@ -79,9 +66,7 @@ def _table(runs: Sequence[FinishedRun], *columns: str) -> pd.DataFrame:
 
 def strength_table(runs: Sequence[FinishedRun]) -> pd.DataFrame:
     """Return one row per run: ρ and its sign, accuracies, losses, and the mean rise L(w + ε) − L(w) where recorded."""
-    rises = [
-        of_training(run.steps, lambda steps: steps["rise"].mean()) if "rise" in run.steps else math.nan for run in runs
-    ]
+    rises = [of_training(run.steps, mean_of("rise")) if "rise" in run.steps else math.nan for run in runs]
     return as_table(_table(runs, "normalize").assign(rise=rises))
 
 
@@ -102,7 +87,7 @@ def _faster(label: str, other: pd.DataFrame, table: pd.DataFrame) -> Comparison:
 
 def _nesterov(table: pd.DataFrame) -> list[Comparison]:
     own = {"optimizer": "NAG", "sign": 1, "rho": min}
-    better = gains(("best MSAM − NAG at ρ = μ, test accuracy", {**_MSAM, "sign": 1}, own), above=GAIN)
+    better = gains([("best MSAM − NAG at ρ = μ, test accuracy", _POSITIVE["MSAM"], own)], above=GAIN)
     return [_faster("train loss of SGD / of NAG at ρ = μ", rows(table, **own), table), *better(table)]
 
 
@@ -133,7 +118,6 @@ def _range_in_words(tried: pd.DataFrame) -> str:
 
 
 STRENGTH = Exhibit(
-    ("F2AB", "A15"),
     "strength",
     wants=strength_runs,
     table=lambda evidence: strength_table(evidence.runs),
@@ -141,21 +125,12 @@ STRENGTH = Exhibit(
     shown=_best_strengths,
     comparisons={
         "gains": gains(
-            *(
-                (f"{name} at its best ρ − SGD, test accuracy", {"optimizer": name, "sign": 1}, _SGD)
-                for name in _FAMILIES
-            ),
-            above=GAIN,
+            [(f"{name} at its best ρ − SGD, test accuracy", own, _SGD) for name, own in _POSITIVE.items()], above=GAIN
         ),
-        "costs": lambda table: [
-            paired(
-                f"SGD − {name} at its best ρ, train accuracy",
-                part(table, "SGD"),
-                best(part(table, name)),
-                "train_accuracy",
-            )
-            for name in _FAMILIES
-        ],
+        "costs": gains(
+            [(f"SGD − {name} at its best ρ, train accuracy", _SGD, own) for name, own in _POSITIVE.items()],
+            "train_accuracy",
+        ),
         "negative": _negative,
         "nesterov": _nesterov,
         "tenfold": _tenfold,
@@ -166,8 +141,7 @@ STRENGTH = Exhibit(
     },
 )
 
-# --- A1: from MSAM to NAG
-
+# A1: from MSAM to NAG
 _STEPS = {"l2": "−ρ v/‖v‖", "none": "−ρ v", "lr": "−ρ η v"}
 _NORMALISED, _FREE, _TIED = ({"step": step} for step in _STEPS.values())
 
@@ -197,27 +171,26 @@ def _draw_steps(table: pd.DataFrame, _: Evidence) -> Any:
 def _loses(table: pd.DataFrame) -> list[Comparison]:
     tied = rows(table, **_TIED)
     lowest = best(tied.assign(negative=-tied["train_loss"]), y="negative")
-    worse = gains(("−ρ v − (−ρ η v), best test accuracy", _FREE, _TIED), above=SAME_ACCURACY)
+    worse = gains([("−ρ v − (−ρ η v), best test accuracy", _FREE, _TIED)], above=SAME_ACCURACY)
     return [*worse(table), _faster("train loss of SGD / lowest of −ρ η v", lowest, table)]
 
 
 NORMALISATION = Exhibit(
-    ("A1",),
     "normalisation",
     wants=step_runs,
     table=_step_table,
     draw=_draw_steps,
     shown=lambda table: best_of_each(table, "step"),
     comparisons={
-        "shifts": gains(("−ρ v − MSAM, best test accuracy", _FREE, _NORMALISED), **SAME),
+        "shifts": gains([("−ρ v − MSAM, best test accuracy", _FREE, _NORMALISED)], **SAME),
         "loses": _loses,
     },
 )
 
-# --- T3 and A9: variants and other directions
-
+# T3 and A9: variants and other directions
 KINDS = ("vanilla", "adaptive", "relative", "normalisation layers")
 """The variants."""
+_VARIED = [{"optimizer": family, "variant": name} for family in _FAMILIES for name in KINDS]
 _OTHERS = {
     f"{kind}, {scale}": {"kind": kind, "scale": scale}
     for scale in ("absolute", "relative")
@@ -274,20 +247,13 @@ def _carries_over(table: pd.DataFrame) -> list[Comparison]:
 
 
 VARIANT = Exhibit(
-    ("T3",),
     "variants",
     wants=_variant_runs,
     table=_variant_table,
     draw=_draw_variants,
     shown=lambda table: best_of_each(table, "optimizer", "variant"),
     comparisons={
-        "better": gains(
-            *(
-                (f"{family} {name} − SGD", {"optimizer": family, "variant": name}, _SGD)
-                for family in _FAMILIES
-                for name in KINDS
-            )
-        ),
+        "better": gains([(f"{own['optimizer']} {own['variant']} − SGD", own, _SGD) for own in _VARIED]),
         "carry_over": _carries_over,
     },
 )
@@ -321,17 +287,14 @@ def _draw_others(table: pd.DataFrame, _: Evidence) -> Any:
 
 
 OTHER = Exhibit(
-    ("A9",),
     "other_directions",
     wants=_other_runs,
     table=_other_table,
     draw=_draw_others,
     shown=lambda table: best_of_each(table, "kind", "scale"),
     comparisons={
-        "none_as_good": gains(*((f"MSAM − ({name})", _MSAM, other) for name, other in _OTHERS.items())),
-        "noise": gains(
-            *((f"({name}) − SGD", other, _SGD) for name, other in _OTHERS.items() if name.startswith("random"))
-        ),
+        "none_as_good": gains([(f"MSAM − ({name})", _MSAM, other) for name, other in _OTHERS.items()]),
+        "noise": gains([(f"({name}) − SGD", _OTHERS[name], _SGD) for name in ("random, absolute", "random, relative")]),
     },
 )
 

@@ -1,4 +1,4 @@
-"""Runs that several exhibits ask for."""
+"""Runs that exhibits ask for: of the workload as it is, and on grids of one setting around its own value."""
 
 from __future__ import annotations
 
@@ -63,3 +63,46 @@ def after_warmup(workload: Workload, name: str) -> Workload:
 def constant(perturbation: Perturbation | None) -> float:
     """Return ρ at the first step, which is that of every step where it is no schedule; 0 without a perturbation."""
     return 0.0 if perturbation is None else float(as_schedule(perturbation.rho)(0))
+
+
+def base(workload: Workload, name: str) -> Perturbation:
+    """Return a workload's perturbation, around whose strength a grid is laid.
+
+    Raises ValueError: The workload has no perturbation of that name.
+    Raises TypeError: Its ρ is not a number.
+    """
+    perturbation = workload.perturbations.get(name)
+    if perturbation is None:
+        raise ValueError(f"a grid around the ρ of {name} needs that perturbation, got {list(workload.perturbations)}")
+    if not isinstance(perturbation.rho, int | float):
+        raise TypeError(f"a grid around the ρ of {name} needs a number, got {perturbation.rho!r}: give it a constant ρ")
+    return perturbation
+
+
+def scaled(value: Any, sixths: int) -> float:
+    """Return ``value · 10^(sixths/6)`` to three digits, so that grids which meet in a point ask for one network."""
+    return float(f"{value * 10 ** (sixths / 6):.3g}")
+
+
+def plain(workload: Workload, seeds: int) -> list[Run]:
+    """Return the runs without a perturbation."""
+    return each(variant(workload, "SGD", None), ("SGD",), seeds)
+
+
+def grid(
+    workload: Workload,
+    label: str,
+    sixths: Iterable[int],
+    seeds: int,
+    around: Perturbation | None = None,
+    watched: Iterable[str] = (),
+    **switches: Any,
+) -> list[Run]:
+    """Return the runs of a perturbation at strengths around its own, in sixths of a decade.
+
+    The perturbation is ``around``, by default the workload's own under that label, with other ``switches``.
+    """
+    middle = dataclasses.replace(around or base(workload, label), **switches)
+    strengths = [dataclasses.replace(middle, rho=scaled(middle.rho, sixth)) for sixth in sixths]
+    tried = [variant(workload, label, strength) for strength in strengths]
+    return [run for one in tried for run in each(one, (label,), seeds, watched=watched)]
