@@ -160,13 +160,7 @@ def by_seed(table: pd.DataFrame, column: str, **where: object) -> pd.Series[floa
 
 
 def difference(
-    frame: pd.DataFrame,
-    column: str,
-    larger: str,
-    smaller: str,
-    label: str = "{pair}",
-    scale: float = 1.0,
-    **region: Any,
+    frame: pd.DataFrame, column: str, larger: str, smaller: str, label: str = "{pair}", scale: float = 1, **region: Any
 ) -> Comparison:
     """Compare ``column`` of two optimizers, paired by seed; in the label ``{pair}`` stands for their names."""
     values = by_seed(frame, column, optimizer=larger) - by_seed(frame, column, optimizer=smaller)
@@ -193,13 +187,9 @@ def times(label: str, larger: pd.Series[float], smaller: pd.Series[float], at_le
 
 
 def over_seeds(what: str, column: str, *by: str, where: Mapping[str, object] | None = None, **region: Any) -> Compare:
-    """Return a function that makes one :class:`Comparison` of a column's values for every group of a table.
+    """Return a function that compares a column's values, one a seed, for every group ``by`` columns of a table.
 
-    ``what``: Name of the numbers, for the label.
-    ``column``: Column with one number a seed.
-    ``*by``: Columns whose values make the groups, and name them in the label.
-    ``where``: What :func:`~msam_analysis.studies.tables.rows` are looked at; default all.
-    ``**region``: Unit and bounds of the comparisons.
+    The label is the group's name and ``what``; ``where`` tells which :func:`~msam_analysis.studies.tables.rows` count.
     """
     return lambda table: [
         compared(f"{' '.join(map(str, group))}, {what}", by_seed(part, column), **region)

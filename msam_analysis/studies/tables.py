@@ -90,15 +90,9 @@ def as_table(data: Any) -> pd.DataFrame:
 
 
 def rows(table: pd.DataFrame, **where: Any) -> pd.DataFrame:
-    """Return the rows that have these values in their columns; ``min`` is the least of what is left, a tuple any of it.
-
-    Conditions are met one after the other.
-    """
+    """Return the rows that have these values in these columns; a tuple stands for any of its values."""
     for name, value in where.items():
-        column = table[name]
-        table = table[
-            column.isin(value) if isinstance(value, tuple) else column == (column.min() if value is min else value)
-        ]
+        table = table[table[name].isin(value) if isinstance(value, tuple) else table[name] == value]
     return table
 
 

@@ -81,8 +81,7 @@ RULES = {
 def rule_table(table: pd.DataFrame, validation: pd.DataFrame) -> pd.DataFrame:
     """Return what every rule chooses for every seed, and the points ``lost`` to the ρ that is best in the mean.
 
-    ``table``: Table of the strengths, for SAM and MSAM with positive ρ.
-    ``validation``: MSAM with samples held out: ``seed``, ``rho`` and the ``test_accuracy`` on the samples held out.
+    ``table`` is that of the strengths, for positive ρ; ``validation`` has MSAM's accuracy on the samples held out.
     """
     msam, sam = part(table, "MSAM"), best(part(table, "SAM"))
     accuracy = msam.pivot_table(index="seed", columns="rho", values="test_accuracy")

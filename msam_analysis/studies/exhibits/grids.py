@@ -64,10 +64,7 @@ def paired(
 
 
 def gains(pairs: Sequence[tuple[str, Where, Where]], column: str = "test_accuracy", **region: Any) -> Compare:
-    """Return a function that compares settings, each at the ρ of its best test accuracy, see :func:`paired`.
-
-    ``pairs``: A label, and the ``rows`` of the setting whose accuracy is said to be larger, and of the other one.
-    """
+    """Return a function that compares two settings, each at the ρ of its best test accuracy, by label and ``rows``."""
     return lambda table: [
         paired(label, best(rows(table, **larger)), best(rows(table, **smaller)), column, **region)
         for label, larger, smaller in pairs
@@ -75,12 +72,9 @@ def gains(pairs: Sequence[tuple[str, Where, Where]], column: str = "test_accurac
 
 
 def plateau(x: npt.ArrayLike, y: npt.ArrayLike, drop: float) -> tuple[float, float]:
-    """Return the range of ``x`` around the largest ``y`` in which ``y`` stays within ``drop`` of it.
+    """Return the range of ``x`` around the largest ``y`` in which ``y`` stays within ``drop`` of it, or the ends.
 
-    ``x``: Positive and increasing; ``y`` is interpolated linearly in its logarithm.
-    ``y``: One number for each.
-    ``drop``: How much less still counts.
-    Returns: An end of the grid where it is not left before.
+    ``x`` is positive and increasing; ``y`` is interpolated linearly in its logarithm.
     """
     at, values = np.log(np.asarray(x, dtype=np.float64)), np.asarray(y, dtype=np.float64)
     peak, floor = int(values.argmax()), float(values.max()) - drop

@@ -13,7 +13,6 @@ from msam_analysis.studies import pictures
 from msam_analysis.studies.claims import NEGATIVE, Compare, Comparison, over_seeds
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.exhibits.wanted import constant, each, unperturbed, with_recipe
-from msam_analysis.studies.runs import Run
 from msam_analysis.studies.tables import COSINE, FinishedRun, as_table, mean_of, negative_share, of_training, statistics
 from msam_analysis.studies.watching import OFFSETS, STRENGTHS
 from msam_analysis.studies.workloads import Workload
@@ -22,6 +21,7 @@ RATES = (0.1, 1.0, 3.0)
 """Learning rates at which the change of the loss is shown, as multiples of the recipe's."""
 CLOSE = 2.0
 """Within this factor a strength counts as close."""
+_BOTH = ("SGD", "MSAM")
 
 
 # A2 and A12: the loss along momentum, and its change at the perturbed weights
@@ -77,11 +77,6 @@ ALONG = Exhibit(
 )
 
 
-def _rates_runs(workload: Workload, seeds: int) -> list[Run]:
-    rates = [with_recipe(workload, lr=factor * workload.recipe.lr) for factor in RATES]
-    return [run for one in rates for run in each(one, ("SGD", "MSAM"), seeds, watched=("along_momentum", "rise"))]
-
-
 def _rates_table(evidence: Evidence) -> pd.DataFrame:
     # The recorded distance that is nearest to MSAM's ρ, by ratio.
     best = constant(evidence.workload.perturbations["MSAM"])
@@ -106,7 +101,11 @@ def _rates_table(evidence: Evidence) -> pd.DataFrame:
 
 RISE_RATES = Exhibit(
     "rise_by_learning_rate",
-    wants=_rates_runs,
+    wants=lambda workload, seeds: [
+        run
+        for one in (with_recipe(workload, lr=factor * workload.recipe.lr) for factor in RATES)
+        for run in each(one, _BOTH, seeds, watched=("along_momentum", "rise"))
+    ],
     table=_rates_table,
     draw=lambda table, _: pictures.by_group(
         table,
@@ -166,7 +165,7 @@ def _near_best(table: pd.DataFrame) -> list[Comparison]:
 
 ANGLE = Exhibit(
     "sam_angle",
-    wants=lambda workload, seeds: each(workload, ("SGD", "MSAM"), seeds, watched=("sam_angle",)),
+    wants=lambda workload, seeds: each(workload, _BOTH, seeds, watched=("sam_angle",)),
     table=_angle_table,
     draw=_draw_angle,
     facts=lambda table, _: {"longest": f"{max(STRENGTHS):g}", "best": f"{table['best_rho'].iloc[0]:g}"},
@@ -225,14 +224,6 @@ _SERIES = {
 }
 
 
-def _conditions_runs(workload: Workload, seeds: int) -> dict[str, list[Run]]:
-    names, watched = ("SGD", "MSAM"), ("held_out", "held_out_momentum")
-    return {
-        "decay": each(workload, names, seeds, watched=watched),
-        "constant": each(with_recipe(workload, schedule="constant"), names, seeds),
-    }
-
-
 def _means(steps: pd.DataFrame, column: str) -> dict[str, float]:
     late = steps["epoch"] > 0.75 * steps["epoch"].max()
     return statistics(
@@ -241,16 +232,6 @@ def _means(steps: pd.DataFrame, column: str) -> dict[str, float]:
         negative=lambda whole: negative_share(whole[column].dropna()),
         last_quarter=lambda whole: whole.loc[late, column].mean(),
     )
-
-
-def _conditions_table(evidence: Evidence) -> pd.DataFrame:
-    found = [
-        {**run.whose, "schedule": schedule, "quantity": name, **_means(run.steps, name)}
-        for schedule, run in evidence.named
-        for name in _SERIES
-        if name in run.steps
-    ]
-    return as_table(found)
 
 
 def _draw_conditions(table: pd.DataFrame, _: Evidence) -> Any:
@@ -265,8 +246,18 @@ def _cosine(quantity: str, schedule: str, what: str, column: str, **region: floa
 
 CONDITIONS = Exhibit(
     "cosine_conditions",
-    wants=_conditions_runs,
-    table=_conditions_table,
+    wants=lambda workload, seeds: {
+        "decay": each(workload, _BOTH, seeds, watched=("held_out", "held_out_momentum")),
+        "constant": each(with_recipe(workload, schedule="constant"), _BOTH, seeds),
+    },
+    table=lambda evidence: as_table(
+        [
+            {**run.whose, "schedule": schedule, "quantity": name, **_means(run.steps, name)}
+            for schedule, run in evidence.named
+            for name in _SERIES
+            if name in run.steps
+        ]
+    ),
     draw=_draw_conditions,
     comparisons={
         "constant": _cosine("cosine", "constant", "cosine in the last quarter", "last_quarter", **NEGATIVE),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-import numpy as np
 import pandas as pd
 
 from msam_analysis.results import Eigenpairs, RobustAccuracy
@@ -54,15 +54,10 @@ def _above(table: pd.DataFrame) -> list[Comparison]:
     return [difference(whole, "test_accuracy", *pair, unit="points", above=FAR) for pair in pairs]
 
 
-def _later(name: str) -> Compare:
-    def compare(table: pd.DataFrame) -> list[Comparison]:
-        late, always = (
-            by_seed(table, "test_accuracy", optimizer=name, perturbed=when) for when in (_LATE, _THROUGHOUT)
-        )
-        label = f"{name} after warm-up only − throughout"
-        return [compared(label, late - always, unit="points")] if len(late) else []
-
-    return compare
+def _later(table: pd.DataFrame, name: str) -> list[Comparison]:
+    late, always = (by_seed(table, "test_accuracy", optimizer=name, perturbed=when) for when in (_LATE, _THROUGHOUT))
+    label = f"{name} after warm-up only − throughout"
+    return [compared(label, late - always, unit="points")] if len(late) else []
 
 
 WARMUP = Exhibit(
@@ -71,15 +66,20 @@ WARMUP = Exhibit(
     table=lambda evidence: as_table([{"perturbed": when, **_scores(run)} for when, run in evidence.named]),
     draw=lambda table, _: pictures.by_group(table, ACCURACIES, "perturbed"),
     constants={"far": f"{FAR:g}"},
-    comparisons={"above": _above, "msam_later": _later("MSAM"), "sam_later": _later("SAM")},
+    comparisons={
+        "above": _above,
+        "msam_later": lambda table: _later(table, "MSAM"),
+        "sam_later": lambda table: _later(table, "SAM"),
+    },
 )
 
 
 # outside of vision
 def _outside_runs(workload: Workload, seeds: int) -> dict[str, list[Run]]:
-    beside = {name: workload.relatives[name] for name in OUTSIDE if name in workload.relatives}
     return {
-        name: each(one, (unperturbed(one), *_PERTURBED), seeds, measured=("lambda1",)) for name, one in beside.items()
+        name: each(one, (unperturbed(one), *_PERTURBED), seeds, measured=("lambda1",))
+        for name, one in workload.relatives.items()
+        if name in OUTSIDE
     }
 
 
@@ -154,60 +154,44 @@ RANK = Exhibit(
 _TITLES: Mapping[str, str] = {attack: "noise" if attack == "noise" else attack.upper() for attack in DISTURBANCES}
 
 
-def _accuracies(run: FinishedRun, attack: str) -> list[float]:
-    found = cast(RobustAccuracy, run.results[f"robustness-{attack}"])
-    return [found.clean, *found.accuracies.tolist()]
-
-
-def _robust_table(evidence: Evidence) -> pd.DataFrame:
-    found = [
-        {**run.whose, "attack": attack, "share": share, "test_accuracy": 100 * accuracy}
-        for run in evidence.runs
-        for attack, shares in DISTURBANCES.items()
-        for share, accuracy in zip((0.0, *shares), _accuracies(run, attack), strict=True)
-    ]
-    return as_table(found)
-
-
 def _draw_disturbed(table: pd.DataFrame, _: Evidence) -> Any:
     panels = {}
     for attack, title in _TITLES.items():
-        x, label, factor = ("sigma", r"$\sigma$", 1) if attack == "noise" else ("epsilon", r"255 $\epsilon$", 255)
+        factor, label = (1, r"$\sigma$") if attack == "noise" else (255, r"255 $\epsilon$")
         mine = rows(table, attack=attack)
-        panels[title] = Sweep(
-            mine.assign(**{x: factor * mine["share"]}), x, "test_accuracy", label, "test accuracy (%)", log=False
-        )
+        sized = mine.assign(size=factor * mine["share"])
+        panels[title] = Sweep(sized, "size", "test_accuracy", label, "test accuracy (%)", log=False)
     return pictures.sweep(panels, columns=len(panels), share_y=True)
 
 
-def _above_sgd(size: int, by: float) -> Compare:
+def _above_sgd(table: pd.DataFrame, size: int, above: float) -> list[Comparison]:
     """Compare MSAM and SAM with SGD, under every disturbance of one size: 0 for the smallest, −1 for the largest."""
-
-    def words(attack: str, share: float) -> str:
-        return f"{_TITLES[attack]} at " + (f"σ = {share:g}" if attack == "noise" else f"ε = {255 * share:.0f}/255")
-
-    return lambda table: [
-        difference(
-            table[(table["attack"] == attack) & np.isclose(table["share"], shares[size])],
-            "test_accuracy",
-            name,
-            "SGD",
-            f"{{pair}} ({words(attack, shares[size])}), gain",
-            unit="points",
-            above=by,
-        )
-        for name in ("MSAM", "SAM")
-        for attack, shares in DISTURBANCES.items()
-    ]
+    found = []
+    for name, (attack, shares) in itertools.product(("MSAM", "SAM"), DISTURBANCES.items()):
+        at = f"σ = {shares[size]:g}" if attack == "noise" else f"ε = {255 * shares[size]:.0f}/255"
+        own, label = rows(table, attack=attack, share=shares[size]), f"{{pair}} ({_TITLES[attack]} at {at}), gain"
+        found.append(difference(own, "test_accuracy", name, "SGD", label, unit="points", above=above))
+    return found
 
 
 DISTURBED = Exhibit(
     "robustness",
     wants=lambda workload, seeds: each(workload, workload.perturbations, seeds, measured=("robustness",)),
-    table=_robust_table,
+    table=lambda evidence: as_table(
+        [
+            {**run.whose, "attack": attack, "share": share, "test_accuracy": 100 * accuracy}
+            for run in evidence.runs
+            for attack, shares in DISTURBANCES.items()
+            for found in [cast(RobustAccuracy, run.results[f"robustness-{attack}"])]
+            for share, accuracy in zip((0.0, *shares), (found.clean, *found.accuracies.tolist()), strict=True)
+        ]
+    ),
     draw=_draw_disturbed,
     constants={"far": f"{FAR:g}"},
-    comparisons={"small": _above_sgd(0, by=FAR), "strong": _above_sgd(-1, by=0.0)},
+    comparisons={
+        "small": lambda table: _above_sgd(table, 0, above=FAR),
+        "strong": lambda table: _above_sgd(table, -1, above=0.0),
+    },
 )
 
 MODELS_AND_TASKS = (WARMUP, OUTSIDE_VISION)

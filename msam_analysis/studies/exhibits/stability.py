@@ -10,9 +10,9 @@ import pandas as pd
 
 from msam_analysis.results.statistics import summarise
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import NEGATIVE, SAME, Comparison, by_seed, compared
+from msam_analysis.studies.claims import NEGATIVE, SAME, Comparison, by_seed, compared, difference
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
-from msam_analysis.studies.exhibits.grids import ACCURACIES, against, paired, summary
+from msam_analysis.studies.exhibits.grids import ACCURACIES, against, summary
 from msam_analysis.studies.exhibits.wanted import base, each, scaled
 from msam_analysis.studies.runs import Run, variant
 from msam_analysis.studies.tables import as_table, of_training, outcomes, rows
@@ -28,6 +28,8 @@ _NEAR = 1.01
 SETTINGS = {"lr": r"learning rate $\eta$", "momentum": r"momentum $\mu$", "batch_size": "batch size"}
 """What is varied, one at a time, and its name on an axis."""
 _SHORT = {"lr": "η", "momentum": "μ", "batch_size": "batch size"}
+_LABEL = r"mean $\cos(v_{t-1},\, g_t)$"
+_POINTS: Mapping[str, Any] = {"scale": 100, "unit": "points"}
 _ORDER = {False: "every sample once an epoch", True: "drawn with replacement"}
 
 
@@ -63,10 +65,7 @@ def _draw(table: pd.DataFrame, name: str, label: str, **switches: bool) -> Any:
 
 # A5, A6, A7: the cosine
 def _cosine_runs(workload: Workload, seeds: int) -> list[Run]:
-    """Return SGD at every value of every setting, with every sample once an epoch and with replacement.
-
-    Larger batches get more epochs, for the same number of steps.
-    """
+    """Return SGD at every value of every setting, in both orders; larger batches get more epochs, for as many steps."""
     own, settings = workload.recipe, values(workload)
     recipes: list[dict[str, Any]] = [{name: value} for name in ("lr", "momentum") for value in settings[name]]
     recipes += [
@@ -116,10 +115,7 @@ COSINE = Exhibit(
     wants=_cosine_runs,
     table=_cosine_table,
     draw=lambda table, _: _draw(
-        table.assign(optimizer=table["replacement"].map(_ORDER)),
-        "cosine",
-        r"mean $\cos(v_{t-1},\, g_t)$",
-        zero_line=True,
+        table.assign(optimizer=table["replacement"].map(_ORDER)), "cosine", _LABEL, zero_line=True
     ),
     shown=_shown_cosines,
     comparisons={
@@ -137,13 +133,9 @@ COSINE = Exhibit(
 def _gain_runs(workload: Workload, seeds: int) -> list[Run]:
     """Return SGD and MSAM, at the same ρ throughout, at every learning rate and momentum."""
     recipes = [{setting: value} for setting in ("lr", "momentum") for value in values(workload)[setting]]
-    family = {"SGD": None, "MSAM": base(workload, "MSAM")}
-    return [
-        run
-        for recipe in recipes
-        for name, perturbation in family.items()
-        for run in each(variant(workload, name, perturbation, **recipe), (name,), seeds)
-    ]
+    base(workload, "MSAM")  # one number throughout, or an error
+    tried = [variant(workload, "SGD", None, **recipe) for recipe in recipes]
+    return [run for one in tried for run in each(one, ("SGD", "MSAM"), seeds)]
 
 
 def _gain_table(evidence: Evidence) -> pd.DataFrame:
@@ -162,9 +154,7 @@ def _shown_gains(table: pd.DataFrame) -> pd.DataFrame:
 
 def _gains(table: pd.DataFrame, near: bool) -> list[Comparison]:
     return [
-        paired(
-            f"{_SHORT[str(setting)]} = {value:g}, MSAM − SGD", rows(own, optimizer="MSAM"), rows(own, optimizer="SGD")
-        )
+        difference(own, "test_accuracy", "MSAM", "SGD", f"{_SHORT[str(setting)]} = {value:g}, {{pair}}", **_POINTS)
         for (setting, value), own in rows(table, near=near).groupby(["setting", "value"], sort=False)
     ]
 
@@ -203,10 +193,10 @@ def _budget_table(evidence: Evidence) -> pd.DataFrame:
 
 
 def _budgets(table: pd.DataFrame, short: bool, **region: Any) -> list[Comparison]:
-    label = "{} epochs' gradients, MSAM − SAM"
+    groups, label = rows(table, short=short).groupby("budget"), "{} epochs' gradients, {{pair}}"
     return [
-        paired(label.format(budget), rows(own, optimizer="MSAM"), rows(own, optimizer="SAM"), **region)
-        for budget, own in rows(table, short=short).groupby("budget")
+        difference(own, "test_accuracy", "MSAM", "SAM", label.format(budget), **_POINTS, **region)
+        for budget, own in groups
     ]
 
 

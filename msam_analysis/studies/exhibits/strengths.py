@@ -19,7 +19,7 @@ from msam_analysis.studies.claims import NEGATIVE, SAME, SAME_ACCURACY, Comparis
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.exhibits.grids import ACCURACIES, against, best, best_of_each, gains, paired, plateau
 from msam_analysis.studies.exhibits.wanted import base, grid, plain, scaled
-from msam_analysis.studies.runs import Run
+from msam_analysis.studies.runs import Run, variant
 from msam_analysis.studies.tables import FinishedRun, as_table, mean_of, of_training, outcomes, rows
 from msam_analysis.studies.workloads import Workload
 
@@ -86,7 +86,7 @@ def _faster(label: str, other: pd.DataFrame, table: pd.DataFrame) -> Comparison:
 
 
 def _nesterov(table: pd.DataFrame) -> list[Comparison]:
-    own = {"optimizer": "NAG", "sign": 1, "rho": min}
+    own = {"optimizer": "NAG", "sign": 1, "rho": part(table, "NAG")["rho"].min()}
     better = gains([("best MSAM − NAG at ρ = μ, test accuracy", _POSITIVE["MSAM"], own)], above=GAIN)
     return [_faster("train loss of SGD / of NAG at ρ = μ", rows(table, **own), table), *better(table)]
 
@@ -150,9 +150,9 @@ def step_runs(workload: Workload, seeds: int) -> list[Run]:
     """Return the runs of −ρ v/‖v‖, −ρ v and −ρ η v, with positive ρ; the first and the last are those of F2AB."""
     # At the peak learning rate as long as Nesterov's.
     rho = scaled(base(workload, "NAG").rho, 0) * workload.recipe.lr
-    unnormalised = Perturbation(direction="momentum", normalize="none", rho=rho)
+    unnormalised = variant(workload, "MSAM", Perturbation(direction="momentum", normalize="none", rho=rho))
     runs = plain(workload, seeds) + grid(workload, "MSAM", POSITIVE, seeds)
-    runs += grid(workload, "MSAM", _UNNORMALISED, seeds, around=unnormalised)
+    runs += grid(unnormalised, "MSAM", _UNNORMALISED, seeds)
     return runs + grid(workload, "NAG", _NAG_POSITIVE, seeds)
 
 
@@ -265,9 +265,9 @@ def _other_runs(workload: Workload, seeds: int) -> list[Run]:
     for scale in ("none", "relative"):
         noise = Perturbation(direction="random", rho=base(workload, "MSAM").rho, scale=scale)
         last = dataclasses.replace(noise, direction="last_gradient")
-        runs += grid(workload, "random", _NOISE, seeds, around=noise)
-        runs += grid(workload, "last gradient", _COARSE, seeds, around=last, sign=1)
-        runs += grid(workload, "last gradient", _COARSE, seeds, around=last, sign=-1)
+        runs += grid(variant(workload, "random", noise), "random", _NOISE, seeds)
+        for sign in (1, -1):
+            runs += grid(variant(workload, "last gradient", last), "last gradient", _COARSE, seeds, sign=sign)
     return runs
 
 

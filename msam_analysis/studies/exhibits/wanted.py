@@ -13,22 +13,15 @@ from msam_analysis.studies.runs import Run, variant
 from msam_analysis.studies.watching import SLOW
 from msam_analysis.studies.workloads import Workload
 
+Names = Iterable[str]
+
 
 def each(
-    workload: Workload,
-    names: Iterable[str],
-    seeds: int,
-    *,
-    watched: Iterable[str] = (),
-    measured: Iterable[str] = (),
-    replacement: bool = False,
+    workload: Workload, names: Names, seeds: int, watched: Names = (), measured: Names = (), replacement: bool = False
 ) -> list[Run]:
     """Return runs of some optimizers of a workload; attributes as in :class:`~msam_analysis.studies.runs.Run`."""
-    return [
-        Run(workload, name, seed, replacement, frozenset(watched), frozenset(measured))
-        for name in names
-        for seed in range(seeds)
-    ]
+    known = replacement, frozenset(watched), frozenset(measured)
+    return [Run(workload, name, seed, *known) for name in names for seed in range(seeds)]
 
 
 def networks(workload: Workload, seeds: int) -> list[Run]:
@@ -90,19 +83,10 @@ def plain(workload: Workload, seeds: int) -> list[Run]:
 
 
 def grid(
-    workload: Workload,
-    label: str,
-    sixths: Iterable[int],
-    seeds: int,
-    around: Perturbation | None = None,
-    watched: Iterable[str] = (),
-    **switches: Any,
+    workload: Workload, label: str, sixths: Iterable[int], seeds: int, watched: Names = (), **switches: Any
 ) -> list[Run]:
-    """Return the runs of a perturbation at strengths around its own, in sixths of a decade.
-
-    The perturbation is ``around``, by default the workload's own under that label, with other ``switches``.
-    """
-    middle = dataclasses.replace(around or base(workload, label), **switches)
+    """Return the runs of a perturbation, with other ``switches``, around its own strength, in sixths of a decade."""
+    middle = dataclasses.replace(base(workload, label), **switches)
     strengths = [dataclasses.replace(middle, rho=scaled(middle.rho, sixth)) for sixth in sixths]
     tried = [variant(workload, label, strength) for strength in strengths]
     return [run for one in tried for run in each(one, (label,), seeds, watched=watched)]
