@@ -32,14 +32,14 @@ ONE_IN = 5
 
 def held_out(workload: Workload) -> Workload:
     """Return a workload that trains on four fifths of the training samples and tests on the fifth, labels as given."""
-    train, test = (_of(_fold, workload.train, tested) for tested in (False, True))
-    augmented = None if workload.augmented is None else _of(_others, workload.augmented)
+    train, test = (_part(_fold, workload.train, tested) for tested in (False, True))
+    augmented = None if workload.augmented is None else _part(_others, workload.augmented)
     name = f"{workload.name}, a fifth held out"
     return dataclasses.replace(workload, name=name, train=train, test=test, augmented=augmented)
 
 
 # The same function for the same data, by which their fingerprint is known.
-_of = functools.lru_cache(functools.partial)
+_part = functools.lru_cache(functools.partial)
 
 
 # Its images are those of the training batches, in their order.

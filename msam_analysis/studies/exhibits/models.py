@@ -74,7 +74,7 @@ WARMUP = Exhibit(
 )
 
 
-# outside of vision
+# Outside of vision
 def _outside_runs(workload: Workload, seeds: int) -> dict[str, list[Run]]:
     return {
         name: each(one, (unperturbed(one), *_PERTURBED), seeds, measured=("lambda1",))
