@@ -17,11 +17,17 @@ import pandas as pd
 
 from msam_analysis.report.page import Claim, Verdict, plus_minus
 from msam_analysis.results.statistics import LEVEL, Interval, mean_interval
+from msam_analysis.studies.tables import rows
 
 FAR = 2.0
 """So many points of accuracy count as "far above" where the paper gives no bound."""
+SAME_ACCURACY = 1.0
+"""A difference of fewer points of test accuracy counts as none."""
 
-Values = npt.NDArray[np.float64]
+NEGATIVE: Mapping[str, Any] = {"above": -math.inf, "below": 0.0}
+SAME: Mapping[str, Any] = {"above": -SAME_ACCURACY, "below": SAME_ACCURACY}
+"""Regions of claims that something is negative, and that accuracies are the same."""
+
 Compare = Callable[[Any], list["Comparison"]]
 """What was found to what is compared."""
 
@@ -142,27 +148,32 @@ class PaperClaim:
         )
 
 
-def by_seed(frame: pd.DataFrame, optimizer: str, column: str) -> Values:
-    """Return a column for one optimizer, ordered by seed."""
-    part = frame[frame["optimizer"] == optimizer].sort_values("seed")
-    values: Values = part[column].to_numpy(dtype=np.float64)
+def compared(label: str, values: npt.ArrayLike, **region: Any) -> Comparison:
+    """Compare numbers, one a seed; ``region``: unit and bounds of the comparison."""
+    return Comparison(label, mean_interval(values), **region)
+
+
+def by_seed(table: pd.DataFrame, column: str, **where: object) -> pd.Series[float]:
+    """Return a column by seed, of the rows that :func:`~msam_analysis.studies.tables.rows` finds."""
+    values: pd.Series[float] = rows(table, **where).set_index("seed")[column].sort_index()
     return values
 
 
 def difference(
-    frame: pd.DataFrame, column: str, larger: str, smaller: str, *, scale: float = 1.0, unit: str = ""
+    frame: pd.DataFrame, column: str, larger: str, smaller: str, label: str = "{pair}", scale: float = 1, **region: Any
 ) -> Comparison:
-    """Compare ``column`` of two optimizers, paired by seed."""
-    values = by_seed(frame, larger, column) - by_seed(frame, smaller, column)
-    return Comparison(f"{larger} − {smaller}", mean_interval(scale * values), unit)
+    """Compare ``column`` of two optimizers, paired by seed; in the label ``{pair}`` stands for their names."""
+    values = by_seed(frame, column, optimizer=larger) - by_seed(frame, column, optimizer=smaller)
+    return compared(label.replace("{pair}", f"{larger} − {smaller}"), scale * values, **region)
 
 
-def ratio(frame: pd.DataFrame, column: str, larger: str, smaller: str) -> Comparison:
-    """Compare the ratio of ``column`` of two optimizers, paired by seed; see :func:`times`."""
-    return times(f"{larger} / {smaller}", by_seed(frame, larger, column), by_seed(frame, smaller, column))
+def ratio(frame: pd.DataFrame, column: str, larger: str, smaller: str, label: str = "{pair}") -> Comparison:
+    """Compare the ratio of ``column`` of two optimizers, paired by seed; see :func:`times` and :func:`difference`."""
+    first, second = (by_seed(frame, column, optimizer=name) for name in (larger, smaller))
+    return times(label.replace("{pair}", f"{larger} / {smaller}"), first, second)
 
 
-def times(label: str, larger: Values, smaller: Values, at_least: float = 1.0) -> Comparison:
+def times(label: str, larger: pd.Series[float], smaller: pd.Series[float], at_least: float = 1.0) -> Comparison:
     """Compare the logarithm of ``larger / smaller`` with that of ``at_least``.
 
     Where a number is not positive there is no such logarithm: then ``larger − smaller`` must exceed
@@ -171,28 +182,16 @@ def times(label: str, larger: Values, smaller: Values, at_least: float = 1.0) ->
     if (larger <= 0).any() or (smaller <= 0).any():
         excess = larger - smaller - (at_least - 1) * np.abs(smaller)
         multiple = "" if at_least == 1 else f" − {at_least - 1:g} · |second|"
-        return Comparison(f"{label} (not all positive: first − second{multiple})", mean_interval(excess))
-    values = np.log(larger) - np.log(smaller)
-    return Comparison(label, mean_interval(values), factor=True, above=math.log(at_least))
+        return compared(f"{label} (not all positive: first − second{multiple})", excess)
+    return compared(label, np.log(larger) - np.log(smaller), factor=True, above=math.log(at_least))
 
 
 def over_seeds(what: str, column: str, *by: str, where: Mapping[str, object] | None = None, **region: Any) -> Compare:
-    """Return a function that makes one :class:`Comparison` of a column's values for every group of a table.
+    """Return a function that compares a column's values, one a seed, for every group ``by`` columns of a table.
 
-    ``what``: Name of the numbers, for the label.
-    ``column``: Column with one number a seed.
-    ``*by``: Columns whose values make the groups, and name them in the label.
-    ``where``: Columns to the value that a row must have there to be looked at; default all rows.
-    ``**region``: Unit and bounds of the comparisons.
+    The label is the group's name and ``what``; ``where`` tells which :func:`~msam_analysis.studies.tables.rows` count.
     """
-
-    def compare(table: pd.DataFrame) -> list[Comparison]:
-        found = []
-        for name, value in (where or {}).items():
-            table = table[table[name] == value]
-        for group, part in table.groupby([*by], sort=False):
-            values = part.sort_values("seed")[column].to_numpy(dtype=np.float64)
-            found.append(Comparison(f"{' '.join(map(str, group))}, {what}", mean_interval(values), **region))
-        return found
-
-    return compare
+    return lambda table: [
+        compared(f"{' '.join(map(str, group))}, {what}", by_seed(part, column), **region)
+        for group, part in rows(table, **(where or {})).groupby([*by], sort=False)
+    ]

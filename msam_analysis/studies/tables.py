@@ -34,6 +34,11 @@ class FinishedRun:
     results: Mapping[str, Result]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def whose(self) -> dict[str, Any]:
+        """Optimizer and seed, as columns of a table."""
+        return {"optimizer": self.optimizer, "seed": self.seed}
+
 
 @dataclass(frozen=True, eq=False)
 class Tables:
@@ -84,17 +89,16 @@ def as_table(data: Any) -> pd.DataFrame:
     return table
 
 
-def outcomes(runs: Sequence[FinishedRun]) -> pd.DataFrame:
+def rows(table: pd.DataFrame, **where: Any) -> pd.DataFrame:
+    """Return the rows that have these values in these columns; a tuple stands for any of its values."""
+    for name, value in where.items():
+        table = table[table[name].isin(value) if isinstance(value, tuple) else table[name] == value]
+    return table
+
+
+def outcomes(runs: Iterable[FinishedRun]) -> pd.DataFrame:
     """Return one row per run: optimizer, seed, its settings (see ``Run.settings``) and its scores."""
-    return per_run(runs, lambda run: {**run.settings, **run.scores})
-
-
-def per_run(
-    runs: Iterable[FinishedRun], columns: Callable[[FinishedRun], Mapping[str, object]], **same: object
-) -> pd.DataFrame:
-    """Return one row per run: optimizer, seed, what is the ``same`` for all of them, and what ``columns`` gives."""
-    rows = [{"optimizer": run.optimizer, "seed": run.seed, **same, **columns(run)} for run in runs]
-    return as_table(rows)
+    return as_table([{**run.whose, **run.settings, **run.scores} for run in runs])
 
 
 def of_training(steps: pd.DataFrame, statistic: Callable[[pd.DataFrame], float]) -> float:
@@ -106,20 +110,32 @@ def of_training(steps: pd.DataFrame, statistic: Callable[[pd.DataFrame], float])
     return float(statistic(steps)) if np.isfinite(steps["train_batch_loss"]).all() else math.nan
 
 
+def mean_of(column: str, *, skipna: bool = True) -> Callable[[pd.DataFrame], float]:
+    """Return the statistic that is the mean of a column; by default of what is recorded there."""
+    return lambda steps: float(steps[column].mean(skipna=skipna))
+
+
+def statistics(steps: pd.DataFrame, **each: Callable[[pd.DataFrame], float]) -> dict[str, float]:
+    """Return several statistics of a run's records by name, see :func:`of_training`."""
+    return {name: of_training(steps, statistic) for name, statistic in each.items()}
+
+
 def cosines(steps: pd.DataFrame) -> pd.Series[float]:
     """Return the cosine of momentum and gradient of every step but the first, at which there is no momentum."""
     recorded: pd.Series[float] = steps["cosine"].iloc[1:]
     return recorded
 
 
-def mean_cosine(steps: pd.DataFrame) -> float:
-    """Return the mean of :func:`cosines`."""
-    return float(cosines(steps).mean(skipna=False))
-
-
 def negative_share(values: pd.Series[float]) -> float:
     """Return how many of some numbers are negative, in percent; NaN where one of them is."""
     return math.nan if values.isna().any() or values.empty else 100 * float((values < 0).mean())
+
+
+COSINE: Mapping[str, Callable[[pd.DataFrame], float]] = {
+    "cosine": lambda steps: float(cosines(steps).mean(skipna=False)),
+    "negative": lambda steps: negative_share(cosines(steps)),
+}
+"""Statistics of the cosine of momentum and gradient: its mean, and the share of steps at which it is negative."""
 
 
 def tabulate(runs: Sequence[FinishedRun], controls: Sequence[FinishedRun] = ()) -> Tables:
@@ -146,7 +162,7 @@ def _balls(run: FinishedRun) -> list[BallSharpness]:
 
 
 def _row(run: FinishedRun) -> dict[str, object]:
-    row: dict[str, object] = {"optimizer": run.optimizer, "seed": run.seed, **run.scores}
+    row: dict[str, object] = {**run.whose, **run.scores}
     pairs = cast(Eigenpairs, run.results["lanczos"])
     for index, (value, residual) in enumerate(zip(pairs.values.tolist(), pairs.residuals.tolist(), strict=True), 1):
         row |= {f"lambda_{index}": value, f"lambda_{index}_residual": residual}
@@ -163,7 +179,7 @@ def _row(run: FinishedRun) -> dict[str, object]:
 
 
 def _stack(runs: Sequence[FinishedRun], frames: Callable[[FinishedRun], Iterable[pd.DataFrame]]) -> pd.DataFrame:
-    parts = [frame.assign(optimizer=run.optimizer, seed=run.seed) for run in runs for frame in frames(run)]
+    parts = [frame.assign(**run.whose) for run in runs for frame in frames(run)]
     first = ["optimizer", "seed"]
     table: pd.DataFrame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=first)
     return as_table(table[first + [column for column in table.columns if column not in first]])

@@ -11,16 +11,16 @@ import pandas as pd
 import pytest
 
 from msam import Jump
-from msam_analysis.studies.exhibits import Exhibit, cosines, mechanisms, models, schematic, solutions
+from msam_analysis.studies.exhibits import Exhibit, mechanisms, models, schematic
 from msam_analysis.studies.measuring import DISTURBANCES
 from msam_analysis.studies.watching import OFFSETS
 
 EXHIBITS = (
     schematic.SCHEMATIC,
     *mechanisms.MECHANISMS,
-    *cosines.COSINES,
+    *mechanisms.COSINES,
     *models.MODELS_AND_TASKS,
-    *solutions.SOLUTIONS,
+    *models.SOLUTIONS,
 )
 
 
@@ -187,29 +187,29 @@ CASES: list[tuple[Exhibit, int, Callable[[], pd.DataFrame], Callable[[], pd.Data
     (mechanisms.ANGLE, 0, lambda: roots(1.6), lambda: roots(1.4)),
     (mechanisms.ALONG, 0, lambda: valley(0.2), lambda: valley(-0.2)),
     (mechanisms.ALONG, 1, lambda: valley(0.2), lambda: valley(-0.2)),
-    (cosines.MODELS, 0, lambda: cosine_rows(80.0, 0.4), lambda: cosine_rows(40.0, 0.4)),
-    (cosines.MODELS, 1, lambda: cosine_rows(80.0, 0.4), lambda: cosine_rows(80.0, 0.6)),
-    (cosines.MODELS, 1, lambda: cosine_rows(80.0, 0.4), lambda: cosine_rows(80.0, -0.1)),
+    (mechanisms.MODELS, 0, lambda: cosine_rows(80.0, 0.4), lambda: cosine_rows(40.0, 0.4)),
+    (mechanisms.MODELS, 1, lambda: cosine_rows(80.0, 0.4), lambda: cosine_rows(80.0, 0.6)),
+    (mechanisms.MODELS, 1, lambda: cosine_rows(80.0, 0.4), lambda: cosine_rows(80.0, -0.1)),
     (
-        cosines.CONDITIONS,
+        mechanisms.CONDITIONS,
         0,
         lambda: conditions("cosine", -0.1, "constant"),
         lambda: conditions("cosine", 0.1, "constant"),
     ),
     (
-        cosines.CONDITIONS,
+        mechanisms.CONDITIONS,
         1,
         lambda: conditions("own_cosine_fresh", 0.4),
         lambda: conditions("own_cosine_fresh", -0.4),
     ),
     (
-        cosines.CONDITIONS,
+        mechanisms.CONDITIONS,
         2,
         lambda: conditions("own_cosine_fixed", 0.9),
         lambda: conditions("own_cosine_fixed", 0.7),
     ),
     (
-        cosines.CONDITIONS,
+        mechanisms.CONDITIONS,
         3,
         lambda: conditions("held_out_cosine_fresh", -0.1),
         lambda: conditions("held_out_cosine_fresh", 0.1),
@@ -221,11 +221,11 @@ CASES: list[tuple[Exhibit, int, Callable[[], pd.DataFrame], Callable[[], pd.Data
     (models.WARMUP, 1, lambda: warmup(1.0), lambda: warmup(-1.0)),
     (models.WARMUP, 2, lambda: warmup(1.0), lambda: warmup(-1.0)),
     *((models.OUTSIDE_VISION, i, lambda: other_tasks(1.0, 3.0), lambda: other_tasks(3.0, 30.0)) for i in range(4)),
-    (solutions.RANK, 0, lambda: ranks(90.0, 60.0, 50.0), lambda: ranks(90.0, 50.0, 60.0)),
-    (solutions.RANK, 0, lambda: ranks(90.0, 60.0, 50.0), lambda: ranks(50.0, 60.0, 40.0)),
-    (solutions.DISTURBED, 0, lambda: disturbed(20.0, 30.0), lambda: disturbed(30.0, 20.0)),
-    (solutions.DISTURBED, 0, lambda: disturbed(20.0, 22.5), lambda: disturbed(20.0, 21.5)),
-    (solutions.DISTURBED, 1, lambda: disturbed(20.0, 30.0), lambda: disturbed(30.0, 20.0)),
+    (models.RANK, 0, lambda: ranks(90.0, 60.0, 50.0), lambda: ranks(90.0, 50.0, 60.0)),
+    (models.RANK, 0, lambda: ranks(90.0, 60.0, 50.0), lambda: ranks(50.0, 60.0, 40.0)),
+    (models.DISTURBED, 0, lambda: disturbed(20.0, 30.0), lambda: disturbed(30.0, 20.0)),
+    (models.DISTURBED, 0, lambda: disturbed(20.0, 22.5), lambda: disturbed(20.0, 21.5)),
+    (models.DISTURBED, 1, lambda: disturbed(20.0, 30.0), lambda: disturbed(30.0, 20.0)),
 ]
 
 
@@ -251,11 +251,11 @@ def test_without_a_warmup_nothing_is_told() -> None:
 def test_how_far_is_far_is_said() -> None:
     for claim, found in (
         (models.WARMUP.claims[0], warmup(1.0)),
-        (solutions.DISTURBED.claims[0], disturbed(20.0, 30.0)),
+        (models.DISTURBED.claims[0], disturbed(20.0, 30.0)),
     ):
         assert claim.judge(found).measured.endswith("required: gain more than 2 points")
 
 
 def test_what_is_required_of_every_model_is_said_once() -> None:
-    required = cosines.MODELS.claims[1].judge(cosine_rows(80.0, 0.4)).measured.partition("; required: ")[2]
+    required = mechanisms.MODELS.claims[1].judge(cosine_rows(80.0, 0.4)).measured.partition("; required: ")[2]
     assert required == "mean cos(v_t, g_t) between 0.25 and 0.5"

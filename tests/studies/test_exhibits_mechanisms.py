@@ -18,7 +18,7 @@ from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.results.statistics import summarise
 from msam_analysis.studies.exhibits import EXHIBITS as ALL
-from msam_analysis.studies.exhibits import core, cosines, mechanisms, models, schematic, solutions, wanted
+from msam_analysis.studies.exhibits import core, mechanisms, models, schematic, wanted
 from msam_analysis.studies.exhibits.base import Exhibit, Finding, find
 from msam_analysis.studies.jobs import job
 from msam_analysis.studies.measuring import DISTURBANCES, last_block
@@ -44,8 +44,8 @@ def relative(name: str) -> Workload:
 WORKLOAD = dataclasses.replace(
     wanted.with_recipe(TOY, epochs=3), relatives={name: relative(name) for name in ("transformer", "text")}
 )
-TRAINING = (*mechanisms.MECHANISMS, *cosines.COSINES)
-EXHIBITS = (schematic.SCHEMATIC, *TRAINING, *models.MODELS_AND_TASKS, *solutions.SOLUTIONS)
+TRAINING = (*mechanisms.MECHANISMS, *mechanisms.COSINES)
+EXHIBITS = (schematic.SCHEMATIC, *TRAINING, *models.MODELS_AND_TASKS, *models.SOLUTIONS)
 Finished = dict[str, FinishedRun]
 by_name = pytest.mark.parametrize("exhibit", EXHIBITS, ids=lambda exhibit: exhibit.name)
 
@@ -133,7 +133,7 @@ def test_rates(finished: Finished) -> None:
 
 
 def test_cosines_of_models(finished: Finished) -> None:
-    table = table_of(cosines.MODELS, finished)
+    table = table_of(mechanisms.MODELS, finished)
     assert set(table["problem"]) == {"toy", "transformer", "text"}
     assert set(table.loc[table["problem"] == "text", "optimizer"]) == {"AdamW", "MSAM"}
     run = finished[Run(WORKLOAD.relatives["text"], "AdamW", 1).identity]
@@ -220,7 +220,7 @@ def test_scores_of_other_tasks(finished: Finished) -> None:
 
 
 def test_ranks(finished: Finished) -> None:
-    table = table_of(solutions.RANK, finished)
+    table = table_of(models.RANK, finished)
     row = table.query("optimizer == 'SAM' and seed == 0").iloc[0]
     model = train(WORKLOAD, "SAM", 0, every=None).model
     assert isinstance(model, torch.nn.Sequential)
@@ -238,8 +238,8 @@ def test_last_blocks() -> None:
 
 
 def test_accuracies_begin_at_the_clean_one(finished: Finished) -> None:
-    table = table_of(solutions.DISTURBED, finished)
-    for run in solutions.DISTURBED.evidence(WORKLOAD, SEEDS, finished).runs:
+    table = table_of(models.DISTURBED, finished)
+    for run in models.DISTURBED.evidence(WORKLOAD, SEEDS, finished).runs:
         mine = table[(table["optimizer"] == run.optimizer) & (table["seed"] == run.seed)]
         clean = mine.loc[mine["share"] == 0, "test_accuracy"]
         assert clean.to_numpy() == pytest.approx(100 * run.scores["test_accuracy"])
@@ -338,7 +338,7 @@ def test_a_workload_without_relatives_is_not_taken_for_one(exhibit: Exhibit, fin
 
 
 def test_one_model_is_not_every_model(finished: Finished) -> None:
-    finding = find(cosines.MODELS, ALONE, SEEDS, finished)
+    finding = find(mechanisms.MODELS, ALONE, SEEDS, finished)
     assert finding.table is not None
     assert set(finding.table["problem"]) == {"toy"}
     assert [claim.measured != "not measured" for claim in finding.claims] == [False, True]

@@ -25,7 +25,6 @@ Finished = dict[str, FinishedRun]
 
 # The example of CONTRIBUTING.md begins here.
 GAP = Exhibit(
-    ids=(),
     name="gap",
     wants=lambda workload, seeds: each(workload, ("SGD", "MSAM"), seeds),
     table=lambda evidence: outcomes(evidence.runs).assign(gap=lambda runs: runs["test_loss"] - runs["train_loss"]),
@@ -66,6 +65,7 @@ def test_a_new_exhibit_is_found(finished: Finished) -> None:
     assert finding.table is not None
     assert finding.table["optimizer"].to_list() == ["SGD"] * SEEDS + ["MSAM"] * SEEDS
     (claim,) = finding.claims
+    assert GAP.ids == (), "a control answers no figure"
     gaps = [
         [run.scores["test_loss"] - run.scores["train_loss"] for run in finished.values() if run.optimizer == name]
         for name in ("SGD", "MSAM")
@@ -104,6 +104,12 @@ def test_groups_have_the_exhibit_s_names(finished: Finished) -> None:
         "MSAM": {"MSAM"},
         "SGD": {"SGD"},
     }
+
+
+def test_a_network_that_is_wanted_twice_is_handed_over_once(finished: Finished) -> None:
+    """Rounding makes points of a grid meet where a workload is small."""
+    twice = dataclasses.replace(GAP, wants=lambda workload, seeds: each(workload, ("SGD", "MSAM", "SGD"), seeds))
+    assert [run.optimizer for run in twice.evidence(TOY, 1, finished).runs] == ["SGD", "MSAM"]
 
 
 def test_a_table_without_rows_tells_nothing(finished: Finished) -> None:

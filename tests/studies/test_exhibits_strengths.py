@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 from msam import Constant, Perturbation
 from msam_analysis.studies.augmentation import Augmentation
 from msam_analysis.studies.cifar100 import Augmented
-from msam_analysis.studies.exhibits import choosing, grids, strengths
+from msam_analysis.studies.exhibits import choosing, grids, strengths, wanted
 from msam_analysis.studies.exhibits.base import Exhibit, find
 from msam_analysis.studies.exhibits.choosing import CHOOSING, RULES
 from msam_analysis.studies.exhibits.strengths import STRENGTHS
@@ -155,8 +155,8 @@ def change(column: str, value: float, where: dict[str, object], *, factor: float
 
     def changed(frame: pd.DataFrame) -> pd.DataFrame:
         chosen = pd.Series(True, index=frame.index)
-        for name, wanted in where.items():
-            chosen &= frame[name] == wanted
+        for name, value_there in where.items():
+            chosen &= frame[name] == value_there
         assert chosen.any()
         other: pd.DataFrame = frame.assign(**{column: frame[column].where(~chosen, frame[column] * factor + value)})
         return other
@@ -216,7 +216,7 @@ def test_controls_are_marked() -> None:
 
 
 def test_a_grid_is_laid_around_the_workload_s_own() -> None:
-    runs = grids.grid(TOY, "MSAM", (-6, 0, 3), 2)
+    runs = wanted.grid(TOY, "MSAM", (-6, 0, 3), 2)
     assert [(run.settings["rho"], run.seed) for run in runs] == [
         (rho, seed) for rho in (0.03, 0.3, 0.949) for seed in (0, 1)
     ]
@@ -231,7 +231,7 @@ def test_a_grid_is_laid_around_the_workload_s_own() -> None:
 )
 def test_no_grid(perturbation: Perturbation | None, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        grids.base(dataclasses.replace(TOY, perturbations={"MSAM": perturbation}), "MSAM")
+        wanted.base(dataclasses.replace(TOY, perturbations={"MSAM": perturbation}), "MSAM")
 
 
 def test_the_best_is_by_the_mean_and_the_smallest_of_equals() -> None:

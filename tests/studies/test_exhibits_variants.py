@@ -14,9 +14,9 @@ import torch
 from matplotlib import pyplot as plt
 
 from msam import Perturbation, normalization_layers
-from msam_analysis.studies.exhibits import variants
+from msam_analysis.studies.exhibits import strengths
 from msam_analysis.studies.exhibits.base import Exhibit, find
-from msam_analysis.studies.exhibits.variants import KINDS, VARIANTS
+from msam_analysis.studies.exhibits.strengths import KINDS, VARIANTS
 from msam_analysis.studies.measuring import scores
 from msam_analysis.studies.tables import FinishedRun
 from msam_analysis.studies.training import train
@@ -25,7 +25,7 @@ from .finished import finished_of, judged
 from .toy import TOY
 
 HOLDS, FAILS = "holds", "does not hold"
-VARIANT, OTHER = variants.VARIANT.claims, variants.OTHER.claims
+VARIANT, OTHER = strengths.VARIANT.claims, strengths.OTHER.claims
 Finished = dict[str, FinishedRun]
 
 
@@ -55,7 +55,7 @@ def test_findings_are_whole(exhibit: Exhibit, finished: Finished) -> None:
 
 
 def test_every_variant_of_both_families_is_there(finished: Finished) -> None:
-    table = table_of(variants.VARIANT, finished)
+    table = table_of(strengths.VARIANT, finished)
     kinds = list(dict.fromkeys(zip(table["optimizer"], table["variant"], strict=True)))
     assert kinds == [("SGD", ""), *((family, name) for family in ("SAM", "MSAM") for name in KINDS)]
 
@@ -69,7 +69,7 @@ def test_every_variant_of_both_families_is_there(finished: Finished) -> None:
     ],
 )
 def test_a_row_trained_again(family: str, name: str, switches: dict[str, str], finished: Finished) -> None:
-    table = table_of(variants.VARIANT, finished)
+    table = table_of(strengths.VARIANT, finished)
     row = table[(table["optimizer"] == family) & (table["variant"] == name) & (table["seed"] == 1)].iloc[-1]
     perturbation = Perturbation(rho=row["rho"], **switches)  # type: ignore[arg-type]  # words of the table
     workload = dataclasses.replace(TOY, perturbations={family: perturbation})
@@ -78,7 +78,7 @@ def test_a_row_trained_again(family: str, name: str, switches: dict[str, str], f
 
 
 def test_other_directions_are_told_apart(finished: Finished) -> None:
-    table = table_of(variants.OTHER, finished)
+    table = table_of(strengths.OTHER, finished)
     others = table[~table["optimizer"].isin(("SGD", "MSAM"))]
     assert set(zip(others["kind"], others["scale"], strict=True)) == {
         (kind, scale) for kind in ("random", "+ last gradient", "− last gradient") for scale in ("absolute", "relative")
@@ -93,7 +93,7 @@ def test_other_directions_are_told_apart(finished: Finished) -> None:
 def test_the_subset_is_one_value_and_draws_from_no_global_generator() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
-    one, two = variants.normalization_subset(TOY), variants.normalization_subset(TOY)
+    one, two = strengths.normalization_subset(TOY), strengths.normalization_subset(TOY)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())  # type: ignore[index]
     assert one == two

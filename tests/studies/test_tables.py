@@ -20,7 +20,7 @@ from msam_analysis.studies import store
 from msam_analysis.studies.exhibits import EXHIBITS, choose
 from msam_analysis.studies.measuring import LINES
 from msam_analysis.studies.runs import Run
-from msam_analysis.studies.tables import FinishedRun, Tables, tabulate
+from msam_analysis.studies.tables import FinishedRun, Tables, rows, tabulate
 from msam_analysis.studies.training import Trained, train
 
 from .toy import TOY
@@ -417,3 +417,11 @@ def test_exhibits_can_be_chosen() -> None:
 def test_unknown_exhibits(bad: list[str]) -> None:
     with pytest.raises(ValueError, match=f"unknown exhibit '{bad[-1]}': expected some of"):
         choose(bad)
+
+
+def test_rows_by_their_values() -> None:
+    table = pd.DataFrame({"optimizer": ["SGD", "SAM", "MSAM", "SAM"], "seed": [0, 0, 1, 1], "x": [1.0, 2.0, 3.0, 4.0]})
+    assert rows(table)["x"].to_list() == [1.0, 2.0, 3.0, 4.0]
+    assert rows(table, optimizer="SAM")["x"].to_list() == [2.0, 4.0]
+    assert rows(table, optimizer=("MSAM", "SAM"), seed=1)["x"].to_list() == [3.0, 4.0]
+    assert rows(table, optimizer="NAG").empty

@@ -37,6 +37,12 @@ def test_a_difference_in_words() -> None:
     assert comparison.text() == f"A − B: {mean:.2f} ± {half:.2f} points"
 
 
+def test_a_label_with_the_names_of_the_pair() -> None:
+    table = table_of(A=[0.5, 0.62, 0.7], B=[0.4, 0.5, 0.6])
+    assert difference(table, "value", "A", "B", "text, {pair}").label == "text, A − B"
+    assert ratio(table, "value", "A", "B", "{pair} along momentum").label == "A / B along momentum"
+
+
 def test_an_effect_size_is_cohens_d_of_the_paired_differences() -> None:
     """Mean over standard deviation, positive where the claim says; toward the nearer bound of a region."""
     comparison = difference(table_of(A=[0.5, 0.62, 0.7], B=[0.4, 0.5, 0.6]), "value", "A", "B", scale=100)

@@ -7,23 +7,19 @@ from collections.abc import Sequence
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit, Finding, find
 from msam_analysis.studies.exhibits.choosing import CHOOSING
 from msam_analysis.studies.exhibits.core import CORE, main_tables
-from msam_analysis.studies.exhibits.cosines import COSINES
-from msam_analysis.studies.exhibits.mechanisms import MECHANISMS
-from msam_analysis.studies.exhibits.models import MODELS_AND_TASKS
+from msam_analysis.studies.exhibits.mechanisms import COSINES, MECHANISMS
+from msam_analysis.studies.exhibits.models import MODELS_AND_TASKS, SOLUTIONS
 from msam_analysis.studies.exhibits.schematic import SCHEMATIC
-from msam_analysis.studies.exhibits.solutions import SOLUTIONS
 from msam_analysis.studies.exhibits.stability import STABILITY
-from msam_analysis.studies.exhibits.strengths import STRENGTHS
-from msam_analysis.studies.exhibits.variants import VARIANTS
+from msam_analysis.studies.exhibits.strengths import STRENGTHS, VARIANTS
 from msam_analysis.studies.exhibits.wanted import controls, networks
 from msam_analysis.studies.prose import of_exhibits
 
-_ALL = (
-    *(SCHEMATIC, *CORE, *STRENGTHS, *VARIANTS, *STABILITY, *MECHANISMS, *COSINES, *MODELS_AND_TASKS, *SOLUTIONS),
-    CHOOSING,
-)
+_PAPER = (SCHEMATIC, *CORE, *STRENGTHS, *VARIANTS, *STABILITY, *MECHANISMS, *COSINES, *MODELS_AND_TASKS, *SOLUTIONS)
 
-EXHIBITS: tuple[Exhibit, ...] = tuple(sorted(_ALL, key=lambda exhibit: [*of_exhibits()].index(exhibit.name)))
+EXHIBITS: tuple[Exhibit, ...] = tuple(
+    sorted((*_PAPER, CHOOSING), key=lambda exhibit: [*of_exhibits()].index(exhibit.name))
+)
 """In the order of their words, which is the report's: the paper's order, and then what is not in it."""
 
 

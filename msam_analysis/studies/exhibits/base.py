@@ -13,7 +13,7 @@ from msam_analysis.report.page import Claim
 from msam_analysis.studies import prose
 from msam_analysis.studies.claims import Compare, PaperClaim
 from msam_analysis.studies.prose import Prose
-from msam_analysis.studies.runs import Run
+from msam_analysis.studies.runs import Run, gather
 from msam_analysis.studies.store import DivergedError
 from msam_analysis.studies.tables import FinishedRun
 from msam_analysis.studies.workloads import Workload
@@ -23,32 +23,28 @@ Wanted = Sequence[Run] | Mapping[str, Sequence[Run]]
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """The finished runs that an exhibit wanted, and no others.
-
-    ``workload``: The workload of the study.
-    ``seeds``: Number of seeds of every network.
-    ``groups``: The finished runs of every group, by the exhibit's name for it; all under ``""`` where it wanted a list.
-    """
+    """The finished runs that an exhibit wanted, and no others, by its names of groups; those of a list under ``""``."""
 
     workload: Workload
     seeds: int
     groups: Mapping[str, Sequence[FinishedRun]]
 
     @property
+    def named(self) -> list[tuple[str, FinishedRun]]:
+        """The runs of all groups, in the order in which they are wanted, each with the name of its group."""
+        return [(name, run) for name, group in self.groups.items() for run in group]
+
+    @property
     def runs(self) -> list[FinishedRun]:
-        """The runs of all groups, in the order in which they are wanted."""
-        return [run for group in self.groups.values() for run in group]
+        """The runs of all groups."""
+        return [run for _, run in self.named]
 
 
 @dataclass(frozen=True, eq=False)
 class Finding:
-    """What an exhibit found.
+    """What an exhibit found: the figure and its table, a short one for the report, claims with verdicts, and a note.
 
-    ``draw``: Function that makes the figure and returns its axes. None where there is nothing to show.
-    ``table``: The table that is written beside the figure. None where there is nothing to show.
-    ``claims``: The claims with their verdicts.
-    ``shown``: A short table for the report.
-    ``note``: The note for the report: what a reader must know.
+    ``draw`` makes the figure and returns its axes; it and the tables are None where there is nothing to show.
     """
 
     draw: Callable[[], Any] | None
@@ -62,7 +58,6 @@ class Finding:
 class Exhibit:
     """A figure of the report: the runs behind it, its table, and the claims about it. :func:`find` does the rest.
 
-    ``ids``: Ids of the paper's figures and tables that the exhibit answers; empty for an addition of ours.
     ``name``: Name of its files.
     ``wants``: Function of the workload and the number of seeds. It returns the runs that the exhibit needs: a list, or
         lists by the name of a group.
@@ -80,7 +75,6 @@ class Exhibit:
         under the exhibit's name in ``templates/exhibits.md.j2``.
     """
 
-    ids: tuple[str, ...]
     name: str
     wants: Callable[[Workload, int], Wanted]
     table: Callable[[Evidence], Any]
@@ -104,15 +98,21 @@ class Exhibit:
             )
         return prose.of_exhibits()[self.name]
 
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Ids of the paper's figures and tables that it answers: those of its claims; of an addition of ours none."""
+        return tuple(dict.fromkeys(key for key, *_, control in self.prose.claims.values() if not control))
+
     @functools.cached_property
     def claims(self) -> tuple[PaperClaim, ...]:
         """What is tested on the table."""
         return self.prose.claimed(self.comparisons, self.constants)
 
     def groups(self, workload: Workload, seeds: int) -> Mapping[str, Sequence[Run]]:
-        """Return the runs that it needs, by group."""
+        """Return the runs that it needs, by group, each network once in its group."""
         wanted = self.wants(workload, seeds)
-        return wanted if isinstance(wanted, Mapping) else {"": wanted}
+        groups = wanted if isinstance(wanted, Mapping) else {"": wanted}
+        return {name: [*gather(runs).values()] for name, runs in groups.items()}
 
     def runs(self, workload: Workload, seeds: int) -> list[Run]:
         """Return all the runs that it needs."""
@@ -127,14 +127,9 @@ class Exhibit:
 
 
 def find(exhibit: Exhibit, workload: Workload, seeds: int, finished: Mapping[str, FinishedRun]) -> Finding:
-    """Return what an exhibit finds in finished runs.
+    """Return what an exhibit finds in finished runs, known by :attr:`~msam_analysis.studies.runs.Run.identity`.
 
     Where it needs what a diverged network does not have, nothing is found, and the claims say why.
-
-    ``exhibit``: The exhibit.
-    ``workload``: Workload of the study.
-    ``seeds``: Number of seeds of every network.
-    ``finished``: Finished runs by :attr:`~msam_analysis.studies.runs.Run.identity`, with at least those of the exhibit.
     """
     evidence = exhibit.evidence(workload, seeds, finished)
     try:
@@ -143,7 +138,7 @@ def find(exhibit: Exhibit, workload: Workload, seeds: int, finished: Mapping[str
         facts = exhibit.facts(table, evidence) if found else {}
         note = prose.fill(exhibit.prose.note, {"found": found, **exhibit.constants, **facts})
         if not found:
-            return _untold(exhibit.claims, note=note)
+            return Finding(None, claims=_untold(exhibit), note=note)
         return Finding(
             draw=functools.partial(exhibit.draw, table, evidence),
             table=exhibit.written(table),
@@ -152,10 +147,10 @@ def find(exhibit: Exhibit, workload: Workload, seeds: int, finished: Mapping[str
             note=note,
         )
     except DivergedError as error:
-        return _untold(exhibit.claims, measured=f"not measured: {error}")
+        return Finding(None, claims=_untold(exhibit, f"not measured: {error}"))
 
 
-def _untold(claims: Sequence[PaperClaim], *, note: str = "", measured: str = "not measured") -> Finding:
-    """Return a finding of nothing, in which no claim can be told."""
-    judged = [replace(claim, compare=lambda _: []).judge(None) for claim in claims]
-    return Finding(None, claims=[replace(claim, measured=measured) for claim in judged], note=note)
+def _untold(exhibit: Exhibit, measured: str = "not measured") -> list[Claim]:
+    """Return the claims where nothing was found."""
+    judged = [replace(claim, compare=lambda _: []).judge(None) for claim in exhibit.claims]
+    return [replace(claim, measured=measured) for claim in judged]

@@ -13,14 +13,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from msam_analysis.results.statistics import mean_interval, summarise
 from msam_analysis.studies import pictures
 from msam_analysis.studies.cifar100 import Augmented
-from msam_analysis.studies.claims import Compare, Comparison
+from msam_analysis.studies.claims import SAME_ACCURACY, Compare, by_seed, compared
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
-from msam_analysis.studies.exhibits.grids import SAME_ACCURACY, best, grid, once
+from msam_analysis.studies.exhibits.grids import against, best, summary
 from msam_analysis.studies.exhibits.strengths import POSITIVE, part, strength_table
-from msam_analysis.studies.pictures import Sweep
+from msam_analysis.studies.exhibits.wanted import grid
 from msam_analysis.studies.runs import Run
 from msam_analysis.studies.tables import as_table, outcomes
 from msam_analysis.studies.workloads import Batches, Workload
@@ -33,21 +32,14 @@ ONE_IN = 5
 
 def held_out(workload: Workload) -> Workload:
     """Return a workload that trains on four fifths of the training samples and tests on the fifth, labels as given."""
-    trained, tested = _folds(workload.train)
-    augmented = None if workload.augmented is None else _thinned(workload.augmented)
+    train, test = (_part(_fold, workload.train, tested) for tested in (False, True))
+    augmented = None if workload.augmented is None else _part(_others, workload.augmented)
     name = f"{workload.name}, a fifth held out"
-    return dataclasses.replace(workload, name=name, train=trained, test=tested, augmented=augmented)
+    return dataclasses.replace(workload, name=name, train=train, test=test, augmented=augmented)
 
 
-# The same two functions for the same data, by which their fingerprint is known.
-@functools.lru_cache
-def _folds(train: Callable[[], Batches]) -> tuple[Callable[[], Batches], Callable[[], Batches]]:
-    return functools.partial(_fold, train, False), functools.partial(_fold, train, True)
-
-
-@functools.lru_cache
-def _thinned(augmented: Callable[[], Augmented]) -> Callable[[], Augmented]:
-    return functools.partial(_others, augmented)
+# The same function for the same data, by which their fingerprint is known.
+_part = functools.lru_cache(functools.partial)
 
 
 # Its images are those of the training batches, in their order.
@@ -72,7 +64,7 @@ def _is_held_out(samples: int) -> Tensor:
 def _runs(workload: Workload, seeds: int) -> dict[str, list[Run]]:
     """Return the runs of F2AB with positive ρ of SAM and MSAM, and those of MSAM with samples held out."""
     sam, msam = (grid(workload, name, POSITIVE, seeds, watched=("rise",)) for name in ("SAM", "MSAM"))
-    return {"whole": once([*sam, *msam]), "held out": grid(held_out(workload), "MSAM", _HELD_OUT, seeds)}
+    return {"whole": sam + msam, "held out": grid(held_out(workload), "MSAM", _HELD_OUT, seeds)}
 
 
 RULES = {
@@ -87,37 +79,31 @@ RULES = {
 
 
 def rule_table(table: pd.DataFrame, validation: pd.DataFrame) -> pd.DataFrame:
-    """Return what every rule chooses for every seed, and what that costs.
+    """Return what every rule chooses for every seed, and the points ``lost`` to the ρ that is best in the mean.
 
-    ``table``: Table of :func:`~msam_analysis.studies.exhibits.strengths.strength_table`, for SAM and MSAM with positive
-        ρ.
-    ``validation``: MSAM with samples held out: ``seed``, ``rho`` and the ``test_accuracy`` on the samples held out.
-    Returns: ``rule``, ``seed``, ``rho``, its ``test_accuracy`` and ``lost``: the points to the ρ that is best in the
-        mean over seeds, on the same seed.
+    ``table`` is that of the strengths, for positive ρ; ``validation`` has MSAM's accuracy on the samples held out.
     """
     msam, sam = part(table, "MSAM"), best(part(table, "SAM"))
     accuracy = msam.pivot_table(index="seed", columns="rho", values="test_accuracy")
     losses, rises = (msam.pivot(index="seed", columns="rho", values=name) for name in ("train_loss", "rise"))
     held = validation.pivot_table(index="seed", columns="rho", values="test_accuracy")
-    goal = sam.set_index("seed")["rise"]
+    goal, best_rho = by_seed(sam, "rise"), accuracy.mean().idxmax()
     tenfold = np.abs(np.log(accuracy.columns.to_numpy(dtype=np.float64) / (10 * sam["rho"].iloc[0])))
     rows: list[dict[str, Any]] = []
     for seed in accuracy.index:
+        others = accuracy.drop(index=seed)
         chosen = {
             "held out": held.loc[seed].idxmax(),
             "held out, all seeds": held.mean().idxmax(),
             "rise": _least((rises.loc[seed] - goal[seed]).abs()),
             "tenfold": accuracy.columns[int(tenfold.argmin())],
+            **({"other seeds": others.mean().idxmax()} if len(others) else {}),
             "train loss": _least(losses.loc[seed]),
         }
-        others = accuracy.drop(index=seed)
-        if len(others):
-            chosen["other seeds"] = others.mean().idxmax()
-        for rule in (rule for rule in RULES if rule in chosen):
-            rho, best_rho = float(chosen[rule]), accuracy.mean().idxmax()
+        for rule, rho in chosen.items():
             reached = math.nan if math.isnan(rho) else float(accuracy.loc[seed, rho])
             lost = 100 * (float(accuracy.loc[seed, best_rho]) - reached)
-            rows.append({"rule": rule, "seed": seed, "rho": rho, "test_accuracy": reached, "lost": lost})
+            rows.append({"rule": rule, "seed": seed, "rho": float(rho), "test_accuracy": reached, "lost": lost})
     return as_table(rows)
 
 
@@ -134,36 +120,28 @@ def _sources(evidence: Evidence) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def _draw(_: pd.DataFrame, evidence: Evidence) -> Any:
     table, validation = _sources(evidence)
-    curves = pd.concat(
-        [
-            part(table, "MSAM").assign(optimizer="test set"),
-            validation[["seed", "rho", "test_accuracy"]].assign(optimizer="held out, labels as given"),
-        ]
-    )
+    whole, held = part(table, "MSAM"), validation[["seed", "rho", "test_accuracy"]]
+    curves = pd.concat([whole.assign(optimizer="test set"), held.assign(optimizer="held out, labels as given")])
+    rise = {"rise": r"mean rise $L(w+\varepsilon) - L(w)$"}
     return pictures.sweep(
         [
-            Sweep(curves, "rho", "test_accuracy", r"$\rho$ of MSAM", "accuracy (%)", percent=True),
-            Sweep(table, "rho", "rise", r"$\rho$", r"mean rise $L(w+\varepsilon) - L(w)$", log_y=True),
+            *against(curves, "rho", r"$\rho$ of MSAM", {"test_accuracy": "accuracy (%)"}),
+            *against(table, "rho", r"$\rho$", rise, log_y=True),
         ]
     )
 
 
 def _shown(found: pd.DataFrame) -> pd.DataFrame:
-    percent = found.assign(test_accuracy=100 * found["test_accuracy"])
-    shown = summarise(percent, ["rule"], ["rho", "test_accuracy", "lost"]).drop(columns="count")
+    shown = summary(found, ["rule"], ["rho", "test_accuracy", "lost"])
     return as_table(shown.assign(rule=shown["rule"].map(RULES)))
 
 
-def _loses_little(rule: str) -> Compare:
-    def compare(found: pd.DataFrame) -> list[Comparison]:
-        lost = found.loc[found["rule"] == rule, "lost"].to_numpy(dtype=np.float64)
-        return [Comparison("MSAM, lost", mean_interval(lost), "points", above=-math.inf, below=SAME_ACCURACY)]
-
-    return compare
+def _lost(rule: str) -> Compare:
+    where, region = {"rule": rule}, {"above": -math.inf, "below": SAME_ACCURACY}
+    return lambda found: [compared("MSAM, lost", by_seed(found, "lost", **where), unit="points", **region)]
 
 
 CHOOSING = Exhibit(
-    (),
     "choosing_rho",
     wants=_runs,
     table=lambda evidence: rule_table(*_sources(evidence)),
@@ -171,10 +149,10 @@ CHOOSING = Exhibit(
     shown=_shown,
     constants={"rules": RULES},
     comparisons={
-        "held_out": _loses_little("held out"),
-        "held_out_all": _loses_little("held out, all seeds"),
-        "rise": _loses_little("rise"),
-        "tenfold": _loses_little("tenfold"),
+        "held_out": _lost("held out"),
+        "held_out_all": _lost("held out, all seeds"),
+        "rise": _lost("rise"),
+        "tenfold": _lost("tenfold"),
     },
 )
 """For readers: part of no figure of the paper."""

@@ -12,26 +12,28 @@ import pandas as pd
 
 from msam_analysis import plots
 from msam_analysis.results import Slice1D, Slice2D
-from msam_analysis.results.statistics import mean_interval, summarise
+from msam_analysis.results.statistics import summarise
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import Compare, Comparison, Values, by_seed, difference, ratio, times
+from msam_analysis.studies.claims import Compare, Comparison, by_seed, compared, difference, over_seeds, ratio, times
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
 from msam_analysis.studies.exhibits.wanted import controls, networks
 from msam_analysis.studies.measuring import LINES
 from msam_analysis.studies.runs import Run
 from msam_analysis.studies.store import DivergedError
-from msam_analysis.studies.tables import FinishedRun, Tables, as_table, cosines, negative_share, of_training, tabulate
+from msam_analysis.studies.tables import COSINE, FinishedRun, Tables, as_table, cosines, mean_of, statistics, tabulate
 from msam_analysis.studies.workloads import Workload
 
-CURVATURES = tuple(f"curvature_{name}" for name in ("momentum", "gradient", "random"))
-_EPOCH = ["optimizer", "seed", "epoch"]
-
+CURVATURES = {f"curvature_{name}": f"along {name}" for name in ("momentum", "gradient", "random")}
 MUCH = 3.0
 """How many times larger counts as "much larger" where the paper gives no number."""
 FADED = 0.05
 """A cosine smaller than this counts as gone to 0."""
 SAME_COST = 0.05
 """A difference of fewer gradients per step counts as none."""
+
+_EPOCH = ["optimizer", "seed", "epoch"]
+_LOSSES = ("loss_before", "loss_after")
+_SCORES = ["train_accuracy", "test_accuracy", "train_loss", "test_loss"]
 
 
 def main_tables(workload: Workload, seeds: int, finished: Mapping[str, FinishedRun]) -> Tables | None:
@@ -78,21 +80,13 @@ def _cosines(tables: Tables) -> pd.DataFrame:
 
 
 def _draw_cosine(tables: Tables, _: Evidence) -> Any:
-    per_epoch = _per_epoch(tables.steps, "cosine")
-    quantities = {"cosine": "every sample once an epoch"}
+    drawn, quantities = _per_epoch(tables.steps, "cosine"), {"cosine": "every sample once an epoch"}
     if len(tables.controls):
         control = _per_epoch(tables.controls, "cosine").rename(columns={"cosine": "control"})
-        per_epoch = per_epoch.merge(control, on=_EPOCH, how="left")
+        drawn = drawn.merge(control, on=_EPOCH, how="left")
         quantities["control"] = "control: samples drawn with replacement"
-    return pictures.over_training(
-        per_epoch, quantities, x="epoch", zero_line=True, label=r"$\cos(v_{t-1},\, g_t)$, mean per epoch"
-    )
-
-
-def _draw_curvature(tables: Tables, _: Evidence) -> Any:
-    quantities = {name: name.replace("curvature_", "along ") for name in CURVATURES}
-    recorded = _per_epoch(tables.steps, *quantities)
-    return pictures.over_training(recorded, quantities, x="epoch", log=True, label=r"$d^\top H d \,/\, d^\top d$")
+    label = r"$\cos(v_{t-1},\, g_t)$, mean per epoch"
+    return pictures.over_training(drawn, quantities, x="epoch", zero_line=True, label=label)
 
 
 def _draw_lines(_: Tables, evidence: Evidence) -> Any:
@@ -114,173 +108,125 @@ def _plane_rises(tables: Tables) -> pd.DataFrame:
     return summarise(tables.runs, "optimizer", "rise_on_plane")
 
 
-# What is tested
-
-
-def _per_seed(steps: pd.DataFrame, optimizer: str, statistic: Callable[[pd.DataFrame], float]) -> Values:
-    part = steps[steps["optimizer"] == optimizer]
-    return np.array([of_training(run, statistic) for _, run in part.groupby("seed")], dtype=np.float64)
-
-
-def _same_cost(tables: Tables) -> list[Comparison]:
-    sgd, sam, msam = (by_seed(tables.runs, name, "gradients_per_step") for name in ("SGD", "SAM", "MSAM"))
-    return [
-        Comparison(f"{label}, gradients a step", mean_interval(values), above=-SAME_COST, below=SAME_COST)
-        for label, values in (("MSAM − SGD", msam - sgd), ("SAM − 2 SGD", sam - 2 * sgd))
-    ]
-
-
-def _each(
-    steps: pd.DataFrame, what: str, statistic: Callable[[pd.DataFrame], float], **region: Any
-) -> list[Comparison]:
-    """Compare a statistic of every run's records, one comparison per optimizer."""
-    names = dict.fromkeys(steps["optimizer"])
-    return [Comparison(f"{name}, {what}", mean_interval(_per_seed(steps, name, statistic)), **region) for name in names]
-
-
-def _mostly_negative(steps: pd.DataFrame) -> list[Comparison]:
-    return _each(steps, "steps with a negative cosine", lambda run: negative_share(cosines(run)), unit="%", above=50.0)
-
-
-def _fades_out(tables: Tables) -> list[Comparison]:
-    last = int(tables.steps["epoch"].max())
+def _trained(steps: pd.DataFrame) -> pd.DataFrame:
+    """Return what the records say of every training, one row per run."""
+    last = steps["epoch"].max() if len(steps) else math.nan
 
     def size(run: pd.DataFrame, first: float, end: float) -> float:
         return abs(float(cosines(run)[run["epoch"].between(first, end)].mean(skipna=False)))
 
-    def left(run: pd.DataFrame) -> float:
-        return size(run, last, last)
+    asked: dict[str, Callable[[pd.DataFrame], float]] = {
+        "negative": COSINE["negative"],
+        "left": lambda run: size(run, last, last),
+        "fall": lambda run: size(run, 0.25 * last, 0.75 * last) - size(run, last, last),
+    }
+    asked |= {name: mean_of(name) for name in ("rise", *CURVATURES) if name in steps}
+    groups = steps.groupby(["optimizer", "seed"], sort=False)
+    rows = [{"optimizer": name, "seed": seed, **statistics(run, **asked)} for (name, seed), run in groups]
+    return as_table(rows) if rows else steps
 
-    def fall(run: pd.DataFrame) -> float:
-        return size(run, 0.25 * last, 0.75 * last) - left(run)
 
+def _of_training(*compares: Compare) -> Compare:
+    return lambda tables: [found for compare in compares for found in compare(_trained(tables.steps))]
+
+
+def _of_runs(compare: Callable[..., Comparison], column: str, *pairs: tuple[str, str], **region: Any) -> Compare:
+    return lambda tables: [compare(tables.runs, column, *pair, **region) for pair in pairs]
+
+
+def _cost(tables: Tables) -> list[Comparison]:
+    sgd, sam, msam = (by_seed(tables.runs, "gradients_per_step", optimizer=name) for name in ("SGD", "SAM", "MSAM"))
+    costs = {"MSAM − SGD": msam - sgd, "SAM − 2 SGD": sam - 2 * sgd}
     return [
-        *_each(tables.steps, "|cosine| mid-training − last epoch", fall),
-        *_each(tables.steps, "|cosine| in the last epoch", left, above=-math.inf, below=FADED),
+        compared(f"{name}, gradients a step", cost, above=-SAME_COST, below=SAME_COST) for name, cost in costs.items()
     ]
 
 
-def _rises(tables: Tables) -> list[Comparison]:
-    perturbed = tables.steps[tables.steps["optimizer"].isin(("SAM", "MSAM"))]
-    return _each(perturbed, "mean L(w + ε) − L(w)", lambda run: float(run["rise"].mean()))
-
-
-def _curvature(steps: pd.DataFrame, optimizer: str, direction: str) -> Values:
-    return _per_seed(steps, optimizer, lambda run: float(run[f"curvature_{direction}"].mean()))
-
-
-def _momentum_curvature(tables: Tables) -> list[Comparison]:
+def _much_larger(runs: pd.DataFrame) -> list[Comparison]:
     return [
-        times(
-            f"{name}, momentum / random",
-            _curvature(tables.steps, name, "momentum"),
-            _curvature(tables.steps, name, "random"),
-            MUCH,
-        )
-        for name in dict.fromkeys(tables.steps["optimizer"])
+        times(f"{name}, momentum / random", by_seed(own, "curvature_momentum"), by_seed(own, "curvature_random"), MUCH)
+        for name, own in runs.groupby("optimizer", sort=False)
     ]
 
 
-def _msam_lowest_curvature(tables: Tables) -> list[Comparison]:
-    return [
-        times(
-            f"{other} / MSAM along {direction}",
-            _curvature(tables.steps, other, direction),
-            _curvature(tables.steps, "MSAM", direction),
-        )
-        for direction in ("random", "momentum")
-        for other in ("SGD", "NAG", "SAM")
-    ]
+def _lowest(runs: pd.DataFrame) -> list[Comparison]:
+    along = [(of, *pair, f"{{pair}} along {of}") for of in ("random", "momentum") for pair in _ABOVE_MSAM]
+    return [ratio(runs, f"curvature_{of}", *pair) for of, *pair in along]
 
 
-def _flattest(column: str, best: str) -> Compare:
-    return lambda tables: [
-        ratio(tables.runs, column, other, best) for other in ("SGD", "NAG", "SAM", "MSAM") if other != best
-    ]
-
-
-def _ordered(column: str) -> Compare:
-    return lambda tables: [ratio(tables.runs, column, "SGD", "SAM"), ratio(tables.runs, column, "SAM", "MSAM")]
-
-
-# What is shown
+_NEGATIVE = over_seeds("steps with a negative cosine", "negative", "optimizer", unit="%", above=50.0)
+_FALLING = (("SGD", "SAM"), ("SAM", "MSAM"))
+_ABOVE_SAM = (("SGD", "SAM"), ("NAG", "SAM"), ("MSAM", "SAM"))
+_ABOVE_MSAM = (("SGD", "MSAM"), ("NAG", "MSAM"), ("SAM", "MSAM"))
 
 
 def _main(
-    ids: tuple[str, ...],
     name: str,
     draw: Callable[[Tables, Evidence], Any],
     written: Callable[[Tables], pd.DataFrame],
     constants: Mapping[str, object] | None = None,
     **comparisons: Compare,
 ) -> Exhibit:
-    return Exhibit(
-        ids, name, _wanted, _tables, draw, comparisons, written=written, main=True, constants=constants or {}
-    )
+    return Exhibit(name, _wanted, _tables, draw, comparisons, written=written, main=True, constants=constants or {})
 
 
 CORE: tuple[Exhibit, ...] = (
     _main(
-        ("T1",),
         "accuracy",
         lambda tables, _: pictures.accuracy(tables.runs),
-        lambda tables: summarise(
-            tables.runs, "optimizer", ["train_accuracy", "test_accuracy", "train_loss", "test_loss"]
-        ),
-        better=lambda tables: [
-            difference(tables.runs, "test_accuracy", "MSAM", other, scale=100, unit="points")
-            for other in ("SGD", "NAG")
-        ],
-        cost=_same_cost,
+        lambda tables: summarise(tables.runs, "optimizer", _SCORES),
+        better=_of_runs(difference, "test_accuracy", ("MSAM", "SGD"), ("MSAM", "NAG"), scale=100, unit="points"),
+        cost=_cost,
     ),
     _main(
-        ("F2C",),
         "cosine",
         _draw_cosine,
         _cosines,
-        negative=lambda tables: _mostly_negative(tables.steps),
-        negative_control=lambda tables: _mostly_negative(tables.controls),
-        fades=_fades_out,
+        negative=_of_training(_NEGATIVE),
+        negative_control=lambda tables: _NEGATIVE(_trained(tables.controls)),
+        fades=_of_training(
+            over_seeds("|cosine| mid-training − last epoch", "fall", "optimizer"),
+            over_seeds("|cosine| in the last epoch", "left", "optimizer", above=-math.inf, below=FADED),
+        ),
     ),
     _main(
-        ("A12",),
         "perturbation_rise",
-        lambda tables, _: pictures.perturbation_rise(_per_epoch(tables.steps, "loss_before", "loss_after"), x="epoch"),
-        lambda tables: _summary(tables.steps, "loss_before", "loss_after"),
-        rises=_rises,
+        lambda tables, _: pictures.perturbation_rise(_per_epoch(tables.steps, *_LOSSES)),
+        lambda tables: _summary(tables.steps, *_LOSSES),
+        rises=_of_training(
+            over_seeds("mean L(w + ε) − L(w)", "rise", "optimizer", where={"optimizer": ("SAM", "MSAM")})
+        ),
     ),
     _main(
-        ("A8",),
         "curvature",
-        _draw_curvature,
+        lambda tables, _: pictures.over_training(
+            _per_epoch(tables.steps, *CURVATURES), CURVATURES, log=True, label=r"$d^\top H d \,/\, d^\top d$"
+        ),
         lambda tables: _summary(tables.steps, *CURVATURES),
         {"much": f"{MUCH:g}"},
-        momentum=_momentum_curvature,
-        lowest=_msam_lowest_curvature,
+        momentum=_of_training(_much_larger),
+        lowest=_of_training(_lowest),
     ),
     _main(
-        ("TA1",),
         "eigenvalues",
         lambda tables, _: pictures.eigenvalues(tables.eigenvalues),
         lambda tables: tables.eigenvalues,
-        falls=_ordered("lambda_1"),
+        falls=_of_runs(ratio, "lambda_1", *_FALLING),
     ),
-    _main((), "ball_sharpness", lambda tables, _: pictures.ball_sharpness(tables.balls), lambda tables: tables.balls),
+    _main("ball_sharpness", lambda tables, _: pictures.ball_sharpness(tables.balls), lambda tables: tables.balls),
     _main(
-        ("F4A", "F4B", "F4C"),
         "slices",
         _draw_lines,
         lambda tables: summarise(tables.lines, ["optimizer", "direction", "coordinate", "distance"], "loss"),
-        gradient=_flattest("rise_along_gradient", "SAM"),
-        momentum=_flattest("rise_along_momentum", "MSAM"),
-        random=_flattest("rise_along_random", "MSAM"),
+        gradient=_of_runs(ratio, "rise_along_gradient", *_ABOVE_SAM),
+        momentum=_of_runs(ratio, "rise_along_momentum", *_ABOVE_MSAM),
+        random=_of_runs(ratio, "rise_along_random", *_ABOVE_MSAM),
     ),
     _main(
-        ("A13",),
         "surface",
         lambda _, evidence: plots.slice_2d(_planes(evidence)),
         _plane_rises,
-        ordered=_ordered("rise_on_plane"),
+        ordered=_of_runs(ratio, "rise_on_plane", *_FALLING),
     ),
-    _main((), "relief", lambda _, evidence: plots.surface_3d(_planes(evidence)), _plane_rises),
+    _main("relief", lambda _, evidence: plots.surface_3d(_planes(evidence)), _plane_rises),
 )

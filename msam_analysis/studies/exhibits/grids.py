@@ -1,85 +1,23 @@
-"""Grids of one setting around a workload's own value, and the best of a grid."""
+"""What is found on a grid of one setting: the best, and what is as good."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from msam import Perturbation
-from msam_analysis.results.statistics import mean_interval, summarise
-from msam_analysis.studies.claims import Comparison
+from msam_analysis.results.statistics import summarise
+from msam_analysis.studies.claims import Compare, Comparison, by_seed, compared
 from msam_analysis.studies.pictures import Sweep
-from msam_analysis.studies.runs import Run, gather, variant
-from msam_analysis.studies.tables import as_table
-from msam_analysis.studies.workloads import Workload
+from msam_analysis.studies.tables import as_table, rows
 
-HALF_DECADES = (-6, -3, 0, 3, 6)
-"""A coarse grid, in sixths of a decade around a workload's own value."""
-SAME_ACCURACY = 1.0
-"""A difference of fewer points of test accuracy counts as none."""
-
-
-def base(workload: Workload, name: str) -> Perturbation:
-    """Return a workload's perturbation, around whose strength a grid is laid.
-
-    Raises ValueError: The workload has no perturbation of that name.
-    Raises TypeError: Its ρ is not a number.
-    """
-    perturbation = workload.perturbations.get(name)
-    if perturbation is None:
-        raise ValueError(f"a grid around the ρ of {name} needs that perturbation, got {list(workload.perturbations)}")
-    if not isinstance(perturbation.rho, int | float):
-        raise TypeError(f"a grid around the ρ of {name} needs a number, got {perturbation.rho!r}: give it a constant ρ")
-    return perturbation
-
-
-def scaled(value: Any, sixths: int) -> float:
-    """Return ``value · 10^(sixths/6)`` to three digits, so that grids which meet in a point ask for one network."""
-    return float(f"{value * 10 ** (sixths / 6):.3g}")
-
-
-def plain(workload: Workload, seeds: int) -> list[Run]:
-    """Return the runs without a perturbation."""
-    return [Run(variant(workload, "SGD", None), "SGD", seed) for seed in range(seeds)]
-
-
-def grid(
-    workload: Workload,
-    label: str,
-    sixths: Iterable[int],
-    seeds: int,
-    *,
-    around: Perturbation | None = None,
-    watched: Iterable[str] = (),
-    **switches: Any,
-) -> list[Run]:
-    """Return the runs of a perturbation at strengths around its own, in sixths of a decade.
-
-    The perturbation is ``around``, by default the workload's own under that label, with other ``switches``.
-    """
-    middle = dataclasses.replace(around or base(workload, label), **switches)
-    strengths = [dataclasses.replace(middle, rho=scaled(middle.rho, sixth)) for sixth in sixths]
-    return [
-        Run(variant(workload, label, strength), label, seed, watched=frozenset(watched))
-        for strength in strengths
-        for seed in range(seeds)
-    ]
-
-
-def against_rho(frame: pd.DataFrame) -> Sweep:
-    """Return the panel of test accuracy against ρ."""
-    return Sweep(frame, "rho", "test_accuracy", r"$\rho$", "test accuracy (%)", percent=True)
-
-
-def once(runs: Iterable[Run]) -> list[Run]:
-    """Return every network once; rounding makes points of a grid meet where a workload is small."""
-    return list(gather(runs).values())
+Where = Mapping[str, Any]
+ACCURACIES = {"test_accuracy": "test accuracy (%)", "train_accuracy": "train accuracy (%)"}
+"""Columns, and their names on an axis."""
 
 
 def best(frame: pd.DataFrame, x: str = "rho", y: str = "test_accuracy") -> pd.DataFrame:
@@ -91,51 +29,52 @@ def best(frame: pd.DataFrame, x: str = "rho", y: str = "test_accuracy") -> pd.Da
     return as_table(frame[frame[x] == means.fillna(-math.inf).idxmax()])
 
 
-def best_of_each(frame: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+def summary(table: pd.DataFrame, by: Sequence[str], quantities: Sequence[str]) -> pd.DataFrame:
+    """Return means with their intervals over seeds, accuracies in percent: a short table for the report."""
+    percent = table.assign(**{name: 100 * table[name] for name in quantities if name.endswith("accuracy")})
+    return as_table(summarise(percent, by, quantities).drop(columns="count"))
+
+
+def best_of_each(frame: pd.DataFrame, *by: str) -> pd.DataFrame:
     """Return a short table of the best ρ of every group: its mean accuracies with their intervals, in percent.
 
     ``at_grid_end`` marks a best ρ at an end of its grid, beyond which there may be a better one.
     """
-    rows: list[dict[str, Any]] = []
-    for key, part in frame.groupby(list(by), sort=False):
-        chosen = best(part)
-        percent = chosen.assign(**{name: 100 * chosen[name] for name in ("test_accuracy", "train_accuracy")})
-        row = summarise(percent, ["rho"], ["test_accuracy", "train_accuracy"]).iloc[0].to_dict()
-        tried = sorted(set(part["rho"]))
-        at_end = len(tried) > 1 and row["rho"] in (tried[0], tried[-1])
-        group: dict[str, Any] = dict(zip(by, key, strict=True))
-        rows.append(
-            {
-                **group,
-                **{str(name): value for name, value in row.items()},
-                "tried": len(tried),
-                "at_grid_end": "yes" if at_end else "no",
-            }
-        )
-    return as_table(pd.DataFrame(rows).drop(columns="count"))
+    found = []
+    for _, part in frame.groupby([*by], sort=False):
+        row, tried = summary(best(part), [*by, "rho"], [*ACCURACIES]), sorted(set(part["rho"]))
+        at_end = len(tried) > 1 and row["rho"].iloc[0] in (tried[0], tried[-1])
+        found.append(row.assign(tried=len(tried), at_grid_end="yes" if at_end else "no"))
+    return as_table(pd.concat(found, ignore_index=True))
+
+
+def against(table: pd.DataFrame, x: str, label_x: str, y: Mapping[str, str], **switches: Any) -> list[Sweep]:
+    """Return a panel for every quantity and its label, against a setting."""
+    return [
+        Sweep(table, x, name, label_x, label, percent=name.endswith("accuracy"), **switches)
+        for name, label in y.items()
+    ]
 
 
 def paired(
-    label: str,
-    larger: pd.DataFrame,
-    smaller: pd.DataFrame,
-    column: str = "test_accuracy",
-    *,
-    above: float = 0.0,
-    below: float = math.inf,
+    label: str, larger: pd.DataFrame, smaller: pd.DataFrame, column: str = "test_accuracy", **region: Any
 ) -> Comparison:
     """Compare an accuracy of two settings, in points, paired by seed; each table has one row a seed."""
-    values = 100 * (larger.set_index("seed")[column] - smaller.set_index("seed")[column])
-    return Comparison(label, mean_interval(values.to_numpy(dtype=np.float64)), "points", above=above, below=below)
+    return compared(label, 100 * (by_seed(larger, column) - by_seed(smaller, column)), unit="points", **region)
+
+
+def gains(pairs: Sequence[tuple[str, Where, Where]], column: str = "test_accuracy", **region: Any) -> Compare:
+    """Return a function that compares two settings, each at the ρ of its best test accuracy, by label and ``rows``."""
+    return lambda table: [
+        paired(label, best(rows(table, **larger)), best(rows(table, **smaller)), column, **region)
+        for label, larger, smaller in pairs
+    ]
 
 
 def plateau(x: npt.ArrayLike, y: npt.ArrayLike, drop: float) -> tuple[float, float]:
-    """Return the range of ``x`` around the largest ``y`` in which ``y`` stays within ``drop`` of it.
+    """Return the range of ``x`` around the largest ``y`` in which ``y`` stays within ``drop`` of it, or the ends.
 
-    ``x``: Positive and increasing; ``y`` is interpolated linearly in its logarithm.
-    ``y``: One number for each.
-    ``drop``: How much less still counts.
-    Returns: An end of the grid where it is not left before.
+    ``x`` is positive and increasing; ``y`` is interpolated linearly in its logarithm.
     """
     at, values = np.log(np.asarray(x, dtype=np.float64)), np.asarray(y, dtype=np.float64)
     peak, floor = int(values.argmax()), float(values.max()) - drop

@@ -1,143 +1,111 @@
-"""Other models and other tasks: a vision transformer's warm-up, and what holds outside vision."""
+"""Other models and tasks, a vision transformer's warm-up, and what the networks found are like."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import cast
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
-import numpy as np
 import pandas as pd
 
-from msam_analysis.results import Eigenpairs
-from msam_analysis.results.statistics import mean_interval
+from msam_analysis.results import Eigenpairs, RobustAccuracy
 from msam_analysis.studies import pictures
-from msam_analysis.studies.claims import FAR, Compare, Comparison, difference, ratio
+from msam_analysis.studies.claims import FAR, Compare, Comparison, by_seed, compared, difference, ratio
 from msam_analysis.studies.exhibits.base import Evidence, Exhibit
+from msam_analysis.studies.exhibits.grids import ACCURACIES
 from msam_analysis.studies.exhibits.wanted import after_warmup, each, unperturbed
-from msam_analysis.studies.measuring import SOME
+from msam_analysis.studies.measuring import DISTURBANCES, SOME
+from msam_analysis.studies.pictures import Sweep
 from msam_analysis.studies.runs import Run
-from msam_analysis.studies.tables import FinishedRun, as_table, cosines, mean_cosine, negative_share, of_training
+from msam_analysis.studies.tables import COSINE, FinishedRun, as_table, rows, statistics
 from msam_analysis.studies.workloads import Workload
 
 OUTSIDE = ("text", "table")
 """Relatives that have nothing to do with images."""
 
 _PERTURBED = ("SAM", "MSAM")
+_THROUGHOUT, _LATE = "throughout", "after warm-up only"
 
 
-def _scores(run: FinishedRun) -> dict[str, float | str | int]:
-    return {
-        "optimizer": run.optimizer,
-        "seed": run.seed,
-        "train_accuracy": 100 * run.scores["train_accuracy"],
-        "test_accuracy": 100 * run.scores["test_accuracy"],
-        "test_loss": run.scores["test_loss"],
-    }
+def _scores(run: FinishedRun) -> dict[str, float]:
+    percent = {name: 100 * run.scores[name] for name in ("train_accuracy", "test_accuracy")}
+    return {**run.whose, **percent, "test_loss": run.scores["test_loss"]}
 
 
-# ----------------------------------------------------------------------------------------------- TA2, the warm-up phase
+def _base(table: pd.DataFrame) -> str:
+    """Return the name of the optimizer that does not perturb."""
+    return next(str(name) for name in table["optimizer"] if name not in _PERTURBED)
 
 
+# TA2, the warm-up phase
 def _warmup_runs(workload: Workload, seeds: int) -> dict[str, list[Run]]:
     """Return the runs of the transformer beside the workload; none where there is none."""
     one = workload.relatives.get("transformer")
     if one is None:
         return {}
-    groups = {"throughout": each(one, (unperturbed(one), *_PERTURBED), seeds)}
-    if one.recipe.warmup:
-        late = [each(after_warmup(one, name), (name,), seeds) for name in _PERTURBED]
-        groups["after warm-up only"] = [*late[0], *late[1]]
-    return groups
+    late = [run for name in _PERTURBED for run in each(after_warmup(one, name), (name,), seeds)]
+    throughout = each(one, (unperturbed(one), *_PERTURBED), seeds)
+    return {_THROUGHOUT: throughout, **({_LATE: late} if one.recipe.warmup else {})}
 
 
-def _warmup_table(evidence: Evidence) -> pd.DataFrame:
-    rows = [{"perturbed": when, **_scores(run)} for when, runs in evidence.groups.items() for run in runs]
-    return as_table(rows)
-
-
-def _above_base(table: pd.DataFrame) -> list[Comparison]:
-    whole = table[table["perturbed"] == "throughout"]
-    base = next(name for name in whole["optimizer"] if name not in _PERTURBED)
-    gains = (difference(whole, "test_accuracy", name, base, unit="points") for name in _PERTURBED)
-    return [dataclasses.replace(gain, label=f"{gain.label}, gain", above=FAR) for gain in gains]
+def _above(table: pd.DataFrame) -> list[Comparison]:
+    whole = rows(table, perturbed=_THROUGHOUT)
+    pairs = [(name, _base(whole), "{pair}, gain") for name in _PERTURBED]
+    return [difference(whole, "test_accuracy", *pair, unit="points", above=FAR) for pair in pairs]
 
 
 def _later(table: pd.DataFrame, name: str) -> list[Comparison]:
-    mine = table[table["optimizer"] == name].sort_values("seed")
-    late, always = (
-        mine.loc[mine["perturbed"] == when, "test_accuracy"].to_numpy(dtype=np.float64)
-        for when in ("after warm-up only", "throughout")
-    )
-    if not len(late):
-        return []
-    return [Comparison(f"{name} after warm-up only − throughout", mean_interval(late - always), "points")]
+    late, always = (by_seed(table, "test_accuracy", optimizer=name, perturbed=when) for when in (_LATE, _THROUGHOUT))
+    label = f"{name} after warm-up only − throughout"
+    return [compared(label, late - always, unit="points")] if len(late) else []
 
 
 WARMUP = Exhibit(
-    ("T2", "TA2"),
     "warmup",
     wants=_warmup_runs,
-    table=_warmup_table,
-    draw=lambda table, _: pictures.by_group(
-        table, {"test_accuracy": "test accuracy (%)", "train_accuracy": "train accuracy (%)"}, "perturbed"
-    ),
+    table=lambda evidence: as_table([{"perturbed": when, **_scores(run)} for when, run in evidence.named]),
+    draw=lambda table, _: pictures.by_group(table, ACCURACIES, "perturbed"),
     constants={"far": f"{FAR:g}"},
     comparisons={
-        "above": _above_base,
+        "above": _above,
         "msam_later": lambda table: _later(table, "MSAM"),
         "sam_later": lambda table: _later(table, "SAM"),
     },
 )
 
-# -------------------------------------------------------------------------------------------------- outside of vision
 
-
+# Outside of vision
 def _outside_runs(workload: Workload, seeds: int) -> dict[str, list[Run]]:
-    beside = {name: workload.relatives[name] for name in OUTSIDE if name in workload.relatives}
     return {
-        name: each(one, (unperturbed(one), *_PERTURBED), seeds, measured=("lambda1",)) for name, one in beside.items()
+        name: each(one, (unperturbed(one), *_PERTURBED), seeds, measured=("lambda1",))
+        for name, one in workload.relatives.items()
+        if name in OUTSIDE
     }
 
 
-def _outside_table(evidence: Evidence) -> pd.DataFrame:
-    rows = []
-    for name, runs in evidence.groups.items():
-        for run in runs:
-            pairs = cast(Eigenpairs, run.results["lambda1"])
-            rows.append(
-                {
-                    "problem": name,
-                    **_scores(run),
-                    "lambda_1": float(pairs.values[0]),
-                    "lambda_1_residual": float(pairs.residuals[0]),
-                    "lambda_1_converged": pairs.converged,
-                    "cosine": of_training(run.steps, mean_cosine),
-                    "negative": of_training(run.steps, lambda steps: negative_share(cosines(steps))),
-                }
-            )
-    return as_table(rows)
+def _lambda_1(run: FinishedRun) -> dict[str, object]:
+    pairs = cast(Eigenpairs, run.results["lambda1"])
+    found = {"lambda_1": float(pairs.values[0]), "lambda_1_residual": float(pairs.residuals[0])}
+    return {**found, "lambda_1_converged": pairs.converged}
 
 
-def _everywhere(compare: Callable[[pd.DataFrame, str], Comparison]) -> Compare:
+def _everywhere(compare: Callable[..., Comparison], column: str, name: str, **region: str) -> Compare:
     """Compare every workload's optimizer that does not perturb with another one."""
-
-    def compared(table: pd.DataFrame) -> list[Comparison]:
-        found = []
-        for workload, part in table.groupby("problem", sort=False):
-            base = next(name for name in part["optimizer"] if name not in _PERTURBED)
-            comparison = compare(part, base)
-            found.append(dataclasses.replace(comparison, label=f"{workload}, {comparison.label}"))
-        return found
-
-    return compared
+    return lambda table: [
+        compare(part, column, _base(part), name, f"{workload}, {{pair}}", **region)
+        for workload, part in table.groupby("problem", sort=False)
+    ]
 
 
 OUTSIDE_VISION = Exhibit(
-    (),
     "outside_vision",
     wants=_outside_runs,
-    table=_outside_table,
+    table=lambda evidence: as_table(
+        [
+            {"problem": name, **_scores(run), **_lambda_1(run), **statistics(run.steps, **COSINE)}
+            for name, run in evidence.named
+        ]
+    ),
     draw=lambda table, _: pictures.by_group(
         table,
         {
@@ -151,11 +119,80 @@ OUTSIDE_VISION = Exhibit(
     ),
     constants={"samples": SOME},
     comparisons={
-        "msam_loss": _everywhere(lambda part, base: difference(part, "test_loss", base, "MSAM", unit="nats")),
-        "msam_flat": _everywhere(lambda part, base: ratio(part, "lambda_1", base, "MSAM")),
-        "sam_loss": _everywhere(lambda part, base: difference(part, "test_loss", base, "SAM", unit="nats")),
-        "sam_flat": _everywhere(lambda part, base: ratio(part, "lambda_1", base, "SAM")),
+        "msam_loss": _everywhere(difference, "test_loss", "MSAM", unit="nats"),
+        "msam_flat": _everywhere(ratio, "lambda_1", "MSAM"),
+        "sam_loss": _everywhere(difference, "test_loss", "SAM", unit="nats"),
+        "sam_flat": _everywhere(ratio, "lambda_1", "SAM"),
+    },
+)
+
+# A6r, rank of features
+_RANKS = ("rank", "threshold", "effective_rank", "stable_rank", "numerical_rank", "samples", "dimension")
+
+
+def _draw_ranks(table: pd.DataFrame, _: Evidence) -> Any:
+    quantities = {
+        "rank": f"components for {table['threshold'].iloc[0]:.0%} of the variance",
+        "effective_rank": "effective rank",
+        "stable_rank": "stable rank",
+    }
+    return pictures.by_group(table.assign(features=f"of {table['dimension'].iloc[0]}"), quantities, "features")
+
+
+RANK = Exhibit(
+    "feature_rank",
+    wants=lambda workload, seeds: each(workload, workload.perturbations, seeds, measured=("features",)),
+    table=lambda evidence: as_table(
+        [{**run.whose, **{name: getattr(run.results["features"], name) for name in _RANKS}} for run in evidence.runs]
+    ),
+    draw=_draw_ranks,
+    facts=lambda table, _: {"dimension": table["dimension"].iloc[0], "samples": f"{table['samples'].iloc[0]:,}"},
+    comparisons={"falls": lambda table: [ratio(table, "rank", "SGD", "SAM"), ratio(table, "rank", "SAM", "MSAM")]},
+)
+
+# TA4, disturbed inputs
+_TITLES: Mapping[str, str] = {attack: "noise" if attack == "noise" else attack.upper() for attack in DISTURBANCES}
+
+
+def _draw_disturbed(table: pd.DataFrame, _: Evidence) -> Any:
+    panels = {}
+    for attack, title in _TITLES.items():
+        factor, label = (1, r"$\sigma$") if attack == "noise" else (255, r"255 $\epsilon$")
+        mine = rows(table, attack=attack)
+        sized = mine.assign(size=factor * mine["share"])
+        panels[title] = Sweep(sized, "size", "test_accuracy", label, "test accuracy (%)", log=False)
+    return pictures.sweep(panels, columns=len(panels), share_y=True)
+
+
+def _above_sgd(table: pd.DataFrame, size: int, above: float) -> list[Comparison]:
+    """Compare MSAM and SAM with SGD, under every disturbance of one size: 0 for the smallest, −1 for the largest."""
+    found = []
+    for name, (attack, shares) in itertools.product(("MSAM", "SAM"), DISTURBANCES.items()):
+        at = f"σ = {shares[size]:g}" if attack == "noise" else f"ε = {255 * shares[size]:.0f}/255"
+        own, label = rows(table, attack=attack, share=shares[size]), f"{{pair}} ({_TITLES[attack]} at {at}), gain"
+        found.append(difference(own, "test_accuracy", name, "SGD", label, unit="points", above=above))
+    return found
+
+
+DISTURBED = Exhibit(
+    "robustness",
+    wants=lambda workload, seeds: each(workload, workload.perturbations, seeds, measured=("robustness",)),
+    table=lambda evidence: as_table(
+        [
+            {**run.whose, "attack": attack, "share": share, "test_accuracy": 100 * accuracy}
+            for run in evidence.runs
+            for attack, shares in DISTURBANCES.items()
+            for found in [cast(RobustAccuracy, run.results[f"robustness-{attack}"])]
+            for share, accuracy in zip((0.0, *shares), (found.clean, *found.accuracies.tolist()), strict=True)
+        ]
+    ),
+    draw=_draw_disturbed,
+    constants={"far": f"{FAR:g}"},
+    comparisons={
+        "small": lambda table: _above_sgd(table, 0, above=FAR),
+        "strong": lambda table: _above_sgd(table, -1, above=0.0),
     },
 )
 
 MODELS_AND_TASKS = (WARMUP, OUTSIDE_VISION)
+SOLUTIONS = (RANK, DISTURBED)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from msam_analysis.results.statistics import Interval
 from msam_analysis.studies import pictures
 from msam_analysis.studies.claims import Comparison
 from msam_analysis.studies.exhibits.base import Exhibit
-from msam_analysis.studies.tables import as_table
+from msam_analysis.studies.tables import as_table, rows
 
 LR, MOMENTUM, BEFORE = 0.12, 0.8, 4
 """Recipe of the schematic, and how many plain steps lead to the state that all optimizers share."""
@@ -48,7 +48,7 @@ def one_step(name: str) -> dict[str, float | str]:
     """Return where an optimizer comes from, is, takes its gradient and goes to."""
     w = torch.nn.Parameter(torch.tensor(_START, dtype=torch.float64))
     optimizer = PerturbedSGD([w], lr=LR, momentum=MOMENTUM, perturbation=PERTURBATIONS[name])
-    seen: list[Tensor] = []
+    weights, seen = [w.detach().clone()], []
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -57,20 +57,13 @@ def one_step(name: str) -> dict[str, float | str]:
         value.backward()
         return value
 
-    weights = [_true(optimizer, w)]
     for _ in range(BEFORE + 1):
         optimizer.step(closure)
-        weights.append(_true(optimizer, w))
-    row: dict[str, float | str] = {"optimizer": name}
-    for point, at in zip(_POINTS, (*weights[-3:-1], seen[-1], weights[-1]), strict=True):
-        row |= {f"{point}_x": float(at[0]), f"{point}_y": float(at[1])}
-    return row
-
-
-def _true(optimizer: PerturbedSGD, w: Tensor) -> Tensor:
-    """Return the true weights, also where the optimizer holds perturbed ones."""
-    shift = optimizer.displacement().get(w) if optimizer.perturbed else None
-    return w.detach().clone() if shift is None else w.detach() - shift
+        # The true weights, also where the optimizer holds perturbed ones.
+        shift = optimizer.displacement().get(w) if optimizer.perturbed else None
+        weights.append(w.detach().clone() if shift is None else w.detach() - shift)
+    places = zip(_POINTS, (*weights[-3:-1], seen[-1], weights[-1]), strict=True)
+    return {"optimizer": name, **{f"{point}_{xy}": float(at[i]) for point, at in places for i, xy in enumerate("xy")}}
 
 
 def surface(steps: pd.DataFrame, points: int = 61) -> pd.DataFrame:
@@ -85,49 +78,43 @@ def surface(steps: pd.DataFrame, points: int = 61) -> pd.DataFrame:
     return as_table({"x": x, "y": y, "loss": loss(at).numpy()})
 
 
-def _last_step(steps: pd.DataFrame, name: str) -> tuple[npt.NDArray[np.float64], ...]:
-    """Return an optimizer's last step, how far from the weights it takes its gradient, and the gradient there."""
-    row = steps[steps["optimizer"] == name].iloc[0]
-    before, at, point = (row[[f"{key}_x", f"{key}_y"]].to_numpy(dtype=np.float64) for key in _POINTS[:3])
-    w = torch.tensor(at, requires_grad=True)
-    (gradient,) = torch.autograd.grad(loss(w), w)
-    return at - before, point - at, gradient.numpy()
-
-
 def _cosine(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> float:
     lengths = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / lengths if lengths else math.nan
 
 
-def _counted(label: str, value: float, above: float = 1 - EXACT, below: float = math.inf) -> Comparison:
-    """Compare a number that no luck is in."""
-    return Comparison(label, Interval(value, 0.0 if math.isfinite(value) else math.nan, 1), above=above, below=below)
-
-
-def _where(steps: pd.DataFrame) -> Iterable[Comparison]:
-    """Yield in what direction and how far from the weights each optimizer takes its gradient."""
-    length, cosine, one = np.linalg.norm, "cosine of ε with", {"above": 1 - EXACT, "below": 1 + EXACT}
-    _, moved, _ = _last_step(steps, "SGD")
-    yield _counted("SGD, ‖ε‖", float(length(moved)), above=-EXACT, below=EXACT)
-    last, moved, _ = _last_step(steps, "NAG")
-    yield _counted(f"NAG, {cosine} the last step", _cosine(moved, last))
-    yield _counted(
-        "NAG, ‖ε‖ over μ times the last step's length", float(length(moved) / length(last)) / MOMENTUM, **one
-    )
-    _, moved, gradient = _last_step(steps, "SAM")
-    yield _counted(f"SAM, {cosine} the gradient", _cosine(moved, gradient))
-    yield _counted("SAM, ‖ε‖/ρ", float(length(moved)) / LENGTH, **one)
-    last, moved, _ = _last_step(steps, "MSAM")
-    yield _counted(f"MSAM, {cosine} the last step", _cosine(moved, last))
-    yield _counted("MSAM, ‖ε‖/ρ", float(length(moved)) / LENGTH, **one)
+def _where(steps: pd.DataFrame) -> list[Comparison]:
+    """Compare in what direction and how far from the weights each optimizer takes its gradient."""
+    last, moved, gradient, length = {}, {}, {}, {}
+    for name in PERTURBATIONS:
+        row = rows(steps, optimizer=name).iloc[0]
+        before, at, point = (row[[f"{key}_x", f"{key}_y"]].to_numpy(dtype=np.float64) for key in _POINTS[:3])
+        w = torch.tensor(at, requires_grad=True)
+        last[name], moved[name], length[name] = at - before, point - at, float(np.linalg.norm(point - at))
+        gradient[name] = torch.autograd.grad(loss(w), w)[0].numpy()
+    step = MOMENTUM * float(np.linalg.norm(last["NAG"]))
+    along, one = {"above": 1 - EXACT}, {"above": 1 - EXACT, "below": 1 + EXACT}
+    found: list[tuple[str, float, dict[str, Any]]] = [
+        ("SGD, ‖ε‖", length["SGD"], {"above": -EXACT, "below": EXACT}),
+        ("NAG, cosine of ε with the last step", _cosine(moved["NAG"], last["NAG"]), along),
+        ("NAG, ‖ε‖ over μ times the last step's length", length["NAG"] / step, one),
+        ("SAM, cosine of ε with the gradient", _cosine(moved["SAM"], gradient["SAM"]), along),
+        ("SAM, ‖ε‖/ρ", length["SAM"] / LENGTH, one),
+        ("MSAM, cosine of ε with the last step", _cosine(moved["MSAM"], last["MSAM"]), along),
+        ("MSAM, ‖ε‖/ρ", length["MSAM"] / LENGTH, one),
+    ]
+    # No luck is in them: intervals without a width.
+    return [
+        Comparison(label, Interval(value, 0.0 if math.isfinite(value) else math.nan, 1), **region)
+        for label, value, region in found
+    ]
 
 
 SCHEMATIC = Exhibit(
-    ("F1",),
     "one_step",
     wants=lambda *_: [],
     table=lambda _: pd.DataFrame([one_step(name) for name in PERTURBATIONS]),
     draw=lambda steps, _: pictures.one_step(steps, surface(steps)),
     constants={"before": BEFORE, "momentum": MOMENTUM},
-    comparisons={"where": lambda steps: [*_where(steps)]},
+    comparisons={"where": _where},
 )
