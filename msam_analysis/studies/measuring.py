@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
@@ -76,7 +77,6 @@ COARSE = Protocol(
 )
 """A first look, which shows that everything works and not what it comes to."""
 
-
 LINES = ("gradient", "momentum", "random")
 
 
@@ -97,12 +97,7 @@ def scores(workload: Workload, model: nn.Module) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a trained network, and its training loss with the running BatchNorm statistics.
-
-    ``workload``, ``model``, ``optimizer``: The network with its data, and the optimizer that trained it, in eval mode.
-    ``samples``: Training samples whose mean loss is measured, see :func:`~msam_analysis.studies.training.some`; default
-        all.
-    """
+    """A trained network with its data and the optimizer that trained it, in eval mode; ``samples`` as in a protocol."""
 
     workload: Workload
     model: nn.Module
@@ -111,7 +106,7 @@ class Subject:
 
     @functools.cached_property
     def objective(self) -> Objective:
-        """The training set's loss at the true weights; of an augmented one, without that."""
+        """The training loss at the true weights, with the running BatchNorm statistics and without augmentation."""
         return Objective(self.model, self.workload.criterion(), some(self.workload.train(), self.samples))
 
 
@@ -164,14 +159,10 @@ def _features(subject: Subject, protocol: Protocol) -> dict[str, Result]:
 
 
 def last_block(model: nn.Module) -> str:
-    """Return the name of the layer whose outputs are the features before pooling.
-
-    That is ``features`` of the networks of :mod:`~msam_analysis.studies.networks`; in a sequence, what comes before
-    the first pooling or flattening, or else before the last layer.
-    """
-    if "features" in dict(model.named_children()):
+    """Return the layer before pooling: ``features``, or what comes before pooling, flattening, or the last layer."""
+    names = [name for name, _ in model.named_children()]
+    if "features" in names:
         return "features"
-    names = list(dict(model.named_children()))
     ends = [name for name, layer in model.named_children() if isinstance(layer, nn.AdaptiveAvgPool2d | nn.Flatten)]
     return names[names.index(ends[0] if ends else names[-1]) - 1]
 
@@ -232,9 +223,8 @@ class Measure(NamedTuple):
     ``of``: Measures a network, as finely as the protocol says: results by name.
     ``settings``: The fields of the protocol that it reads.
     ``version``: Raised by hand when the numbers of the measure change: it is then measured anew on every network.
-    ``cost``, ``each``: Rough cost in training steps, and that of every radius but the first, for the progress bar
-        alone.
-    ``needs``: Optional packages: the name to import and the name of the release.
+    ``cost``, ``each``: Rough cost in training steps, and of every radius but the first, for the progress bar alone.
+    ``needs``: An optional package: the name to import and the name of the release.
     """
 
     of: Callable[[Subject, Protocol], dict[str, Result]]
@@ -251,7 +241,11 @@ class Measure(NamedTuple):
     def identity(self, protocol: Protocol) -> str:
         """Return a hash of what decides the numbers, beside the network."""
         settings = {name: getattr(protocol, name) for name in self.settings}
-        return fingerprint(self.version, settings, torch.__version__, self.needs and _release(self.needs[1]))
+        release = None
+        if self.needs is not None:
+            with suppress(PackageNotFoundError):
+                release = version(self.needs[1])
+        return fingerprint(self.version, settings, torch.__version__, release)
 
     def check(self) -> None:
         """Raise ``ModuleNotFoundError`` where the package that it needs is not installed."""
@@ -260,13 +254,6 @@ class Measure(NamedTuple):
                 f"a chosen exhibit needs {self.needs[1]}: install it with pip install 'msam-analysis[study]', or "
                 "choose other exhibits"
             )
-
-
-def _release(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 _SLICES = ("random_seed", "filter_radius", "unit_radius", "line_points", "plane_radius", "plane_points", "plane_refine")

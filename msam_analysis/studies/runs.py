@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from msam import Perturbation
-from msam_analysis.studies.workloads import Recipe, Workload
+from msam_analysis.studies.workloads import Workload
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """The recipe and the perturbation's switches as the columns of a table; SGD has ρ = 0."""
         perturbation = self.workload.perturbations[self.optimizer]
-        columns: dict[str, Any] = {"workload": self.workload.name, "replacement": self.replacement}
-        columns |= {field.name: getattr(self.workload.recipe, field.name) for field in dataclasses.fields(Recipe)}
+        columns = {"workload": self.workload.name, "replacement": self.replacement, **vars(self.workload.recipe)}
         if perturbation is None:
             return columns | {"direction": "none", "rho": 0.0, "sign": 1, "normalize": "none", "scale": "none"}
         names = ("direction", "rho", "sign", "normalize", "scale")

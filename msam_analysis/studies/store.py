@@ -11,8 +11,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import filelock
@@ -31,7 +31,7 @@ from msam_analysis.studies.training import Trained, joined
 
 _CHECKPOINT, _SCORES, _STEPS = _NETWORK = ("checkpoint.pt", "scores.json", "steps.csv")
 _CONTENTS = "contents.json"
-_UNFINISHED = ".unfinished"
+UNFINISHED = ".unfinished"
 LOCK = ".lock"
 
 
@@ -40,7 +40,7 @@ class DivergedError(Exception):
 
 
 class _NoResults(dict[str, Result]):
-    """The results of a diverged network: none."""
+    """The results of a diverged network."""
 
     def __init__(self, network: str) -> None:
         super().__init__()
@@ -50,23 +50,14 @@ class _NoResults(dict[str, Result]):
         raise DivergedError(f"{self.network} diverged: its loss is not finite, and {name} is not measured")
 
 
-@contextmanager
-def alone(root: Path) -> Iterator[None]:
-    """Hold a folder of runs for this process alone; however the process ends, its hold ends with it.
-
-    Raises BlockingIOError: Another process holds it.
-    """
-    lock = filelock.FileLock(root / LOCK)
+def alone(root: Path) -> AbstractContextManager[object]:
+    """Hold a folder of runs for this process alone; however the process ends, its hold ends with it."""
     try:
-        lock.acquire(timeout=0)
+        return filelock.FileLock(root / LOCK).acquire(timeout=0)
     except filelock.Timeout:
         raise BlockingIOError(
             f"another study is running in {root.parent}: wait for its end, or choose another output folder"
         ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def is_trained(directory: Path) -> bool:
@@ -77,14 +68,10 @@ def is_trained(directory: Path) -> bool:
 def write_trained(
     directory: Path, trained: Trained, scores: Mapping[str, float], watched: Mapping[str, pd.DataFrame]
 ) -> None:
-    """Write a trained network in one step, and the records of its slower probes.
+    """Write a trained network in one step, and the records of its slower probes by the names of their files.
 
     The same network may be there already, trained without these probes: then their records are put beside it. What is
     not whole, or another network, as another machine may have trained, goes with all that was known of it.
-
-    ``directory``: The folder of the network.
-    ``trained``, ``scores``: The network and what it reached.
-    ``watched``: Name of a file to what a probe recorded.
     """
     weights = trained.model.state_dict()
     if is_trained(directory):
@@ -108,7 +95,7 @@ def load_network(directory: Path, model: nn.Module, optimizer: PerturbedOptimize
 
 
 def read_scores(directory: Path) -> dict[str, float]:
-    """Return what a network reached."""
+    """Return what a trained network reached."""
     reached: dict[str, float] = json.loads((directory / _SCORES).read_text())
     return reached
 
@@ -131,11 +118,7 @@ def write_measured(folder: Path, measured: Mapping[str, Result]) -> None:
 
 
 def read_run(directory: Path, run: Run, watched: Sequence[str] = (), measured: Sequence[str] = ()) -> FinishedRun:
-    """Read a finished run; the numbers are those that were written, to the bit.
-
-    ``directory``, ``run``: The folder of the network, and what it is.
-    ``watched``, ``measured``: Files of probes and folders of measures that are to be read, in this order.
-    """
+    """Read a finished run, to the bit, with these files of probes and folders of measures, in this order."""
     reached = read_scores(directory)
     found: dict[str, Result] = {}
     if math.isfinite(reached["train_loss"]):
@@ -154,28 +137,16 @@ def read_run(directory: Path, run: Run, watched: Sequence[str] = (), measured: S
     )
 
 
-def name_networks(named: Mapping[str, Path], folder: Path) -> None:
-    """Put the checkpoints of runs into a folder, under names that do not change with what decides a run.
-
-    ``named``: Name, without an ending, to the directory of a run.
-    ``folder``: It is made; another checkpoint of that name is replaced.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, directory in named.items():
-        target = folder / f"{name}.pt"
-        if target.exists() and target.samefile(directory / _CHECKPOINT):
-            continue
-        with atomic_path(target) as partial:
-            partial.unlink(missing_ok=True)
-            try:
-                os.link(directory / _CHECKPOINT, partial)
-            except OSError:  # a file system without links
-                shutil.copyfile(directory / _CHECKPOINT, partial)
-
-
-def state_file(directory: Path, name: str) -> Path:
-    """Return where the state of a training that is under way lives; it is of no use once that is over."""
-    return directory.parent / _UNFINISHED / f"{directory.name}-{name}.pt"
+def name_network(directory: Path, target: Path) -> None:
+    """Put the checkpoint of a run where its name does not change with what decides the run, in place of another."""
+    if target.exists() and target.samefile(directory / _CHECKPOINT):
+        return
+    with atomic_path(target) as partial:
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(directory / _CHECKPOINT, partial)
+        except OSError:  # a file system without links
+            shutil.copyfile(directory / _CHECKPOINT, partial)
 
 
 def forget_state(file: Path) -> None:
@@ -186,13 +157,10 @@ def forget_state(file: Path) -> None:
 
 
 def sweep(root: Path) -> None:
-    """Remove what interrupted runs left behind, but for the states that they can go on from.
-
-    Only for who holds the folder, see :func:`alone`.
-    """
+    """Remove what interrupted runs left, but for their states, in a folder that this process holds alone."""
     for leftover in [*root.glob(f"{PARTIAL}*"), *root.glob(f"*/{PARTIAL}*")]:
         shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in [*(root / _UNFINISHED).glob(".*"), *(path for path in root.glob("*/.*") if path.is_file())]:
+    for leftover in [*(root / UNFINISHED).glob(".*"), *(path for path in root.glob("*/.*") if path.is_file())]:
         leftover.unlink(missing_ok=True)
 
 

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from msam_analysis import plots, report
-from msam_analysis.studies import store
+import joblib
+
+from msam_analysis.studies import pages, store
 from msam_analysis.studies.computing import PLAIN, Computing
-from msam_analysis.studies.exhibits import Exhibit, Finding, choose, find, main_tables, networks
+from msam_analysis.studies.exhibits import Exhibit, choose, networks
 from msam_analysis.studies.jobs import Job, job
 from msam_analysis.studies.measuring import MEASURES, Protocol
-from msam_analysis.studies.members import Members
-from msam_analysis.studies.pages import Setting, compose
-from msam_analysis.studies.processes import make, processors, terminable
+from msam_analysis.studies.processes import Members, make, terminable
 from msam_analysis.studies.runs import gather
-from msam_analysis.studies.tables import FinishedRun, Tables, write_table
 from msam_analysis.studies.workloads import Workload, workload
 
 _RECORDS = 20
-_SUMMARY = ("train_accuracy", "test_accuracy", "train_loss", "test_loss", "lambda_1", "gradients_per_step")
 
 
 @dataclass(frozen=True)
@@ -80,11 +75,7 @@ class Study:
         object.__setattr__(self, "every", every)
 
     def jobs(self, folder: Path) -> dict[str, Job]:
-        """Return the jobs of all networks that the exhibits need, by :attr:`.Run.identity`, each with what they want.
-
-        ``folder``: The folder of all runs.
-        Raises ModuleNotFoundError: A package that the workload or a measure needs is not installed.
-        """
+        """Return the jobs of all networks that the exhibits need, in a folder of runs, by :attr:`.Run.identity`."""
         needed = gather(run for exhibit in self.exhibits for run in exhibit.runs(self.workload, self.seeds))
         for name in {name for run in needed.values() for name in run.measured & MEASURES.keys()}:
             MEASURES[name].check()
@@ -148,7 +139,7 @@ class Study:
             raise ValueError("jobs are processes of this machine, and a cluster has its own: choose one of the two")
         members = Members()
         if jobs is None:
-            jobs = 1 if self.computing.device != "cpu" or members.count > 1 else processors()
+            jobs = 1 if self.computing.device != "cpu" or members.count > 1 else joblib.cpu_count()
         if jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}")
         root = (Path(out) if out is not None else Path("results") / self.workload.name).absolute()
@@ -157,7 +148,7 @@ class Study:
         if members.rank > 0:
             with terminable():
                 _make_share(list(plan.values()), members, jobs, cluster, progress=False)
-            members.meet()
+            members.exchange("done")
             return root / "report.html"
         (root / "runs").mkdir(parents=True, exist_ok=True)
         with store.alone(root / "runs"), terminable():
@@ -166,28 +157,12 @@ class Study:
                 if one.trained:
                     store.forget_state(one.state)
             _make_share(list(plan.values()), members, jobs, cluster, progress)
-            page = self._report(root, {identity: one.read() for identity, one in plan.items()}, figures)
-            if any(exhibit.main for exhibit in self.exhibits):
-                main = networks(self.workload, self.seeds)
-                named = {f"{run.optimizer}-seed{run.seed}": plan[run.identity].directory for run in main}
-                store.name_networks(named, root / "networks")
-        members.meet()
-        return page
-
-    def _report(self, root: Path, finished: Mapping[str, FinishedRun], figures: Path | str | None) -> Path:
-        """Let the exhibits find what they find, and write tables, pictures and pages."""
-        findings = {exhibit: find(exhibit, self.workload, self.seeds, finished) for exhibit in self.exhibits}
-        main = any(exhibit.main for exhibit in self.exhibits)
-        tables = main_tables(self.workload, self.seeds, finished) if main else None
-        _write_tables(findings, tables, root / "tables")
-        pictures = _draw(findings, root / "figures")
-        setting = Setting(
-            self.workload, self.protocol, self.computing, self.seeds, len(finished), _diverged(finished.values())
-        )
-        page = report.write(compose(setting, findings, tables, pictures), root)[0]
-        if figures is not None:
-            copies = _copy(findings, pictures, Path(figures))
-            report.write_markdown(compose(setting, findings, tables, copies), figures)
+            page = pages.write(self, {identity: one.read() for identity, one in plan.items()}, root, figures)
+            for run in networks(self.workload, self.seeds) if any(exhibit.main for exhibit in self.exhibits) else ():
+                store.name_network(
+                    plan[run.identity].directory, root / "networks" / f"{run.optimizer}-seed{run.seed}.pt"
+                )
+        members.exchange("done")
         return page
 
 
@@ -240,7 +215,7 @@ def run_study(
 def _make_share(jobs: Sequence[Job], members: Members, processes: int, cluster: str | None, progress: bool) -> None:
     """Make this process's share of what is missing, and wait for the others' shares."""
     # The first one's view: others may see half of what it has just cleared away.
-    missing = set(members.from_first([one.directory.name for one in jobs if not one.finished]))
+    missing = members.exchange([one.directory.name for one in jobs if not one.finished])[0]
     share = members.share([one for one in jobs if one.directory.name in missing])
     done = len(jobs) - len(share) if members.count == 1 else 0
     try:
@@ -252,42 +227,4 @@ def _make_share(jobs: Sequence[Job], members: Members, processes: int, cluster: 
             f"a run failed ({type(error).__name__}: {error}): finished runs are kept, and the same command goes on "
             "from them"
         ) from error
-    members.meet()
-
-
-def _diverged(finished: Iterable[FinishedRun]) -> str:
-    """Name the networks whose loss is not finite; empty where there are none."""
-    found = [run for run in finished if not math.isfinite(run.scores["train_loss"])]
-    kinds: dict[str, list[int]] = {}
-    for run in found:
-        strength = f"{'−' * (run.settings['sign'] < 0)}{run.settings['rho']}"
-        kinds.setdefault(f"{run.settings['workload']} {run.optimizer} at ρ = {strength}", []).append(run.seed)
-    return "; ".join(f"{kind}, seed {', '.join(map(str, sorted(kinds[kind])))}" for kind in sorted(kinds))
-
-
-def _write_tables(findings: Mapping[Exhibit, Finding], tables: Tables | None, folder: Path) -> None:
-    if tables is not None:
-        tables.write(folder)
-    for exhibit, finding in findings.items():
-        if finding.table is not None:
-            write_table(finding.table, folder / f"{exhibit.name}.csv")
-
-
-def _copy(findings: Mapping[Exhibit, Finding], pictures: Mapping[Exhibit, Path], folder: Path) -> dict[Exhibit, Path]:
-    """Copy every picture to a folder, with its table beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    copies = {exhibit: folder / picture.name for exhibit, picture in pictures.items()}
-    for exhibit, copy in copies.items():
-        shutil.copyfile(pictures[exhibit], copy)
-        table = findings[exhibit].table
-        if table is not None:
-            write_table(table, copy.with_suffix(".csv"))
-    return copies
-
-
-def _draw(findings: Mapping[Exhibit, Finding], folder: Path) -> dict[Exhibit, Path]:
-    return {
-        exhibit: plots.save(finding.draw(), folder / exhibit.name, close=True)[0]
-        for exhibit, finding in findings.items()
-        if finding.draw is not None
-    }
+    members.exchange("done")

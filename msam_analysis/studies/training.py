@@ -27,6 +27,8 @@ VERSION = 1
 
 Tick = Callable[[float], None]
 
+_COUNTED = ("rows", "epochs", "batches", "evaluated")
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -142,12 +144,7 @@ def train(
 
 
 def some(batches: Batches, samples: int | None) -> Batches:
-    """Return a fixed random part of the data, the same for every network; all of it for ``None`` or if it has no more.
-
-    ``batches``: The data.
-    ``samples``: How many samples, drawn without replacement and kept in their order, in batches as large as the
-        largest.
-    """
+    """Return so many samples, the same for every network, in their order; all for ``None`` or if there are no more."""
     sizes = [len(labels) for _, labels in batches]
     if samples is None or samples >= sum(sizes):
         return batches
@@ -161,10 +158,8 @@ def some(batches: Batches, samples: int | None) -> Batches:
 class Training:
     """A training under way: all that changes from step to step, the step, and what a probe may look at.
 
-    ``workload``, ``seed``: What is trained.
     ``everything``: The training loss over all samples, or a part of them; BatchNorm with each batch's own statistics,
-        as in the training step: the running ones of a perturbed optimizer belong to its perturbed weights while it
-        trains.
+        as in the training step: the running ones of a perturbed optimizer belong to its perturbed weights.
     """
 
     def __init__(
@@ -219,8 +214,9 @@ class Training:
         loss = self.optimizer.step(self._closure) if self.scaler is None else self._scaled_step(self.scaler)
         # A monitor sees no step where a gradient overflowed.
         if self.monitors["cosine"].step > len(self.rows):
-            row = {"step": len(self.rows), "epoch": epoch, "lr": lr, "train_batch_loss": float(loss.detach())}
-            self.rows.append(row)
+            self.rows.append(
+                {"step": len(self.rows), "epoch": epoch, "lr": lr, "train_batch_loss": float(loss.detach())}
+            )
 
     def _closure(self) -> Tensor:
         loss = self._loss()
@@ -262,19 +258,13 @@ class Training:
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "monitors": {name: monitor.state_dict() for name, monitor in self.monitors.items()},
             "records": {name: [_plain(row) for row in monitor.rows] for name, monitor in self.monitors.items()},
-            "rows": self.rows,
-            "epochs": self.epochs,
-            "batches": self.batches,
-            "evaluated": self.evaluated,
+            **{name: getattr(self, name) for name in _COUNTED},
         }
         with atomic_path(path) as partial:
             torch.save(state, partial)
 
     def resume(self, path: Path) -> None:
-        """Go on from the state in a file, if there is one, without running anything in it.
-
-        Raises ValueError: It cannot be read.
-        """
+        """Go on from the state in a file, if there is one, without running anything in it."""
         if not path.is_file():
             return
         try:
@@ -291,8 +281,8 @@ class Training:
         for name, monitor in self.monitors.items():
             monitor.rows = state["records"][name]
             monitor.load_state_dict(state["monitors"][name])
-        self.rows = state["rows"]
-        self.epochs, self.batches, self.evaluated = state["epochs"], state["batches"], state["evaluated"]
+        for name in _COUNTED:
+            setattr(self, name, state[name])
 
 
 def _plain(row: dict[str, float]) -> dict[str, float]:

@@ -49,6 +49,11 @@ class Watch(NamedTuple):
     everything: bool = False
     beside: str | None = None
 
+    def identity(self, workload: Workload, every: int, samples: int | None) -> str:
+        """Return a hash of what decides the records, beside the run; ``every`` and ``samples`` are the study's."""
+        seen = samples if self.everything else None
+        return fingerprint(self.version, self.every or every, seen, workload.perturbations.get(self.beside or ""))
+
 
 OFFSETS = (-4.0, -3.0, -2.0, -1.0, -0.5, -0.2, -0.1, 0.1, 0.2, 0.5, 1.0, 2.0)
 """Distances along the unit momentum at which the loss is recorded; the last step went towards negative ones."""
@@ -61,8 +66,8 @@ class _HeldOutMomentum:
     """``own_cosine_fresh`` and ``own_cosine_fixed``: of held-out gradients and a momentum made of such alone (A4).
 
     On the way of the training, but with no part in it: ``cos(u_{t−1}, ∇L(w_t))``, then ``u ← μ u + ∇L(w_t)``. No step
-    is taken along u, so that it cannot overshoot. Fresh batches are taken in turn, and come again after the last; the
-    fixed one is the first. Two gradients of a batch each.
+    is taken along u, so that it cannot overshoot. Fresh batches are taken in turn, again and again; the fixed one is
+    the first.
     """
 
     def __init__(self, batches: list[Objective], momentum: float) -> None:
@@ -143,30 +148,10 @@ SLOW = ("rise", "curvature")
 """What is recorded unless something else is asked for."""
 
 
-def identity(name: str, workload: Workload, every: int, samples: int | None) -> str:
-    """Return a hash of what decides the records of a probe, beside the run that it watches.
-
-    ``name``: A key of :data:`WATCHES`.
-    ``workload``: The workload of the run.
-    ``every``, ``samples``: The study's interval in steps, and its number of training samples for probes of the whole
-        loss.
-    """
-    watch = WATCHES[name]
-    return fingerprint(
-        watch.version,
-        watch.every or every,
-        samples if watch.everything else None,
-        workload.perturbations.get(watch.beside or ""),
-    )
-
-
 def watch(training: Training, names: Sequence[str], every: int | None) -> dict[str, Monitor]:
-    """Attach a monitor of the cosine at every step, under the name ``cosine``, and one for each of the named probes.
+    """Attach a monitor of the cosine at every step, named ``cosine``, and one for each of the named probes.
 
-    ``training``: The training that is watched.
-    ``names``: Keys of :data:`WATCHES`.
     ``every``: The study's interval in steps; ``None`` records the cosine alone.
-    Raises ValueError: A name is unknown.
     """
     unknown = [name for name in names if name not in WATCHES]
     if unknown:

@@ -21,8 +21,7 @@ from msam_analysis.studies import study as module
 from msam_analysis.studies.computing import PLAIN, Computing, computing, repeatable
 from msam_analysis.studies.jobs import Job, job
 from msam_analysis.studies.measuring import MEASURES, Protocol, Subject
-from msam_analysis.studies.members import Members
-from msam_analysis.studies.processes import execute
+from msam_analysis.studies.processes import Members, execute
 from msam_analysis.studies.runs import Run
 from msam_analysis.studies.study import run_study
 from msam_analysis.studies.training import Trained, some, train
