@@ -58,10 +58,7 @@ class Augmented:
 
 @lru_cache(maxsize=1)
 def load(source: Source) -> tuple[Augmented, Tensor, Tensor]:
-    """Return what is trained on, and the test images (uint8) and labels as they are in the file; read once.
-
-    Raises FileNotFoundError, ValueError: As :func:`msam_analysis.studies.cifar.load`, or ``limit`` is not positive.
-    """
+    """Return what is trained on, and the test images (uint8) and labels as they are in the file; read once."""
     if source.limit is not None and source.limit < 1:
         raise ValueError(f"expected a positive limit of images, got {source.limit}: leave it out for all of them")
     data = cifar.load(source.path, "cifar100", checksum=source.checksum)
