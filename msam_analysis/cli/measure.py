@@ -13,7 +13,7 @@ from rich.status import Status
 from rich.table import Table
 
 from msam_analysis.cli.factories import load_objectives
-from msam_analysis.cli.names import check_own, distinct_names
+from msam_analysis.cli.names import check_own, distinct_names, listed
 from msam_analysis.measures.summary import DEFAULT_METRICS, METRICS, RADII, measure
 from msam_analysis.objective.objective import Objective
 from msam_analysis.results import Measurement, atomic_folder
@@ -35,7 +35,7 @@ def measure_command(
     seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
 ) -> None:
     """Print and save sharpness metrics of checkpoints: loss, λ1..λ5, trace, largest rise in a ball, average rise."""
-    chosen = METRICS if metrics == "all" else [name.strip() for name in metrics.split(",") if name.strip()]
+    chosen = METRICS if metrics == "all" else listed(metrics)
     root = out if out is not None else Path("results") / "measure"
     folders = [root / name for name in distinct_names(checkpoints)]
     for folder in folders:

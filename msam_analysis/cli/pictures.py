@@ -6,11 +6,13 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msam_analysis import plots
-from msam_analysis.cli.views import View
 from msam_analysis.results import Projection, Result, Slice1D, export
+
+if TYPE_CHECKING:
+    from msam_analysis.cli.landscape import View
 
 PICTURES = ("png", "pdf", "svg")
 FILMS = ("gif", "mp4")
@@ -25,11 +27,7 @@ _NEEDS = {"html": ("plotly", "interactive"), "nc": ("h5netcdf", "export"), "h5":
 
 
 def check_formats(formats: Sequence[str], dimensions: int, trajectories: int) -> None:
-    """Refuse formats that could not be written, before anything is measured.
-
-    Raises ValueError: A format is unknown, or needs a surface or a trajectory that there will not be.
-    Raises ImportError: A package is missing.
-    """
+    """Refuse formats that could not be written, before anything is measured."""
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise ValueError(f"--formats must be among {', '.join(FORMATS)}, got {(unknown or ['none'])[0]!r}")

@@ -157,7 +157,8 @@ class Augmentation:
     def standardise(self, images: Tensor) -> Tensor:
         """Return images ``(N, C, H, W)``, uint8, on any device, standardised and otherwise as they are; float32."""
         self._check(images)
-        mean, std = torch.tensor([self.mean, self.std], dtype=torch.float32, device=images.device)[..., None, None]
+        numbers = torch.tensor([self.mean, self.std], dtype=torch.float32, device=images.device)
+        mean, std = numbers[:, :, None, None].unbind()
         return (images.float() / 255 - mean) / std
 
     def _check(self, images: Tensor) -> None:

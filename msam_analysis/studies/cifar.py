@@ -95,12 +95,10 @@ _FORMATS: Mapping[str, _Format] = {
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and what they show.
+    """Images ``(N, 3, 32, 32)``, uint8, red, green, blue, and what they show: ``(N,)``, int64; CIFAR-100's also above.
 
-    ``images``: Shape ``(N, 3, 32, 32)``, uint8; red, green, blue. CIFAR-100's are views into the files' records, so
-        that they are in memory once; indexing with a tensor and moving to another device make them contiguous.
-    ``labels``: Shape ``(N,)``, int64, below 10 or 100.
-    ``superclasses``: Shape ``(N,)``, int64, below 20; ``None`` for CIFAR-10.
+    CIFAR-100's images are views into the files' records, so that they are in memory once; indexing with a tensor and
+    moving to another device make them contiguous.
     """
 
     images: Tensor
@@ -110,11 +108,8 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Cifar:
-    """A data set as it was read.
+    """A data set as it was read: 50,000 and 10,000 images, if they are the published ones.
 
-    ``kind``: ``"cifar10"`` or ``"cifar100"``.
-    ``train``, ``test``: 50,000 and 10,000 images, if they are the published ones.
-    ``classes``: Number of classes.
     ``source``: The folder or the archive that was read.
     ``published``: Whether the bytes were checked to be the published ones. If not, a report should say so.
     ``sha256``: File name to the SHA-256 of its content.
@@ -171,28 +166,20 @@ def load(path: str | os.PathLike[str], kind: Kind = "cifar100", *, checksum: Che
         raise ValueError(f"expected checksum 'published' or 'any', got {checksum!r}")
     source = _find(Path(path), layout)
     published = checksum == "published"
-    if source.is_dir():
-        contents = {file.name: _read_file(source / file.name, file, layout, published) for file in layout.files}
-    else:
-        contents = _read_archive(source, layout, published)
+    read = _read_folder if source.is_dir() else _read_archive
+    contents = read(source, layout, published)
     sums = {file.name: hashlib.sha256(contents[file.name]).hexdigest() for file in layout.files}
-    if published and source.is_dir():  # an archive as a whole was checked
-        for file in layout.files:
-            if sums[file.name] != file.sha256:
-                raise ValueError(
-                    f"{source / file.name} has the published size but other content (SHA-256 {sums[file.name]}): "
-                    f"extract {layout.archive} anew, or read it as it is with checksum='any'"
-                )
-    train = [_split(contents.pop(file.name), source, file, layout) for file in layout.train]
-    return Cifar(
-        kind=kind,
-        train=_joined(train),
-        test=_split(contents.pop(layout.test.name), source, layout.test, layout),
-        classes=layout.labels[-1],
-        source=source,
-        published=published,
-        sha256=sums,
-    )
+    for file in layout.files if published and source.is_dir() else ():  # an archive as a whole was checked
+        if sums[file.name] != file.sha256:
+            raise ValueError(
+                f"{source / file.name} has the published size but other content (SHA-256 {sums[file.name]}): "
+                f"extract {layout.archive} anew, or read it as it is with checksum='any'"
+            )
+    first, *rest, test = (_split(contents.pop(file.name), source, file, layout) for file in layout.files)
+    if rest:  # only CIFAR-10 comes in several files, and it has no superclasses
+        parts = (first, *rest)
+        first = Split(torch.cat([one.images for one in parts]), torch.cat([one.labels for one in parts]), None)
+    return Cifar(kind, first, test, layout.labels[-1], source, published, sums)
 
 
 def generate(
@@ -315,13 +302,17 @@ def _fill(stream: io.BufferedIOBase, size: int) -> bytearray:
     return content
 
 
-def _read_file(path: Path, file: _File, layout: _Format, published: bool) -> bytearray:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: extract all of {layout.archive}")
-    size = path.stat().st_size
-    _check_size(str(path), size, file, layout, published)
-    with path.open("rb") as stream:
-        return _fill(stream, size)
+def _read_folder(folder: Path, layout: _Format, published: bool) -> dict[str, bytearray]:
+    contents = {}
+    for file in layout.files:
+        path = folder / file.name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: extract all of {layout.archive}")
+        with path.open("rb") as stream:
+            size = path.stat().st_size
+            _check_size(str(path), size, file, layout, published)
+            contents[file.name] = _fill(stream, size)
+    return contents
 
 
 def _read_archive(path: Path, layout: _Format, published: bool) -> dict[str, bytearray]:
@@ -363,10 +354,3 @@ def _split(content: bytearray, source: Path, file: _File, layout: _Format) -> Sp
             )
     images = records[:, len(layout.labels) :].unflatten(1, _SHAPE)
     return Split(images, columns[-1], columns[0] if len(columns) > 1 else None)
-
-
-def _joined(splits: list[Split]) -> Split:
-    if len(splits) == 1:
-        return splits[0]
-    # Only CIFAR-10 comes in several files, and it has no superclasses.
-    return Split(torch.cat([s.images for s in splits]), torch.cat([s.labels for s in splits]), None)

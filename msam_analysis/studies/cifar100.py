@@ -31,11 +31,7 @@ NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
 
 @dataclass(frozen=True)
 class Source:
-    """Which images.
-
-    ``path``, ``checksum``: See :func:`msam_analysis.studies.cifar.load`.
-    ``limit``: Only so many of the first training images, and of the first test images; ``None`` for all.
-    """
+    """Which images: see :func:`msam_analysis.studies.cifar.load`; of training and test the first ``limit`` ones."""
 
     path: Path
     checksum: Checksum = "published"
@@ -44,12 +40,7 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Augmented:
-    """What an epoch of training draws from.
-
-    ``images``: Shape ``(N, 3, 32, 32)``, uint8.
-    ``labels``: Shape ``(N,)``, int64.
-    ``augmentation``: What is done to the images of a batch.
-    """
+    """What an epoch of training draws from: images ``(N, 3, 32, 32)``, uint8, and labels; how a batch is augmented."""
 
     images: Tensor
     labels: Tensor

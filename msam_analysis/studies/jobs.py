@@ -100,7 +100,7 @@ class Job:
                 self._measure(missing, tick)
 
     def _train(self, tick: Tick) -> None:
-        run = self.run
+        run, cost = self.run, self._cost_of_a_step
         trained = train(
             run.workload,
             run.optimizer,
@@ -108,7 +108,7 @@ class Job:
             every=self.every,
             watched=sorted(run.watched),
             replacement=run.replacement,
-            tick=lambda steps: tick(steps * self._cost_of_a_step),
+            tick=lambda steps: tick(steps * cost),
             samples=self.protocol.samples,
             computing=self.computing,
             state=None if self.computing.save_every is None else self.state,
@@ -125,7 +125,9 @@ class Job:
         with RandomStream(self.run.seed):
             model = workload.network().to(device)
         optimizer = workload.optimizer(self.run.optimizer, model)
-        store.load_network(self.directory, model, optimizer, device)
+        saved = store.read_checkpoint(self.directory, device)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
         subject = Subject(workload, model.eval(), optimizer, self.protocol.samples)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # it is in the result, and so in the tables

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -33,17 +33,33 @@ _one_at_a_time = threading.Lock()
 _ticks: list[Connection] = []
 
 
-def make(jobs: Sequence[Job], processes: int, *, cluster: str | None = None, done: int = 0, bar: bool = True) -> None:
-    """Make jobs, the dearest first, so that no processor idles at the end; show how far they are.
+def make(
+    jobs: Collection[Job], processes: int, members: Members, *, cluster: str | None = None, bar: bool = True
+) -> None:
+    """Make this process's share of the jobs that are not finished, show how far it is, and wait for the others' shares.
 
     ``processes``: Worker processes; with one, the jobs are made in this process.
     ``cluster``: Address of a Dask scheduler, whose workers make the jobs instead; they must see the same folder.
-    ``done``, ``bar``: How many other jobs of the study are finished, for the progress bar; and whether to show it.
-    Raises ChildProcessError, FileNotFoundError, ModuleNotFoundError: As :meth:`.Study.run`.
     """
+    # The first one's view: others may see half of what it has just cleared away.
+    missing = set(members.exchange([job.directory.name for job in jobs if not job.finished])[0])
+    share = members.share([job for job in jobs if job.directory.name in missing])
+    try:
+        _make_all(share, processes, cluster, len(jobs) - len(share) if members.count == 1 else 0, bar)
+    except Exception as error:
+        if members.count == 1:
+            raise
+        raise RuntimeError(
+            f"a run failed ({type(error).__name__}: {error}): finished runs are kept, and the same command goes on "
+            "from them"
+        ) from error
+    members.exchange("the end")
+
+
+def _make_all(jobs: Sequence[Job], processes: int, cluster: str | None, done: int, bar: bool) -> None:
+    """Make jobs in their order; the bar counts on from those that are ``done``."""
     if not jobs:
         return
-    jobs = sorted(jobs, key=lambda job: -job.cost)
     total = done + len(jobs)
     # Into a log, every redraw is a line. The mean rate over the whole study: a recent one would jump between phases.
     shown = tqdm(
@@ -191,7 +207,10 @@ class Members:
         self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.count > 1 else None
 
     def share(self, jobs: Sequence[Job]) -> list[Job]:
-        """Return this process's jobs: each goes, the dearest first, to who has least to do."""
+        """Return this process's jobs, the dearest first, so that no processor idles at the end.
+
+        Each goes, the dearest first, to who has least to do.
+        """
         loads = [0.0] * self.count
         mine = []
         for job in sorted(jobs, key=lambda job: (-job.cost, job.directory.name)):

@@ -6,7 +6,6 @@ probe and a folder of results for every measure.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -14,19 +13,18 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from typing import Any
 
 import filelock
 import pandas as pd
 import torch
-from torch import nn
 
-from msam import PerturbedOptimizer
 from msam_analysis import results
 from msam_analysis.results import Result, atomic_folder, atomic_path
 from msam_analysis.results.files import PARTIAL
 from msam_analysis.results.fingerprint import of_tensors
 from msam_analysis.studies.runs import Run
-from msam_analysis.studies.tables import FinishedRun, write_table
+from msam_analysis.studies.tables import FinishedRun, as_table, write_table
 from msam_analysis.studies.training import Trained, joined
 
 _CHECKPOINT, _SCORES, _STEPS = _NETWORK = ("checkpoint.pt", "scores.json", "steps.csv")
@@ -74,12 +72,11 @@ def write_trained(
     not whole, or another network, as another machine may have trained, goes with all that was known of it.
     """
     weights = trained.model.state_dict()
-    if is_trained(directory):
-        there = torch.load(directory / _CHECKPOINT, map_location="cpu", weights_only=True)["model"]
-        if of_tensors(there.values()) == of_tensors(weights.values()):
-            for name, recorded in watched.items():
-                write_table(recorded, directory / name)
-            return
+    same = of_tensors(weights.values())
+    if is_trained(directory) and of_tensors(read_checkpoint(directory)["model"].values()) == same:
+        for name, recorded in watched.items():
+            write_table(recorded, directory / name)
+        return
     with atomic_folder(directory) as partial:
         torch.save({"model": weights, "optimizer": trained.optimizer.state_dict()}, partial / _CHECKPOINT)
         (partial / _SCORES).write_text(json.dumps(dict(scores), indent=1) + "\n")
@@ -87,11 +84,10 @@ def write_trained(
             recorded.to_csv(partial / name, index=False, lineterminator="\n")
 
 
-def load_network(directory: Path, model: nn.Module, optimizer: PerturbedOptimizer, device: torch.device) -> None:
-    """Load the weights and the state of the optimizer of a trained network."""
-    saved = torch.load(directory / _CHECKPOINT, map_location=device, weights_only=True)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+def read_checkpoint(directory: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Return the weights and the state of the optimizer of a trained network."""
+    saved: dict[str, Any] = torch.load(directory / _CHECKPOINT, map_location=device, weights_only=True)
+    return saved
 
 
 def read_scores(directory: Path) -> dict[str, float]:
@@ -127,14 +123,8 @@ def read_run(directory: Path, run: Run, watched: Sequence[str] = (), measured: S
                 found[name.removesuffix(".safetensors")] = results.load(directory / folder / name)
     else:
         found = _NoResults(f"{run.optimizer}, seed {run.seed},")
-    return FinishedRun(
-        optimizer=run.optimizer,
-        seed=run.seed,
-        scores=reached,
-        steps=joined(_read_numbers(directory / _STEPS), [_read_numbers(directory / name) for name in watched]),
-        results=found,
-        settings=run.settings,
-    )
+    steps, *records = (_read_numbers(directory / name) for name in (_STEPS, *watched))
+    return FinishedRun(run.optimizer, run.seed, reached, joined(steps, records), found, run.settings)
 
 
 def name_network(directory: Path, target: Path) -> None:
@@ -165,13 +155,6 @@ def sweep(root: Path) -> None:
 
 
 def _read_numbers(path: Path) -> pd.DataFrame:
-    """Read a table of numbers exactly, which pandas of itself does in some of its versions only."""
-
-    def number(text: str) -> float:
-        return int(text) if text.isdecimal() else float(text or "nan")
-
-    with path.open(newline="") as file:
-        header, *rows = csv.reader(file)
-    columns = {name: [number(row[column]) for row in rows] for column, name in enumerate(header)}
-    table: pd.DataFrame = pd.DataFrame(columns)
-    return table
+    """Read a table of numbers to the bit, which pandas of itself does in some of its versions only."""
+    texts = pd.read_csv(path, dtype=str, na_filter=False)
+    return as_table({name: [int(t) if t.isdecimal() else float(t or "nan") for t in texts[name]] for name in texts})

@@ -147,8 +147,8 @@ class Study:
         members.check_alike([(one.directory.name, one.watched, one.measured) for one in plan.values()])
         if members.rank > 0:
             with terminable():
-                _make_share(list(plan.values()), members, jobs, cluster, progress=False)
-            members.exchange("done")
+                make(plan.values(), jobs, members, cluster=cluster, bar=False)
+            members.exchange("the end")
             return root / "report.html"
         (root / "runs").mkdir(parents=True, exist_ok=True)
         with store.alone(root / "runs"), terminable():
@@ -156,13 +156,13 @@ class Study:
             for one in plan.values():
                 if one.trained:
                     store.forget_state(one.state)
-            _make_share(list(plan.values()), members, jobs, cluster, progress)
+            make(plan.values(), jobs, members, cluster=cluster, bar=progress)
             page = pages.write(self, {identity: one.read() for identity, one in plan.items()}, root, figures)
             for run in networks(self.workload, self.seeds) if any(exhibit.main for exhibit in self.exhibits) else ():
                 store.name_network(
                     plan[run.identity].directory, root / "networks" / f"{run.optimizer}-seed{run.seed}.pt"
                 )
-        members.exchange("done")
+        members.exchange("the end")
         return page
 
 
@@ -210,21 +210,3 @@ def run_study(
     chosen = workload(name, **source) if isinstance(name, str) else name
     study = Study(chosen, choose(exhibits), seeds, protocol or Protocol(), computing or PLAIN, every)
     return study.run(out, figures=figures, jobs=jobs, cluster=cluster, progress=progress)
-
-
-def _make_share(jobs: Sequence[Job], members: Members, processes: int, cluster: str | None, progress: bool) -> None:
-    """Make this process's share of what is missing, and wait for the others' shares."""
-    # The first one's view: others may see half of what it has just cleared away.
-    missing = members.exchange([one.directory.name for one in jobs if not one.finished])[0]
-    share = members.share([one for one in jobs if one.directory.name in missing])
-    done = len(jobs) - len(share) if members.count == 1 else 0
-    try:
-        make(share, processes, cluster=cluster, done=done, bar=progress)
-    except Exception as error:
-        if members.count == 1:
-            raise
-        raise RuntimeError(
-            f"a run failed ({type(error).__name__}: {error}): finished runs are kept, and the same command goes on "
-            "from them"
-        ) from error
-    members.exchange("done")

@@ -110,14 +110,13 @@ def train(
         A name is unknown, ``state`` cannot be read, or float16 meets a perturbation that would see its loss scale.
     """
     training = Training(workload, optimizer_name, seed, computing, samples)
+    tick = tick or (lambda _: None)
     with ExitStack() as stack:
         training.monitors = watch(training, watched, every)
         for monitor in training.monitors.values():
             stack.enter_context(monitor)
-        if state is not None:
+        if state is not None and state.is_file():
             training.resume(state)
-        tick = tick or (lambda _: None)
-        if training.batches:
             tick(float(training.batches))
         for epoch, order in enumerate(_orders(len(training.labels), workload.recipe, seed, replacement)):
             if epoch < training.epochs:
@@ -132,14 +131,14 @@ def train(
     training.optimizer.eval()
     update_batchnorm_statistics(training.model, workload.train(), training.optimizer, device=training.device)
     base = pd.DataFrame(training.rows, columns=["step", "epoch", "lr", "train_batch_loss"])
-    cosine, *watches = (monitor.frame() for monitor in training.monitors.values())
+    records = {name: monitor.frame() for name, monitor in training.monitors.items()}
     return Trained(
         training.model.eval(),
         training.optimizer,
-        base.merge(cosine, on="step", how="left"),
+        joined(base, [records.pop("cosine")]),
         training.evaluated / training.batches,
         training.batches - len(training.rows),
-        dict(zip(list(training.monitors)[1:], watches, strict=True)),
+        records,
     )
 
 
@@ -198,7 +197,11 @@ class Training:
 
     def batch(self) -> Objective:
         """Return the loss of the batch that is being trained on."""
-        return Objective(self.model, self.criterion, [self.current], batchnorm="batch")
+        return self.loss_of(self.current)
+
+    def loss_of(self, batch: tuple[Tensor, Tensor]) -> Objective:
+        """Return the loss of a batch, with BatchNorm as in the training step."""
+        return Objective(self.model, self.criterion, [batch], batchnorm="batch")
 
     def step(self, epoch: int, number: int, index: Tensor) -> None:
         """Train on one batch, given by the indices of its samples."""
@@ -264,9 +267,7 @@ class Training:
             torch.save(state, partial)
 
     def resume(self, path: Path) -> None:
-        """Go on from the state in a file, if there is one, without running anything in it."""
-        if not path.is_file():
-            return
+        """Go on from the state in a file, without running anything in it."""
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error:  # noqa: BLE001 - of half a dozen kinds, by where the damage is

@@ -31,11 +31,9 @@ if TYPE_CHECKING:
 
 
 class Watch(NamedTuple):
-    """How a probe is made and how often it is called.
+    """How a probe is made for a training under way, and how often it is called.
 
-    ``make``: Makes the probe for a training under way.
-    ``version``: Raised by hand when the numbers that the probe records change: those recorded before are then recorded
-        anew.
+    ``version``: Raised by hand when the numbers that the probe records change: they are then recorded anew.
     ``every``: Steps between two records; ``None`` for the study's own interval.
     ``cost``: Rough cost of one record in training steps, for the progress bar alone.
     ``everything``: Whether the probe looks at the loss over all samples, or the part of them that a study chooses.
@@ -85,11 +83,9 @@ class _HeldOutMomentum:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the momenta, for a run that goes on later."""
         return {"buffers": self.buffers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with these."""
         self.buffers = dict(state["buffers"])
 
 
@@ -109,21 +105,18 @@ class _HeldOut:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many fresh batches there were, for a run that goes on later."""
         return {"asked": self.asked}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the next one."""
         self.asked = int(state["asked"])
 
 
 def _held_out(training: Training) -> list[Objective]:
     """Return the loss on batches of the test set, as large as those trained on; what fills no batch is left out."""
     inputs, labels = (torch.cat(parts) for parts in zip(*training.workload.test(), strict=True))
-    size = min(training.workload.recipe.batch_size, len(labels))
-    model, criterion = training.everything.model, training.workload.criterion()
-    whole = zip(inputs.split(size), labels.split(size), strict=True)
-    return [Objective(model, criterion, [batch], batchnorm="batch") for batch in whole if len(batch[1]) == size]
+    size = min(training.recipe.batch_size, len(labels))
+    batches = zip(inputs.split(size), labels.split(size), strict=True)
+    return [training.loss_of(batch) for batch in batches if len(batch[1]) == size]
 
 
 def _angle(training: Training) -> Probe:
@@ -138,7 +131,7 @@ WATCHES: Mapping[str, Watch] = {
     "sam_angle": Watch(_angle, cost=10, beside="SAM"),
     "held_out": Watch(lambda training: _HeldOut(_held_out(training)), every=8, cost=2),
     "held_out_momentum": Watch(
-        lambda training: _HeldOutMomentum(_held_out(training), training.workload.recipe.momentum), every=1, cost=2
+        lambda training: _HeldOutMomentum(_held_out(training), training.recipe.momentum), every=1, cost=2
     ),
 }
 """The slower probes. The momentum-gradient cosine of every step, before and after the buffer takes the gradient in,
