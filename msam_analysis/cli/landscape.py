@@ -170,21 +170,21 @@ def landscape_command(
     if rank() == 0:
         view = looked[0]
         shown = {name: trajectory.project(item, view.lines, objective=view.objective) for name, item in along.items()}
-        written = write_all(measured, shown, wanted, folder)
+        results = {view.name: result for view, result in measured}
+        results |= {f"trajectory-{name}": item for name, item in shown.items()}
+        slices = {view.title: result for view, result in measured}
+        written = write_all(results, slices, shown, view.marks, wanted, folder)
         _print(measured, [*(folder / f"{view.name}.safetensors" for view in looked), *written])
 
 
 def _metrics(text: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in listed(text):
-        if name == "loss":  # always measured
-            continue
+    names = [name for name in listed(text) if name != "loss"]  # which is always measured
+    for name in names:
         if name not in METRICS and ":" not in name:
             raise ValueError(
                 f"unknown metric {name!r}: expected some of {', '.join(METRICS)}, or package.module:function"
             )
-        found[name.rpartition(":")[2]] = METRICS[name] if name in METRICS else load_object(name)
-    return found
+    return {name.rpartition(":")[2]: METRICS[name] if name in METRICS else load_object(name) for name in names}
 
 
 def _titles(labels: Sequence[str] | None, names: Sequence[str]) -> Sequence[str]:
@@ -203,8 +203,7 @@ def _measure(view: View, folder: Path, options: Mapping[str, Any]) -> Any:
     path = folder / f"{view.name}.safetensors"
     if len(lines) == 1:
         return landscape.slice_1d(view.objective, lines[0], path=path, **view.grid, **options)
-    x, y = lines
-    return landscape.slice_2d(view.objective, (x, y), path=path, **view.grid, **options)
+    return landscape.slice_2d(view.objective, (lines[0], lines[1]), path=path, **view.grid, **options)
 
 
 def _print(measured: Sequence[tuple[View, Any]], written: Sequence[Path]) -> None:
@@ -235,9 +234,8 @@ def _views(
     first = objectives[0]
     others = [objective.point() for objective in objectives[1:]]
     if course.kind == "interpolation":
-        line = replace(
-            lines_of.interpolation(first, others[0]), name=f"the line from {titles[0]} (0) to {titles[1]} (1)"
-        )
+        named = f"the line from {titles[0]} (0) to {titles[1]} (1)"
+        line = replace(lines_of.interpolation(first, others[0]), name=named)
         return [View("interpolation", "", first, (line,), {"coordinates": between(course.points)})]
     if course.kind == "plane":
         plane = lines_of.plane_through(first, others[0], others[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -42,17 +42,10 @@ def measure_command(
         check_own(folder, [_METRICS], "an earlier measurement")
     objectives = load_objectives(checkpoints, model, data, loss, batchnorm=batchnorm, device=device)
     console, progress = Console(), Console(stderr=True)
+    options: dict[str, Any] = {"radii": tuple(rho) if rho else RADII, "eigenvalues": eigenvalues, "seed": seed}
     for path, folder, objective in zip(checkpoints, folders, objectives, strict=True):
-        name = folder.name
-        with progress.status(f"{name} ...") as status:
-            measured = measure(
-                objective,
-                metrics=chosen,
-                radii=tuple(rho) if rho else RADII,
-                eigenvalues=eigenvalues,
-                seed=seed,
-                tick=partial(_show, status, name),
-            )
+        with progress.status(f"{folder.name} ...") as status:
+            measured = measure(objective, metrics=chosen, tick=partial(_show, status, folder.name), **options)
         _print(console, str(path), objective, measured)
         save(measured, folder)
         console.print(f"saved in {folder}", highlight=False, soft_wrap=True)

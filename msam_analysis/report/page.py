@@ -14,7 +14,8 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import quote
@@ -203,9 +204,7 @@ def _text(value: object, digits: int) -> str:
         return "yes" if value else "no"
     if isinstance(value, float | np.floating):
         return _number(float(value), digits)
-    if isinstance(value, int | np.integer):
-        return str(value).replace("-", "−")
-    return str(value)
+    return str(value).replace("-", "−") if isinstance(value, int | np.integer) else str(value)
 
 
 def _number(value: float, digits: int) -> str:
@@ -242,19 +241,19 @@ def _tight(text: str) -> str:
     return re.sub(r"(?<=\d) (?=%)", "\u00a0", text.replace(" ± ", "\u00a0±\u00a0"))
 
 
-def _tally(claims: Sequence[Claim]) -> list[tuple[Verdict, int]]:
-    counts = [(verdict, sum(claim.verdict == verdict for claim in claims)) for verdict in get_args(Verdict)]
-    return [(verdict, count) for verdict, count in counts if count]
+def _tally(claims: Sequence[Claim], *, control: bool = False) -> list[tuple[Verdict, int]]:
+    """Return how many claims, or controls, came to each verdict that any of them came to."""
+    found = Counter(claim.verdict for claim in claims if claim.control is control)
+    return [(verdict, found[verdict]) for verdict in get_args(Verdict) if found[verdict]]
 
 
 def counted(claims: Sequence[Claim]) -> str:
     """Return how many claims came to what: ``"3 claims: 2 hold, 1 does not hold; 1 control: 1 holds"``."""
     parts = []
-    for noun, control in (("claim", False), ("control", True)):
-        chosen = [claim for claim in claims if claim.control is control]
-        if chosen:
-            verdicts = ", ".join(f"{count} {_PLURAL[verdict][count > 1]}" for verdict, count in _tally(chosen))
-            parts.append(f"{len(chosen)} {noun}{'s' * (len(chosen) > 1)}: {verdicts}")
+    for noun, tally in (("claim", _tally(claims)), ("control", _tally(claims, control=True))):
+        total = sum(count for _, count in tally)
+        verdicts = ", ".join(f"{count} {_PLURAL[verdict][count > 1]}" for verdict, count in tally)
+        parts += [f"{total} {noun}{'s' * (total > 1)}: {verdicts}"] if tally else []
     return "; ".join(parts)
 
 
@@ -267,15 +266,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters: Mapping[str, Any] = {
-        "paragraphs": _paragraphs,
-        "md": _markdown,
-        "cells": _cells,
-        "css": _CSS.__getitem__,
-        "is_figure": lambda item: isinstance(item, Figure),
-        "tally": lambda claims: _tally([claim for claim in claims if not claim.control]),
-        "counted": counted,
-        "tight": _tight,
-    }
-    environment.filters.update(filters)
+    filters: dict[str, Any] = {"paragraphs": _paragraphs, "md": _markdown, "cells": _cells, "tally": _tally}
+    filters |= {"counted": counted, "tight": _tight, "css": _CSS.__getitem__}
+    environment.filters.update(filters, is_figure=lambda item: isinstance(item, Figure))
     return environment
