@@ -33,12 +33,10 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     Returns: C numbers each, of pixels scaled to [0, 1]; the variance is :math:`\overline{x^2} - \bar{x}^2`.
     """
     _check(images)
-    means, deviations = [], []
+    means, deviations, values = [], [], torch.arange(256)
     for channel in images.unbind(dim=1):
-        counts = torch.bincount(channel.reshape(-1), minlength=256).tolist()
-        total = sum(counts)
-        first = sum(value * count for value, count in enumerate(counts))
-        second = sum(value**2 * count for value, count in enumerate(counts))
+        counts = torch.bincount(channel.reshape(-1), minlength=256).cpu()
+        total, first, second = (int((counts * values**power).sum()) for power in range(3))
         means.append(first / total / 255)
         deviations.append(((total * second - first**2) / total**2) ** 0.5 / 255)
     return tuple(means), tuple(deviations)

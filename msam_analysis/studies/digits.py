@@ -35,15 +35,7 @@ def network() -> nn.Module:
 def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return train inputs, train labels (40 % wrong), test inputs, test labels; always the same.
 
-    Returns
-    -------
-    tuple
-        ``(1000, 1, 8, 8)`` and ``(797, 1, 8, 8)`` float32, standardised by the training pixels; int64 labels.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        scikit-learn is not installed.
+    ``(1000, 1, 8, 8)`` and ``(797, 1, 8, 8)`` float32, standardised by the training pixels; int64 labels.
     """
     bunch = datasets("digits").load_digits()
     images, labels = torch.tensor(bunch.images, dtype=torch.float32)[:, None], torch.tensor(bunch.target)

@@ -170,14 +170,10 @@ def last_block(model: nn.Module) -> str:
 class _FromShares(nn.Module):
     """A network for inputs as shares of the range that the training inputs have, channel by channel."""
 
-    low: Tensor
-    span: Tensor
-
     def __init__(self, network: nn.Module, low: Tensor, high: Tensor) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("low", low)
-        self.register_buffer("span", high - low)
+        self.low, self.span = nn.Buffer(low), nn.Buffer(high - low)
 
     def forward(self, shares: Tensor) -> Tensor:
         outputs: Tensor = self.network(self.low + shares * self.span)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from msam_analysis.studies.digits import datasets, divided
-from msam_analysis.studies.networks import Network, char_transformer, mlp, vit
+from msam_analysis.studies.networks import Network, char_transformer
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz.,"
 """The characters of the text; whatever stood between them in the original is one space."""
@@ -33,16 +33,6 @@ _PAGES = (
 Batches = list[tuple[Tensor, Tensor]]
 
 
-def perceptron() -> nn.Module:
-    """Return 64 pixels, two hidden layers of 128 and 64 units with ReLU, 10 logits: 17,226 parameters."""
-    return mlp([64, 128, 64, 10])
-
-
-def transformer() -> nn.Module:
-    """Return a vision transformer of 2×2 patches: width 32, two blocks of four heads; 26,538 parameters."""
-    return vit(8, 2, 32, 2, 4, mlp=128, in_channels=1)
-
-
 def reader() -> nn.Module:
     """Return a causal transformer of characters: width 32, two blocks of four heads; 28,352 parameters.
 
@@ -50,11 +40,6 @@ def reader() -> nn.Module:
     """
     network = char_transformer(len(ALPHABET), dim=32, depth=2, heads=4, context=CONTEXT)
     return Network(network.features, nn.Sequential(network.head, _ClassesSecond()))
-
-
-def table_perceptron() -> nn.Module:
-    """Return 30 measurements, two hidden layers of 64 units with ReLU, two logits: 6,274 parameters."""
-    return mlp([30, 64, 64, 2])
 
 
 class _ClassesSecond(nn.Module):

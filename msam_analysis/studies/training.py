@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +110,7 @@ def train(
         A name is unknown, ``state`` cannot be read, or float16 meets a perturbation that would see its loss scale.
     """
     training = Training(workload, optimizer_name, seed, computing, samples)
+    count, drawn = len(training.labels), torch.Generator().manual_seed(seed)
     tick = tick or (lambda _: None)
     with ExitStack() as stack:
         training.monitors = watch(training, watched, every)
@@ -118,10 +119,14 @@ def train(
         if state is not None and state.is_file():
             training.resume(state)
             tick(float(training.batches))
-        for epoch, order in enumerate(_orders(len(training.labels), workload.recipe, seed, replacement)):
+        for epoch in range(workload.recipe.epochs):
+            if replacement:
+                order = torch.randint(count, (count,), generator=drawn)
+            else:
+                order = torch.randperm(count, generator=drawn)
             if epoch < training.epochs:
                 continue
-            for number, index in enumerate(order):
+            for number, index in enumerate(order.split(workload.recipe.batch_size)):
                 training.step(epoch, number, index)
                 tick(1.0)
             training.epochs = epoch + 1
@@ -217,9 +222,8 @@ class Training:
         loss = self.optimizer.step(self._closure) if self.scaler is None else self._scaled_step(self.scaler)
         # A monitor sees no step where a gradient overflowed.
         if self.monitors["cosine"].step > len(self.rows):
-            self.rows.append(
-                {"step": len(self.rows), "epoch": epoch, "lr": lr, "train_batch_loss": float(loss.detach())}
-            )
+            row = {"step": len(self.rows), "epoch": epoch, "lr": lr, "train_batch_loss": float(loss.detach())}
+            self.rows.append(row)
 
     def _closure(self) -> Tensor:
         loss = self._loss()
@@ -289,14 +293,3 @@ class Training:
 def _plain(row: dict[str, float]) -> dict[str, float]:
     """Return a record without NumPy's numbers, which are not read back as plain values."""
     return {name: value if isinstance(value, int) else float(value) for name, value in row.items()}
-
-
-def _orders(samples: int, recipe: Recipe, seed: int, replacement: bool) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the sample indices of every epoch's batches."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(recipe.epochs):
-        if replacement:
-            order = torch.randint(samples, (samples,), generator=generator)
-        else:
-            order = torch.randperm(samples, generator=generator)
-        yield order.split(recipe.batch_size)

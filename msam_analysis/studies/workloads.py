@@ -17,6 +17,7 @@ from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.results.fingerprint import fingerprint
 from msam_analysis.studies import cifar100, digits, relatives
 from msam_analysis.studies.cifar import Checksum
+from msam_analysis.studies.networks import mlp, vit
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -194,7 +195,7 @@ RELATIVES: Mapping[str, Workload] = {
     "perceptron": Workload(
         "digits-perceptron",
         "the digits with 40 % wrong labels; a perceptron without normalisation, 17,226 parameters",
-        relatives.perceptron,
+        partial(mlp, [64, 128, 64, 10]),
         digits.train_data,
         digits.test_data,
         Recipe(epochs=40, batch_size=64, lr=0.1, momentum=_MOMENTUM, weight_decay=5e-4),
@@ -203,7 +204,7 @@ RELATIVES: Mapping[str, Workload] = {
     "transformer": Workload(
         "digits-transformer",
         "the digits with 40 % wrong labels; a vision transformer of 2x2 patches, 26,538 parameters, with AdamW",
-        relatives.transformer,
+        partial(vit, 8, 2, 32, 2, 4, mlp=128, in_channels=1),
         digits.train_data,
         digits.test_data,
         dataclasses.replace(_ADAMW, warmup=5),
@@ -223,7 +224,7 @@ RELATIVES: Mapping[str, Workload] = {
         "table",
         "breast cancer by 30 measurements, 300 tumours to train on, 30 % of their labels wrong, 269 to test on; a "
         "perceptron of 6,274 parameters",
-        relatives.table_perceptron,
+        partial(mlp, [30, 64, 64, 2]),
         relatives.table_train,
         relatives.table_test,
         Recipe(epochs=40, batch_size=32, lr=0.05, momentum=_MOMENTUM, weight_decay=5e-4),
