@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,22 +45,18 @@ def measure_command(
     options: dict[str, Any] = {"radii": tuple(rho) if rho else RADII, "eigenvalues": eigenvalues, "seed": seed}
     for path, folder, objective in zip(checkpoints, folders, objectives, strict=True):
         with progress.status(f"{folder.name} ...") as status:
-            measured = measure(objective, metrics=chosen, tick=partial(_show, status, folder.name), **options)
+            measured = measure(objective, metrics=chosen, tick=functools.partial(_show, status, folder.name), **options)
         _print(console, str(path), objective, measured)
-        save(measured, folder)
+        # In place of all that an earlier call wrote.
+        with atomic_folder(folder) as partial:
+            for name, result in measured.results.items():
+                result.save(partial / f"{name}.safetensors")
+            measured.to_frame().to_csv(partial / _METRICS, index=False, lineterminator="\n")
         console.print(f"saved in {folder}", highlight=False, soft_wrap=True)
 
 
 def _show(status: Status, name: str, what: str) -> None:
     status.update(f"{name}: {what} ...")
-
-
-def save(metrics: Measurement, folder: Path) -> None:
-    """Write ``metrics.csv`` and one ``.safetensors`` file per result, in place of all that an earlier call wrote."""
-    with atomic_folder(folder) as partial:
-        for name, result in metrics.results.items():
-            result.save(partial / f"{name}.safetensors")
-        metrics.to_frame().to_csv(partial / _METRICS, index=False, lineterminator="\n")
 
 
 def _print(console: Console, title: str, objective: Objective, metrics: Measurement) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,7 @@ from msam_analysis.results import Projection, Result, Slice1D, export
 
 PICTURES = ("png", "pdf", "svg")
 FILMS = ("gif", "mp4")
-ARRAYS: dict[str, Callable[[Any, Path], Path]] = {
-    "nc": export.to_netcdf,
-    "h5": export.to_hdf5,
-    "vtk": export.to_vtk,
-    "npz": export.to_npz,
-}
+ARRAYS: dict[str, Any] = {"nc": export.to_netcdf, "h5": export.to_hdf5, "vtk": export.to_vtk, "npz": export.to_npz}
 FORMATS = (*PICTURES, "html", *FILMS, *ARRAYS, "csv")
 _NEEDS = {"html": ("plotly", "interactive"), "nc": ("h5netcdf", "export"), "h5": ("h5netcdf", "export")}
 

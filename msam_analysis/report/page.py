@@ -177,9 +177,6 @@ def _embedded(figure: Figure) -> dict[str, Any]:
     return {"source": f"data:{media};base64,{base64.b64encode(content).decode('ascii')}", "size": size}
 
 
-# ------------------------------------------------------------------------------------------------------ text and cells
-
-
 def _cells(table: Table) -> dict[str, list[Any]]:
     """Return the columns, each with its name and whether it has numbers, and the rows of text."""
     frame = table.frame

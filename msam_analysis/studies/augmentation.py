@@ -1,8 +1,7 @@
 """Random crop, mirror image and cutout of a batch of images at once, where the images are.
 
-What is drawn for a batch depends on nothing but a seed, the epoch and the batch's number: :func:`stream` gives each its
-own generator on the CPU, so that devices agree, and processes that share a batch draw for all of it and apply their
-part.
+What is drawn for a batch depends on seed, epoch and the batch's number alone, and is drawn on the CPU: devices agree,
+and processes that share a batch draw for all of it and apply their part.
 """
 
 from __future__ import annotations

@@ -138,12 +138,9 @@ class Job:
 
     def read(self) -> FinishedRun:
         """Return the finished run, with what is wanted of it and no more."""
-        return store.read_run(
-            self.directory,
-            self.run,
-            [self.watched[name] for name in sorted(self.watched)],
-            [self.measured[name] for name in MEASURES if name in self.measured],
-        )
+        watched = [self.watched[name] for name in sorted(self.watched)]
+        measured = [self.measured[name] for name in MEASURES if name in self.measured]
+        return store.read_run(self.directory, self.run, watched, measured)
 
 
 def job(run: Run, folder: Path, protocol: Protocol, every: int, computing: Computing = PLAIN) -> Job:

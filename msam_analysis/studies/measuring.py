@@ -122,13 +122,8 @@ def _balls(subject: Subject, protocol: Protocol) -> dict[str, Result]:
     results: dict[str, Result] = {}
     previous: list[Tensor] = []
     for radius in protocol.radii:
-        ball = ball_sharpness(
-            subject.objective,
-            radius,
-            starts=("gradient", "eigenvector", *previous),
-            iterations=protocol.ball_iterations,
-            tolerance=1e-4,
-        )
+        starts, iterations = ("gradient", "eigenvector", *previous), protocol.ball_iterations
+        ball = ball_sharpness(subject.objective, radius, starts=starts, iterations=iterations, tolerance=1e-4)
         results[f"ball-{radius:g}"] = ball
         previous = [ball.displacement]
     return results
@@ -188,12 +183,11 @@ def _robustness(subject: Subject, _: Protocol) -> dict[str, Result]:
     device = next(subject.model.parameters()).device
     model = _FromShares(subject.model, low, high).to(device)
     test = [((batch - low) / (high - low), labels) for batch, labels in subject.workload.test()]
-    return {
-        f"robustness-{attack}": robust_accuracy(
-            model, test, attack, shares, bounds=None if attack == "noise" else (0.0, 1.0)
-        )
-        for attack, shares in DISTURBANCES.items()
-    }
+    results: dict[str, Result] = {}
+    for attack, shares in DISTURBANCES.items():
+        bounds = None if attack == "noise" else (0.0, 1.0)
+        results[f"robustness-{attack}"] = robust_accuracy(model, test, attack, shares, bounds=bounds)
+    return results
 
 
 def _top_of_some(subject: Subject, _: Protocol) -> dict[str, Result]:
@@ -219,7 +213,7 @@ class Measure(NamedTuple):
     ``of``: Measures a network, as finely as the protocol says: results by name.
     ``settings``: The fields of the protocol that it reads.
     ``version``: Raised by hand when the numbers of the measure change: it is then measured anew on every network.
-    ``cost``, ``each``: Rough cost in training steps, and of every radius but the first, for the progress bar alone.
+    ``cost``: Rough cost in training steps, of every radius if it reads them, for the progress bar alone.
     ``needs``: An optional package: the name to import and the name of the release.
     """
 
@@ -227,12 +221,11 @@ class Measure(NamedTuple):
     settings: tuple[str, ...]
     version: int = 1
     cost: float = 0.0
-    each: float = 0.0
     needs: tuple[str, str] | None = None
 
     def price(self, protocol: Protocol) -> float:
         """Return the rough cost in training steps."""
-        return self.cost + self.each * (len(protocol.radii) - 1)
+        return self.cost * (len(protocol.radii) if "radii" in self.settings else 1)
 
     def identity(self, protocol: Protocol) -> str:
         """Return a hash of what decides the numbers, beside the network."""
@@ -256,7 +249,7 @@ _SLICES = ("random_seed", "filter_radius", "unit_radius", "line_points", "plane_
 
 MEASURES: Mapping[str, Measure] = {
     "eigenvalues": Measure(_eigenvalues, ("eigenvalues", "power_tolerance", "samples"), cost=380.0),
-    "balls": Measure(_balls, ("radii", "ball_iterations", "samples"), cost=115.0, each=115.0),
+    "balls": Measure(_balls, ("radii", "ball_iterations", "samples"), cost=115.0),
     "slices": Measure(_slices, (*_SLICES, "samples"), cost=190.0),
     "features": Measure(_features, ("samples",), cost=10.0),
     "robustness": Measure(_robustness, (), cost=130.0, needs=("art", "adversarial-robustness-toolbox")),

@@ -114,7 +114,13 @@ def _in_workers(jobs: Sequence[Job], processes: int, tick: Tick) -> Iterator[Any
     # No locks: so short a message is written at once or not at all, and a worker that is killed would keep its lock.
     told, ticks = multiprocessing.Pipe(duplex=False)
     alive, ours = multiprocessing.Pipe(duplex=False)
-    listener = threading.Thread(target=_listen, args=(told, tick), daemon=True)
+
+    def listen() -> None:
+        with suppress(EOFError):  # the last worker is gone
+            while True:
+                tick(told.recv())
+
+    listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     try:
         with joblib.parallel_config("loky", inner_max_num_threads=1, initializer=_prepare, initargs=(ticks, alive)):
@@ -132,13 +138,6 @@ def _in_workers(jobs: Sequence[Job], processes: int, tick: Tick) -> Iterator[Any
             end.close()
 
 
-def _listen(told: Connection, tick: Tick) -> None:
-    """Pass on what the workers tell, until the last of them is gone."""
-    with suppress(EOFError):
-        while True:
-            tick(told.recv())
-
-
 def _parallel(jobs: Sequence[Job], processes: int) -> Iterator[Any]:
     # Two jobs a process are handed out ahead (the default): loky's own thread dies at an interrupt that finds more.
     parallel = joblib.Parallel(processes, batch_size=1, return_as="generator_unordered")
@@ -149,14 +148,14 @@ def _parallel(jobs: Sequence[Job], processes: int) -> Iterator[Any]:
 def _prepare(ticks: Connection, alive: Connection) -> None:
     """Prepare a worker process: the interrupt key is left to the main process, and there is no life without that."""
     _ticks.append(ticks)
-    threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
+
+    def end_with_parent() -> None:
+        # The other end is the main process's alone: nothing ever comes, and it closes when that process ends.
+        alive.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _end_with_parent(alive: Connection) -> None:
-    # The other end is the main process's alone: nothing ever comes, and it closes when that process ends.
-    alive.poll(None)
-    os._exit(1)
 
 
 def _on_cluster(jobs: Sequence[Job], address: str, tick: Tick) -> Iterator[Any]:

@@ -94,11 +94,9 @@ def table() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def table_train() -> Batches:
     """Return the training set, flipped labels included, as one batch."""
-    inputs, labels, _, _ = table()
-    return [(inputs, labels)]
+    return [table()[:2]]
 
 
 def table_test() -> Batches:
     """Return the test set as one batch."""
-    _, _, inputs, labels = table()
-    return [(inputs, labels)]
+    return [table()[2:]]

@@ -13,10 +13,8 @@ from msam_analysis.studies.workloads import Workload
 
 @dataclass(frozen=True)
 class Run:
-    """One network to be trained, and what is to be known of it.
+    """One network to be trained, of a workload or a :func:`variant` of it, and what is to be known of it.
 
-    ``workload``, ``optimizer``, ``seed``: Which network. A variant is the same workload with another recipe or
-        perturbation: see :func:`variant`.
     ``replacement``: Whether samples are drawn independently, instead of each once an epoch.
     ``watched``: What is recorded while it trains: keys of :data:`~msam_analysis.studies.watching.WATCHES`.
     ``measured``: What is measured after it: keys of :data:`~msam_analysis.studies.measuring.MEASURES`.
