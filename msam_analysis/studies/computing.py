@@ -49,11 +49,6 @@ class Computing:
             raise ValueError("torch finds no GPU here: expected one for the device cuda; use cpu or auto")
 
     @property
-    def identity(self) -> tuple[str, str]:
-        """What of it decides the bits of a run."""
-        return self.device, self.amp
-
-    @property
     def torch_device(self) -> torch.device:
         """The device of this process."""
         if self.device == "cpu":

@@ -154,7 +154,7 @@ def job(run: Run, folder: Path, protocol: Protocol, every: int, computing: Compu
         known = sorted([*MEASURES, *WATCHES])
         raise ValueError(f"unknown probe or measure {unknown[0]!r}: expected some of {known}")
     kind = f"control-{run.optimizer}" if run.replacement else run.optimizer
-    decides = (run.replacement, computing.identity, torch.__version__, training.VERSION)
+    decides = (run.replacement, (computing.device, computing.amp), torch.__version__, training.VERSION)
     network = run.workload.fingerprint(run.optimizer, *decides)
     watched = {
         name: f"{name}-{WATCHES[name].identity(run.workload, every, protocol.samples)}.csv"

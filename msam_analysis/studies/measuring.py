@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -120,12 +120,12 @@ def _eigenvalues(subject: Subject, protocol: Protocol) -> dict[str, Result]:
 
 def _balls(subject: Subject, protocol: Protocol) -> dict[str, Result]:
     results: dict[str, Result] = {}
-    previous: list[Tensor] = []
+    starts: tuple[Any, ...] = ("gradient", "eigenvector")
+    iterations = protocol.ball_iterations
     for radius in protocol.radii:
-        starts, iterations = ("gradient", "eigenvector", *previous), protocol.ball_iterations
         ball = ball_sharpness(subject.objective, radius, starts=starts, iterations=iterations, tolerance=1e-4)
         results[f"ball-{radius:g}"] = ball
-        previous = [ball.displacement]
+        starts = ("gradient", "eigenvector", ball.displacement)
     return results
 
 
