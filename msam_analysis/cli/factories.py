@@ -28,13 +28,8 @@ def load_objectives(
 ) -> list[Objective]:
     """Return an objective for every checkpoint on the same data; evaluate each once to see that all fit together.
 
-    ``checkpoints``: Files of weights.
-    ``model``: Reference to a factory that returns the module.
-    ``data``: Reference to a factory that returns batches, or ``(batches, loss_fn)``.
-    ``loss``: Reference to a factory that returns ``loss_fn``.
-    ``batchnorm``, ``device``, ``parameters``: Options of :class:`~msam_analysis.Objective`.
-    Raises FileNotFoundError, TypeError, ValueError: A file or a factory is missing or fails, its result does not fit,
-        this machine or this build of torch does not have the device, or the loss cannot be evaluated.
+    ``model``, ``data``, ``loss``: References to factories: of the module; of batches, or ``(batches, loss_fn)``; and of
+        ``loss_fn``.
     """
     factory, batches = partial(make, model), make(data)
     loss_fn: Any = nn.CrossEntropyLoss()
@@ -57,11 +52,7 @@ def load_objectives(
 
 
 def load_object(reference: str) -> Callable[[], Any]:
-    """Import ``package.module:name``, also from the working directory, and return the object.
-
-    Raises ValueError: The reference has another form, or there is no such object.
-    Raises TypeError: The object cannot be called.
-    """
+    """Import ``package.module:name``, also from the working directory, and return the object."""
     module_name, colon, attribute = reference.partition(":")
     if not (module_name and colon and attribute):
         raise ValueError(f"expected package.module:factory, got {reference!r}: for example mypackage.models:resnet")
@@ -83,10 +74,7 @@ def load_object(reference: str) -> Callable[[], Any]:
 
 
 def make(reference: str) -> Any:
-    """Call the factory of a reference.
-
-    Raises ValueError: The factory raised an error.
-    """
+    """Call the factory of a reference."""
     factory = load_object(reference)
     try:
         return factory()

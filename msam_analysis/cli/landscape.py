@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +15,19 @@ from rich.table import Table
 
 from msam_analysis import landscape
 from msam_analysis.cli.factories import load_object, load_objectives
-from msam_analysis.cli.names import check_own, distinct_names
+from msam_analysis.cli.names import check_own, distinct_names, listed
 from msam_analysis.cli.pictures import FORMATS, check_formats, write_all
 from msam_analysis.cli.processes import group, own_device, rank
-from msam_analysis.cli.views import AROUND, THROUGH, Course, View, open_trajectories, views
-from msam_analysis.landscape import trajectory
+from msam_analysis.landscape import between, trajectory
+from msam_analysis.landscape import directions as lines_of
+from msam_analysis.objective.direction import Direction
+from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.ranks import Ranks
+from msam_analysis.results import Trajectory, load_trajectory
+
+AROUND = ("random", "gradient", "eigenvectors")
+# Through several checkpoints, so many.
+THROUGH = {"interpolation": 2, "plane": 3, "pca": 1}
 
 METRICS: dict[str, Any] = {
     "accuracy": landscape.metrics.accuracy,
@@ -27,6 +35,65 @@ METRICS: dict[str, Any] = {
     "top_eigenvalue": landscape.metrics.top_eigenvalue,
     "gradient_norm": landscape.metrics.gradient_norm,
 }
+
+
+@dataclass(frozen=True)
+class Course:
+    """The options that decide the lines and planes; ``None`` stands for the default of the kind."""
+
+    kind: str
+    dimensions: int | None
+    radius: float | None
+    points: int
+    normalize: str | None
+    one_d: bool
+    seed: int
+    trajectories: Sequence[Path] = ()
+
+    @property
+    def axes(self) -> int:
+        """Number of axes, 1 or 2."""
+        return self.dimensions or (1 if self.kind == "interpolation" else 2)
+
+    def check(self, checkpoints: int) -> None:
+        """Refuse options that do not go together."""
+        if self.kind not in (*AROUND, *THROUGH):
+            raise ValueError(f"--directions must be one of {', '.join((*AROUND, *THROUGH))}, got {self.kind!r}")
+        if self.axes not in (1, 2):
+            raise ValueError(f"--dim must be 1 (a line) or 2 (a plane), got {self.axes}")
+        if self.kind in THROUGH:
+            self._check_through(checkpoints)
+        if self.trajectories and (self.axes == 1 or (self.kind in AROUND and checkpoints > 1)):
+            raise ValueError(
+                "--trajectory is drawn on a plane through one checkpoint: expected --dim 2 and one of them"
+            )
+
+    def _check_through(self, checkpoints: int) -> None:
+        if checkpoints != THROUGH[self.kind]:
+            raise ValueError(
+                f"--directions {self.kind} takes {THROUGH[self.kind]} checkpoint(s), got {checkpoints}: "
+                "2 for interpolation, 3 for plane, 1 (the centre) for pca"
+            )
+        if (self.axes == 1) != (self.kind == "interpolation"):
+            raise ValueError(f"--directions {self.kind} has no --dim {self.axes}: leave --dim out")
+        if self.radius is not None or self.normalize is not None or self.one_d:
+            raise ValueError(
+                f"--directions {self.kind} reaches as far as what it shows: leave out --radius, --normalize and --one-d"
+            )
+        if self.kind == "pca" and not self.trajectories:
+            raise ValueError("--directions pca is the plane of a recorded trajectory: expected --trajectory FOLDER")
+
+
+@dataclass(frozen=True)
+class View:
+    """A line or plane to measure: the names of its file and in pictures, what a slice takes, and points to mark."""
+
+    name: str
+    title: str
+    objective: Objective
+    lines: tuple[Direction, ...]
+    grid: Mapping[str, Any]
+    marks: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def landscape_command(
@@ -81,7 +148,7 @@ def landscape_command(
     """
     course = Course(directions, dim, radius, points, normalize, one_d, seed, tuple(trajectories or ()))
     course.check(len(checkpoints))
-    wanted = list(dict.fromkeys(_split(formats)))
+    wanted = list(dict.fromkeys(listed(formats)))
     check_formats(wanted, course.axes, len(course.trajectories))
     measures = _metrics(metrics)
     names = distinct_names(checkpoints)
@@ -89,7 +156,7 @@ def landscape_command(
     folder = out if out is not None else Path("results") / "landscape"
     stems = names if course.kind in (*AROUND, "pca") else [course.kind]
     check_own(folder, [f"{stem}.safetensors" for stem in stems], "an earlier landscape of these checkpoints")
-    along = open_trajectories(course.trajectories)
+    along = _open_trajectories(course.trajectories)
     policy = batchnorm or ("eval" if course.kind in AROUND and not along else "recalibrate")
     device = own_device(device)
     options: dict[str, Any] = {"metrics": measures, "refine": refine, "samples": samples, "seed": seed}
@@ -98,30 +165,26 @@ def landscape_command(
         objectives = load_objectives(
             checkpoints, model, data, loss, batchnorm=policy, device=device, parameters=parameters
         )
-        looked = views(course, objectives, names, titles, along)
+        looked = _views(course, objectives, names, titles, along)
         measured = [(view, _measure(view, folder, options)) for view in looked]
     if rank() == 0:
         view = looked[0]
         shown = {name: trajectory.project(item, view.lines, objective=view.objective) for name, item in along.items()}
-        written = write_all(measured, shown, wanted, folder)
+        results = {view.name: result for view, result in measured}
+        results |= {f"trajectory-{name}": item for name, item in shown.items()}
+        slices = {view.title: result for view, result in measured}
+        written = write_all(results, slices, shown, view.marks, wanted, folder)
         _print(measured, [*(folder / f"{view.name}.safetensors" for view in looked), *written])
 
 
-def _split(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
 def _metrics(text: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name in _split(text):
-        if name == "loss":  # always measured
-            continue
+    names = [name for name in listed(text) if name != "loss"]  # which is always measured
+    for name in names:
         if name not in METRICS and ":" not in name:
             raise ValueError(
                 f"unknown metric {name!r}: expected some of {', '.join(METRICS)}, or package.module:function"
             )
-        found[name.rpartition(":")[2]] = METRICS[name] if name in METRICS else load_object(name)
-    return found
+    return {name.rpartition(":")[2]: METRICS[name] if name in METRICS else load_object(name) for name in names}
 
 
 def _titles(labels: Sequence[str] | None, names: Sequence[str]) -> Sequence[str]:
@@ -140,8 +203,7 @@ def _measure(view: View, folder: Path, options: Mapping[str, Any]) -> Any:
     path = folder / f"{view.name}.safetensors"
     if len(lines) == 1:
         return landscape.slice_1d(view.objective, lines[0], path=path, **view.grid, **options)
-    x, y = lines
-    return landscape.slice_2d(view.objective, (x, y), path=path, **view.grid, **options)
+    return landscape.slice_2d(view.objective, (lines[0], lines[1]), path=path, **view.grid, **options)
 
 
 def _print(measured: Sequence[tuple[View, Any]], written: Sequence[Path]) -> None:
@@ -159,3 +221,59 @@ def _print(measured: Sequence[tuple[View, Any]], written: Sequence[Path]) -> Non
     console.print(table)
     for path in written:
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
+
+
+def _views(
+    course: Course,
+    objectives: Sequence[Objective],
+    names: Sequence[str],
+    titles: Sequence[str],
+    trajectories: Mapping[str, Trajectory],
+) -> list[View]:
+    """Return what is to be measured: one view for each checkpoint, or one through all."""
+    first = objectives[0]
+    others = [objective.point() for objective in objectives[1:]]
+    if course.kind == "interpolation":
+        named = f"the line from {titles[0]} (0) to {titles[1]} (1)"
+        line = replace(lines_of.interpolation(first, others[0]), name=named)
+        return [View("interpolation", "", first, (line,), {"coordinates": between(course.points)})]
+    if course.kind == "plane":
+        plane = lines_of.plane_through(first, others[0], others[1])
+        x, y = plane.directions
+        lines = (replace(x, name=f"to {titles[1]}"), replace(y, name=f"to {titles[2]}, orthogonal to x"))
+        marks = {title: tuple(point) for title, point in zip(titles, plane.points.tolist(), strict=True)}
+        return [View("plane", "", first, lines, {"coordinates": plane.coordinates(course.points)}, marks)]
+    if course.kind == "pca":
+        found = trajectory.pca_plane(trajectories, center=first.point())
+        projections = [trajectory.project(item, found) for item in trajectories.values()]
+        grid = {"coordinates": trajectory.grid(projections, course.points)}
+        return [View(names[0], titles[0], first, found.directions, grid)]
+    around: dict[str, Any] = {"radius": 1.0 if course.radius is None else course.radius, "points": course.points}
+    return [
+        View(name, title, objective, _around(course, objective), around)
+        for name, title, objective in zip(names, titles, objectives, strict=True)
+    ]
+
+
+def _around(course: Course, objective: Objective) -> tuple[Direction, ...]:
+    # Eigenvectors have length 1 already.
+    normalize: Any = course.normalize or ("none" if course.kind == "eigenvectors" else "filter")
+    found = []
+    for axis in range(course.axes):
+        if course.kind == "random" or (course.kind == "gradient" and axis == 1):
+            line = lines_of.random(objective, course.seed + axis, normalize, one_d=course.one_d)
+        else:
+            own = course.kind == "gradient"
+            line = lines_of.gradient(objective) if own else lines_of.eigenvector(objective, axis, seed=course.seed)
+            if normalize != "none":
+                line = line.normalized(objective, normalize, one_d=course.one_d)
+        found.append(line)
+    return tuple(found)
+
+
+def _open_trajectories(folders: Sequence[Path]) -> dict[str, Trajectory]:
+    """Return recorded trajectories by their labels, or by their folders if labels are the same."""
+    found = [load_trajectory(folder) for folder in folders]
+    labels = [item.label for item in found]
+    names = labels if len(set(labels)) == len(labels) else distinct_names(folders)
+    return {name: replace(item, label=name) for name, item in zip(names, found, strict=True)}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.status import Status
 from rich.table import Table
 
 from msam_analysis.cli.factories import load_objectives
-from msam_analysis.cli.names import check_own, distinct_names
+from msam_analysis.cli.names import check_own, distinct_names, listed
 from msam_analysis.measures.summary import DEFAULT_METRICS, METRICS, RADII, measure
 from msam_analysis.objective.objective import Objective
 from msam_analysis.results import Measurement, atomic_folder
@@ -35,39 +35,28 @@ def measure_command(
     seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
 ) -> None:
     """Print and save sharpness metrics of checkpoints: loss, λ1..λ5, trace, largest rise in a ball, average rise."""
-    chosen = METRICS if metrics == "all" else [name.strip() for name in metrics.split(",") if name.strip()]
+    chosen = METRICS if metrics == "all" else listed(metrics)
     root = out if out is not None else Path("results") / "measure"
     folders = [root / name for name in distinct_names(checkpoints)]
     for folder in folders:
         check_own(folder, [_METRICS], "an earlier measurement")
     objectives = load_objectives(checkpoints, model, data, loss, batchnorm=batchnorm, device=device)
     console, progress = Console(), Console(stderr=True)
+    options: dict[str, Any] = {"radii": tuple(rho) if rho else RADII, "eigenvalues": eigenvalues, "seed": seed}
     for path, folder, objective in zip(checkpoints, folders, objectives, strict=True):
-        name = folder.name
-        with progress.status(f"{name} ...") as status:
-            measured = measure(
-                objective,
-                metrics=chosen,
-                radii=tuple(rho) if rho else RADII,
-                eigenvalues=eigenvalues,
-                seed=seed,
-                tick=partial(_show, status, name),
-            )
+        with progress.status(f"{folder.name} ...") as status:
+            measured = measure(objective, metrics=chosen, tick=functools.partial(_show, status, folder.name), **options)
         _print(console, str(path), objective, measured)
-        save(measured, folder)
+        # In place of all that an earlier call wrote.
+        with atomic_folder(folder) as partial:
+            for name, result in measured.results.items():
+                result.save(partial / f"{name}.safetensors")
+            measured.to_frame().to_csv(partial / _METRICS, index=False, lineterminator="\n")
         console.print(f"saved in {folder}", highlight=False, soft_wrap=True)
 
 
 def _show(status: Status, name: str, what: str) -> None:
     status.update(f"{name}: {what} ...")
-
-
-def save(metrics: Measurement, folder: Path) -> None:
-    """Write ``metrics.csv`` and one ``.safetensors`` file per result, in place of all that an earlier call wrote."""
-    with atomic_folder(folder) as partial:
-        for name, result in metrics.results.items():
-            result.save(partial / f"{name}.safetensors")
-        metrics.to_frame().to_csv(partial / _METRICS, index=False, lineterminator="\n")
 
 
 def _print(console: Console, title: str, objective: Objective, metrics: Measurement) -> None:

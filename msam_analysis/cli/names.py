@@ -1,4 +1,4 @@
-"""Names and folders for the files of a checkpoint."""
+"""Names: of the files of a checkpoint, and those that a user lists."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def distinct_names(checkpoints: Sequence[Path]) -> list[str]:
         numbered = (f"{name}-{number}" for number in itertools.count(2))
         names.append(next(free for free in itertools.chain([name], numbered) if free not in names))
     return names
+
+
+def listed(text: str) -> list[str]:
+    """Return the names in a text, between commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from msam_analysis import plots
-from msam_analysis.cli.views import View
 from msam_analysis.results import Projection, Result, Slice1D, export
 
 PICTURES = ("png", "pdf", "svg")
 FILMS = ("gif", "mp4")
-ARRAYS: dict[str, Callable[[Any, Path], Path]] = {
-    "nc": export.to_netcdf,
-    "h5": export.to_hdf5,
-    "vtk": export.to_vtk,
-    "npz": export.to_npz,
-}
+ARRAYS: dict[str, Any] = {"nc": export.to_netcdf, "h5": export.to_hdf5, "vtk": export.to_vtk, "npz": export.to_npz}
 FORMATS = (*PICTURES, "html", *FILMS, *ARRAYS, "csv")
 _NEEDS = {"html": ("plotly", "interactive"), "nc": ("h5netcdf", "export"), "h5": ("h5netcdf", "export")}
 
 
 def check_formats(formats: Sequence[str], dimensions: int, trajectories: int) -> None:
-    """Refuse formats that could not be written, before anything is measured.
-
-    Raises ValueError: A format is unknown, or needs a surface or a trajectory that there will not be.
-    Raises ImportError: A package is missing.
-    """
+    """Refuse formats that could not be written, before anything is measured."""
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise ValueError(f"--formats must be among {', '.join(FORMATS)}, got {(unknown or ['none'])[0]!r}")
@@ -43,26 +32,28 @@ def check_formats(formats: Sequence[str], dimensions: int, trajectories: int) ->
 
 
 def write_all(
-    measured: Sequence[tuple[View, Any]], projections: Mapping[str, Projection], formats: Sequence[str], folder: Path
+    results: Mapping[str, Result],
+    slices: Mapping[str, Any],
+    projections: Mapping[str, Projection],
+    marks: Mapping[str, tuple[float, ...]],
+    formats: Sequence[str],
+    folder: Path,
 ) -> list[Path]:
-    """Draw and write slices, all of them in one picture on one scale, and return the files."""
-    slices = {view.title: result for view, result in measured}
-    one = len(slices) == 1
+    """Draw slices, by title, in one picture on one scale; write results, by the names of their files; return all files.
+
+    ``marks``: Points to mark on a plane, by title.
+    """
+    first = next(iter(slices.values()))
     written: list[Path] = []
     pictures = [name for name in formats if name in PICTURES]
-    if pictures:
-        for name, drawn in _drawn(measured, projections).items():
-            written += plots.save(drawn, folder / name, pictures, close=True)
+    for name, drawn in _drawn(slices, projections, marks).items() if pictures else ():
+        written += plots.save(drawn, folder / name, pictures, close=True)
     if "html" in formats:
-        shown = next(iter(slices.values())) if one else slices
+        shown = first if len(slices) == 1 else slices
         plots.interactive_surface(shown, folder / "landscape.html", trajectories=projections or None)
         written.append(folder / "landscape.html")
-    for name in formats:
-        if name in FILMS:
-            plane = next(iter(slices.values()))
-            written.append(plots.animate_trajectory(plane, projections, folder / f"trajectory.{name}"))
-    results: dict[str, Result] = {view.name: result for view, result in measured}
-    results |= {f"trajectory-{name}": item for name, item in projections.items()}
+    for film in (name for name in formats if name in FILMS):
+        written.append(plots.animate_trajectory(first, projections, folder / f"trajectory.{film}"))
     for stem, result in results.items():
         written += [ARRAYS[name](result, folder / stem) for name in formats if name in ARRAYS]
         if "csv" in formats:
@@ -71,40 +62,23 @@ def write_all(
     return written
 
 
-def _drawn(measured: Sequence[tuple[View, Any]], projections: Mapping[str, Projection]) -> dict[str, Any]:
+def _drawn(
+    slices: Mapping[str, Any], projections: Mapping[str, Projection], marks: Mapping[str, tuple[float, ...]]
+) -> dict[str, Any]:
     """Return pictures by name: the loss, also as a surface, and every other number measured at the points."""
-    slices = {view.title: result for view, result in measured}
     first = next(iter(slices.values()))
-    scalars = [name for name, values in first.metrics.items() if values.shape == first.loss.shape]
-    if isinstance(first, Slice1D):
-        drawn: dict[str, Any] = {"landscape": plots.slice_1d(slices)}
-        for name in scalars:
-            drawn[name] = plots.slice_1d(_of_metric(slices, name), label=name)
-        return drawn
-    if projections:
-        drawn = {"landscape": plots.trajectory_panels(first, projections)}
-    else:
-        drawn = {"landscape": plots.slice_2d(slices)}
-    drawn["surface"] = plots.surface_3d(slices)
-    for name in scalars:
-        scale = False if name == "accuracy" else None  # a fraction: from 0 to 1
-        drawn[name] = plots.slice_2d(_of_metric(slices, name), label=name, log=scale)
-    for name, axes in drawn.items():
-        if name != "surface":
-            _mark(axes[0], measured[0][0].marks)
+    line = isinstance(first, Slice1D)
+    draw: Any = plots.slice_1d if line else plots.slice_2d
+    drawn = {"landscape": plots.trajectory_panels(first, projections) if projections else draw(slices)}
+    if not line:
+        drawn["surface"] = plots.surface_3d(slices)
+    for name in (name for name, values in first.metrics.items() if values.shape == first.loss.shape):
+        # A fraction is drawn from 0 to 1.
+        drawn[name] = draw(slices, values=name, **({"log": False} if name == "accuracy" else {}))
+    box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
+    for axes in (axes for name, axes in drawn.items() if name != "surface" and marks):
+        for title, (x, y) in marks.items():
+            axes[0].plot([x], [y], "o", color="white", markeredgecolor="black", markersize=4, zorder=8)
+            near = {"textcoords": "offset points", "ha": "center", "fontsize": 7, "bbox": box, "zorder": 9}
+            axes[0].annotate(title, (x, y), (0, 6), **near)
     return drawn
-
-
-def _of_metric(slices: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return slices with a metric in place of the loss, for the functions that draw a loss."""
-    return {
-        title: replace(item, loss=item.metrics[name], standard_error=None, rise_error=None)
-        for title, item in slices.items()
-    }
-
-
-def _mark(ax: Any, marks: Mapping[str, tuple[float, ...]]) -> None:
-    for title, (x, y) in marks.items():
-        ax.plot([x], [y], "o", color="white", markeredgecolor="black", markersize=4, zorder=8)
-        box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
-        ax.annotate(title, (x, y), (0, 6), textcoords="offset points", ha="center", fontsize=7, bbox=box, zorder=9)

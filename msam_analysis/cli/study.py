@@ -8,6 +8,7 @@ from typing import Annotated, cast
 
 import typer
 
+from msam_analysis.cli.names import listed
 from msam_analysis.cli.processes import group, rank
 from msam_analysis.studies.cifar import Checksum
 from msam_analysis.studies.computing import computing
@@ -49,8 +50,6 @@ def study_command(
 
     With torchrun, several processes, each with a GPU of its own if there are any, share the runs.
     """
-    names = [name.strip() for name in (exhibits or "").split(",") if name.strip()]
-    chosen = None if exhibits is None else names
     protocol = dataclasses.replace(COARSE if coarse else Protocol(), samples=samples)
     with group():
         page = run_study(
@@ -58,7 +57,7 @@ def study_command(
             seeds=seeds,
             out=out,
             figures=figures,
-            exhibits=chosen,
+            exhibits=None if exhibits is None else listed(exhibits),
             jobs=jobs,
             cluster=cluster,
             protocol=protocol,

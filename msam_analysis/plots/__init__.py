@@ -1,4 +1,6 @@
-"""Results and tidy tables drawn with matplotlib; nothing is measured here.
+"""Results and tidy tables drawn with matplotlib, pages to turn and films; nothing is measured here.
+
+One file for each kind of picture, the look that all share, and the scales. This room may import ``results``.
 
 What a measure returns is drawn by the function of the same name, alone or by name beside others:
 
@@ -27,7 +29,7 @@ is nothing to draw or there are fewer axes than panels, and ``TypeError`` for wh
 
 An optimizer has one colour, line style and marker in every picture (:func:`look`). Bands and bars over seeds are 68 %
 Student-t intervals of the mean, as in the paper; those of a single result are its own error. An open marker did not
-converge. NaN and infinity are drawn as holes. This room may import ``results``.
+converge. NaN and infinity are drawn as holes.
 """
 
 from msam_analysis.plots.animation import animate_trajectory

@@ -14,9 +14,10 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 from urllib.parse import quote
 
 import jinja2
@@ -31,22 +32,17 @@ Verdict = Literal["holds", "does not hold", "cannot tell at this scale"]
 _MEDIA = {".png": "image/png", ".svg": "image/svg+xml", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 _SCREEN_SCALE = 0.66  # of the dots of a picture: a page of 6.8 in fills the column of text, on fine screens sharply
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_PLURAL: Mapping[Verdict, tuple[str, str]] = {
+_CSS = {"holds": "holds", "does not hold": "does-not-hold", "cannot tell at this scale": "cannot-tell"}
+_PLURAL = {
     "holds": ("holds", "hold"),
     "does not hold": ("does not hold", "do not hold"),
     "cannot tell at this scale": ("cannot be told at this scale",) * 2,
 }
-_CSS = {"holds": "holds", "does not hold": "does-not-hold", "cannot tell at this scale": "cannot-tell"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A picture from a file.
-
-    ``path``: A PNG, SVG or JPEG file. A relative path starts, like any other, at the working directory.
-    ``caption``: What the picture shows, as a sentence.
-    ``alt``: The same for somebody who cannot see it; by default the caption.
-    """
+    """A picture from a PNG, SVG or JPEG file; ``alt`` tells it to somebody who cannot see it, default the caption."""
 
     path: str | os.PathLike[str]
     caption: str
@@ -55,13 +51,10 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Table:
-    """A table of a few rows.
+    """A table of a few rows, without its index.
 
-    ``frame``: The table. Its index is not shown; underscores in names of columns become spaces. A column ``q`` that has
-        its interval in ``q_half_width``, as :func:`msam_analysis.results.statistics.summarise` gives it, becomes one
-        column with ``mean ± half width``.
-    ``caption``: Meaning of the rows, as a sentence.
-    ``digits``: Significant digits of floating-point numbers that stand alone, default 4. NaN is shown as a dash.
+    A column ``q`` with its interval in ``q_half_width``, as of :func:`msam_analysis.results.statistics.summarise`,
+    becomes one column with ``mean ± half width``; other floats have ``digits`` significant digits, and NaN a dash.
     """
 
     frame: pd.DataFrame
@@ -71,16 +64,11 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """A claim of the paper beside what was measured.
+    """A claim of the paper about the exhibit of an id, beside what was measured.
 
-    ``exhibit``: Id of the figure or table it comes from, for example ``"TA1"``.
-    ``claim``: The claim, as a sentence.
-    ``paper``: The paper's number.
-    ``measured``: The number measured, with its interval (see :func:`plus_minus`).
-    ``verdict``: ``"holds"``, ``"does not hold"`` or ``"cannot tell at this scale"``.
+    ``paper``, ``measured``: The two numbers, ours with its interval (see :func:`plus_minus`).
     ``note``: Why, where the numbers do not say it.
     ``control``: Whether it is no claim of the paper, and not counted as one.
-    Raises ValueError: The verdict is none of the three.
     """
 
     exhibit: str
@@ -99,12 +87,7 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the report.
-
-    ``title``: Heading of the part.
-    ``text``: Plain text; empty lines part the paragraphs.
-    ``items``: Figures and tables, in the order they appear below the text.
-    """
+    """A part of the report: a heading, plain text whose paragraphs empty lines part, and figures and tables below."""
 
     title: str
     text: str = ""
@@ -113,13 +96,7 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What :func:`write` writes: title, summary, the claims, then the sections.
-
-    ``title``: Heading of the page.
-    ``summary``: Plain text; empty lines part the paragraphs.
-    ``sections``: Parts, in the order in which they appear.
-    ``claims``: Rows of the table of claims, which comes before the sections; none, no table.
-    """
+    """What :func:`write` writes: title, summary (plain text), the table of claims if there are some, the sections."""
 
     title: str
     summary: str
@@ -128,13 +105,9 @@ class Report:
 
 
 def plus_minus(mean: float, half_width: float, *, digits: int = 2, unit: str = "") -> str:
-    """Return ``mean ± half width`` as text, both rounded to where the half width has its leading digits.
+    """Return ``"15.19 ± 0.34 unit"``, both rounded to the leading digits of the half width; a dash for NaN.
 
-    ``mean``, ``half_width``: Two numbers, for example those of :func:`msam_analysis.results.statistics.mean_interval`.
-    ``digits``: Significant digits of the half width, default 2. Without a half width (NaN, for one seed) the mean alone
-        gets two digits more.
-    ``unit``: Appended after a space.
-    Returns: For example ``"15.19 ± 0.34"``; ``"–"`` when the mean is NaN.
+    Without a half width (NaN, for one seed) the mean alone gets two digits more.
     """
     if math.isnan(mean):
         return "–"
@@ -159,30 +132,22 @@ def plus_minus(mean: float, half_width: float, *, digits: int = 2, unit: str = "
 
 
 def write(report: Report, directory: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Write ``report.html`` and ``report.md`` into a directory, each at once or not at all.
+    """Write ``report.html`` and ``report.md`` into a directory, each whole or not at all, and return the two files.
 
-    ``report``: The report. All text is taken literally: nothing in it is read as HTML or Markdown.
-    ``directory``: Folder of the files; it is made if it does not exist. Links in the Markdown are relative to it.
-    Returns: The two files.
-    Raises FileNotFoundError: A figure's file does not exist; nothing is written then.
-    Raises ValueError: A figure is not a PNG, SVG or JPEG file.
+    All text is taken literally: nothing in it is read as HTML or Markdown. Where a figure's file is missing, or neither
+    PNG, SVG nor JPEG, nothing is written.
     """
-    directory = Path(directory)
-    images = {figure: _embedded(figure) for figure in _figures(report)}
-    html = _environment().get_template("report.html.j2").render(report=report, images=images)
-    path = directory / "report.html"
-    _put(path, html)
+    path = Path(directory) / "report.html"
+    _write("report.html.j2", path, report=report, images={figure: _embedded(figure) for figure in _figures(report)})
     return path, write_markdown(report, directory)
 
 
 def write_markdown(report: Report, directory: str | os.PathLike[str]) -> Path:
-    """Write ``report.md`` alone into a directory, which is made if it does not exist; see :func:`write`.
-
-    Returns: The file. Its links to the figures are relative.
-    """
+    """Write ``report.md`` alone into a directory, with relative links to the figures, and return the file."""
     path = Path(directory) / "report.md"
-    links = {figure: _link(Path(figure.path), path.parent) for figure in _figures(report)}
-    _put(path, _environment().get_template("report.md.j2").render(report=report, links=links))
+    here = path.parent.resolve()
+    links = {f: quote(Path(os.path.relpath(Path(f.path).resolve(), here)).as_posix()) for f in _figures(report)}
+    _write("report.md.j2", path, report=report, links=links)
     return path
 
 
@@ -190,17 +155,14 @@ def _figures(report: Report) -> list[Figure]:
     return [item for section in report.sections for item in section.items if isinstance(item, Figure)]
 
 
-def _put(path: Path, text: str) -> None:
+def _write(template: str, path: Path, **facts: Any) -> None:
+    text = _environment().get_template(template).render(facts)
     with atomic_path(path) as partial:
         partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8", newline="\n")
 
 
-class _Image(NamedTuple):
-    source: str
-    size: tuple[int, int] | None  # in CSS pixels; unknown for formats other than PNG
-
-
-def _embedded(figure: Figure) -> _Image:
+def _embedded(figure: Figure) -> dict[str, Any]:
+    """Return the source of an image, and its size in CSS pixels, unknown for formats other than PNG."""
     path = Path(figure.path)
     media = _MEDIA.get(path.suffix.lower())
     if media is None:
@@ -212,42 +174,24 @@ def _embedded(figure: Figure) -> _Image:
     if content[12:16] == b"IHDR":  # all pictures of this package have 200 dots per inch: the same scale for all
         width, height = struct.unpack(">II", content[16:24])
         size = round(width * _SCREEN_SCALE), round(height * _SCREEN_SCALE)
-    return _Image(f"data:{media};base64,{base64.b64encode(content).decode('ascii')}", size)
+    return {"source": f"data:{media};base64,{base64.b64encode(content).decode('ascii')}", "size": size}
 
 
-def _link(path: Path, directory: Path) -> str:
-    return quote(Path(os.path.relpath(path.resolve(), directory.resolve())).as_posix())
-
-
-# ------------------------------------------------------------------------------------------------------ text and cells
-
-
-class _Column(NamedTuple):
-    name: str
-    numeric: bool
-
-
-class _Cells(NamedTuple):
-    columns: list[_Column]
-    rows: list[list[str]]
-
-
-def _cells(table: Table) -> _Cells:
+def _cells(table: Table) -> dict[str, list[Any]]:
+    """Return the columns, each with its name and whether it has numbers, and the rows of text."""
     frame = table.frame
-    halves = {f"{name}_half_width": name for name in frame.columns}
-    columns: list[_Column] = []
+    halves = {f"{name}_half_width" for name in frame.columns}
+    columns: list[dict[str, Any]] = []
     texts: list[list[str]] = []
-    for name in frame.columns:
-        if name in halves and halves[name] in frame.columns:
-            continue
+    for name in (column for column in frame.columns if column not in halves):
         values, half = frame[name], f"{name}_half_width"
         numeric = pd.api.types.is_numeric_dtype(values.dtype) and not pd.api.types.is_bool_dtype(values.dtype)
-        columns.append(_Column(str(name).replace("_", " "), bool(numeric)))
+        columns.append({"name": str(name).replace("_", " "), "numeric": bool(numeric)})
         if half in frame.columns:
             texts.append([plus_minus(float(a), float(b)) for a, b in zip(values, frame[half], strict=True)])
         else:
             texts.append([_text(value, table.digits) for value in values])
-    return _Cells(columns, [list(row) for row in zip(*texts, strict=True)])
+    return {"columns": columns, "rows": list(zip(*texts, strict=True))}
 
 
 def _text(value: object, digits: int) -> str:
@@ -257,9 +201,7 @@ def _text(value: object, digits: int) -> str:
         return "yes" if value else "no"
     if isinstance(value, float | np.floating):
         return _number(float(value), digits)
-    if isinstance(value, int | np.integer):
-        return str(value).replace("-", "−")
-    return str(value)
+    return str(value).replace("-", "−") if isinstance(value, int | np.integer) else str(value)
 
 
 def _number(value: float, digits: int) -> str:
@@ -296,19 +238,19 @@ def _tight(text: str) -> str:
     return re.sub(r"(?<=\d) (?=%)", "\u00a0", text.replace(" ± ", "\u00a0±\u00a0"))
 
 
-def _tally(claims: Sequence[Claim]) -> list[tuple[Verdict, int]]:
-    counts = [(verdict, sum(claim.verdict == verdict for claim in claims)) for verdict in get_args(Verdict)]
-    return [(verdict, count) for verdict, count in counts if count]
+def _tally(claims: Sequence[Claim], *, control: bool = False) -> list[tuple[Verdict, int]]:
+    """Return how many claims, or controls, came to each verdict that any of them came to."""
+    found = Counter(claim.verdict for claim in claims if claim.control is control)
+    return [(verdict, found[verdict]) for verdict in get_args(Verdict) if found[verdict]]
 
 
 def counted(claims: Sequence[Claim]) -> str:
     """Return how many claims came to what: ``"3 claims: 2 hold, 1 does not hold; 1 control: 1 holds"``."""
     parts = []
-    for noun, control in (("claim", False), ("control", True)):
-        chosen = [claim for claim in claims if claim.control is control]
-        if chosen:
-            verdicts = ", ".join(f"{count} {_PLURAL[verdict][count > 1]}" for verdict, count in _tally(chosen))
-            parts.append(f"{len(chosen)} {noun}{'s' * (len(chosen) > 1)}: {verdicts}")
+    for noun, tally in (("claim", _tally(claims)), ("control", _tally(claims, control=True))):
+        total = sum(count for _, count in tally)
+        verdicts = ", ".join(f"{count} {_PLURAL[verdict][count > 1]}" for verdict, count in tally)
+        parts += [f"{total} {noun}{'s' * (total > 1)}: {verdicts}"] if tally else []
     return "; ".join(parts)
 
 
@@ -321,15 +263,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters: Mapping[str, Any] = {
-        "paragraphs": _paragraphs,
-        "md": _markdown,
-        "cells": _cells,
-        "css": _CSS.__getitem__,
-        "is_figure": lambda item: isinstance(item, Figure),
-        "tally": lambda claims: _tally([claim for claim in claims if not claim.control]),
-        "counted": counted,
-        "tight": _tight,
-    }
-    environment.filters.update(filters)
+    filters: dict[str, Any] = {"paragraphs": _paragraphs, "md": _markdown, "cells": _cells, "tally": _tally}
+    filters |= {"counted": counted, "tight": _tight, "css": _CSS.__getitem__}
+    environment.filters.update(filters, is_figure=lambda item: isinstance(item, Figure))
     return environment

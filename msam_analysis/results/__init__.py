@@ -3,7 +3,8 @@
 Every result shows itself in one line and, in a notebook, as a small table; becomes a :class:`pandas.DataFrame`
 (:meth:`Result.to_frame`); and is written to and read from one ``.safetensors`` file (:meth:`Result.save`,
 :func:`load`): tensors as tensors, the rest as JSON in the header. No pickle is involved, so a file from a stranger is
-safe to read.
+safe to read. Fingerprints, files that are never half written, and statistics over seeds live here too. This room
+imports no other one.
 """
 
 from msam_analysis.results.balls import BallSharpness, BatchSharpness, Certificate, DirectionalSharpness

@@ -1,8 +1,7 @@
 """Random crop, mirror image and cutout of a batch of images at once, where the images are.
 
-What is drawn for a batch depends on nothing but a seed, the epoch and the batch's number: :func:`stream` gives each its
-own generator on the CPU, so that devices agree, and processes that share a batch draw for all of it and apply their
-part.
+What is drawn for a batch depends on seed, epoch and the batch's number alone, and is drawn on the CPU: devices agree,
+and processes that share a batch draw for all of it and apply their part.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ from torch import Tensor
 
 
 def stream(seed: int, epoch: int, batch: int) -> np.random.Generator:
-    """Return the generator of one batch: independent of every other seed's, epoch's and batch's.
+    """Return the generator of one batch, independent of all others': Philox, seeded by a hash of the three numbers.
 
     ``seed``, ``epoch``, ``batch``: Not negative; the seed below 2^128, the others below 2^32.
-    Returns: Philox, seeded by 128 bits of hash of all three: NumPy's ``SeedSequence``.
     """
     # Not the list [seed, epoch, batch]: a seed of more than 32 bits would there be mistaken for two numbers.
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(epoch, batch))))
@@ -30,19 +28,14 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     From the histogram of the 256 values, in exact integers until the last division and root. For CIFAR-100's training
     images means of 0.5071, 0.4865, 0.4409 and deviations of 0.2673, 0.2564, 0.2762 are widely reported.
 
-    ``images``: Shape ``(N, C, H, W)``, uint8.
-    Returns: Means and standard deviations, C numbers each, of pixels scaled to [0, 1]; the variance is
-        :math:`\overline{x^2} - \bar{x}^2`, that of the pixels themselves, not an estimate for others.
-    Raises TypeError: The images are not uint8.
-    Raises ValueError: There are none, or their tensor has another number of dimensions.
+    ``images``: Shape ``(N, C, H, W)``, uint8; otherwise TypeError or ValueError.
+    Returns: C numbers each, of pixels scaled to [0, 1]; the variance is :math:`\overline{x^2} - \bar{x}^2`.
     """
     _check(images)
-    means, deviations = [], []
+    means, deviations, values = [], [], torch.arange(256)
     for channel in images.unbind(dim=1):
-        counts = torch.bincount(channel.reshape(-1), minlength=256).tolist()
-        total = sum(counts)
-        first = sum(value * count for value, count in enumerate(counts))
-        second = sum(value**2 * count for value, count in enumerate(counts))
+        counts = torch.bincount(channel.reshape(-1), minlength=256).cpu()
+        total, first, second = (int((counts * values**power).sum()) for power in range(3))
         means.append(first / total / 255)
         deviations.append(((total * second - first**2) / total**2) ** 0.5 / 255)
     return tuple(means), tuple(deviations)
@@ -124,12 +117,7 @@ class Augmentation:
         return self.apply(images, self.draw(images.shape, generator))
 
     def draw(self, shape: torch.Size | tuple[int, ...], generator: np.random.Generator) -> Draw:
-        """Draw for a batch.
-
-        ``shape``: Of all of the batch, ``(N, C, H, W)``, also where only a part of it will be augmented.
-        ``generator``: See :func:`stream`; it advances.
-        Returns: On the CPU.
-        """
+        """Draw for all of a batch ``(N, C, H, W)``, also where only a part of it will be augmented; on the CPU."""
         count, _, *size = shape
         corners = generator.integers(0, 2 * self.padding + 1, (count, 2))
         mirrored = generator.random(count) < self.mirror
@@ -137,15 +125,7 @@ class Augmentation:
         return Draw(torch.from_numpy(corners), torch.from_numpy(mirrored), torch.from_numpy(centres))
 
     def apply(self, images: Tensor, draw: Draw) -> Tensor:
-        """Augment images as drawn.
-
-        ``images``: Shape ``(N, C, H, W)``, uint8, on any device.
-        ``draw``: One of every image.
-        Returns: Same shape and device, float32.
-        Raises TypeError: The images are not uint8.
-        Raises ValueError: They are no batch, or of another number of channels; or the draw is one of another number of
-            images.
-        """
+        """Return images ``(N, C, H, W)``, uint8, on any device, augmented as drawn: of the same shape, float32."""
         self._check(images)
         if len(draw.mirrored) != len(images):
             raise ValueError(
@@ -162,31 +142,20 @@ class Augmentation:
         inside = _cross((rows >= 0) & (rows < height), (columns >= 0) & (columns < width))
         index = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
         cropped = images.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, images.shape[1], -1))
-        standardised = self._standardised(cropped.view_as(images) * inside)
+        standardised = self.standardise(cropped.view_as(images) * inside)
         cut = _cross(self._within(row, centres[:, :1]), self._within(column, centres[:, 1:]))
         return standardised.masked_fill(cut, 0.0)
-
-    def standardise(self, images: Tensor) -> Tensor:
-        """Return the images standardised and otherwise as they are, for evaluation.
-
-        ``images``: Shape ``(N, C, H, W)``, uint8, on any device.
-        Returns: Same shape and device, float32.
-        Raises TypeError: The images are not uint8.
-        Raises ValueError: They are no batch, or of another number of channels.
-        """
-        self._check(images)
-        return self._standardised(images)
 
     def _within(self, positions: Tensor, centre: Tensor) -> Tensor:
         """Tell which positions the cutout covers: ``cutout`` of them, from ``cutout // 2`` before the centre."""
         offset = positions - centre + self.cutout // 2
         return (offset >= 0) & (offset < self.cutout)
 
-    def _standardised(self, images: Tensor) -> Tensor:
-        mean, std = (
-            torch.tensor(numbers, dtype=torch.float32, device=images.device)[:, None, None]
-            for numbers in (self.mean, self.std)
-        )
+    def standardise(self, images: Tensor) -> Tensor:
+        """Return images ``(N, C, H, W)``, uint8, on any device, standardised and otherwise as they are; float32."""
+        self._check(images)
+        numbers = torch.tensor([self.mean, self.std], dtype=torch.float32, device=images.device)
+        mean, std = numbers[:, :, None, None].unbind()
         return (images.float() / 255 - mean) / std
 
     def _check(self, images: Tensor) -> None:

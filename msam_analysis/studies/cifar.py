@@ -22,6 +22,7 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -72,18 +73,12 @@ _FORMATS: Mapping[str, _Format] = {
         md5="c32a1d4ab5d03f1284b67883e8d87530",
         folder="cifar-10-batches-bin",
         labels=(10,),
-        train=tuple(
-            _File(f"data_batch_{number}.bin", 10_000, sha256)
-            for number, sha256 in enumerate(
-                (
-                    "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
-                    "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
-                    "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
-                    "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
-                    "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
-                ),
-                start=1,
-            )
+        train=(
+            _File("data_batch_1.bin", 10_000, "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5"),
+            _File("data_batch_2.bin", 10_000, "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed"),
+            _File("data_batch_3.bin", 10_000, "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67"),
+            _File("data_batch_4.bin", 10_000, "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48"),
+            _File("data_batch_5.bin", 10_000, "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add"),
         ),
         test=_File("test_batch.bin", 10_000, "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b"),
     ),
@@ -100,12 +95,10 @@ _FORMATS: Mapping[str, _Format] = {
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and what they show.
+    """Images ``(N, 3, 32, 32)``, uint8, red, green, blue, and what they show: ``(N,)``, int64; CIFAR-100's also above.
 
-    ``images``: Shape ``(N, 3, 32, 32)``, uint8; red, green, blue. CIFAR-100's are views into the files' records, so
-        that they are in memory once; indexing with a tensor and moving to another device make them contiguous.
-    ``labels``: Shape ``(N,)``, int64, below 10 or 100.
-    ``superclasses``: Shape ``(N,)``, int64, below 20; ``None`` for CIFAR-10.
+    CIFAR-100's images are views into the files' records, so that they are in memory once; indexing with a tensor and
+    moving to another device make them contiguous.
     """
 
     images: Tensor
@@ -115,11 +108,8 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Cifar:
-    """A data set as it was read.
+    """A data set as it was read: 50,000 and 10,000 images, if they are the published ones.
 
-    ``kind``: ``"cifar10"`` or ``"cifar100"``.
-    ``train``, ``test``: 50,000 and 10,000 images, if they are the published ones.
-    ``classes``: Number of classes.
     ``source``: The folder or the archive that was read.
     ``published``: Whether the bytes were checked to be the published ones. If not, a report should say so.
     ``sha256``: File name to the SHA-256 of its content.
@@ -176,28 +166,20 @@ def load(path: str | os.PathLike[str], kind: Kind = "cifar100", *, checksum: Che
         raise ValueError(f"expected checksum 'published' or 'any', got {checksum!r}")
     source = _find(Path(path), layout)
     published = checksum == "published"
-    if source.is_dir():
-        contents = {file.name: _read_file(source / file.name, file, layout, published) for file in layout.files}
-    else:
-        contents = _read_archive(source, layout, published)
+    read = _read_folder if source.is_dir() else _read_archive
+    contents = read(source, layout, published)
     sums = {file.name: hashlib.sha256(contents[file.name]).hexdigest() for file in layout.files}
-    if published and source.is_dir():  # an archive as a whole was checked
-        for file in layout.files:
-            if sums[file.name] != file.sha256:
-                raise ValueError(
-                    f"{source / file.name} has the published size but other content (SHA-256 {sums[file.name]}): "
-                    f"extract {layout.archive} anew, or read it as it is with checksum='any'"
-                )
-    train = [_split(contents.pop(file.name), source, file, layout) for file in layout.train]
-    return Cifar(
-        kind=kind,
-        train=_joined(train),
-        test=_split(contents.pop(layout.test.name), source, layout.test, layout),
-        classes=layout.labels[-1],
-        source=source,
-        published=published,
-        sha256=sums,
-    )
+    for file in layout.files if published and source.is_dir() else ():  # an archive as a whole was checked
+        if sums[file.name] != file.sha256:
+            raise ValueError(
+                f"{source / file.name} has the published size but other content (SHA-256 {sums[file.name]}): "
+                f"extract {layout.archive} anew, or read it as it is with checksum='any'"
+            )
+    first, *rest, test = (_split(contents.pop(file.name), source, file, layout) for file in layout.files)
+    if rest:  # only CIFAR-10 comes in several files, and it has no superclasses
+        parts = (first, *rest)
+        first = Split(torch.cat([one.images for one in parts]), torch.cat([one.labels for one in parts]), None)
+    return Cifar(kind, first, test, layout.labels[-1], source, published, sums)
 
 
 def generate(
@@ -261,11 +243,8 @@ def generate(
 
 
 def _records(
-    labels: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
-    patterns: np.ndarray[tuple[int, ...], np.dtype[np.float64]],
-    label_bytes: int,
-    random: np.random.Generator,
-) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    labels: NDArray[np.int64], patterns: NDArray[np.float64], label_bytes: int, random: np.random.Generator
+) -> NDArray[np.uint8]:
     """Return one record for every label, ``(N, label_bytes + 3072)``."""
     images = np.empty((len(labels), *_SHAPE))
     corners = random.integers(0, 9, (len(labels), 2))
@@ -317,36 +296,29 @@ def _check_size(name: str, size: int, file: _File, layout: _Format, published: b
 def _fill(stream: io.BufferedIOBase, size: int) -> bytearray:
     """Read so many bytes into memory that may be written to, without a second copy."""
     content = bytearray(size)
-    view, done = memoryview(content), 0
-    while done < size:
-        count = stream.readinto(view[done:])
-        if count == 0:
-            raise EOFError(f"ended after {done:,} of {size:,} bytes")
-        done += count
+    done = stream.readinto(content)  # of a buffered stream: less only at its end
+    if done < size:
+        raise EOFError(f"ended after {done:,} of {size:,} bytes")
     return content
 
 
-def _read_file(path: Path, file: _File, layout: _Format, published: bool) -> bytearray:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: extract all of {layout.archive}")
-    with path.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        _check_size(str(path), size, file, layout, published)
-        return _fill(stream, size)
-
-
-def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+def _read_folder(folder: Path, layout: _Format, published: bool) -> dict[str, bytearray]:
+    contents = {}
+    for file in layout.files:
+        path = folder / file.name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: extract all of {layout.archive}")
+        with path.open("rb") as stream:
+            size = path.stat().st_size
+            _check_size(str(path), size, file, layout, published)
+            contents[file.name] = _fill(stream, size)
+    return contents
 
 
 def _read_archive(path: Path, layout: _Format, published: bool) -> dict[str, bytearray]:
     """Return the content of the named files alone; everything else in the archive is passed over."""
     if published:
-        md5 = _md5(path)
+        md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
         if md5 != layout.md5:
             raise ValueError(
                 f"{path} has the MD5 {md5}, expected {layout.md5}, the published one of {layout.archive}: get it anew, "
@@ -382,10 +354,3 @@ def _split(content: bytearray, source: Path, file: _File, layout: _Format) -> Sp
             )
     images = records[:, len(layout.labels) :].unflatten(1, _SHAPE)
     return Split(images, columns[-1], columns[0] if len(columns) > 1 else None)
-
-
-def _joined(splits: list[Split]) -> Split:
-    if len(splits) == 1:
-        return splits[0]
-    # Only CIFAR-10 comes in several files, and it has no superclasses.
-    return Split(torch.cat([s.images for s in splits]), torch.cat([s.labels for s in splits]), None)

@@ -31,11 +31,7 @@ NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
 
 @dataclass(frozen=True)
 class Source:
-    """Which images.
-
-    ``path``, ``checksum``: See :func:`msam_analysis.studies.cifar.load`.
-    ``limit``: Only so many of the first training images, and of the first test images; ``None`` for all.
-    """
+    """Which images: see :func:`msam_analysis.studies.cifar.load`; of training and test the first ``limit`` ones."""
 
     path: Path
     checksum: Checksum = "published"
@@ -44,12 +40,7 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Augmented:
-    """What an epoch of training draws from.
-
-    ``images``: Shape ``(N, 3, 32, 32)``, uint8.
-    ``labels``: Shape ``(N,)``, int64.
-    ``augmentation``: What is done to the images of a batch.
-    """
+    """What an epoch of training draws from: images ``(N, 3, 32, 32)``, uint8, and labels; how a batch is augmented."""
 
     images: Tensor
     labels: Tensor
@@ -58,10 +49,7 @@ class Augmented:
 
 @lru_cache(maxsize=1)
 def load(source: Source) -> tuple[Augmented, Tensor, Tensor]:
-    """Return what is trained on, and the test images (uint8) and labels as they are in the file; read once.
-
-    Raises FileNotFoundError, ValueError: As :func:`msam_analysis.studies.cifar.load`, or ``limit`` is not positive.
-    """
+    """Return what is trained on, and the test images (uint8) and labels as they are in the file; read once."""
     if source.limit is not None and source.limit < 1:
         raise ValueError(f"expected a positive limit of images, got {source.limit}: leave it out for all of them")
     data = cifar.load(source.path, "cifar100", checksum=source.checksum)

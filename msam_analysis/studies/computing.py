@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
-Device = Literal["cpu", "cuda"]
 Precision = Literal["none", "bfloat16", "float16"]
 
 
@@ -35,13 +33,13 @@ class Computing:
         One of them is none of that, or there is no GPU.
     """
 
-    device: Device = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     amp: Precision = "none"
     save_every: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what would fail hours later."""
-        if self.device not in get_args(Device):
+        if self.device not in ("cpu", "cuda"):
             raise ValueError(f"expected the device auto, cpu or cuda, got {self.device!r}")
         if self.amp not in get_args(Precision):
             raise ValueError(f"expected mixed precision (amp) of {', '.join(get_args(Precision))}, got {self.amp!r}")
@@ -49,11 +47,6 @@ class Computing:
             raise ValueError(f"expected a state to be saved every 1 or more epochs, got {self.save_every}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("torch finds no GPU here: expected one for the device cuda; use cpu or auto")
-
-    @property
-    def identity(self) -> tuple[str, str]:
-        """What of it decides the bits of a run."""
-        return self.device, self.amp
 
     @property
     def torch_device(self) -> torch.device:
@@ -66,7 +59,7 @@ class Computing:
         """Return the context of a training step's forward pass."""
         if self.amp == "none":
             return nullcontext()
-        return torch.autocast(self.device, torch.bfloat16 if self.amp == "bfloat16" else torch.float16)
+        return torch.autocast(self.device, getattr(torch, self.amp))
 
     def scaler(self) -> torch.amp.GradScaler | None:
         """Return a new loss scale where gradients could underflow, in float16."""
@@ -74,10 +67,8 @@ class Computing:
 
     def __str__(self) -> str:
         """Say it in words, for a report."""
-        device = "the CPU" if self.device == "cpu" else "a GPU"
-        if self.amp == "none":
-            return f"on {device} in float32"
-        return f"on {device} in float32, but for the forward passes of training steps, in {self.amp} (autocast)"
+        but = f", but for the forward passes of training steps, in {self.amp} (autocast)"
+        return f"on {'the CPU' if self.device == 'cpu' else 'a GPU'} in float32{'' if self.amp == 'none' else but}"
 
 
 PLAIN = Computing()
@@ -90,8 +81,6 @@ def computing(device: str = "auto", amp: str = "none", save_every: int | None = 
     return Computing(chosen, amp, save_every)  # type: ignore[arg-type]  # refused there
 
 
-@contextmanager
-def repeatable() -> Iterator[None]:
+def repeatable() -> AbstractContextManager[object]:
     """Let convolutions on a GPU give the same bits every time, in float32 and not in TF32; on a CPU they do anyway."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-        yield
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

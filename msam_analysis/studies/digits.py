@@ -8,13 +8,13 @@ and generalising part ways: a network that reaches zero training loss has memori
 from __future__ import annotations
 
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 TRAIN_SAMPLES = 1000
 WRONG_LABELS = 0.4
-_SPLIT_SEED = 0
 
 
 def network() -> nn.Module:
@@ -35,33 +35,11 @@ def network() -> nn.Module:
 def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return train inputs, train labels (40 % wrong), test inputs, test labels; always the same.
 
-    Returns
-    -------
-    tuple
-        ``(1000, 1, 8, 8)`` and ``(797, 1, 8, 8)`` float32, standardised by the training pixels; int64 labels.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        scikit-learn is not installed.
+    ``(1000, 1, 8, 8)`` and ``(797, 1, 8, 8)`` float32, standardised by the training pixels; int64 labels.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "the digits workload needs scikit-learn: install it with pip install 'msam-analysis[study]'"
-        ) from None
-    bunch = load_digits()
-    inputs = torch.tensor(bunch.images, dtype=torch.float32)[:, None]
-    labels = torch.tensor(bunch.target, dtype=torch.int64)
-    generator = torch.Generator().manual_seed(_SPLIT_SEED)
-    order = torch.randperm(len(labels), generator=generator)
-    train, test = order[:TRAIN_SAMPLES], order[TRAIN_SAMPLES:]
-    inputs = (inputs - inputs[train].mean()) / inputs[train].std()
-    noisy = labels[train].clone()
-    wrong = torch.randperm(TRAIN_SAMPLES, generator=generator)[: round(WRONG_LABELS * TRAIN_SAMPLES)]
-    noisy[wrong] = (noisy[wrong] + torch.randint(1, 10, (len(wrong),), generator=generator)) % 10
-    return inputs[train], noisy, inputs[test], labels[test]
+    bunch = datasets("digits").load_digits()
+    images, labels = torch.tensor(bunch.images, dtype=torch.float32)[:, None], torch.tensor(bunch.target)
+    return divided(images, labels, TRAIN_SAMPLES, WRONG_LABELS)
 
 
 def train_data() -> list[tuple[Tensor, Tensor]]:
@@ -74,3 +52,32 @@ def test_data() -> list[tuple[Tensor, Tensor]]:
     """Return the test set as batches of at most 500."""
     _, _, inputs, labels = load()
     return list(zip(inputs.split(500), labels.split(500), strict=True))
+
+
+def divided(
+    inputs: Tensor, labels: Tensor, count: int, wrong: float, dim: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ``count`` inputs and labels to train on, a share of these wrong, and the rest to test on; always the same.
+
+    Inputs are standardised by those trained on: by one mean and deviation, or by those along ``dim``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(labels), generator=generator)
+    train, test = order[:count], order[count:]
+    inputs = (inputs - inputs[train].mean(dim=dim)) / inputs[train].std(dim=dim)
+    noisy, classes = labels[train].clone(), int(labels.max()) + 1
+    chosen = torch.randperm(count, generator=generator)[: round(wrong * count)]
+    noisy[chosen] = (noisy[chosen] + torch.randint(1, classes, (len(chosen),), generator=generator)) % classes
+    return inputs[train], noisy, inputs[test], labels[test]
+
+
+def datasets(workload: str) -> ModuleType:
+    """Return ``sklearn.datasets``; the error where it is not installed names the workload."""
+    try:
+        from sklearn import datasets
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"the {workload} workload needs scikit-learn: install it with pip install 'msam-analysis[study]'"
+        ) from None
+    module: ModuleType = datasets
+    return module

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,6 @@ COARSE = Protocol(
 )
 """A first look, which shows that everything works and not what it comes to."""
 
-
 LINES = ("gradient", "momentum", "random")
 
 
@@ -97,12 +97,7 @@ def scores(workload: Workload, model: nn.Module) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a trained network, and its training loss with the running BatchNorm statistics.
-
-    ``workload``, ``model``, ``optimizer``: The network with its data, and the optimizer that trained it, in eval mode.
-    ``samples``: Training samples whose mean loss is measured, see :func:`~msam_analysis.studies.training.some`; default
-        all.
-    """
+    """A trained network with its data and the optimizer that trained it, in eval mode; ``samples`` as in a protocol."""
 
     workload: Workload
     model: nn.Module
@@ -111,7 +106,7 @@ class Subject:
 
     @functools.cached_property
     def objective(self) -> Objective:
-        """The training set's loss at the true weights; of an augmented one, without that."""
+        """The training loss at the true weights, with the running BatchNorm statistics and without augmentation."""
         return Objective(self.model, self.workload.criterion(), some(self.workload.train(), self.samples))
 
 
@@ -125,17 +120,12 @@ def _eigenvalues(subject: Subject, protocol: Protocol) -> dict[str, Result]:
 
 def _balls(subject: Subject, protocol: Protocol) -> dict[str, Result]:
     results: dict[str, Result] = {}
-    previous: list[Tensor] = []
+    starts: tuple[Any, ...] = ("gradient", "eigenvector")
+    iterations = protocol.ball_iterations
     for radius in protocol.radii:
-        ball = ball_sharpness(
-            subject.objective,
-            radius,
-            starts=("gradient", "eigenvector", *previous),
-            iterations=protocol.ball_iterations,
-            tolerance=1e-4,
-        )
+        ball = ball_sharpness(subject.objective, radius, starts=starts, iterations=iterations, tolerance=1e-4)
         results[f"ball-{radius:g}"] = ball
-        previous = [ball.displacement]
+        starts = ("gradient", "eigenvector", ball.displacement)
     return results
 
 
@@ -164,14 +154,10 @@ def _features(subject: Subject, protocol: Protocol) -> dict[str, Result]:
 
 
 def last_block(model: nn.Module) -> str:
-    """Return the name of the layer whose outputs are the features before pooling.
-
-    That is ``features`` of the networks of :mod:`~msam_analysis.studies.networks`; in a sequence, what comes before
-    the first pooling or flattening, or else before the last layer.
-    """
-    if "features" in dict(model.named_children()):
+    """Return the layer before pooling: ``features``, or what comes before pooling, flattening, or the last layer."""
+    names = [name for name, _ in model.named_children()]
+    if "features" in names:
         return "features"
-    names = list(dict(model.named_children()))
     ends = [name for name, layer in model.named_children() if isinstance(layer, nn.AdaptiveAvgPool2d | nn.Flatten)]
     return names[names.index(ends[0] if ends else names[-1]) - 1]
 
@@ -179,14 +165,10 @@ def last_block(model: nn.Module) -> str:
 class _FromShares(nn.Module):
     """A network for inputs as shares of the range that the training inputs have, channel by channel."""
 
-    low: Tensor
-    span: Tensor
-
     def __init__(self, network: nn.Module, low: Tensor, high: Tensor) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("low", low)
-        self.register_buffer("span", high - low)
+        self.low, self.span = nn.Buffer(low), nn.Buffer(high - low)
 
     def forward(self, shares: Tensor) -> Tensor:
         outputs: Tensor = self.network(self.low + shares * self.span)
@@ -201,12 +183,11 @@ def _robustness(subject: Subject, _: Protocol) -> dict[str, Result]:
     device = next(subject.model.parameters()).device
     model = _FromShares(subject.model, low, high).to(device)
     test = [((batch - low) / (high - low), labels) for batch, labels in subject.workload.test()]
-    return {
-        f"robustness-{attack}": robust_accuracy(
-            model, test, attack, shares, bounds=None if attack == "noise" else (0.0, 1.0)
-        )
-        for attack, shares in DISTURBANCES.items()
-    }
+    results: dict[str, Result] = {}
+    for attack, shares in DISTURBANCES.items():
+        bounds = None if attack == "noise" else (0.0, 1.0)
+        results[f"robustness-{attack}"] = robust_accuracy(model, test, attack, shares, bounds=bounds)
+    return results
 
 
 def _top_of_some(subject: Subject, _: Protocol) -> dict[str, Result]:
@@ -232,26 +213,28 @@ class Measure(NamedTuple):
     ``of``: Measures a network, as finely as the protocol says: results by name.
     ``settings``: The fields of the protocol that it reads.
     ``version``: Raised by hand when the numbers of the measure change: it is then measured anew on every network.
-    ``cost``, ``each``: Rough cost in training steps, and that of every radius but the first, for the progress bar
-        alone.
-    ``needs``: Optional packages: the name to import and the name of the release.
+    ``cost``: Rough cost in training steps, of every radius if it reads them, for the progress bar alone.
+    ``needs``: An optional package: the name to import and the name of the release.
     """
 
     of: Callable[[Subject, Protocol], dict[str, Result]]
     settings: tuple[str, ...]
     version: int = 1
     cost: float = 0.0
-    each: float = 0.0
     needs: tuple[str, str] | None = None
 
     def price(self, protocol: Protocol) -> float:
         """Return the rough cost in training steps."""
-        return self.cost + self.each * (len(protocol.radii) - 1)
+        return self.cost * (len(protocol.radii) if "radii" in self.settings else 1)
 
     def identity(self, protocol: Protocol) -> str:
         """Return a hash of what decides the numbers, beside the network."""
         settings = {name: getattr(protocol, name) for name in self.settings}
-        return fingerprint(self.version, settings, torch.__version__, self.needs and _release(self.needs[1]))
+        release = None
+        if self.needs is not None:
+            with suppress(PackageNotFoundError):
+                release = version(self.needs[1])
+        return fingerprint(self.version, settings, torch.__version__, release)
 
     def check(self) -> None:
         """Raise ``ModuleNotFoundError`` where the package that it needs is not installed."""
@@ -262,18 +245,11 @@ class Measure(NamedTuple):
             )
 
 
-def _release(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 _SLICES = ("random_seed", "filter_radius", "unit_radius", "line_points", "plane_radius", "plane_points", "plane_refine")
 
 MEASURES: Mapping[str, Measure] = {
     "eigenvalues": Measure(_eigenvalues, ("eigenvalues", "power_tolerance", "samples"), cost=380.0),
-    "balls": Measure(_balls, ("radii", "ball_iterations", "samples"), cost=115.0, each=115.0),
+    "balls": Measure(_balls, ("radii", "ball_iterations", "samples"), cost=115.0),
     "slices": Measure(_slices, (*_SLICES, "samples"), cost=190.0),
     "features": Measure(_features, ("samples",), cost=10.0),
     "robustness": Measure(_robustness, (), cost=130.0, needs=("art", "adversarial-robustness-toolbox")),

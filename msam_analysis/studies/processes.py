@@ -1,4 +1,4 @@
-"""The jobs of a study, made in processes: worker processes of this machine, or of a Dask cluster."""
+"""The jobs of a study, made here, in worker processes of this machine, on a Dask cluster, or shared under torchrun."""
 
 from __future__ import annotations
 
@@ -7,49 +7,74 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import joblib
 import torch
+import torch.distributed as dist
 from joblib.externals.loky import get_reusable_executor
 from tqdm.auto import tqdm
 
 from msam_analysis.studies.jobs import Job
 from msam_analysis.studies.training import Tick
 
-if TYPE_CHECKING:
-    from typing_extensions import Never
+T = TypeVar("T")
 
+# The others' runs may take days; a process that ends is noticed at once.
+_PATIENCE = timedelta(days=365)
 # A run draws from torch's global generator: of the threads of a Dask worker, one makes runs at a time.
 _one_at_a_time = threading.Lock()
 # Where a worker process reports to, set once when it starts.
 _ticks: list[Connection] = []
 
 
-def make(jobs: Sequence[Job], processes: int, *, cluster: str | None = None, done: int = 0, bar: bool = True) -> None:
-    """Make jobs, the dearest first, so that no processor idles at the end; show how far they are.
+def make(
+    jobs: Collection[Job], processes: int, members: Members, *, cluster: str | None = None, bar: bool = True
+) -> None:
+    """Make this process's share of the jobs that are not finished, show how far it is, and wait for the others' shares.
 
-    ``jobs``: What is to be made.
     ``processes``: Worker processes; with one, the jobs are made in this process.
     ``cluster``: Address of a Dask scheduler, whose workers make the jobs instead; they must see the same folder.
-    ``done``: How many other jobs of the study are finished, for the progress bar.
-    ``bar``: Whether to show it.
-    Raises ChildProcessError: A worker process was killed.
-    Raises FileNotFoundError: The workers of the cluster write to another disk.
-    Raises ModuleNotFoundError: Dask is not installed.
     """
+    # The first one's view: others may see half of what it has just cleared away.
+    missing = set(members.exchange([job.directory.name for job in jobs if not job.finished])[0])
+    share = members.share([job for job in jobs if job.directory.name in missing])
+    try:
+        _make_all(share, processes, cluster, len(jobs) - len(share) if members.count == 1 else 0, bar)
+    except Exception as error:
+        if members.count == 1:
+            raise
+        raise RuntimeError(
+            f"a run failed ({type(error).__name__}: {error}): finished runs are kept, and the same command goes on "
+            "from them"
+        ) from error
+    members.exchange("the end")
+
+
+def _make_all(jobs: Sequence[Job], processes: int, cluster: str | None, done: int, bar: bool) -> None:
+    """Make jobs in their order; the bar counts on from those that are ``done``."""
     if not jobs:
         return
-    jobs = sorted(jobs, key=lambda job: -job.cost)
-    with _progress(jobs, done, bar) as shown:
+    total = done + len(jobs)
+    # Into a log, every redraw is a line. The mean rate over the whole study: a recent one would jump between phases.
+    shown = tqdm(
+        total=sum(job.cost for job in jobs),
+        desc=f"{done}/{total} runs",
+        disable=not bar,
+        bar_format="{desc} {percentage:3.0f}%|{bar:30}| {elapsed} passed, {remaining} left",
+        mininterval=0.2 if sys.stderr.isatty() else 20,
+        smoothing=0,
+    )
 
-        def tick(amount: float) -> None:
-            shown.update(amount)
+    def tick(amount: float) -> None:
+        shown.update(amount)
 
+    with shown:
         if cluster is not None:
             ended = _on_cluster(jobs, cluster, tick)
         elif min(processes, len(jobs)) == 1:
@@ -58,26 +83,13 @@ def make(jobs: Sequence[Job], processes: int, *, cluster: str | None = None, don
             ended = _in_workers(jobs, min(processes, len(jobs)), tick)
         for number, _ in enumerate(ended, done + 1):
             # The bar says when it is time to draw it.
-            shown.set_description_str(f"{number}/{done + len(jobs)} runs", refresh=False)
+            shown.set_description_str(f"{number}/{total} runs", refresh=False)
     for job in jobs if cluster is not None else ():
         if not job.finished:
             raise FileNotFoundError(
                 f"the cluster's workers made {job.directory.name}, which is not in {job.directory.parent} here: "
                 "expected an output folder that this process and all workers see under the same path"
             )
-
-
-def _progress(jobs: Sequence[Job], done: int, shown: bool) -> tqdm[Never]:
-    return tqdm(
-        total=sum(job.cost for job in jobs),
-        desc=f"{done}/{done + len(jobs)} runs",
-        disable=not shown,
-        bar_format="{desc} {percentage:3.0f}%|{bar:30}| {elapsed} passed, {remaining} left",
-        # Into a log, every redraw is a line.
-        mininterval=0.2 if sys.stderr.isatty() else 20,
-        # The mean rate over the whole study: a recent rate would jump between cheap and dear phases.
-        smoothing=0,
-    )
 
 
 def execute(job: Job, tick: Tick | None = None) -> float:
@@ -102,7 +114,13 @@ def _in_workers(jobs: Sequence[Job], processes: int, tick: Tick) -> Iterator[Any
     # No locks: so short a message is written at once or not at all, and a worker that is killed would keep its lock.
     told, ticks = multiprocessing.Pipe(duplex=False)
     alive, ours = multiprocessing.Pipe(duplex=False)
-    listener = threading.Thread(target=_listen, args=(told, tick), daemon=True)
+
+    def listen() -> None:
+        with suppress(EOFError):  # the last worker is gone
+            while True:
+                tick(told.recv())
+
+    listener = threading.Thread(target=listen, daemon=True)
     listener.start()
     try:
         with joblib.parallel_config("loky", inner_max_num_threads=1, initializer=_prepare, initargs=(ticks, alive)):
@@ -120,13 +138,6 @@ def _in_workers(jobs: Sequence[Job], processes: int, tick: Tick) -> Iterator[Any
             end.close()
 
 
-def _listen(told: Connection, tick: Tick) -> None:
-    """Pass on what the workers tell, until the last of them is gone."""
-    with suppress(EOFError):
-        while True:
-            tick(told.recv())
-
-
 def _parallel(jobs: Sequence[Job], processes: int) -> Iterator[Any]:
     # Two jobs a process are handed out ahead (the default): loky's own thread dies at an interrupt that finds more.
     parallel = joblib.Parallel(processes, batch_size=1, return_as="generator_unordered")
@@ -137,14 +148,14 @@ def _parallel(jobs: Sequence[Job], processes: int) -> Iterator[Any]:
 def _prepare(ticks: Connection, alive: Connection) -> None:
     """Prepare a worker process: the interrupt key is left to the main process, and there is no life without that."""
     _ticks.append(ticks)
-    threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
+
+    def end_with_parent() -> None:
+        # The other end is the main process's alone: nothing ever comes, and it closes when that process ends.
+        alive.poll(None)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _end_with_parent(alive: Connection) -> None:
-    # The other end is the main process's alone: nothing ever comes, and it closes when that process ends.
-    alive.poll(None)
-    os._exit(1)
 
 
 def _on_cluster(jobs: Sequence[Job], address: str, tick: Tick) -> Iterator[Any]:
@@ -182,6 +193,50 @@ def terminable() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def processors() -> int:
-    """Return how many processors this process may use: a container often has fewer than the machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+class Members:
+    """The processes that torchrun started for a study, or this one alone: each makes its share, the first all the rest.
+
+    ``rank``, ``count``: Which this one is, and how many there are.
+    """
+
+    def __init__(self) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if together else 0
+        self.count = dist.get_world_size() if together else 1
+        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.count > 1 else None
+
+    def share(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return this process's jobs, the dearest first, so that no processor idles at the end.
+
+        Each goes, the dearest first, to who has least to do.
+        """
+        loads = [0.0] * self.count
+        mine = []
+        for job in sorted(jobs, key=lambda job: (-job.cost, job.directory.name)):
+            who = loads.index(min(loads))
+            loads[who] += job.cost
+            mine += [job] if who == self.rank else []
+        return mine
+
+    def check_alike(self, plan: object) -> None:
+        """Raise ``ValueError`` where another process is about to make other runs."""
+        first, *others = self.exchange(plan)
+        for rank, other in enumerate(others, start=1):
+            if other != first:
+                raise ValueError(
+                    f"process {rank} plans other runs than process 0: expected the same command, data and versions in "
+                    "every process"
+                )
+
+    def exchange(self, value: T) -> list[T]:
+        """Wait for the others and return everyone's value; RuntimeError: one of them has ended."""
+        values: list[Any] = [value] * self.count
+        try:
+            if self.count > 1:
+                dist.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "another process of this study has ended, see what it says: finished runs are kept, and the same "
+                "command goes on from them"
+            ) from error
+        return values

@@ -11,12 +11,12 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from importlib import resources
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from msam_analysis.studies.networks import Network, char_transformer, mlp, vit
+from msam_analysis.studies.digits import datasets, divided
+from msam_analysis.studies.networks import Network, char_transformer
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz.,"
 """The characters of the text; whatever stood between them in the original is one space."""
@@ -26,35 +26,11 @@ CONTEXT = 32
 
 # The pages that are the same, once reduced to the alphabet, in scikit-learn 1.7 and 1.9.
 _PAGES = (
-    "breast_cancer",
-    "covtype",
-    "diabetes",
-    "digits",
-    "iris",
-    "kddcup99",
-    "lfw",
-    "linnerud",
-    "olivetti_faces",
-    "rcv1",
-    "species_distributions",
-    "twenty_newsgroups",
+    *("breast_cancer", "covtype", "diabetes", "digits", "iris", "kddcup99", "lfw", "linnerud", "olivetti_faces"),
+    *("rcv1", "species_distributions", "twenty_newsgroups"),
 )
-_TRAIN_SHARE = 0.75
-_TRAIN_TUMOURS = 300
-_WRONG_TUMOURS = 0.3
-_SPLIT_SEED = 0
 
 Batches = list[tuple[Tensor, Tensor]]
-
-
-def perceptron() -> nn.Module:
-    """Return 64 pixels, two hidden layers of 128 and 64 units with ReLU, 10 logits: 17,226 parameters."""
-    return mlp([64, 128, 64, 10])
-
-
-def transformer() -> nn.Module:
-    """Return a vision transformer of 2×2 patches: width 32, two blocks of four heads; 26,538 parameters."""
-    return vit(8, 2, 32, 2, 4, mlp=128, in_channels=1)
 
 
 def reader() -> nn.Module:
@@ -66,11 +42,6 @@ def reader() -> nn.Module:
     return Network(network.features, nn.Sequential(network.head, _ClassesSecond()))
 
 
-def table_perceptron() -> nn.Module:
-    """Return 30 measurements, two hidden layers of 64 units with ReLU, two logits: 6,274 parameters."""
-    return mlp([30, 64, 64, 2])
-
-
 class _ClassesSecond(nn.Module):
     """``(N, T, V)`` to ``(N, V, T)``."""
 
@@ -80,11 +51,8 @@ class _ClassesSecond(nn.Module):
 
 @lru_cache(maxsize=1)
 def text() -> tuple[str, ...]:
-    """Return the pages: letters in lower case, full stops and commas, with one space for whatever lies between.
-
-    Raises ModuleNotFoundError: scikit-learn is not installed.
-    """
-    folder = resources.files(_datasets("text")) / "descr"
+    """Return the pages: letters in lower case, full stops and commas, with one space for whatever lies between."""
+    folder = resources.files(datasets("text")) / "descr"
     return tuple(reduced((folder / f"{page}.rst").read_text(encoding="utf-8")) for page in _PAGES)
 
 
@@ -94,10 +62,9 @@ def reduced(original: str) -> str:
 
 
 def sequences(texts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
-    """Return the texts cut into pieces of :data:`CONTEXT` characters, and the characters that follow each.
+    """Return the texts in pieces, and the same one character on: places in the alphabet, int64 ``(N, CONTEXT)``.
 
-    Returns: Two int64 tensors ``(N, CONTEXT)``, places in the :data:`ALPHABET`: the second is the first, one character
-        on. What does not fill a last piece of a text is left out.
+    What does not fill a last piece of a text is left out.
     """
     inputs, targets = [], []
     for piece in texts:
@@ -110,56 +77,26 @@ def sequences(texts: tuple[str, ...]) -> tuple[Tensor, Tensor]:
 
 def text_train() -> Batches:
     """Return the sequences of the first three quarters of every text, as one batch."""
-    return [sequences(tuple(piece[: _cut(piece)] for piece in text()))]
+    return [sequences(tuple(piece[: round(0.75 * len(piece))] for piece in text()))]
 
 
 def text_test() -> Batches:
     """Return the sequences of the last quarter of every text, as one batch."""
-    return [sequences(tuple(piece[_cut(piece) :] for piece in text()))]
-
-
-def _cut(piece: str) -> int:
-    return round(_TRAIN_SHARE * len(piece))
+    return [sequences(tuple(piece[round(0.75 * len(piece)) :] for piece in text()))]
 
 
 @lru_cache(maxsize=1)
 def table() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return train inputs, train labels (30 % flipped), test inputs, test labels; always the same.
-
-    Returns: ``(300, 30)`` and ``(269, 30)`` float32, every column standardised by its training values; int64 labels.
-    Raises ModuleNotFoundError: scikit-learn is not installed.
-    """
-    bunch = _datasets("table").load_breast_cancer()
-    inputs = torch.tensor(bunch.data, dtype=torch.float32)
-    labels = torch.tensor(bunch.target, dtype=torch.int64)
-    generator = torch.Generator().manual_seed(_SPLIT_SEED)
-    order = torch.randperm(len(labels), generator=generator)
-    train, test = order[:_TRAIN_TUMOURS], order[_TRAIN_TUMOURS:]
-    inputs = (inputs - inputs[train].mean(dim=0)) / inputs[train].std(dim=0)
-    noisy = labels[train].clone()
-    wrong = torch.randperm(_TRAIN_TUMOURS, generator=generator)[: round(_WRONG_TUMOURS * _TRAIN_TUMOURS)]
-    noisy[wrong] = 1 - noisy[wrong]
-    return inputs[train], noisy, inputs[test], labels[test]
+    """Return 300 train inputs and labels (30 % flipped), 269 test inputs and labels; columns are standardised."""
+    bunch = datasets("table").load_breast_cancer()
+    return divided(torch.tensor(bunch.data, dtype=torch.float32), torch.tensor(bunch.target), 300, 0.3, dim=0)
 
 
 def table_train() -> Batches:
     """Return the training set, flipped labels included, as one batch."""
-    inputs, labels, _, _ = table()
-    return [(inputs, labels)]
+    return [table()[:2]]
 
 
 def table_test() -> Batches:
     """Return the test set as one batch."""
-    _, _, inputs, labels = table()
-    return [(inputs, labels)]
-
-
-def _datasets(workload: str) -> ModuleType:
-    try:
-        from sklearn import datasets
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"the {workload} workload needs scikit-learn: install it with pip install 'msam-analysis[study]'"
-        ) from None
-    module: ModuleType = datasets
-    return module
+    return [table()[2:]]

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from msam import Perturbation
-from msam_analysis.studies.workloads import Recipe, Workload
+from msam_analysis.studies.workloads import Workload
 
 
 @dataclass(frozen=True)
 class Run:
-    """One network to be trained, and what is to be known of it.
+    """One network to be trained, of a workload or a :func:`variant` of it, and what is to be known of it.
 
-    ``workload``, ``optimizer``, ``seed``: Which network. A variant is the same workload with another recipe or
-        perturbation: see :func:`variant`.
     ``replacement``: Whether samples are drawn independently, instead of each once an epoch.
     ``watched``: What is recorded while it trains: keys of :data:`~msam_analysis.studies.watching.WATCHES`.
     ``measured``: What is measured after it: keys of :data:`~msam_analysis.studies.measuring.MEASURES`.
@@ -44,8 +42,7 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """The recipe and the perturbation's switches as the columns of a table; SGD has ρ = 0."""
         perturbation = self.workload.perturbations[self.optimizer]
-        columns: dict[str, Any] = {"workload": self.workload.name, "replacement": self.replacement}
-        columns |= {field.name: getattr(self.workload.recipe, field.name) for field in dataclasses.fields(Recipe)}
+        columns = {"workload": self.workload.name, "replacement": self.replacement, **vars(self.workload.recipe)}
         if perturbation is None:
             return columns | {"direction": "none", "rho": 0.0, "sign": 1, "normalize": "none", "scale": "none"}
         names = ("direction", "rho", "sign", "normalize", "scale")

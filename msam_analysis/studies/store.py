@@ -6,32 +6,30 @@ probe and a folder of results for every measure.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from typing import Any
 
 import filelock
 import pandas as pd
 import torch
-from torch import nn
 
-from msam import PerturbedOptimizer
 from msam_analysis import results
 from msam_analysis.results import Result, atomic_folder, atomic_path
 from msam_analysis.results.files import PARTIAL
 from msam_analysis.results.fingerprint import of_tensors
 from msam_analysis.studies.runs import Run
-from msam_analysis.studies.tables import FinishedRun, write_table
+from msam_analysis.studies.tables import FinishedRun, as_table, write_table
 from msam_analysis.studies.training import Trained, joined
 
 _CHECKPOINT, _SCORES, _STEPS = _NETWORK = ("checkpoint.pt", "scores.json", "steps.csv")
 _CONTENTS = "contents.json"
-_UNFINISHED = ".unfinished"
+UNFINISHED = ".unfinished"
 LOCK = ".lock"
 
 
@@ -40,7 +38,7 @@ class DivergedError(Exception):
 
 
 class _NoResults(dict[str, Result]):
-    """The results of a diverged network: none."""
+    """The results of a diverged network."""
 
     def __init__(self, network: str) -> None:
         super().__init__()
@@ -50,23 +48,14 @@ class _NoResults(dict[str, Result]):
         raise DivergedError(f"{self.network} diverged: its loss is not finite, and {name} is not measured")
 
 
-@contextmanager
-def alone(root: Path) -> Iterator[None]:
-    """Hold a folder of runs for this process alone; however the process ends, its hold ends with it.
-
-    Raises BlockingIOError: Another process holds it.
-    """
-    lock = filelock.FileLock(root / LOCK)
+def alone(root: Path) -> AbstractContextManager[object]:
+    """Hold a folder of runs for this process alone; however the process ends, its hold ends with it."""
     try:
-        lock.acquire(timeout=0)
+        return filelock.FileLock(root / LOCK).acquire(timeout=0)
     except filelock.Timeout:
         raise BlockingIOError(
             f"another study is running in {root.parent}: wait for its end, or choose another output folder"
         ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def is_trained(directory: Path) -> bool:
@@ -77,22 +66,17 @@ def is_trained(directory: Path) -> bool:
 def write_trained(
     directory: Path, trained: Trained, scores: Mapping[str, float], watched: Mapping[str, pd.DataFrame]
 ) -> None:
-    """Write a trained network in one step, and the records of its slower probes.
+    """Write a trained network in one step, and the records of its slower probes by the names of their files.
 
     The same network may be there already, trained without these probes: then their records are put beside it. What is
     not whole, or another network, as another machine may have trained, goes with all that was known of it.
-
-    ``directory``: The folder of the network.
-    ``trained``, ``scores``: The network and what it reached.
-    ``watched``: Name of a file to what a probe recorded.
     """
     weights = trained.model.state_dict()
-    if is_trained(directory):
-        there = torch.load(directory / _CHECKPOINT, map_location="cpu", weights_only=True)["model"]
-        if of_tensors(there.values()) == of_tensors(weights.values()):
-            for name, recorded in watched.items():
-                write_table(recorded, directory / name)
-            return
+    same = of_tensors(weights.values())
+    if is_trained(directory) and of_tensors(read_checkpoint(directory)["model"].values()) == same:
+        for name, recorded in watched.items():
+            write_table(recorded, directory / name)
+        return
     with atomic_folder(directory) as partial:
         torch.save({"model": weights, "optimizer": trained.optimizer.state_dict()}, partial / _CHECKPOINT)
         (partial / _SCORES).write_text(json.dumps(dict(scores), indent=1) + "\n")
@@ -100,15 +84,14 @@ def write_trained(
             recorded.to_csv(partial / name, index=False, lineterminator="\n")
 
 
-def load_network(directory: Path, model: nn.Module, optimizer: PerturbedOptimizer, device: torch.device) -> None:
-    """Load the weights and the state of the optimizer of a trained network."""
-    saved = torch.load(directory / _CHECKPOINT, map_location=device, weights_only=True)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+def read_checkpoint(directory: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Return the weights and the state of the optimizer of a trained network."""
+    saved: dict[str, Any] = torch.load(directory / _CHECKPOINT, map_location=device, weights_only=True)
+    return saved
 
 
 def read_scores(directory: Path) -> dict[str, float]:
-    """Return what a network reached."""
+    """Return what a trained network reached."""
     reached: dict[str, float] = json.loads((directory / _SCORES).read_text())
     return reached
 
@@ -131,11 +114,7 @@ def write_measured(folder: Path, measured: Mapping[str, Result]) -> None:
 
 
 def read_run(directory: Path, run: Run, watched: Sequence[str] = (), measured: Sequence[str] = ()) -> FinishedRun:
-    """Read a finished run; the numbers are those that were written, to the bit.
-
-    ``directory``, ``run``: The folder of the network, and what it is.
-    ``watched``, ``measured``: Files of probes and folders of measures that are to be read, in this order.
-    """
+    """Read a finished run, to the bit, with these files of probes and folders of measures, in this order."""
     reached = read_scores(directory)
     found: dict[str, Result] = {}
     if math.isfinite(reached["train_loss"]):
@@ -144,38 +123,20 @@ def read_run(directory: Path, run: Run, watched: Sequence[str] = (), measured: S
                 found[name.removesuffix(".safetensors")] = results.load(directory / folder / name)
     else:
         found = _NoResults(f"{run.optimizer}, seed {run.seed},")
-    return FinishedRun(
-        optimizer=run.optimizer,
-        seed=run.seed,
-        scores=reached,
-        steps=joined(_read_numbers(directory / _STEPS), [_read_numbers(directory / name) for name in watched]),
-        results=found,
-        settings=run.settings,
-    )
+    steps, *records = (_read_numbers(directory / name) for name in (_STEPS, *watched))
+    return FinishedRun(run.optimizer, run.seed, reached, joined(steps, records), found, run.settings)
 
 
-def name_networks(named: Mapping[str, Path], folder: Path) -> None:
-    """Put the checkpoints of runs into a folder, under names that do not change with what decides a run.
-
-    ``named``: Name, without an ending, to the directory of a run.
-    ``folder``: It is made; another checkpoint of that name is replaced.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, directory in named.items():
-        target = folder / f"{name}.pt"
-        if target.exists() and target.samefile(directory / _CHECKPOINT):
-            continue
-        with atomic_path(target) as partial:
-            partial.unlink(missing_ok=True)
-            try:
-                os.link(directory / _CHECKPOINT, partial)
-            except OSError:  # a file system without links
-                shutil.copyfile(directory / _CHECKPOINT, partial)
-
-
-def state_file(directory: Path, name: str) -> Path:
-    """Return where the state of a training that is under way lives; it is of no use once that is over."""
-    return directory.parent / _UNFINISHED / f"{directory.name}-{name}.pt"
+def name_network(directory: Path, target: Path) -> None:
+    """Put the checkpoint of a run where its name does not change with what decides the run, in place of another."""
+    if target.exists() and target.samefile(directory / _CHECKPOINT):
+        return
+    with atomic_path(target) as partial:
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(directory / _CHECKPOINT, partial)
+        except OSError:  # a file system without links
+            shutil.copyfile(directory / _CHECKPOINT, partial)
 
 
 def forget_state(file: Path) -> None:
@@ -186,24 +147,14 @@ def forget_state(file: Path) -> None:
 
 
 def sweep(root: Path) -> None:
-    """Remove what interrupted runs left behind, but for the states that they can go on from.
-
-    Only for who holds the folder, see :func:`alone`.
-    """
+    """Remove what interrupted runs left, but for their states, in a folder that this process holds alone."""
     for leftover in [*root.glob(f"{PARTIAL}*"), *root.glob(f"*/{PARTIAL}*")]:
         shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in [*(root / _UNFINISHED).glob(".*"), *(path for path in root.glob("*/.*") if path.is_file())]:
+    for leftover in [*(root / UNFINISHED).glob(".*"), *(path for path in root.glob("*/.*") if path.is_file())]:
         leftover.unlink(missing_ok=True)
 
 
 def _read_numbers(path: Path) -> pd.DataFrame:
-    """Read a table of numbers exactly, which pandas of itself does in some of its versions only."""
-
-    def number(text: str) -> float:
-        return int(text) if text.isdecimal() else float(text or "nan")
-
-    with path.open(newline="") as file:
-        header, *rows = csv.reader(file)
-    columns = {name: [number(row[column]) for row in rows] for column, name in enumerate(header)}
-    table: pd.DataFrame = pd.DataFrame(columns)
-    return table
+    """Read a table of numbers to the bit, which pandas of itself does in some of its versions only."""
+    texts = pd.read_csv(path, dtype=str, na_filter=False)
+    return as_table({name: [int(t) if t.isdecimal() else float(t or "nan") for t in texts[name]] for name in texts})

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
+import platform
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import joblib
+import torch
+
 from msam_analysis import plots, report
-from msam_analysis.studies import store
+from msam_analysis.studies import prose, store
 from msam_analysis.studies.computing import PLAIN, Computing
 from msam_analysis.studies.exhibits import Exhibit, Finding, choose, find, main_tables, networks
 from msam_analysis.studies.jobs import Job, job
 from msam_analysis.studies.measuring import MEASURES, Protocol
-from msam_analysis.studies.members import Members
-from msam_analysis.studies.pages import Setting, compose
-from msam_analysis.studies.processes import make, processors, terminable
+from msam_analysis.studies.processes import Members, make, terminable
 from msam_analysis.studies.runs import gather
 from msam_analysis.studies.tables import FinishedRun, Tables, write_table
-from msam_analysis.studies.workloads import Workload, workload
+from msam_analysis.studies.workloads import Workload, formula, workload
 
 _RECORDS = 20
 _SUMMARY = ("train_accuracy", "test_accuracy", "train_loss", "test_loss", "lambda_1", "gradients_per_step")
@@ -80,11 +83,7 @@ class Study:
         object.__setattr__(self, "every", every)
 
     def jobs(self, folder: Path) -> dict[str, Job]:
-        """Return the jobs of all networks that the exhibits need, by :attr:`.Run.identity`, each with what they want.
-
-        ``folder``: The folder of all runs.
-        Raises ModuleNotFoundError: A package that the workload or a measure needs is not installed.
-        """
+        """Return the jobs of all networks that the exhibits need, in a folder of runs, by :attr:`.Run.identity`."""
         needed = gather(run for exhibit in self.exhibits for run in exhibit.runs(self.workload, self.seeds))
         for name in {name for run in needed.values() for name in run.measured & MEASURES.keys()}:
             MEASURES[name].check()
@@ -148,7 +147,7 @@ class Study:
             raise ValueError("jobs are processes of this machine, and a cluster has its own: choose one of the two")
         members = Members()
         if jobs is None:
-            jobs = 1 if self.computing.device != "cpu" or members.count > 1 else processors()
+            jobs = 1 if self.computing.device != "cpu" or members.count > 1 else joblib.cpu_count()
         if jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}")
         root = (Path(out) if out is not None else Path("results") / self.workload.name).absolute()
@@ -156,8 +155,8 @@ class Study:
         members.check_alike([(one.directory.name, one.watched, one.measured) for one in plan.values()])
         if members.rank > 0:
             with terminable():
-                _make_share(list(plan.values()), members, jobs, cluster, progress=False)
-            members.meet()
+                make(plan.values(), jobs, members, cluster=cluster, bar=False)
+            members.exchange("the end")
             return root / "report.html"
         (root / "runs").mkdir(parents=True, exist_ok=True)
         with store.alone(root / "runs"), terminable():
@@ -165,29 +164,13 @@ class Study:
             for one in plan.values():
                 if one.trained:
                     store.forget_state(one.state)
-            _make_share(list(plan.values()), members, jobs, cluster, progress)
-            page = self._report(root, {identity: one.read() for identity, one in plan.items()}, figures)
-            if any(exhibit.main for exhibit in self.exhibits):
-                main = networks(self.workload, self.seeds)
-                named = {f"{run.optimizer}-seed{run.seed}": plan[run.identity].directory for run in main}
-                store.name_networks(named, root / "networks")
-        members.meet()
-        return page
-
-    def _report(self, root: Path, finished: Mapping[str, FinishedRun], figures: Path | str | None) -> Path:
-        """Let the exhibits find what they find, and write tables, pictures and pages."""
-        findings = {exhibit: find(exhibit, self.workload, self.seeds, finished) for exhibit in self.exhibits}
-        main = any(exhibit.main for exhibit in self.exhibits)
-        tables = main_tables(self.workload, self.seeds, finished) if main else None
-        _write_tables(findings, tables, root / "tables")
-        pictures = _draw(findings, root / "figures")
-        setting = Setting(
-            self.workload, self.protocol, self.computing, self.seeds, len(finished), _diverged(finished.values())
-        )
-        page = report.write(compose(setting, findings, tables, pictures), root)[0]
-        if figures is not None:
-            copies = _copy(findings, pictures, Path(figures))
-            report.write_markdown(compose(setting, findings, tables, copies), figures)
+            make(plan.values(), jobs, members, cluster=cluster, bar=progress)
+            page = _write(self, {identity: one.read() for identity, one in plan.items()}, root, figures)
+            for run in networks(self.workload, self.seeds) if any(exhibit.main for exhibit in self.exhibits) else ():
+                store.name_network(
+                    plan[run.identity].directory, root / "networks" / f"{run.optimizer}-seed{run.seed}.pt"
+                )
+        members.exchange("the end")
         return page
 
 
@@ -237,57 +220,92 @@ def run_study(
     return study.run(out, figures=figures, jobs=jobs, cluster=cluster, progress=progress)
 
 
-def _make_share(jobs: Sequence[Job], members: Members, processes: int, cluster: str | None, progress: bool) -> None:
-    """Make this process's share of what is missing, and wait for the others' shares."""
-    # The first one's view: others may see half of what it has just cleared away.
-    missing = set(members.from_first([one.directory.name for one in jobs if not one.finished]))
-    share = members.share([one for one in jobs if one.directory.name in missing])
-    done = len(jobs) - len(share) if members.count == 1 else 0
-    try:
-        make(share, processes, cluster=cluster, done=done, bar=progress)
-    except Exception as error:
-        if members.count == 1:
-            raise
-        raise RuntimeError(
-            f"a run failed ({type(error).__name__}: {error}): finished runs are kept, and the same command goes on "
-            "from them"
-        ) from error
-    members.meet()
+def _write(study: Study, finished: Mapping[str, FinishedRun], root: Path, figures: Path | str | None) -> Path:
+    """Let the exhibits find what they find in finished runs, write all of it, and return ``report.html``."""
+    findings = {exhibit: find(exhibit, study.workload, study.seeds, finished) for exhibit in study.exhibits}
+    main = any(exhibit.main for exhibit in study.exhibits)
+    tables = main_tables(study.workload, study.seeds, finished) if main else None
+    if tables is not None:
+        tables.write(root / "tables")
+    pictures = {}
+    for exhibit, finding in findings.items():
+        if finding.table is not None:
+            write_table(finding.table, root / "tables" / f"{exhibit.name}.csv")
+        if finding.draw is not None:
+            pictures[exhibit] = plots.save(finding.draw(), root / "figures" / exhibit.name, close=True)[0]
+    page = report.write(_compose(study, finished, findings, tables, pictures), root)[0]
+    if figures is not None:
+        folder = Path(figures)
+        folder.mkdir(parents=True, exist_ok=True)
+        copies = {exhibit: folder / picture.name for exhibit, picture in pictures.items()}
+        for exhibit, copy in copies.items():
+            shutil.copyfile(pictures[exhibit], copy)
+            shutil.copyfile(root / "tables" / f"{exhibit.name}.csv", copy.with_suffix(".csv"))
+        report.write_markdown(_compose(study, finished, findings, tables, copies), folder)
+    return page
+
+
+def _compose(
+    study: Study,
+    finished: Mapping[str, FinishedRun],
+    findings: Mapping[Exhibit, Finding],
+    tables: Tables | None,
+    pictures: Mapping[Exhibit, Path],
+) -> report.Report:
+    spread = f"Mean over {study.seeds} seeds ± half width"
+    claims = [claim for finding in findings.values() for claim in finding.claims]
+    summary = {
+        "setting": {**vars(study), "networks": len(finished), "diverged": _diverged(finished.values())},
+        "measured": 0 if tables is None else len(tables.runs),
+        "verdicts": report.counted(claims),
+        "solved": [] if tables is None else tables.solvers.to_list(),
+    }
+    summaries: list[report.Figure | report.Table] = []
+    if tables is not None:
+        quantities = [*_SUMMARY, *(f"sharpness_{radius:g}" for radius in study.protocol.radii)]
+        columns = ["optimizer", *(column for q in quantities for column in (q, f"{q}_half_width"))]
+        summaries = [report.Table(tables.optimizers[columns], spread)]
+    sections = [report.Section("What was run", _setup(study), summaries)]
+    for exhibit, finding in findings.items():
+        words, ids = exhibit.prose, ", ".join(exhibit.ids)
+        items: list[report.Figure | report.Table] = []
+        if exhibit in pictures:
+            items.append(report.Figure(pictures[exhibit], words.caption, words.title))
+        if finding.shown is not None:
+            items.append(report.Table(finding.shown, f"{spread} of the 68 % interval"))
+        sections.append(report.Section(f"{ids}: {words.title}" if ids else words.title, finding.note, items))
+    *head, last = study.workload.perturbations
+    title = f"{', '.join(head)} and {last} on {study.workload.name}" if head else f"{last} on {study.workload.name}"
+    return report.Report(title, prose.render("summary.md.j2", summary), sections, claims)
+
+
+def _setup(study: Study) -> str:
+    unusual = [change for change in _changes(study.protocol) if change[0] != "samples"]
+    perturbations = study.workload.perturbations.items()
+    facts = {
+        "setting": study,
+        "workload": study.workload,
+        "recipe": ", ".join(f"{name} {value}" for name, value, _ in _changes(study.workload.recipe)),
+        "perturbations": "; ".join(f"{name}: {'none' if one is None else formula(one)}" for name, one in perturbations),
+        "unusual": "; ".join(f"{name} {value} instead of {usual}" for name, value, usual in unusual),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "version": version("msam-analysis"),
+    }
+    return prose.render("setup.md.j2", facts)
+
+
+def _changes(values: Any) -> list[tuple[str, object, object]]:
+    """Return the fields of a data class that are not at their defaults: name in words, value, default."""
+    given = [(field.name.replace("_", " "), getattr(values, field.name), field.default) for field in fields(values)]
+    return [change for change in given if change[1] != change[2]]
 
 
 def _diverged(finished: Iterable[FinishedRun]) -> str:
     """Name the networks whose loss is not finite; empty where there are none."""
-    found = [run for run in finished if not math.isfinite(run.scores["train_loss"])]
     kinds: dict[str, list[int]] = {}
-    for run in found:
-        strength = f"{'−' * (run.settings['sign'] < 0)}{run.settings['rho']}"
-        kinds.setdefault(f"{run.settings['workload']} {run.optimizer} at ρ = {strength}", []).append(run.seed)
+    for run in finished:
+        if not math.isfinite(run.scores["train_loss"]):
+            strength = f"{'−' * (run.settings['sign'] < 0)}{run.settings['rho']}"
+            kinds.setdefault(f"{run.settings['workload']} {run.optimizer} at ρ = {strength}", []).append(run.seed)
     return "; ".join(f"{kind}, seed {', '.join(map(str, sorted(kinds[kind])))}" for kind in sorted(kinds))
-
-
-def _write_tables(findings: Mapping[Exhibit, Finding], tables: Tables | None, folder: Path) -> None:
-    if tables is not None:
-        tables.write(folder)
-    for exhibit, finding in findings.items():
-        if finding.table is not None:
-            write_table(finding.table, folder / f"{exhibit.name}.csv")
-
-
-def _copy(findings: Mapping[Exhibit, Finding], pictures: Mapping[Exhibit, Path], folder: Path) -> dict[Exhibit, Path]:
-    """Copy every picture to a folder, with its table beside it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    copies = {exhibit: folder / picture.name for exhibit, picture in pictures.items()}
-    for exhibit, copy in copies.items():
-        shutil.copyfile(pictures[exhibit], copy)
-        table = findings[exhibit].table
-        if table is not None:
-            write_table(table, copy.with_suffix(".csv"))
-    return copies
-
-
-def _draw(findings: Mapping[Exhibit, Finding], folder: Path) -> dict[Exhibit, Path]:
-    return {
-        exhibit: plots.save(finding.draw(), folder / exhibit.name, close=True)[0]
-        for exhibit, finding in findings.items()
-        if finding.draw is not None
-    }

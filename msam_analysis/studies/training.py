@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,8 @@ VERSION = 1
 """Raised by hand when the numbers of a training change, or its scores: every network is then trained anew."""
 
 Tick = Callable[[float], None]
+
+_COUNTED = ("rows", "epochs", "batches", "evaluated")
 
 
 @dataclass(frozen=True)
@@ -108,19 +110,23 @@ def train(
         A name is unknown, ``state`` cannot be read, or float16 meets a perturbation that would see its loss scale.
     """
     training = Training(workload, optimizer_name, seed, computing, samples)
+    count, drawn = len(training.labels), torch.Generator().manual_seed(seed)
+    tick = tick or (lambda _: None)
     with ExitStack() as stack:
         training.monitors = watch(training, watched, every)
         for monitor in training.monitors.values():
             stack.enter_context(monitor)
-        if state is not None:
+        if state is not None and state.is_file():
             training.resume(state)
-        tick = tick or (lambda _: None)
-        if training.batches:
             tick(float(training.batches))
-        for epoch, order in enumerate(_orders(len(training.labels), workload.recipe, seed, replacement)):
+        for epoch in range(workload.recipe.epochs):
+            if replacement:
+                order = torch.randint(count, (count,), generator=drawn)
+            else:
+                order = torch.randperm(count, generator=drawn)
             if epoch < training.epochs:
                 continue
-            for number, index in enumerate(order):
+            for number, index in enumerate(order.split(workload.recipe.batch_size)):
                 training.step(epoch, number, index)
                 tick(1.0)
             training.epochs = epoch + 1
@@ -130,24 +136,19 @@ def train(
     training.optimizer.eval()
     update_batchnorm_statistics(training.model, workload.train(), training.optimizer, device=training.device)
     base = pd.DataFrame(training.rows, columns=["step", "epoch", "lr", "train_batch_loss"])
-    cosine, *watches = (monitor.frame() for monitor in training.monitors.values())
+    records = {name: monitor.frame() for name, monitor in training.monitors.items()}
     return Trained(
         training.model.eval(),
         training.optimizer,
-        base.merge(cosine, on="step", how="left"),
+        joined(base, [records.pop("cosine")]),
         training.evaluated / training.batches,
         training.batches - len(training.rows),
-        dict(zip(list(training.monitors)[1:], watches, strict=True)),
+        records,
     )
 
 
 def some(batches: Batches, samples: int | None) -> Batches:
-    """Return a fixed random part of the data, the same for every network; all of it for ``None`` or if it has no more.
-
-    ``batches``: The data.
-    ``samples``: How many samples, drawn without replacement and kept in their order, in batches as large as the
-        largest.
-    """
+    """Return so many samples, the same for every network, in their order; all for ``None`` or if there are no more."""
     sizes = [len(labels) for _, labels in batches]
     if samples is None or samples >= sum(sizes):
         return batches
@@ -161,10 +162,8 @@ def some(batches: Batches, samples: int | None) -> Batches:
 class Training:
     """A training under way: all that changes from step to step, the step, and what a probe may look at.
 
-    ``workload``, ``seed``: What is trained.
     ``everything``: The training loss over all samples, or a part of them; BatchNorm with each batch's own statistics,
-        as in the training step: the running ones of a perturbed optimizer belong to its perturbed weights while it
-        trains.
+        as in the training step: the running ones of a perturbed optimizer belong to its perturbed weights.
     """
 
     def __init__(
@@ -203,7 +202,11 @@ class Training:
 
     def batch(self) -> Objective:
         """Return the loss of the batch that is being trained on."""
-        return Objective(self.model, self.criterion, [self.current], batchnorm="batch")
+        return self.loss_of(self.current)
+
+    def loss_of(self, batch: tuple[Tensor, Tensor]) -> Objective:
+        """Return the loss of a batch, with BatchNorm as in the training step."""
+        return Objective(self.model, self.criterion, [batch], batchnorm="batch")
 
     def step(self, epoch: int, number: int, index: Tensor) -> None:
         """Train on one batch, given by the indices of its samples."""
@@ -262,21 +265,13 @@ class Training:
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
             "monitors": {name: monitor.state_dict() for name, monitor in self.monitors.items()},
             "records": {name: [_plain(row) for row in monitor.rows] for name, monitor in self.monitors.items()},
-            "rows": self.rows,
-            "epochs": self.epochs,
-            "batches": self.batches,
-            "evaluated": self.evaluated,
+            **{name: getattr(self, name) for name in _COUNTED},
         }
         with atomic_path(path) as partial:
             torch.save(state, partial)
 
     def resume(self, path: Path) -> None:
-        """Go on from the state in a file, if there is one, without running anything in it.
-
-        Raises ValueError: It cannot be read.
-        """
-        if not path.is_file():
-            return
+        """Go on from the state in a file, without running anything in it."""
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error:  # noqa: BLE001 - of half a dozen kinds, by where the damage is
@@ -291,21 +286,10 @@ class Training:
         for name, monitor in self.monitors.items():
             monitor.rows = state["records"][name]
             monitor.load_state_dict(state["monitors"][name])
-        self.rows = state["rows"]
-        self.epochs, self.batches, self.evaluated = state["epochs"], state["batches"], state["evaluated"]
+        for name in _COUNTED:
+            setattr(self, name, state[name])
 
 
 def _plain(row: dict[str, float]) -> dict[str, float]:
     """Return a record without NumPy's numbers, which are not read back as plain values."""
     return {name: value if isinstance(value, int) else float(value) for name, value in row.items()}
-
-
-def _orders(samples: int, recipe: Recipe, seed: int, replacement: bool) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the sample indices of every epoch's batches."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(recipe.epochs):
-        if replacement:
-            order = torch.randint(samples, (samples,), generator=generator)
-        else:
-            order = torch.randperm(samples, generator=generator)
-        yield order.split(recipe.batch_size)

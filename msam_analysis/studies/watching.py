@@ -31,11 +31,9 @@ if TYPE_CHECKING:
 
 
 class Watch(NamedTuple):
-    """How a probe is made and how often it is called.
+    """How a probe is made for a training under way, and how often it is called.
 
-    ``make``: Makes the probe for a training under way.
-    ``version``: Raised by hand when the numbers that the probe records change: those recorded before are then recorded
-        anew.
+    ``version``: Raised by hand when the numbers that the probe records change: they are then recorded anew.
     ``every``: Steps between two records; ``None`` for the study's own interval.
     ``cost``: Rough cost of one record in training steps, for the progress bar alone.
     ``everything``: Whether the probe looks at the loss over all samples, or the part of them that a study chooses.
@@ -49,6 +47,11 @@ class Watch(NamedTuple):
     everything: bool = False
     beside: str | None = None
 
+    def identity(self, workload: Workload, every: int, samples: int | None) -> str:
+        """Return a hash of what decides the records, beside the run; ``every`` and ``samples`` are the study's."""
+        seen = samples if self.everything else None
+        return fingerprint(self.version, self.every or every, seen, workload.perturbations.get(self.beside or ""))
+
 
 OFFSETS = (-4.0, -3.0, -2.0, -1.0, -0.5, -0.2, -0.1, 0.1, 0.2, 0.5, 1.0, 2.0)
 """Distances along the unit momentum at which the loss is recorded; the last step went towards negative ones."""
@@ -61,8 +64,8 @@ class _HeldOutMomentum:
     """``own_cosine_fresh`` and ``own_cosine_fixed``: of held-out gradients and a momentum made of such alone (A4).
 
     On the way of the training, but with no part in it: ``cos(u_{t−1}, ∇L(w_t))``, then ``u ← μ u + ∇L(w_t)``. No step
-    is taken along u, so that it cannot overshoot. Fresh batches are taken in turn, and come again after the last; the
-    fixed one is the first. Two gradients of a batch each.
+    is taken along u, so that it cannot overshoot. Fresh batches are taken in turn, again and again; the fixed one is
+    the first.
     """
 
     def __init__(self, batches: list[Objective], momentum: float) -> None:
@@ -80,11 +83,9 @@ class _HeldOutMomentum:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the momenta, for a run that goes on later."""
         return {"buffers": self.buffers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with these."""
         self.buffers = dict(state["buffers"])
 
 
@@ -104,21 +105,18 @@ class _HeldOut:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many fresh batches there were, for a run that goes on later."""
         return {"asked": self.asked}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the next one."""
         self.asked = int(state["asked"])
 
 
 def _held_out(training: Training) -> list[Objective]:
     """Return the loss on batches of the test set, as large as those trained on; what fills no batch is left out."""
     inputs, labels = (torch.cat(parts) for parts in zip(*training.workload.test(), strict=True))
-    size = min(training.workload.recipe.batch_size, len(labels))
-    model, criterion = training.everything.model, training.workload.criterion()
-    whole = zip(inputs.split(size), labels.split(size), strict=True)
-    return [Objective(model, criterion, [batch], batchnorm="batch") for batch in whole if len(batch[1]) == size]
+    size = min(training.recipe.batch_size, len(labels))
+    batches = zip(inputs.split(size), labels.split(size), strict=True)
+    return [training.loss_of(batch) for batch in batches if len(batch[1]) == size]
 
 
 def _angle(training: Training) -> Probe:
@@ -133,7 +131,7 @@ WATCHES: Mapping[str, Watch] = {
     "sam_angle": Watch(_angle, cost=10, beside="SAM"),
     "held_out": Watch(lambda training: _HeldOut(_held_out(training)), every=8, cost=2),
     "held_out_momentum": Watch(
-        lambda training: _HeldOutMomentum(_held_out(training), training.workload.recipe.momentum), every=1, cost=2
+        lambda training: _HeldOutMomentum(_held_out(training), training.recipe.momentum), every=1, cost=2
     ),
 }
 """The slower probes. The momentum-gradient cosine of every step, before and after the buffer takes the gradient in,
@@ -143,30 +141,10 @@ SLOW = ("rise", "curvature")
 """What is recorded unless something else is asked for."""
 
 
-def identity(name: str, workload: Workload, every: int, samples: int | None) -> str:
-    """Return a hash of what decides the records of a probe, beside the run that it watches.
-
-    ``name``: A key of :data:`WATCHES`.
-    ``workload``: The workload of the run.
-    ``every``, ``samples``: The study's interval in steps, and its number of training samples for probes of the whole
-        loss.
-    """
-    watch = WATCHES[name]
-    return fingerprint(
-        watch.version,
-        watch.every or every,
-        samples if watch.everything else None,
-        workload.perturbations.get(watch.beside or ""),
-    )
-
-
 def watch(training: Training, names: Sequence[str], every: int | None) -> dict[str, Monitor]:
-    """Attach a monitor of the cosine at every step, under the name ``cosine``, and one for each of the named probes.
+    """Attach a monitor of the cosine at every step, named ``cosine``, and one for each of the named probes.
 
-    ``training``: The training that is watched.
-    ``names``: Keys of :data:`WATCHES`.
     ``every``: The study's interval in steps; ``None`` records the cosine alone.
-    Raises ValueError: A name is unknown.
     """
     unknown = [name for name in names if name not in WATCHES]
     if unknown:

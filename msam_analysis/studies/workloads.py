@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.results.fingerprint import fingerprint
 from msam_analysis.studies import cifar100, digits, relatives
 from msam_analysis.studies.cifar import Checksum
+from msam_analysis.studies.networks import mlp, vit
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -124,30 +125,16 @@ class Workload:
         return sum(len(labels) for _, labels in self.train())
 
     def optimizer(self, name: str, model: nn.Module) -> PerturbedOptimizer:
-        """Return the named optimizer for a model.
-
-        Raises ValueError: There is no optimizer of that name.
-        """
+        """Return the named optimizer for a model."""
         if name not in self.perturbations:
             raise ValueError(f"unknown optimizer {name!r}: expected one of {list(self.perturbations)}")
-        recipe, perturbation = self.recipe, self.perturbations[name]
+        recipe = self.recipe
         # With names, by which a filter of parameters knows them.
         parameters = list(model.named_parameters())
+        same: Any = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "perturbation": self.perturbations[name]}
         if recipe.base == "adamw":
-            return PerturbedAdamW(
-                parameters,
-                lr=recipe.lr,
-                betas=(recipe.momentum, 0.999),
-                weight_decay=recipe.weight_decay,
-                perturbation=perturbation,
-            )
-        return PerturbedSGD(
-            parameters,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            perturbation=perturbation,
-        )
+            return PerturbedAdamW(parameters, betas=(recipe.momentum, 0.999), **same)
+        return PerturbedSGD(parameters, momentum=recipe.momentum, **same)
 
     def criterion(self) -> nn.Module:
         """Return the loss that is trained on and measured: mean cross-entropy, in nats."""
@@ -188,63 +175,58 @@ def formula(perturbation: Perturbation) -> str:
 _MOMENTUM = 0.9
 
 
-def _relative(
-    name: str,
-    description: str,
-    network: Callable[[], nn.Module],
-    data: tuple[Callable[[], Batches], Callable[[], Batches]],
-    recipe: Recipe,
-    rhos: tuple[float, float],
-) -> Workload:
-    """Return a workload with three optimizers: without a perturbation, and SAM's and MSAM's with the given ρ."""
-    sam, msam = rhos
-    perturbations = {
-        "AdamW" if recipe.base == "adamw" else "SGD": None,
+def _optimizers(sam: float, msam: float, *, base: str = "SGD", nag: bool = False) -> dict[str, Perturbation | None]:
+    """Return the base optimizer, NAG where it is wanted, and SAM and MSAM with these ρ."""
+    also = {"NAG": Perturbation(direction="momentum", normalize="lr", rho=_MOMENTUM)} if nag else {}
+    perturbed = {
         "SAM": Perturbation(direction="gradient", rho=sam),
         "MSAM": Perturbation(direction="momentum", rho=msam),
     }
-    return Workload(name, description, network, *data, recipe, perturbations)
+    return {base: None, **also, **perturbed}
 
+
+_SGD = Recipe(epochs=40, batch_size=64, lr=0.1, momentum=_MOMENTUM, weight_decay=5e-4)
+_ADAMW = Recipe(epochs=40, batch_size=64, lr=0.01, momentum=_MOMENTUM, weight_decay=0.01, base="adamw", clip=1.0)
 
 # Learning rates and ρ were chosen by the test accuracy of seeds 100 and 101, on grids of factors from 1.5 to 3.
 RELATIVES: Mapping[str, Workload] = {
-    "perceptron": _relative(
+    "perceptron": Workload(
         "digits-perceptron",
         "the digits with 40 % wrong labels; a perceptron without normalisation, 17,226 parameters",
-        relatives.perceptron,
-        (digits.train_data, digits.test_data),
-        Recipe(epochs=40, batch_size=64, lr=0.1, momentum=_MOMENTUM, weight_decay=5e-4),
-        rhos=(0.2, 2.0),
+        partial(mlp, [64, 128, 64, 10]),
+        digits.train_data,
+        digits.test_data,
+        _SGD,
+        _optimizers(0.2, 2.0),
     ),
-    "transformer": _relative(
+    "transformer": Workload(
         "digits-transformer",
         "the digits with 40 % wrong labels; a vision transformer of 2x2 patches, 26,538 parameters, with AdamW",
-        relatives.transformer,
-        (digits.train_data, digits.test_data),
-        Recipe(
-            epochs=40, batch_size=64, lr=0.01, momentum=_MOMENTUM, weight_decay=0.01, base="adamw", warmup=5, clip=1.0
-        ),
-        rhos=(0.1, 1.0),
+        partial(vit, 8, 2, 32, 2, 4, mlp=128, in_channels=1),
+        digits.train_data,
+        digits.test_data,
+        dataclasses.replace(_ADAMW, warmup=5),
+        _optimizers(0.1, 1.0, base="AdamW"),
     ),
-    "text": _relative(
+    "text": Workload(
         "text",
         "the next character of scikit-learn's pages on twelve data sets, 29 characters; a causal transformer of 28,352 "
         "parameters, with AdamW",
         relatives.reader,
-        (relatives.text_train, relatives.text_test),
-        Recipe(
-            epochs=16, batch_size=16, lr=0.01, momentum=_MOMENTUM, weight_decay=0.1, base="adamw", warmup=1, clip=1.0
-        ),
-        rhos=(0.02, 0.1),
+        relatives.text_train,
+        relatives.text_test,
+        dataclasses.replace(_ADAMW, epochs=16, batch_size=16, weight_decay=0.1, warmup=1),
+        _optimizers(0.02, 0.1, base="AdamW"),
     ),
-    "table": _relative(
+    "table": Workload(
         "table",
         "breast cancer by 30 measurements, 300 tumours to train on, 30 % of their labels wrong, 269 to test on; a "
         "perceptron of 6,274 parameters",
-        relatives.table_perceptron,
-        (relatives.table_train, relatives.table_test),
-        Recipe(epochs=40, batch_size=32, lr=0.05, momentum=_MOMENTUM, weight_decay=5e-4),
-        rhos=(0.2, 1.0),
+        partial(mlp, [30, 64, 64, 2]),
+        relatives.table_train,
+        relatives.table_test,
+        dataclasses.replace(_SGD, batch_size=32, lr=0.05),
+        _optimizers(0.2, 1.0),
     ),
 }
 """Small workloads of other kinds, see :mod:`~msam_analysis.studies.relatives`."""
@@ -258,13 +240,8 @@ DIGITS = Workload(
     network=digits.network,
     train=digits.train_data,
     test=digits.test_data,
-    recipe=Recipe(epochs=40, batch_size=64, lr=0.1, momentum=_MOMENTUM, weight_decay=5e-4),
-    perturbations={
-        "SGD": None,
-        "NAG": Perturbation(direction="momentum", normalize="lr", rho=_MOMENTUM),
-        "SAM": Perturbation(direction="gradient", rho=0.5),
-        "MSAM": Perturbation(direction="momentum", rho=3.0),
-    },
+    recipe=_SGD,
+    perturbations=_optimizers(0.5, 3.0, nag=True),
     controls=("SGD", "MSAM"),
     relatives=RELATIVES,
 )
@@ -280,17 +257,6 @@ CIFAR100: Mapping[str, tuple[str, Recipe]] = {
     "cifar100-resnet50": ("ResNet-50", dataclasses.replace(_WIDE, lr=0.1, weight_decay=1e-3)),
 }
 """Those of the paper's table 1 on CIFAR-100: network, one of :data:`.cifar100.NETWORKS`, and recipe."""
-
-# The paper's A15 has its optima at ρ of 0.2-0.3 for SAM and 2-3 for MSAM, and A10 fixes 2.2.
-_CIFAR100_PERTURBATIONS: Mapping[str, Perturbation | None] = {
-    "SGD": None,
-    "NAG": Perturbation(direction="momentum", normalize="lr", rho=_MOMENTUM),
-    "SAM": Perturbation(direction="gradient", rho=0.22),
-    "MSAM": Perturbation(direction="momentum", rho=2.2),
-}
-# Of the 50,000: a gradient over all of them takes as long as 200 steps.
-_CIFAR100_SAMPLES = 10_000
-_CIFAR100_SAVE_EVERY = 10
 
 
 def workload(
@@ -377,9 +343,10 @@ def _cifar100(name: str, source: cifar100.Source) -> Workload:
         train=partial(cifar100.train_data, source),
         test=partial(cifar100.test_data, source),
         recipe=recipe,
-        perturbations=_CIFAR100_PERTURBATIONS,
+        # The paper's A15 has its optima at ρ of 0.2-0.3 for SAM and 2-3 for MSAM, and A10 fixes 2.2.
+        perturbations=_optimizers(0.22, 2.2, nag=True),
         augmented=partial(cifar100.augmented, source),
-        samples=_CIFAR100_SAMPLES,
-        save_every=_CIFAR100_SAVE_EVERY,
+        samples=10_000,  # of the 50,000: a gradient over all of them takes as long as 200 steps
+        save_every=10,
         departures=tuple(departures),
     )

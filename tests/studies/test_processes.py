@@ -16,6 +16,7 @@ import pytest
 
 from msam_analysis.studies import processes, store
 from msam_analysis.studies.jobs import job
+from msam_analysis.studies.processes import Members
 from msam_analysis.studies.runs import Run
 from msam_analysis.studies.study import run_study
 from msam_analysis.studies.workloads import Workload
@@ -138,10 +139,10 @@ def test_what_a_cluster_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "dask.distributed", None)
         with pytest.raises(ModuleNotFoundError, match=r"a cluster needs Dask: .*msam-analysis\[cluster\]"):
-            processes.make([one], 1, cluster="tcp://127.0.0.1:1", bar=False)
+            processes.make([one], 1, Members(), cluster="tcp://127.0.0.1:1", bar=False)
     monkeypatch.setattr(processes, "_on_cluster", lambda jobs, *_: iter([1.0]))
     with pytest.raises(FileNotFoundError, match=r"made SGD-seed0-.* is not in .*that this process and all workers see"):
-        processes.make([one], 1, cluster="tcp://elsewhere:1", bar=False)
+        processes.make([one], 1, Members(), cluster="tcp://elsewhere:1", bar=False)
     with pytest.raises(ValueError, match="a cluster has its own: choose one of the two"):
         run_study(TOY, out=tmp_path / "out", jobs=2, cluster="tcp://elsewhere:1")
     assert list(tmp_path.iterdir()) == []

@@ -16,13 +16,11 @@ from torch.multiprocessing.spawn import spawn
 
 from msam import Perturbation
 from msam_analysis.studies import jobs as jobs_module
-from msam_analysis.studies import store
-from msam_analysis.studies import study as module
+from msam_analysis.studies import processes, store
 from msam_analysis.studies.computing import PLAIN, Computing, computing, repeatable
 from msam_analysis.studies.jobs import Job, job
 from msam_analysis.studies.measuring import MEASURES, Protocol, Subject
-from msam_analysis.studies.members import Members
-from msam_analysis.studies.processes import execute
+from msam_analysis.studies.processes import Members, execute
 from msam_analysis.studies.runs import Run
 from msam_analysis.studies.study import run_study
 from msam_analysis.studies.training import Trained, some, train
@@ -392,7 +390,7 @@ def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-point", rank=rank, world_size=2)
     out = Path(folder) / "out"
     lines = [told(out=out, seeds=1), told(out=out, seeds=2 + rank)]
-    with mock.patch.object(module, "make", trouble if rank == 1 else lambda *_, **__: None):
+    with mock.patch.object(processes, "execute", trouble if rank == 1 else lambda *_, **__: None):
         lines.append(told(out=out, seeds=2))
     (Path(folder) / f"told{rank}").write_text("\n".join(lines))
 

@@ -390,7 +390,7 @@ def test_networks_have_names_that_stay(trained: Trained, tmp_path: Path) -> None
     """Put there twice, nothing is left beside them."""
     store.write_trained(tmp_path / "run", trained, scores(), {})
     for _ in range(2):
-        store.name_networks({"one": tmp_path / "run"}, tmp_path / "networks")
+        store.name_network(tmp_path / "run", tmp_path / "networks" / "one.pt")
     assert [path.name for path in (tmp_path / "networks").iterdir()] == ["one.pt"]
 
 

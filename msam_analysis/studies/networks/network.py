@@ -6,31 +6,15 @@ from torch import Tensor, nn
 
 
 class Network(nn.Module):
-    """``head(features(x))``.
+    """``head(features(x))``: the features of the last block before pooling, and what makes logits of them.
 
-    Parameters
-    ----------
-    features
-        Everything up to the last block, its normalisation and activation included.
-    head
-        Pools the features and makes logits of them.
+    The paper measures the feature rank on ``network.features(x)``; as a submodule, ``"features"`` can also be hooked.
 
-    Attributes
-    ----------
-    features, head
-        The halves. ``network.features(x)`` are the last block's features before pooling, on which the paper measures
-        the feature rank; as a submodule, ``"features"`` can also be hooked.
-
-    Examples
-    --------
     >>> import torch
     >>> from msam_analysis.studies.networks import mlp
-    >>> network = mlp([4, 8, 3])
-    >>> x = torch.ones(2, 4)
-    >>> network.features(x).shape
-    torch.Size([2, 8])
-    >>> torch.equal(network(x), network.head(network.features(x)))
-    True
+    >>> network, x = mlp([4, 8, 3]), torch.ones(2, 4)
+    >>> network.features(x).shape, torch.equal(network(x), network.head(network.features(x)))
+    (torch.Size([2, 8]), True)
     """
 
     def __init__(self, features: nn.Module, head: nn.Module) -> None:
@@ -53,11 +37,7 @@ class GlobalAverage(nn.Module):
 
 
 def convolution(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    r"""Return a convolution without bias that keeps the size at stride 1, with He et al.'s initial weights.
-
-    They are drawn from :math:`N(0, 2 / (\text{kernel}^2 \cdot \text{outputs}))`: He et al. 2015 (arXiv 1502.01852),
-    equation 14, which keeps the variance of gradients ("fan-out").
-    """
+    """Return a convolution without bias that keeps the size at stride 1; He et al. 2015, equation 14 ("fan-out")."""
     layer = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     return layer
