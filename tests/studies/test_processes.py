@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from msam_analysis.studies.jobs import job
 from msam_analysis.studies.runs import Run
 from msam_analysis.studies.study import run_study
 from msam_analysis.studies.workloads import Workload
+from tests.programs import SERVER, run, variables
 
 from .test_study import hidden, study, tables
 from .toy import COARSE, TOY
@@ -45,11 +45,14 @@ class Running:
     def __init__(self, folder: Path) -> None:
         script, self.out = folder / "script.py", folder / "out"
         script.write_text(SCRIPT)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOY_LOG": "/dev/stdout", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(script), str(self.out)]
-        self.main = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        assert self.main.stdout is not None
-        self.pipe = self.main.stdout
+        environment = variables({"PYTHONPATH": str(ROOT), "TOY_LOG": "/dev/stdout"})
+        ours, theirs = SERVER.Pipe(duplex=False)
+        arguments = (str(self.out),)
+        self.main = SERVER.Process(target=run, args=(script, arguments, folder, environment, False, theirs, None))
+        self.main.start()
+        theirs.close()
+        self.pipe = os.fdopen(os.dup(ours.fileno()), encoding="utf-8")
+        ours.close()
         self.workers: set[int] = set()
         while len(self.workers) < 2:
             line = self.pipe.readline()
@@ -61,10 +64,10 @@ class Running:
         return self.pipe.read()
 
     def end(self) -> None:
-        if self.main.poll() is None:
-            self.main.kill()  # its workers end with it
+        self.main.kill()  # its workers end with it
         self.said()
-        self.main.communicate()
+        self.pipe.close()
+        self.main.join()
 
 
 @pytest.fixture
@@ -93,7 +96,7 @@ def test_one_study_at_a_time(running: Running) -> None:
     with pytest.raises(BlockingIOError, match=r"another study is running in .*out: wait for its end, or choose"):
         run_study(TOY, out=running.out, seeds=1, protocol=COARSE, progress=False)
     assert partial.is_dir()
-    assert running.main.poll() is None
+    assert running.main.exitcode is None
     running.main.kill()
     assert running.said() == "", "its workers ended, though nobody asked them to"
     with store.alone(running.out / "runs"):

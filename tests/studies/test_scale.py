@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from msam import Perturbation
 from msam_analysis.studies import jobs as jobs_module
@@ -28,6 +27,7 @@ from msam_analysis.studies.study import run_study
 from msam_analysis.studies.training import Trained, some, train
 from msam_analysis.studies.watching import SLOW, WATCHES
 from msam_analysis.studies.workloads import Workload
+from tests.programs import together
 
 from .test_study import hidden, networks, study, tables
 from .test_training import same, state
@@ -402,7 +402,7 @@ def test_two_processes_give_what_one_does(toy: Workload, tmp_path: Path) -> None
     study(tmp_path / "alone", seeds=1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        spawn(work, args=(name,), nprocs=2)
+        together(work, name)
         assert tables(folder / "out") == tables(tmp_path / "alone")
         first, second = ((folder / f"told{rank}").read_text().splitlines() for rank in (0, 1))
         assert first[0] == second[0] == str(folder / "out" / "report.html")
