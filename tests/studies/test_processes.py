@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 import pytest
@@ -125,9 +126,19 @@ def test_a_cluster_gives_what_this_machine_does(toy: Workload, tmp_path: Path, m
     study(tmp_path / "alone", seeds=1)
     log = tmp_path / "log"
     monkeypatch.setenv("TOY_LOG", str(log))
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, local_directory=str(tmp_path)
-    ) as cluster:
+    ensure_running()  # our server, which has imported the library, before Dask would start one that has not
+    dask = pytest.importorskip("dask")
+    with (
+        dask.config.set({"distributed.worker.multiprocessing-method": SERVER.get_start_method()}),
+        distributed.LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address=None,
+            local_directory=str(tmp_path),
+            env=variables(None),
+        ) as cluster,
+    ):
         study(tmp_path / "out", seeds=1, jobs=None, cluster=cluster.scheduler_address)
     assert tables(tmp_path / "out") == tables(tmp_path / "alone")
     assert hidden(tmp_path / "out") == []

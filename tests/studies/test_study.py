@@ -156,7 +156,12 @@ def test_the_report(name: str, finished: Path) -> None:
 
 
 def test_jobs_do_not_change_a_byte(toy: Workload, finished: Path, tmp_path: Path, trainings: Trainings) -> None:
-    study(tmp_path / "out", jobs=2)
+    """Worker processes get the workload by value, also with functions that no module has."""
+
+    def network() -> nn.Module:
+        return toys.network()
+
+    study(tmp_path / "out", jobs=2, workload=dataclasses.replace(TOY, network=network))
     assert trainings.count() == RUNS
     assert tables(tmp_path / "out") == tables(finished)
     assert hidden(tmp_path / "out") == []
@@ -334,15 +339,15 @@ def test_packages_are_asked_for_before_anything_runs(tmp_path: Path, monkeypatch
     study(tmp_path / "out", seeds=1)
 
 
-def test_a_workload_of_ones_own(toy: Workload, finished: Path, tmp_path: Path) -> None:
-    """By value, from functions that no module has, also in worker processes; its name is that of its runs."""
+def test_a_workload_of_ones_own(tmp_path: Path) -> None:
+    """By value, from functions that no module has; its name is that of its runs."""
     width = 6
 
     def network() -> nn.Module:
         return nn.Sequential(Features(), nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 3))
 
     mine = dataclasses.replace(TOY, name="mine", network=network, controls=(), relatives={})
-    page = Study(mine, choose(["T1"]), seeds=1, protocol=COARSE, every=4).run(tmp_path, jobs=2, progress=False)
+    page = Study(mine, choose(["T1"]), seeds=1, protocol=COARSE, every=4).run(tmp_path, jobs=1, progress=False)
     assert "on mine" in page.read_text()
     assert len(networks(tmp_path)) == len(mine.perturbations)
     again = dataclasses.replace(mine, description="other words")
