@@ -19,7 +19,7 @@ from msam_analysis.studies.training import train
 from msam_analysis.studies.workloads import Workload
 
 
-def finish(run: Run, every: int = 2) -> FinishedRun:
+def finish(run: Run, every: int = 4) -> FinishedRun:
     """Train one network and score it."""
     trained = train(
         run.workload,

@@ -120,10 +120,11 @@ def test_a_second_hold_is_refused(tmp_path: Path) -> None:
 # --- a cluster
 
 
-def test_a_cluster_gives_what_this_machine_does(toy: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_gives_what_this_machine_does(
+    toy: Workload, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Byte for byte, from two workers that the test starts."""
     distributed = pytest.importorskip("dask.distributed")
-    study(tmp_path / "alone", seeds=1)
     log = tmp_path / "log"
     monkeypatch.setenv("TOY_LOG", str(log))
     ensure_running()  # our server, which has imported the library, before Dask would start one that has not
@@ -140,7 +141,7 @@ def test_a_cluster_gives_what_this_machine_does(toy: Workload, tmp_path: Path, m
         ) as cluster,
     ):
         study(tmp_path / "out", seeds=1, jobs=None, cluster=cluster.scheduler_address)
-    assert tables(tmp_path / "out") == tables(tmp_path / "alone")
+    assert tables(tmp_path / "out") == tables(alone)
     assert hidden(tmp_path / "out") == []
     made_by = [int(line) for line in log.read_text().split()]
     assert len(made_by) == 6

@@ -319,16 +319,8 @@ def test_without_controls(finished: Path, tmp_path: Path, monkeypatch: pytest.Mo
 ATTACKED = next(e for e in EXHIBITS if any("robustness" in run.measured for run in e.runs(TOY, 1)))
 
 
-def test_an_exhibit_gets_what_it_needs_and_no_more(tmp_path: Path) -> None:
-    """What no chosen exhibit wants is not measured, and not asked for; a later one takes it from the networks."""
-    study(tmp_path, seeds=1)
-    assert not list(tmp_path.rglob("robustness*"))
-    steps = pd.read_csv(tmp_path / "tables" / "steps.csv")
-    assert "rise" in steps
-    assert "loss_along/1" not in steps
-
-
-def test_packages_are_asked_for_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exhibit_gets_what_it_needs_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no chosen exhibit wants is not measured; its packages are asked for before anything runs, or not at all."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "art" else find(name))
     with pytest.raises(
@@ -336,7 +328,11 @@ def test_packages_are_asked_for_before_anything_runs(tmp_path: Path, monkeypatch
     ):
         study(tmp_path / "out", exhibits=["T1", ATTACKED.name])
     assert list(tmp_path.iterdir()) == []
-    study(tmp_path / "out", seeds=1)
+    study(tmp_path, seeds=1)
+    assert not list(tmp_path.rglob("robustness*"))
+    steps = pd.read_csv(tmp_path / "tables" / "steps.csv")
+    assert "rise" in steps
+    assert "loss_along/1" not in steps
 
 
 def test_a_workload_of_ones_own(tmp_path: Path) -> None:
