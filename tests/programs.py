@@ -25,7 +25,8 @@ from torch.multiprocessing.spawn import start_processes
 
 SERVER = multiprocessing.get_context("forkserver")
 """Where such processes come from; it starts with the first of them, and ends with the tests."""
-SERVER.set_forkserver_preload(["msam_analysis.studies.study"])
+# The second is what torch imports when the first optimizer is made.
+SERVER.set_forkserver_preload(["msam_analysis.studies.study", "torch._dynamo"])
 
 
 @dataclass(frozen=True)
