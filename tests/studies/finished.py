@@ -32,18 +32,18 @@ def unexamined() -> AbstractContextManager[object]:
     return mock.patch.dict(defaults, examine=False)
 
 
-@unexamined()
 def finish(run: Run, every: int = 4) -> FinishedRun:
     """Train one network and score it."""
-    trained = train(
-        run.workload,
-        run.optimizer,
-        run.seed,
-        every=every,
-        watched=sorted(run.watched),
-        replacement=run.replacement,
-    )
-    reached = scores(run.workload, trained.model) | {"gradients_per_step": trained.gradients_per_step}
+    with unexamined():
+        trained = train(
+            run.workload,
+            run.optimizer,
+            run.seed,
+            every=every,
+            watched=sorted(run.watched),
+            replacement=run.replacement,
+        )
+        reached = scores(run.workload, trained.model) | {"gradients_per_step": trained.gradients_per_step}
     return FinishedRun(run.optimizer, run.seed, reached, trained.steps, {}, run.settings)
 
 

@@ -581,6 +581,7 @@ def test_the_installed_command_refuses(
     monkeypatch.setattr(sys, "argv", ["msam-analysis", "measure", "gone.pt", *GOOD[2:]])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(installed(), run_name="__main__")
+    assert isinstance(stop.value.code, int)
     outcome = Outcome(stop.value.code, *capsys.readouterr())
     assert outcome.code == 2
     assert outcome.out == ""
