@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import msam_analysis as ma
 from msam_analysis.landscape import journal, metrics, point_table
 from msam_analysis.results import Slice1D, Slice2D, load
-from tests.programs import ended
+from tests.programs import script_ended
 
 from .cases import CONVNET, MLP, TAGGER, normal
 
@@ -186,7 +186,7 @@ def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """SIGKILL, which no process can answer: the file is there, and this process ends it in the same bits."""
     path, script = tmp_path / "slice", tmp_path / "script.py"
     script.write_text(KILL, encoding="utf-8")
-    assert ended([sys.executable, str(script), str(path), "30"]).code == -signal.SIGKILL
+    assert script_ended(script, str(path), "30", folder=tmp_path).code == -signal.SIGKILL
     partial = load(path)
     assert isinstance(partial, Slice1D)
     assert not partial.complete

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 import msam_analysis as ma
@@ -20,6 +19,7 @@ from msam_analysis.landscape.evaluator import Evaluator
 from msam_analysis.landscape.together import Together, fastest
 from msam_analysis.objective.ranks import Ranks
 from msam_analysis.results import Slice2D, load
+from tests.programs import together
 
 from .cases import CASES, CONVNET, MLP, Case
 
@@ -185,7 +185,7 @@ def test_two_processes_give_what_one_does() -> None:
     """Bit for bit, on both; with one file, written by the first."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        spawn(work, args=(name,), nprocs=2, daemon=True)
+        together(work, name)
         slices(folder, "alone")
         for way in ("plain", "metrics", "refined", "batched", "samples"):
             alone, first, second, written = (

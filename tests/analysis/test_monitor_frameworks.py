@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.programs import ended
+from tests.programs import script_ended
 
 from . import monitored
 
@@ -30,8 +29,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         f"import runpy, sys; sys.argv = {arguments}; runpy.run_path({monitored.__file__!r}, run_name='__main__')\n",
         encoding="utf-8",
     )
-    command = [sys.executable, "-W", "error", str(WATCHED), str(folder / "recipe.py"), str(folder / "passes.pt")]
-    done = ended(command, folder, {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"})
+    home = {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+    done = script_ended(
+        WATCHED, str(folder / "recipe.py"), str(folder / "passes.pt"), folder=folder, environment=home, strict=True
+    )
     assert done.code == 0, done.err
     read: dict[str, Any] = json.loads((folder / "found.json").read_text(encoding="utf-8"))
     return read

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -16,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.programs import script_ended
+
 RECIPES = Path(__file__).parents[2] / "recipes"
-WATCHED = str(Path(__file__).with_name("watched.py"))
+WATCHED = Path(__file__).with_name("watched.py")
 
 
 @pytest.fixture
@@ -40,19 +40,16 @@ def test_recipe(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_recipe_of_two_processes() -> None:
     """A process of its own: the ranks it starts import it by its path."""
-    lines = lines_of(str(RECIPES / "ddp.py"))
+    lines = lines_of(RECIPES / "ddp.py", folder=RECIPES)
     assert [line.split()[0].rstrip(",") for line in lines] == ["MSAM", "SAM", "SAM"]
 
 
-def lines_of(*arguments: str, folder: Path | None = None) -> list[str]:
-    """What a Python of its own prints, in a folder; warnings are errors."""
-    home = {} if folder is None else {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-W", "error", *arguments]
-    done = subprocess.run(
-        command, cwd=folder, env=os.environ | home, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+def lines_of(script: Path, *arguments: str, folder: Path) -> list[str]:
+    """What a script prints, in a folder and a process of its own; warnings are errors."""
+    home = {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}
+    done = script_ended(script, *arguments, folder=folder, environment=home, strict=True)
+    assert done.code == 0, done.err
+    return done.out.splitlines()
 
 
 def distances(passes: list[tuple[bool, Tensor]], before: bool, after: bool) -> list[float]:
@@ -99,11 +96,6 @@ def test_recipe_of_a_framework(name: str, framework: str, tmp_path: Path) -> Non
     ascents = [float((b.double() - a.double()).norm()) for a, b in zip(training[::2], training[1::2], strict=True)]
     assert ascents == pytest.approx(len(ascents) * [0.05], abs=1e-5)
     assert distances(of_sam, False, True) == pytest.approx(15 * [0.0], abs=1e-5)
-
-
-def test_import_brings_no_framework() -> None:
-    names = "{'accelerate', 'lightning', 'torchmetrics', 'torchvision', 'transformers'}"
-    assert lines_of("-c", f"import sys, msam, msam_analysis; print({names} & sys.modules.keys())") == ["set()"]
 
 
 def test_every_recipe_has_a_line_in_the_documentation() -> None:

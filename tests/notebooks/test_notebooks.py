@@ -3,14 +3,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import jupytext
 import pytest
 
-from tests.programs import ended
+from tests.programs import script_ended
 
 FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 SCRIPTS = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
@@ -81,7 +80,7 @@ def test_every_plot_of_a_notebook_is_shown(script: Path) -> None:
 def test_script_runs_and_its_assertions_hold(build: ModuleType, script: Path, tmp_path: Path) -> None:
     tiny = tmp_path / "tiny.py"
     tiny.write_text(jupytext.writes(build.load(script, TINY[script.stem]), fmt="py:percent"), encoding="utf-8")
-    program = ended([sys.executable, str(tiny)], tmp_path, {"MPLBACKEND": "Agg"})
+    program = script_ended(tiny, folder=tmp_path, environment={"MPLBACKEND": "Agg"})
     assert program.code == 0, program.err
 
 

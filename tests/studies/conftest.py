@@ -22,6 +22,16 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Workload:
     return TOY
 
 
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of one seed, made in this process: what other ways are compared with; not to be written to."""
+    from .test_study import study
+
+    out = tmp_path_factory.mktemp("alone")
+    study(out, seeds=1)
+    return out
+
+
 @pytest.fixture
 def generators() -> Callable[[], tuple[object, ...]]:
     """A function that takes down the state of all global generators."""

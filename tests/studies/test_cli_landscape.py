@@ -20,7 +20,7 @@ from msam_analysis.cli import landscape as cli_landscape
 from msam_analysis.cli.processes import own_device
 from msam_analysis.landscape.trajectory import TrajectoryRecorder
 from msam_analysis.results import Result, Slice1D, Slice2D
-from tests.programs import ended
+from tests.programs import script_ended
 
 MODULE = "lookout"
 SOURCE = '''
@@ -484,8 +484,10 @@ def test_two_processes_measure_what_one_does(bench: Path, command: Command) -> N
         "--directions",
         "gradient",
     ]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = ended([*start, "-m", "msam_analysis", "landscape", *arguments, *FACTORIES, "--out", "two"], bench)
+    start = bench / "torchrun.py"
+    start.write_text("from torch.distributed.run import main\n\nmain()\n", encoding="utf-8")
+    how = ["--standalone", "--nproc-per-node", "2", "-m", "msam_analysis"]
+    done = script_ended(start, *how, "landscape", *arguments, *FACTORIES, "--out", "two", folder=bench)
     assert done.code == 0, done.err
     assert done.out.count("written: two/landscape.png") == 1
     alone = command(*arguments, "--out", "one")

@@ -6,15 +6,17 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from msam_analysis.studies.exhibits import EXHIBITS, Exhibit, choose
+from msam_analysis.studies.jobs import job
 from msam_analysis.studies.runs import Run, gather
 from msam_analysis.studies.study import run_study
 from msam_analysis.studies.workloads import Workload
 
 from .finished import finish
-from .toy import TOY
+from .toy import COARSE, TOY
 
 
 def _plan(exhibits: Iterable[Exhibit], workload: Workload, seeds: int) -> dict[str, Run]:
@@ -31,6 +33,17 @@ def test_a_probe_finds_the_other_perturbations(other: str, first: bool) -> None:
     assert {run.optimizer for run in watched} == {"SGD", "MSAM"}
     for run in watched:
         assert finish(run).steps["sam_angle/0.5"].notna().any()
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "MSAM"])
+def test_networks_of_exhibits_are_those_of_a_study(optimizer: str, tmp_path: Path) -> None:
+    """Bit for bit: :func:`finish` leaves out the examinations, and a study does not."""
+    run = Run(TOY, optimizer, 1, watched=frozenset({"rise", "along_momentum", "sam_angle"}))
+    ours, one = finish(run), job(run, tmp_path, COARSE, 4)
+    one.make(lambda _: None)
+    theirs = one.read()
+    assert ours.scores == theirs.scores
+    pd.testing.assert_frame_equal(ours.steps, theirs.steps[ours.steps.columns], check_exact=True)
 
 
 @pytest.mark.parametrize("key", ["F2AB", "T3", "A1", "A9", "A10", "A11", "A5"])

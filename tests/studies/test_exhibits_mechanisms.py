@@ -29,6 +29,7 @@ from msam_analysis.studies.training import train
 from msam_analysis.studies.watching import OFFSETS, STRENGTHS
 from msam_analysis.studies.workloads import DIGITS, Recipe, Workload
 
+from .finished import unexamined
 from .toy import COARSE, TOY
 
 SEEDS = 2
@@ -56,7 +57,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     made = {}
     for identity, run in gather(run for exhibit in EXHIBITS for run in exhibit.runs(WORKLOAD, SEEDS)).items():
         one = job(run, folder, COARSE, 4)
-        one.make(lambda _: None)
+        with unexamined():
+            one.make(lambda _: None)
         made[identity] = one.read()
     return made
 

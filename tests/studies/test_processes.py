@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from msam_analysis.studies.processes import Members
 from msam_analysis.studies.runs import Run
 from msam_analysis.studies.study import run_study
 from msam_analysis.studies.workloads import Workload
+from tests.programs import SERVER, run, variables
 
 from .test_study import hidden, study, tables
 from .toy import COARSE, TOY
@@ -46,11 +47,14 @@ class Running:
     def __init__(self, folder: Path) -> None:
         script, self.out = folder / "script.py", folder / "out"
         script.write_text(SCRIPT)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOY_LOG": "/dev/stdout", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(script), str(self.out)]
-        self.main = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        assert self.main.stdout is not None
-        self.pipe = self.main.stdout
+        environment = variables({"PYTHONPATH": str(ROOT), "TOY_LOG": "/dev/stdout"})
+        ours, theirs = SERVER.Pipe(duplex=False)
+        arguments = (str(self.out),)
+        self.main = SERVER.Process(target=run, args=(script, arguments, folder, environment, False, theirs, None))
+        self.main.start()
+        theirs.close()
+        self.pipe = os.fdopen(os.dup(ours.fileno()), encoding="utf-8")
+        ours.close()
         self.workers: set[int] = set()
         while len(self.workers) < 2:
             line = self.pipe.readline()
@@ -62,10 +66,10 @@ class Running:
         return self.pipe.read()
 
     def end(self) -> None:
-        if self.main.poll() is None:
-            self.main.kill()  # its workers end with it
+        self.main.kill()  # its workers end with it
         self.said()
-        self.main.communicate()
+        self.pipe.close()
+        self.main.join()
 
 
 @pytest.fixture
@@ -94,7 +98,7 @@ def test_one_study_at_a_time(running: Running) -> None:
     with pytest.raises(BlockingIOError, match=r"another study is running in .*out: wait for its end, or choose"):
         run_study(TOY, out=running.out, seeds=1, protocol=COARSE, progress=False)
     assert partial.is_dir()
-    assert running.main.poll() is None
+    assert running.main.exitcode is None
     running.main.kill()
     assert running.said() == "", "its workers ended, though nobody asked them to"
     with store.alone(running.out / "runs"):
@@ -117,17 +121,28 @@ def test_a_second_hold_is_refused(tmp_path: Path) -> None:
 # --- a cluster
 
 
-def test_a_cluster_gives_what_this_machine_does(toy: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_gives_what_this_machine_does(
+    toy: Workload, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Byte for byte, from two workers that the test starts."""
     distributed = pytest.importorskip("dask.distributed")
-    study(tmp_path / "alone", seeds=1)
     log = tmp_path / "log"
     monkeypatch.setenv("TOY_LOG", str(log))
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, host="127.0.0.1", dashboard_address=None, local_directory=str(tmp_path)
-    ) as cluster:
+    ensure_running()  # our server, which has imported the library, before Dask would start one that has not
+    dask = pytest.importorskip("dask")
+    with (
+        dask.config.set({"distributed.worker.multiprocessing-method": SERVER.get_start_method()}),
+        distributed.LocalCluster(
+            n_workers=2,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address=None,
+            local_directory=str(tmp_path),
+            env=variables(None),
+        ) as cluster,
+    ):
         study(tmp_path / "out", seeds=1, jobs=None, cluster=cluster.scheduler_address)
-    assert tables(tmp_path / "out") == tables(tmp_path / "alone")
+    assert tables(tmp_path / "out") == tables(alone)
     assert hidden(tmp_path / "out") == []
     made_by = [int(line) for line in log.read_text().split()]
     assert len(made_by) == 6

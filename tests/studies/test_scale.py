@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 
 from msam import Perturbation
 from msam_analysis.studies import jobs as jobs_module
@@ -26,6 +26,7 @@ from msam_analysis.studies.study import run_study
 from msam_analysis.studies.training import Trained, some, train
 from msam_analysis.studies.watching import SLOW, WATCHES
 from msam_analysis.studies.workloads import Workload
+from tests.programs import together
 
 from .test_study import hidden, networks, study, tables
 from .test_training import same, state
@@ -128,9 +129,10 @@ def test_a_state_is_read_without_running_it_or_refused(tmp_path: Path) -> None:
         train(LONG, "SGD", 0, every=None, state=file)
 
 
-def test_an_interrupted_study_goes_on_within_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_study_goes_on_within_a_run(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It stops while the second network is measured: that one is not trained again, and the tables are the same."""
-    study(tmp_path / "whole", seeds=1)
     log = tmp_path / "log"
     monkeypatch.setenv("TOY_LOG", str(log))
     measured: list[int] = []
@@ -155,12 +157,12 @@ def test_an_interrupted_study_goes_on_within_a_run(tmp_path: Path, monkeypatch: 
     study(out, seeds=1, computing=Computing(save_every=1))
     assert len(log.read_text().splitlines()) == 6, "six networks in all"
     assert trained == 2
-    assert tables(out) == tables(tmp_path / "whole")
+    assert tables(out) == tables(alone)
     assert not hidden(out)
 
 
-def test_states_that_are_of_no_use_any_more_go(tmp_path: Path) -> None:
-    study(tmp_path, seeds=1)
+def test_states_that_are_of_no_use_any_more_go(alone: Path, tmp_path: Path) -> None:
+    shutil.copytree(alone, tmp_path, dirs_exist_ok=True)
     (one,) = (tmp_path / "runs").glob("SAM-seed0-*")
     run = Run(TOY, "SAM", 0, watched=frozenset(SLOW))
     left = job(run, tmp_path / "runs", COARSE, 4).state
@@ -395,13 +397,12 @@ def work(rank: int, folder: str) -> None:
     (Path(folder) / f"told{rank}").write_text("\n".join(lines))
 
 
-def test_two_processes_give_what_one_does(toy: Workload, tmp_path: Path) -> None:
+def test_two_processes_give_what_one_does(toy: Workload, alone: Path) -> None:
     """Byte for byte; they refuse to make different studies; and one that fails ends both, with finished runs kept."""
-    study(tmp_path / "alone", seeds=1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        spawn(work, args=(name,), nprocs=2)
-        assert tables(folder / "out") == tables(tmp_path / "alone")
+        together(work, name)
+        assert tables(folder / "out") == tables(alone)
         first, second = ((folder / f"told{rank}").read_text().splitlines() for rank in (0, 1))
         assert first[0] == second[0] == str(folder / "out" / "report.html")
         assert first[1] == second[1] == first[1]

@@ -156,7 +156,12 @@ def test_the_report(name: str, finished: Path) -> None:
 
 
 def test_jobs_do_not_change_a_byte(toy: Workload, finished: Path, tmp_path: Path, trainings: Trainings) -> None:
-    study(tmp_path / "out", jobs=2)
+    """Worker processes get the workload by value, also with functions that no module has."""
+
+    def network() -> nn.Module:
+        return toys.network()
+
+    study(tmp_path / "out", jobs=2, workload=dataclasses.replace(TOY, network=network))
     assert trainings.count() == RUNS
     assert tables(tmp_path / "out") == tables(finished)
     assert hidden(tmp_path / "out") == []
@@ -314,16 +319,8 @@ def test_without_controls(finished: Path, tmp_path: Path, monkeypatch: pytest.Mo
 ATTACKED = next(e for e in EXHIBITS if any("robustness" in run.measured for run in e.runs(TOY, 1)))
 
 
-def test_an_exhibit_gets_what_it_needs_and_no_more(tmp_path: Path) -> None:
-    """What no chosen exhibit wants is not measured, and not asked for; a later one takes it from the networks."""
-    study(tmp_path, seeds=1)
-    assert not list(tmp_path.rglob("robustness*"))
-    steps = pd.read_csv(tmp_path / "tables" / "steps.csv")
-    assert "rise" in steps
-    assert "loss_along/1" not in steps
-
-
-def test_packages_are_asked_for_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exhibit_gets_what_it_needs_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no chosen exhibit wants is not measured; its packages are asked for before anything runs, or not at all."""
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "art" else find(name))
     with pytest.raises(
@@ -331,18 +328,22 @@ def test_packages_are_asked_for_before_anything_runs(tmp_path: Path, monkeypatch
     ):
         study(tmp_path / "out", exhibits=["T1", ATTACKED.name])
     assert list(tmp_path.iterdir()) == []
-    study(tmp_path / "out", seeds=1)
+    study(tmp_path, seeds=1)
+    assert not list(tmp_path.rglob("robustness*"))
+    steps = pd.read_csv(tmp_path / "tables" / "steps.csv")
+    assert "rise" in steps
+    assert "loss_along/1" not in steps
 
 
-def test_a_workload_of_ones_own(toy: Workload, finished: Path, tmp_path: Path) -> None:
-    """By value, from functions that no module has, also in worker processes; its name is that of its runs."""
+def test_a_workload_of_ones_own(tmp_path: Path) -> None:
+    """By value, from functions that no module has; its name is that of its runs."""
     width = 6
 
     def network() -> nn.Module:
         return nn.Sequential(Features(), nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 3))
 
     mine = dataclasses.replace(TOY, name="mine", network=network, controls=(), relatives={})
-    page = Study(mine, choose(["T1"]), seeds=1, protocol=COARSE, every=4).run(tmp_path, jobs=2, progress=False)
+    page = Study(mine, choose(["T1"]), seeds=1, protocol=COARSE, every=4).run(tmp_path, jobs=1, progress=False)
     assert "on mine" in page.read_text()
     assert len(networks(tmp_path)) == len(mine.perturbations)
     again = dataclasses.replace(mine, description="other words")
