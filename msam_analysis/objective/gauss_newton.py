@@ -7,9 +7,7 @@ from torch import Tensor
 
 from msam_analysis.objective.evaluation import BatchLoss, Evaluation
 from msam_analysis.objective.graphs import GraphOperator, Product, loss_gradients, pull_back
-from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.objective.second_derivatives import MissingDerivativeError, missing_derivatives
-from msam_analysis.objective.vectors import no_autocast
 from msam_analysis.results import Settings
 
 
@@ -66,8 +64,7 @@ class GaussNewtonOperator(GraphOperator):
     def _difference(self, ahead: Tensor, behind: Tensor) -> Tensor:
         leaves = list(self._leaves.values())
         total, weight_sum = torch.zeros_like(ahead), 0.0
-        derivatives = self._loss.kernels(twice=False)
-        with torch.enable_grad(), no_autocast(self.device), derivatives, RandomStream(self._loss.seed) as stream:
+        with self._loss.deriving() as stream:
             here, first, second = (
                 self._loss.batch_losses(point, self._constants, stream, cut=True)
                 for point in (self._leaves, self._loss.leaves(ahead), self._loss.leaves(behind))

@@ -17,7 +17,6 @@ from torch import Tensor
 from msam_analysis.objective.evaluation import BatchLoss, Evaluation
 from msam_analysis.objective.examination import ExaminationError
 from msam_analysis.objective.operators import SymmetricOperator
-from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.objective.second_derivatives import (
     MissingDerivativeError,
     check_twice_differentiable,
@@ -97,7 +96,7 @@ class GraphOperator(SymmetricOperator):
         rows = matrix.T.contiguous()
         if not self._central:
             try:
-                with missing_derivatives(), no_autocast(self.device):
+                with missing_derivatives(), no_autocast(self.device):  # also along graphs that are kept
                     return self._along_graphs(rows).T
             except MissingDerivativeError as missing:
                 self._loss.second_derivatives.give_up(str(missing))
@@ -126,7 +125,7 @@ class GraphOperator(SymmetricOperator):
         for graph in self._graphs:
             add(*graph)
         if not self._complete:
-            with torch.enable_grad(), self._loss.kernels(twice=True), RandomStream(self._loss.seed) as stream:
+            with self._loss.deriving(twice=True) as stream:
                 losses = self._loss.batch_losses(self._leaves, self._constants, stream, skip=kept, cut=self._cut)
                 for graph in self._build(losses, together=len(rows) >= _FEWEST):
                     # Freed on the way where it serves one vector.
@@ -207,8 +206,7 @@ def mean_gradient(loss: Evaluation, leaves: dict[str, Tensor], constants: dict[s
     total = torch.zeros((), dtype=widest(loss.device), device=loss.device)
     gradient = torch.zeros(loss.layout.size, dtype=loss.dtype, device=loss.device)
     weight_sum = 0.0
-    derivatives = loss.kernels(twice=False)
-    with torch.enable_grad(), no_autocast(loss.device), derivatives, RandomStream(loss.seed) as stream:
+    with loss.deriving() as stream:
         for batch in loss.batch_losses(leaves, constants, stream):
             gradient.add_(loss.layout.flatten(loss_gradients(batch.value, leaves)), alpha=batch.weight)
             total += batch.value.detach().to(total.dtype) * batch.weight

@@ -414,8 +414,7 @@ class Objective:
         evaluation = self.evaluation
         total = torch.zeros((), dtype=widest(self.device), device=self.device)
         weight_sum = 0.0
-        point = evaluation.leaves(w) if evaluation.findings.with_gradients else evaluation.views(w)
-        constants = evaluation.constants(w)
+        point, constants = evaluation.pieces(w), evaluation.constants(w)
         with evaluation.evaluating() as stream:
             for batch in evaluation.batch_losses(point, constants, stream):
                 total += batch.value.detach().to(total.dtype) * batch.weight
