@@ -1,7 +1,7 @@
 """Data as a fixed sequence of batches: the same samples, in the same order, at every evaluation.
 
-A loss over data that shuffles or augments is another function at every pass, and no probe of it means anything; so such
-data is refused here, with what to do. Reading never touches the caller's random state.
+A loss over data that shuffles or augments is another function at every pass, and no measurement of it means anything.
+Such data is refused here, with what to do. Reading never touches the caller's random state.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ class Batches:
         A loader that does not shuffle, a list of batches, or a single batch: a tuple or list of tensors such as
         ``(x, y)``, or a mapping or data class of tensors. A re-iterable of any other kind also works.
     device
-        Where batches are moved.
+        The device that batches are moved to.
     dtype
         Floating-point tensors are cast to it; ``None`` leaves them.
     cache_bytes
-        Copies of the batches are kept on the device up to this size in all; beyond it, and if they turn out to have
-        been written to, batches are read again at every pass. Default 1 GiB.
+        Copies of the batches are kept on the device up to this size in all. Beyond it, and where something wrote to
+        them, batches are read again at every pass. Default 1 GiB.
 
     Attributes
     ----------
     sizes
         Number of samples of every batch.
     nbytes
-        Of all batches together, on the device.
+        Size of all batches together on the device, in bytes.
 
     Raises
     ------
@@ -106,7 +106,7 @@ class Batches:
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Iterate over batches on the device, which whoever gets them may write to."""
+        """Iterate over batches on the device; whoever gets them may write to them."""
         return self.read(range(len(self)))
 
     def read(self, wanted: Sequence[int]) -> Iterator[Batch]:
@@ -124,31 +124,7 @@ class Batches:
                     yield self._move(raw)
 
     def take(self, indices: Tensor, batch_size: int | None = None) -> Batches:
-        """Return batches of chosen samples.
-
-        Parameters
-        ----------
-        indices
-            Shape ``(n,)``, integers; samples are counted over all batches in order. They come in this order, as often
-            as they occur here.
-        batch_size
-            Default: the size of the largest batch of these. The last one holds what is left.
-
-        Returns
-        -------
-        Batches
-            On the same device, with a cache budget of the same size.
-
-        Raises
-        ------
-        TypeError
-            ``indices`` are no tensor of integers.
-        ValueError
-            ``indices`` are empty or not flat, ``batch_size`` is not positive, or samples of these batches cannot be
-            told apart or put together: a tensor without the sample dimension, items that differ between batches.
-        IndexError
-            There is no such sample.
-        """
+        """Return batches of chosen samples, in this order; see :meth:`msam_analysis.Objective.with_samples`."""
         _check_indices(indices, self.samples)
         size = max(self.sizes) if batch_size is None else batch_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -193,10 +169,7 @@ class _Given(list[Batch]):
 
 
 class _Samples:
-    """Chosen samples of batches, as batches of their own that can be read again.
-
-    One pass over the original serves as many new batches as its cache budget holds.
-    """
+    """Chosen samples as batches; one pass over the original serves as many of them as its cache may hold."""
 
     def __init__(self, batches: Batches, indices: Tensor, size: int) -> None:
         self._batches = batches
@@ -283,7 +256,7 @@ def _check_alike(batches: Batches) -> None:
 
 
 def _constants(batch: Batch) -> Any:
-    """Return what must be equal in all batches, in a form that can be compared; tensors of rows count as one mark."""
+    """Return what must be equal in all batches, in a form that can be compared; rows of a tensor are one mark."""
     if isinstance(batch, Tensor):
         return (batch.dtype, _END if batch.ndim else batch.item())
     if isinstance(batch, Mapping):

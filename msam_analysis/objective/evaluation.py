@@ -196,7 +196,7 @@ class Evaluation:
             special["values"] = "with gradients enabled"
         if self.foreign:
             special["statistics"] = "of other weights"
-        if findings.examination is not None and findings.examination.verdict != "passed":
+        if findings.examination is not None:
             special["examination"] = findings.examination.verdict
         return {
             "batchnorm": describe_policy(self.copy, self.batchnorm),
@@ -384,7 +384,9 @@ class Evaluation:
             yield
 
     def find_randomness(self) -> None:
-        """Find the modules that draw random numbers in training mode, and put them into it."""
+        """Find the modules that draw random numbers in training mode, and put them into it, once and where wanted."""
+        if not self.dropout or self.findings.drawing is not None:
+            return
         batch = next(iter(self.batches))
         with self.evaluating() as stream:
             stream.restart(self.seed)

@@ -17,7 +17,7 @@ from msam_analysis.objective.differences import derivatives
 from msam_analysis.objective.evaluation import Evaluation, Findings
 from msam_analysis.objective.examination import Check, Examination, ExaminationError
 from msam_analysis.objective.means import is_mean
-from msam_analysis.objective.nested import count_samples
+from msam_analysis.objective.nested import Batch, count_samples
 from msam_analysis.objective.private import Attributes
 from msam_analysis.objective.second_derivatives import graph_nodes
 from msam_analysis.objective.trial import SAMPLES, apart, close, on, part_of, value_of
@@ -29,8 +29,9 @@ _FEW, _LARGE = 4, 10**6  # fewer samples of models with more parameters
 def examine(evaluation: Evaluation) -> Examination:
     """Examine an evaluation, and change its findings so that it gives right numbers; ``ExaminationError`` if none."""
     with torch.inference_mode(mode=False):  # whose tensors have no versions and no gradients
+        evaluation.find_randomness()
         findings = evaluation.findings
-        batch = part_of(next(iter(evaluation.batches)), SAMPLES if evaluation.layout.size <= _LARGE else _FEW)
+        batch = looked_at(evaluation)
         trial = on(evaluation, [batch])
         checks, value = _function(trial)
         if findings != Findings():
@@ -51,6 +52,11 @@ def examine(evaluation: Evaluation) -> Examination:
         evaluation._weights = None
         findings.examination = Examination(tuple(checks), count_samples(batch), precision, resolution)
         return findings.examination
+
+
+def looked_at(evaluation: Evaluation) -> Batch:
+    """Return the part of the first batch that an examination looks at."""
+    return part_of(next(iter(evaluation.batches)), SAMPLES if evaluation.layout.size <= _LARGE else _FEW)
 
 
 def _function(trial: Evaluation) -> tuple[list[Check], float]:

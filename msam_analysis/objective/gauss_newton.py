@@ -45,8 +45,8 @@ class GaussNewtonOperator(GraphOperator):
         used, slopes = self._opened(loss)
         outputs, cuts = [loss.outputs[index] for index in used], [loss.cuts[index] for index in used]
         # Jᵀu is linear in u: its derivative is J, whatever u.
-        probes = [torch.zeros_like(output, requires_grad=True) for output in outputs]
-        pulled = torch.autograd.grad(outputs, [*leaves, *loss.cuts], probes, create_graph=True, allow_unused=True)
+        cotangents = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+        pulled = torch.autograd.grad(outputs, [*leaves, *loss.cuts], cotangents, create_graph=True, allow_unused=True)
         if any(piece is not None for piece in pulled[len(leaves) :]):
             raise ValueError(
                 "the model is called on its own output: expected a loss of independent calls; put the loop into the "
@@ -55,7 +55,7 @@ class GaussNewtonOperator(GraphOperator):
         ends = [torch.zeros_like(leaf) if end is None else end for end, leaf in zip(pulled, leaves, strict=False)]
 
         def product(pieces: list[Tensor], together: bool, keep: bool) -> list[Tensor]:
-            pushed = pull_back(ends, probes, pieces, together=together)
+            pushed = pull_back(ends, cotangents, pieces, together=together)
             bent = pull_back(slopes, cuts, pushed, together=together)
             return pull_back(outputs, leaves, bent, together=together, keep=keep)
 

@@ -35,7 +35,7 @@ _SMALL_GRAPH, _TOGETHER, _FEWEST = 512 * 2**10, 4 * 2**20, 4
 
 
 class GraphOperator(SymmetricOperator):
-    """``Σ_b n_b A_b / Σ_b n_b`` with symmetric ``A_b`` that are products along one graph a batch.
+    """``Σ_b n_b A_b / Σ_b n_b`` with symmetric ``A_b`` whose products go along one graph for each batch.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class GraphOperator(SymmetricOperator):
     keep_bytes
         Memory for kept graphs.
     settings
-        Label of the objective.
+        The objective's label.
 
     Attributes
     ----------
@@ -75,14 +75,11 @@ class GraphOperator(SymmetricOperator):
 
     @abc.abstractmethod
     def _product(self, loss: BatchLoss) -> Product:
-        """Return the product with ``A_b`` along a graph that it builds: pieces to pieces, of one vector or of many.
-
-        The second argument says whether they are of many, the third whether the graph is still needed afterwards.
-        """
+        """Build a graph; return products along it: (pieces, of many vectors?, keep the graph?) to pieces."""
 
     @abc.abstractmethod
     def _difference(self, ahead: Tensor, behind: Tensor) -> Tensor:
-        """Return ``A (ahead - behind)`` from first derivatives at these two points on either side of ``w``."""
+        """Return ``A (ahead - behind)`` from first derivatives at these two points around ``w``."""
 
     @property
     def kept(self) -> int:
@@ -215,13 +212,7 @@ def mean_gradient(loss: Evaluation, leaves: dict[str, Tensor], constants: dict[s
 
 
 def loss_gradients(value: Tensor, leaves: dict[str, Tensor], *, create_graph: bool = False) -> list[Tensor]:
-    """Return ``∂value/∂leaf`` for every leaf, zeros for those that the loss does not use.
-
-    Raises
-    ------
-    ValueError
-        It uses none of them, or gradients are switched off for good by ``torch.inference_mode``.
-    """
+    """Return ``∂value/∂leaf`` for every leaf, zeros where there is none; ``ValueError`` if there is none at all."""
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "gradients do not exist inside torch.inference_mode(): expected to be called outside of it; leave it, or "
@@ -250,24 +241,7 @@ def loss_gradients(value: Tensor, leaves: dict[str, Tensor], *, create_graph: bo
 def pull_back(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor], *, together: bool, keep: bool = True
 ) -> list[Tensor]:
-    """Return ``∂(outputs · weights)/∂inputs``, zeros where there is no dependence.
-
-    Parameters
-    ----------
-    outputs, inputs
-        Ends and beginnings of a graph; outputs that are constant contribute nothing.
-    weights
-        One for each output, of its shape, behind a leading dimension if ``together``.
-    together
-        Whether the weights are those of several vectors.
-    keep
-        Whether the graph stays.
-
-    Returns
-    -------
-    list
-        One tensor for each input, of its shape, behind the same leading dimension.
-    """
+    """Return ``∂(outputs · weights)/∂inputs``, zeros where there is none; ``together``: of many weights at once."""
     varying = [
         (output, weight.to(output.dtype))
         for output, weight in zip(outputs, weights, strict=True)

@@ -15,6 +15,7 @@ from msam_analysis.objective.batchnorm import batchnorm_layers
 from msam_analysis.objective.evaluation import Evaluation
 from msam_analysis.objective.examination import Check, ExaminationError, Verdict
 from msam_analysis.objective.nested import Batch, map_tensors, tensors_of
+from msam_analysis.objective.private import is_pair
 from msam_analysis.objective.randomness import same_state
 from msam_analysis.objective.trial import SAMPLES, close, on, part_of
 
@@ -30,7 +31,7 @@ def is_mean(evaluation: Evaluation, part: Batch) -> Check:
     """Find out what batches weigh: the value of a batch is the weighted mean of the values of its halves."""
     loss_fn = evaluation.copy.loss_fn
     batches = list(evaluation.batches) if evaluation.batches.fits else [part]
-    if all(w.is_pair(batch) for batch in batches):
+    if all(is_pair(batch) for batch in batches):
         reduction = w.reduction_of(loss_fn)
         if reduction == "sum":
             evaluation.findings.weighing = _SUMS

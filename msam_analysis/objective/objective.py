@@ -18,10 +18,11 @@ from msam_analysis.objective.arguments import check_autocast, device_of
 from msam_analysis.objective.batches import CACHE_BYTES, Batches
 from msam_analysis.objective.batchnorm import Policy, check_policy
 from msam_analysis.objective.evaluation import Evaluation
-from msam_analysis.objective.examination import Examination
+from msam_analysis.objective.examination import NOT_EXAMINED, Examination
 from msam_analysis.objective.examine import examine as examination_of
 from msam_analysis.objective.gauss_newton import GaussNewtonOperator
 from msam_analysis.objective.graphs import mean_gradient
+from msam_analysis.objective.handing_on import examine_once
 from msam_analysis.objective.hessian import HessianOperator
 from msam_analysis.objective.private import LossFunction, LossModule, unwrap
 from msam_analysis.objective.second_derivatives import SecondDerivatives, Wish
@@ -295,10 +296,9 @@ class Objective:
         """How the loss is evaluated, examined at the first use: for solvers and landscapes that need its parts."""
         evaluation = self._evaluation
         evaluation.follow()
-        if evaluation.dropout and evaluation.findings.drawing is None:
-            evaluation.find_randomness()
         if self._examines and evaluation.findings.examination is None:
-            examination_of(evaluation)
+            examine_once(evaluation)
+        evaluation.find_randomness()
         return evaluation
 
     def examine(self) -> Examination:
@@ -341,7 +341,7 @@ class Objective:
         """What every result made from this objective is labelled with."""
         found = dict(self._evaluation.labels)
         if not self._examines:
-            found["examination"] = "left out"
+            found.setdefault("examination", NOT_EXAMINED)
         return found
 
     def __repr__(self) -> str:

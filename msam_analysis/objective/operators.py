@@ -142,15 +142,7 @@ class MatrixOperator(SymmetricOperator):
 
 
 class ScaledOperator(SymmetricOperator):
-    """``D A D`` for a diagonal ``D``: the Hessian in coordinates ``e = D z``.
-
-    Parameters
-    ----------
-    operator
-        ``A``.
-    diagonal
-        Shape ``(size,)``.
-    """
+    """``D A D`` for a diagonal ``D`` of shape ``(size,)``: the Hessian in coordinates ``e = D z``."""
 
     def __init__(self, operator: SymmetricOperator, diagonal: Tensor) -> None:
         super().__init__(operator.size, dtype=operator.dtype, device=operator.device)

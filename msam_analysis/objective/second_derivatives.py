@@ -26,32 +26,12 @@ _STEP = 0.03
 
 
 class SecondDerivatives:
-    """Whether second derivatives are exact or differences: one finding for an objective and all its operators.
-
-    Parameters
-    ----------
-    wish
-        ``"exact"``, ``"central"``, or ``"auto"``: exact, and central differences once a layer turns out to have none.
-
-    Attributes
-    ----------
-    central
-        Whether they are central differences.
-    refusal
-        Why there are none, although the gradient is right; empty where there are.
-    error
-        Of the first difference: how far it was from one of twice the step, relative to itself.
-
-    Raises
-    ------
-    ValueError
-        ``wish`` is none of these.
-    """
+    """Whether second derivatives are exact or differences: one finding for an objective and all its operators."""
 
     def __init__(self, wish: Wish) -> None:
         if wish not in get_args(Wish):
             raise ValueError(f"second_derivatives must be one of {get_args(Wish)}, got {wish!r}")
-        self._wish = wish
+        self.wish = wish
         self._reason = ""
         self.central = wish == "central"
         self.error: float | None = None
@@ -67,7 +47,7 @@ class SecondDerivatives:
 
     def give_up(self, reason: str) -> None:
         """Turn to central differences; ``ValueError`` where exact derivatives were asked for."""
-        if self._wish == "exact":
+        if self.wish == "exact":
             raise ValueError(
                 f"the loss cannot be differentiated twice ({reason}): expected layers with second derivatives; use "
                 "another version of that layer, or second_derivatives='auto'"
@@ -76,7 +56,7 @@ class SecondDerivatives:
 
     def doubt(self, reason: str) -> None:
         """Turn to central differences where exact derivatives are wrong; where those were asked for, refuse them."""
-        if self._wish == "exact":
+        if self.wish == "exact":
             self.refusal = (
                 f"exact second derivatives are wrong here ({reason}): expected a layer whose double backward is right; "
                 "use second_derivatives='auto', which takes differences of the gradient"
@@ -106,11 +86,6 @@ def difference_step(precision: torch.dtype) -> float:
 
     ``eps^(1/3)`` balances the rounding of a difference against its truncation if the third derivative is of the order
     of the first; along the stiffest directions of trained networks it is far larger.
-
-    Raises
-    ------
-    ValueError
-        In half precision, which has too few digits for differences.
     """
     eps = torch.finfo(precision).eps
     if eps > torch.finfo(torch.float32).eps:

@@ -22,15 +22,7 @@ Selection = str | Iterable[str] | ParameterFilter | None
 
 @dataclass(frozen=True)
 class Layout:
-    """Names and shapes of the tensors that a flat vector is made of, in order.
-
-    Parameters
-    ----------
-    names
-        One name for each tensor, as in ``model.named_parameters()``.
-    shapes
-        Their shapes.
-    """
+    """Names (as in ``model.named_parameters()``) and shapes of the tensors that a flat vector is made of, in order."""
 
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
@@ -46,23 +38,7 @@ class Layout:
         return sum(self.sizes)
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
-        """Split a vector into named views that share its memory.
-
-        Parameters
-        ----------
-        vector
-            Shape ``(size,)``.
-
-        Returns
-        -------
-        dict
-            Name to view, each of its parameter's shape.
-
-        Raises
-        ------
-        ValueError
-            The vector has another shape.
-        """
+        """Split a vector of shape ``(size,)`` into views by name, of the parameters' shapes, that share its memory."""
         self.check(vector)
         pieces = torch.split(vector, list(self.sizes))
         return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
@@ -82,28 +58,7 @@ class Layout:
 
 
 def select(model: nn.Module, parameters: Selection) -> dict[str, nn.Parameter]:
-    """Return the parameters of ``model`` that a selection names, in the model's order, tied ones once.
-
-    Parameters
-    ----------
-    model
-        The module.
-    parameters
-        ``None`` for every parameter with ``requires_grad``; a shell pattern (``"layer1.*"``) or several; or a predicate
-        ``f(name, parameter) -> bool``. A pattern or predicate may name frozen parameters: then they are measured too.
-
-    Returns
-    -------
-    dict
-        Name to parameter.
-
-    Raises
-    ------
-    ValueError
-        Nothing is selected.
-    TypeError
-        The selection is of another kind.
-    """
+    """Return the parameters that a selection names, in the model's order, tied ones once."""
     named = dict(model.named_parameters())
     for name, parameter in named.items():
         if isinstance(parameter, UninitializedParameter):
@@ -149,22 +104,10 @@ def select(model: nn.Module, parameters: Selection) -> dict[str, nn.Parameter]:
 
 
 def orthonormalize(vectors: Tensor, against: Tensor | None = None) -> Tensor:
-    """Return an orthonormal basis of the columns of ``vectors`` after removing their parts in span(``against``).
+    """Return an orthonormal basis of the columns of ``vectors`` without their parts in span(``against``).
 
-    Two passes of classical Gram-Schmidt against ``against`` ("twice is enough", Giraud et al. 2005), then a
-    rank-revealing QR. Directions that are dependent to working precision are dropped.
-
-    Parameters
-    ----------
-    vectors
-        Shape ``(size, p)``.
-    against
-        Shape ``(size, m)`` with orthonormal columns, or ``None``.
-
-    Returns
-    -------
-    Tensor
-        Shape ``(size, q)``, ``q <= p``.
+    ``against`` has orthonormal columns. Two passes of classical Gram-Schmidt ("twice is enough", Giraud et al. 2005),
+    then a rank-revealing QR. Directions that are dependent to working precision are dropped.
     """
     scale = vectors.norm(dim=0)
     vectors = vectors[:, scale > 0] / scale[scale > 0]
@@ -198,8 +141,8 @@ def no_autocast(device: torch.device) -> torch.autocast:
 def gaussian(size: int, columns: int, *, seed: int, like: Tensor, use: str = "") -> Tensor:
     """Draw a ``(size, columns)`` standard Gaussian matrix from a private generator seeded with ``seed`` and ``use``.
 
-    Drawn in float64 on the CPU, so that every device and data type sees the same numbers. What is drawn for another
-    ``use`` is independent, also from the same seed.
+    The draw is in float64 on the CPU, so that every device and data type sees the same numbers. Draws for different
+    uses are independent, also from the same seed.
     """
     # The generator looks at 32 bits of its seed only: hash all of it into these.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {use}".encode()) if use else seed)
