@@ -87,26 +87,22 @@ def _criterion(evaluation: Evaluation) -> Check | None:
 def _divided(evaluation: Evaluation, batches: Sequence[Batch]) -> Divided | None:
     """Return samples of all batches and their halves, in their own order and in that of the last tensor (labels).
 
-    The batch whose halves differ most in what may be counted comes first, in both orders, too.
+    The batch whose halves differ most in what may be counted comes first, unless these samples tell as much.
     """
     halved = [batch for batch in batches if w.halves(batch) is not None]
     spread = _spread(evaluation) if evaluation.batches.fits else None
     if spread is None and halved:
         spread = part_of(halved[0])
     best = max(halved, key=_unlike, default=None)
-    if best is not None and _unlike(best) > 0:
-        part = part_of(best)  # in place of the batch, where it tells as much
-        if _words(part) == _words(best) and _unlike(part) >= _unlike(best) / 2:
-            best = part
-    else:
-        best = None
+    wholes = [spread]
+    if best is not None and _unlike(best) > 0 and not _tells(spread, best):
+        part = part_of(best)
+        wholes.insert(0, part if _tells(part, best) else best)
     divided: Divided = []
-    for whole in (best, spread):
+    for whole in wholes:
         if whole is None or w.halves(whole) is None:
             continue
-        last = [tensor for tensor in tensors_of(whole) if tensor.ndim][-1]
-        order = last.detach().reshape(len(last), -1).double().sum(1).argsort(stable=True)
-        pieces = [piece for batch in (whole, w.rows(whole, order)) for piece in w.halves(batch) or ()]
+        pieces = [piece for batch in (whole, _sorted(whole)) for piece in w.halves(batch) or ()]
         returned = list(_returned(evaluation, [whole, *pieces]))
         if len(returned) < 5:
             return None
@@ -122,8 +118,17 @@ def _unlike(batch: Batch) -> float:
     return max(shares) - min(shares)
 
 
-def _words(batch: Batch) -> list[str]:
-    return [words for words, _ in w.candidates(batch)]
+def _tells(samples: Batch, batch: Batch) -> bool:
+    """Whether samples tell what is counted as well as a whole batch: the same may be, and differs in their halves."""
+    if samples is None or [words for words, _ in w.candidates(samples)] != [words for words, _ in w.candidates(batch)]:
+        return False
+    return max(_unlike(samples), _unlike(_sorted(samples))) >= _unlike(batch) / 2
+
+
+def _sorted(batch: Batch) -> Batch:
+    """Return a batch in the order of its last tensor."""
+    last = [tensor for tensor in tensors_of(batch) if tensor.ndim][-1]
+    return w.rows(batch, last.detach().reshape(len(last), -1).double().sum(1).argsort(stable=True))
 
 
 def _spread(evaluation: Evaluation) -> Batch | None:

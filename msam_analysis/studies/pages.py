@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from msam_analysis.studies import prose
 from msam_analysis.studies.computing import Computing
 from msam_analysis.studies.exhibits import Exhibit, Finding
 from msam_analysis.studies.measuring import Protocol
-from msam_analysis.studies.tables import Tables
+from msam_analysis.studies.tables import FinishedRun, Tables
 from msam_analysis.studies.workloads import Recipe, Workload, formula
 
 _SUMMARY = ("train_accuracy", "test_accuracy", "train_loss", "test_loss", "lambda_1", "gradients_per_step")
@@ -28,6 +29,7 @@ class Setting:
     ``workload``, ``protocol``, ``computing``, ``seeds``: As the study was given them.
     ``networks``: Number of networks that were trained.
     ``diverged``: The networks that diverged, in words; empty where there are none.
+    ``examined``: What the examinations of the networks' losses found, see :func:`examined`.
     """
 
     workload: Workload
@@ -36,6 +38,17 @@ class Setting:
     seeds: int
     networks: int
     diverged: str
+    examined: str
+
+
+def examined(runs: Iterable[FinishedRun]) -> str:
+    """Say in a sentence what the examinations of the networks' losses found, from the settings of their results."""
+    found: Counter[str] = Counter()
+    for run in runs:
+        settings = [result.settings for result in run.results.values() if "batches" in result.settings]
+        found.update({str(each.get("examination", "not recorded")) for each in settings})
+    counts = ", ".join(f"{verdict} on {count} network{'s' * (count != 1)}" for verdict, count in found.items())
+    return f"Examined before measuring: value, copy, mean, gradient, Hessian, no writes; {counts}." if found else ""
 
 
 def compose(

@@ -16,7 +16,7 @@ from msam_analysis.studies.exhibits import Exhibit, Finding, choose, find, main_
 from msam_analysis.studies.jobs import Job, job
 from msam_analysis.studies.measuring import MEASURES, Protocol
 from msam_analysis.studies.members import Members
-from msam_analysis.studies.pages import Setting, compose
+from msam_analysis.studies.pages import Setting, compose, examined
 from msam_analysis.studies.processes import make, processors, terminable
 from msam_analysis.studies.runs import gather
 from msam_analysis.studies.tables import FinishedRun, Tables, write_table
@@ -181,9 +181,8 @@ class Study:
         tables = main_tables(self.workload, self.seeds, finished) if main else None
         _write_tables(findings, tables, root / "tables")
         pictures = _draw(findings, root / "figures")
-        setting = Setting(
-            self.workload, self.protocol, self.computing, self.seeds, len(finished), _diverged(finished.values())
-        )
+        told = _diverged(finished.values()), examined(finished.values())
+        setting = Setting(self.workload, self.protocol, self.computing, self.seeds, len(finished), *told)
         page = report.write(compose(setting, findings, tables, pictures), root)[0]
         if figures is not None:
             copies = _copy(findings, pictures, Path(figures))

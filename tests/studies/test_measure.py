@@ -216,6 +216,7 @@ def test_measurements_of_a_run(trained: Trained) -> None:
         "plane",
     ]
     objective = ma.Objective(trained.model, nn.CrossEntropyLoss(), TOY.train())
+    objective.examine()  # its settings say so afterwards
     assert {tuple(result.settings.items()) for result in results.values()} == {tuple(objective.settings.items())}
 
     lanczos, power = results["lanczos"], results["power"]
