@@ -27,32 +27,8 @@ _END = object()
 class Batches:
     """Batches on a device, checked to be the same at every pass.
 
-    Parameters
-    ----------
-    data
-        A loader that does not shuffle, a list of batches, or a single batch: a tuple or list of tensors such as
-        ``(x, y)``, or a mapping or data class of tensors. A re-iterable of any other kind also works.
-    device
-        The device that batches are moved to.
-    dtype
-        Floating-point tensors are cast to it; ``None`` leaves them.
-    cache_bytes
-        Copies of the batches are kept on the device up to this size in all. Beyond it, and where something wrote to
-        them, batches are read again at every pass. Default 1 GiB.
-
-    Attributes
-    ----------
-    sizes
-        Number of samples of every batch.
-    nbytes
-        Size of all batches together on the device, in bytes.
-
-    Raises
-    ------
-    TypeError
-        The data is not batches: a data set, an iterator that can be read once, a bare tensor.
-    ValueError
-        The data is empty, shuffles, or differs between two passes.
+    Copies of the batches are kept on the device up to ``cache_bytes`` in all. Beyond it, and where something wrote to
+    them, they are read again at every pass. ``dtype`` is that of floating-point tensors; ``None`` leaves them.
     """
 
     def __init__(
@@ -64,8 +40,7 @@ class Batches:
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._source = _as_source(data)
-        self._device = device
-        self._dtype = dtype
+        self._device, self._dtype = device, dtype
         self._cached: list[Batch] | None = []
         self._alike = False
         self.cache_bytes = cache_bytes
@@ -322,12 +297,9 @@ def _as_source(data: object) -> Iterable[Batch]:
 
 
 def _refuse_shuffling(loader: DataLoader[Any]) -> None:
-    samplers = [loader.sampler, getattr(loader.batch_sampler, "sampler", None)]
-    for sampler in samplers:
-        shuffles = isinstance(sampler, RandomSampler | WeightedRandomSampler) or (
-            isinstance(sampler, DistributedSampler) and sampler.shuffle
-        )
-        if shuffles:
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
+        at_random = isinstance(sampler, RandomSampler | WeightedRandomSampler)
+        if at_random or (isinstance(sampler, DistributedSampler) and sampler.shuffle):
             raise ValueError(
                 f"the loader shuffles (its sampler is a {type(sampler).__name__}): expected the same batches at "
                 "every pass; use DataLoader(..., shuffle=False)"

@@ -133,13 +133,7 @@ def as_direction(direction: Direction | Tensor, objective: Objective) -> Directi
 
 def label(normalize: Normalization, one_d: bool, layout: Layout) -> str:
     """Return the words for a normalisation, as they stand in a direction's name."""
-    words = {
-        "filter": "filter-normalised",
-        "layer": "layer-normalised",
-        "weight": "weight-normalised",
-        "l2": "unit length",
-        "none": "not normalised",
-    }[normalize]
+    words = {"l2": "unit length", "none": "not normalised"}.get(normalize, f"{normalize}-normalised")
     if normalize in ("l2", "none") or all(len(shape) >= 2 for shape in layout.shapes):
         return words
     return f"{words}, biases and norms {'moved' if one_d else 'fixed'}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ from msam_analysis.results import ApproximationWarning, Settings
 
 # The part of a displacement that rounding may take before it is told.
 _ROUNDED = 0.1
+# Threads that share a private copy, or the global random state, pass through it one after the other.
+_ALONE = threading.RLock()
 
 
 class BatchLoss(NamedTuple):
@@ -146,9 +149,10 @@ class Evaluation:
 
     def place(self, tensors: dict[str, Tensor]) -> None:
         """Put tensors in place of the private copy's, where they stay: a backward pass may run a part of it again."""
-        for name, tensor in tensors.items():
-            for owner, key in self._slots[name]:
-                owner[key] = tensor
+        with _ALONE:
+            for name, tensor in tensors.items():
+                for owner, key in self._slots[name]:
+                    owner[key] = tensor
 
     def settle(self, point: dict[str, Tensor], constants: dict[str, Tensor]) -> None:
         """Put a point and its constants in place, with fresh copies of what a pass may write to."""
@@ -179,25 +183,17 @@ class Evaluation:
         findings, hooks = self.findings, self.original.foreign_hooks
         own = sorted({str(dtype).removeprefix("torch.") for dtype in self.dtypes.values()})
         name = str(self.dtype).removeprefix("torch.")
-        special: dict[str, str | int | float | bool | None] = {}
-        if own != [name]:
-            special["weights"] = ", ".join(own)
-        if self.autocast is not None:
-            special["autocast"] = str(self.autocast).removeprefix("torch.")
-        if self.dropout:
-            special["dropout"] = (
-                True if findings.drawing is None or findings.drawing else "nothing draws random numbers"
-            )
-        if hooks:
-            special["hooks left out"] = hooks
-        if findings.weighing is not SAMPLES:
-            special["weighed by"] = findings.weighing.counts
-        if findings.with_gradients:
-            special["values"] = "with gradients enabled"
-        if self.foreign:
-            special["statistics"] = "of other weights"
-        if findings.examination is not None:
-            special["examination"] = findings.examination.verdict
+        random = "nothing draws random numbers" if findings.drawing == [] else True
+        special = {
+            "weights": own != [name] and ", ".join(own),
+            "autocast": str(self.autocast or "").removeprefix("torch."),
+            "dropout": self.dropout and random,
+            "hooks left out": hooks,
+            "weighed by": findings.weighing is not SAMPLES and findings.weighing.counts,
+            "values": findings.with_gradients and "with gradients enabled",
+            "statistics": self.foreign and "of other weights",
+            "examination": findings.examination and findings.examination.verdict,
+        }
         return {
             "batchnorm": describe_policy(self.copy, self.batchnorm),
             "samples": self.batches.samples,
@@ -205,7 +201,7 @@ class Evaluation:
             "parameters": self.layout.size,
             "dtype": name,
             "device": self.device.type,
-            **special,
+            **{key: value for key, value in special.items() if value},
             **self.second_derivatives.settings,
         }
 
@@ -268,10 +264,10 @@ class Evaluation:
 
     def _recalibrated(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         fresh = blank_statistics(self.copy, {name: tensor.clone() for name, tensor in buffers.items()})
-        self.place(parameters | fresh)
         seen = 0.0
         try:
-            with self.evaluating() as stream:
+            with _ALONE, self.evaluating() as stream:
+                self.place(parameters | fresh)
                 for index, (batch, weight) in enumerate(zip(self.batches, self.batches.sizes, strict=True)):
                     stream.restart(self.seed + index)
                     seen += weight
@@ -333,15 +329,12 @@ class Evaluation:
             if skip:
                 skip -= 1
                 continue
-            # Every batch has its own seed: none sees what another drew.
-            stream.restart(self.seed + index)
-            self.settle(point, constants)
-            if cut:
-                with self.copy.cut_outputs() as pairs:
-                    evaluated = self.evaluate(batch, weight)
-                yield BatchLoss(*evaluated, *(zip(*pairs, strict=True) if pairs else ((), ())))
-            else:
-                yield BatchLoss(*self.evaluate(batch, weight))
+            with _ALONE, self.copy.cut_outputs() if cut else contextlib.nullcontext([]) as pairs:
+                # Every batch has its own seed: none sees what another drew.
+                stream.restart(self.seed + index)
+                self.settle(point, constants)
+                evaluated = self.evaluate(batch, weight)
+            yield BatchLoss(*evaluated, *zip(*pairs, strict=True))
 
     def evaluate(self, batch: Batch, weight: float) -> tuple[Tensor, float]:
         """Return the mean loss of a batch and its weight, at the tensors in place."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,13 +97,8 @@ class Examination:
 
     def _repr_html_(self) -> str:
         """Show the checks as a table in a notebook."""
-        rows = "".join(
-            f"<tr><td>{html.escape(c.question)}</td><td>{c.verdict}</td>"
-            f"<td>{'' if c.apart != c.apart else f'{c.apart:.1e}'}</td><td>{html.escape(c.follows)}</td></tr>"
-            for c in self.checks
-        )
-        head = "<tr><th>question</th><th>verdict</th><th>apart</th><th>what follows</th></tr>"
-        return f"<table><caption>Examined on {self.samples} samples</caption>{head}{rows}</table>"
+        shown = self.to_frame().to_html(index=False, na_rep="", border=0, float_format="{:.1e}".format)
+        return f"<p>Examined on {self.samples} samples</p>{shown}"
 
 
 class ExaminationError(ValueError):

@@ -15,17 +15,12 @@ class GaussNewtonOperator(GraphOperator):
     """``G = Σ_b n_b J_bᵀ H_b J_b / Σ_b n_b``, the Hessian without the curvature of the model itself.
 
     ``J_b`` is the derivative of the model's output on batch ``b`` with respect to the parameters, ``H_b`` the Hessian
-    of the batch's mean loss in that output (Schraudolph 2002; Martens 2010, section 4). Positive semi-definite for
-    losses that are convex in the output; the Hessian itself for models that are linear in their parameters; the Fisher
-    information for cross-entropy of logits and for squared errors, up to the latter's factor.
+    of the batch's mean loss in that output (Schraudolph 2002; Martens 2010, section 4). The matrix is positive
+    semi-definite for losses that are convex in the output. It is the Hessian itself for models that are linear in their
+    parameters, and the Fisher information for cross-entropy of logits and, up to a factor, for squared errors.
 
     ``J v`` is the derivative of ``Jᵀ u`` with respect to ``u``; its graph is kept as that of a Hessian is. Where a
     layer of the model has no second derivative, ``J v`` is a central difference of the output instead.
-
-    Parameters
-    ----------
-    loss, w, keep_bytes, settings
-        See :class:`~msam_analysis.objective.graphs.GraphOperator`.
 
     Raises
     ------

@@ -35,24 +35,7 @@ _SMALL_GRAPH, _TOGETHER, _FEWEST = 512 * 2**10, 4 * 2**20, 4
 
 
 class GraphOperator(SymmetricOperator):
-    """``Σ_b n_b A_b / Σ_b n_b`` with symmetric ``A_b`` whose products go along one graph for each batch.
-
-    Parameters
-    ----------
-    loss
-        The loss over batches.
-    w
-        The point, shape ``(size,)``; ``None``: the current weights.
-    keep_bytes
-        Memory for kept graphs.
-    settings
-        The objective's label.
-
-    Attributes
-    ----------
-    kept
-        Number of batches whose graph is kept.
-    """
+    """``Σ_b n_b A_b / Σ_b n_b`` with symmetric ``A_b``, whose products go along one graph for each batch."""
 
     _cut = False  # whether the graph is that of a loss cut off from the model's output
 

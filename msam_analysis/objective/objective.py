@@ -51,15 +51,15 @@ class Objective:
         other kind. It returns a mean over the batch's samples, or a pair ``(sum, count)``, for example over tokens.
         If it is a module, its tensors follow ``device`` and ``dtype``.
     data
-        A loader that does not shuffle, a list of batches, or one batch; see
-        :class:`~msam_analysis.objective.batches.Batches`.
+        A loader that does not shuffle, a list of batches, or a single batch: a tuple or list of tensors such as
+        ``(x, y)``, or a mapping or data class of tensors. Any other collection that can be read again also works.
     batchnorm
         ``"eval"`` (default: the running statistics), ``"batch"`` or ``"recalibrate"``;
         see :mod:`msam_analysis.objective.batchnorm`.
     parameters
-        Which parameters the vector holds: ``None`` for every one with ``requires_grad``, name patterns, or a predicate.
-        All others stay at their current values. The row of an embedding's ``padding_idx``, which is never trained,
-        moves with the vector but has no derivatives.
+        Which parameters the vector holds: ``None`` for every one with ``requires_grad``, shell patterns of names
+        (``"layer1.*"``), or a predicate ``f(name, parameter) -> bool``; these may name frozen parameters. All others
+        stay at their current values. The row of an embedding's ``padding_idx`` moves but has no derivatives.
     device, dtype
         Where and in what precision to evaluate; default: those of the model's parameters. When ``dtype`` is given,
         everything of floating point is cast to it, and ``torch.float64`` is the way to reference values; otherwise
@@ -82,8 +82,7 @@ class Objective:
         Memory that kept gradient graphs may take in :meth:`hessian` and :meth:`gauss_newton`; default 2 GiB. More
         batches kept means faster products (about 2.1 gradients instead of 3.5); the others are rebuilt every time.
     cache_bytes
-        Memory that copies of the batches may take on the device; default 1 GiB. Data that is larger is read again at
-        every pass.
+        Memory that copies of the batches may take on the device; default 1 GiB. Larger data is read at every pass.
     seed
         Seed of the private random stream that a stochastic forward pass draws from, the same at every evaluation.
     examine

@@ -31,11 +31,10 @@ class SecondDerivatives:
     def __init__(self, wish: Wish) -> None:
         if wish not in get_args(Wish):
             raise ValueError(f"second_derivatives must be one of {get_args(Wish)}, got {wish!r}")
-        self.wish = wish
-        self._reason = ""
-        self.central = wish == "central"
-        self.error: float | None = None
-        self.refusal = ""
+        self.wish, self._reason = wish, ""
+        self.central = wish == "central"  # whether they are central differences
+        self.error: float | None = None  # how far the first difference was from one of twice the step, relatively
+        self.refusal = ""  # why there are none, although the gradient is right
 
     @property
     def settings(self) -> Settings:
@@ -56,13 +55,13 @@ class SecondDerivatives:
 
     def doubt(self, reason: str) -> None:
         """Turn to central differences where exact derivatives are wrong; where those were asked for, refuse them."""
-        if self.wish == "exact":
-            self.refusal = (
-                f"exact second derivatives are wrong here ({reason}): expected a layer whose double backward is right; "
-                "use second_derivatives='auto', which takes differences of the gradient"
-            )
-        else:
-            self.central, self._reason = True, reason
+        if self.wish != "exact":
+            self.give_up(reason)
+            return
+        self.refusal = (
+            f"exact second derivatives are wrong here ({reason}): expected a layer whose double backward is right; "
+            "use second_derivatives='auto', which takes differences of the gradient"
+        )
 
     def found(self, error: float) -> None:
         """Keep the error of the first difference, and warn of it where differences were not asked for."""

@@ -79,28 +79,27 @@ def select(model: nn.Module, parameters: Selection) -> dict[str, nn.Parameter]:
                 "unfreeze some, or select frozen ones by name with parameters=..."
             )
         return chosen
-    if callable(parameters):
-        chosen = {name: parameter for name, parameter in named.items() if parameters(name, parameter)}
-    else:
-        patterns = [parameters] if isinstance(parameters, str) else list(parameters)
-        if not all(isinstance(pattern, str) for pattern in patterns):
-            raise TypeError(
-                "parameters must be None, name patterns such as 'layer1.*', or a predicate f(name, parameter); "
-                f"got {[type(pattern).__name__ for pattern in patterns]}: pass names, not tensors"
-            )
-        unmatched = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in named)]
-        if unmatched:
-            raise ValueError(
-                f"no parameter is named {unmatched[0]!r}: expected a pattern that matches one of {_some(named)}"
-            )
-        chosen = {
-            name: parameter
-            for name, parameter in named.items()
-            if any(fnmatchcase(name, pattern) for pattern in patterns)
-        }
+    wanted = parameters if callable(parameters) else _matcher(named, parameters)
+    chosen = {name: parameter for name, parameter in named.items() if wanted(name, parameter)}
     if not chosen:
         raise ValueError(f"parameters selects nothing: expected at least one of {_some(named)}")
     return chosen
+
+
+def _matcher(named: Mapping[str, object], parameters: str | Iterable[str]) -> ParameterFilter:
+    """Return a predicate of name patterns, each of which must name a parameter."""
+    patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(
+            "parameters must be None, name patterns such as 'layer1.*', or a predicate f(name, parameter); "
+            f"got {[type(pattern).__name__ for pattern in patterns]}: pass names, not tensors"
+        )
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            raise ValueError(
+                f"no parameter is named {pattern!r}: expected a pattern that matches one of {_some(named)}"
+            )
+    return lambda name, _: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def orthonormalize(vectors: Tensor, against: Tensor | None = None) -> Tensor:

@@ -64,11 +64,10 @@ def _own_loss(returned: object) -> Tensor | None:
 def _sum_and_count(returned: tuple[Any, ...]) -> tuple[Tensor, float]:
     count = returned[1] if len(returned) == 2 else None
     if not (isinstance(count, int | float) or (isinstance(count, Tensor) and count.numel() == 1)):
-        came = f"a tensor of shape {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
+        second = f" with {_what(count)} as its second item" if len(returned) == 2 else ""
         raise ValueError(
-            f"loss_fn returned a tuple of {len(returned)}"
-            + (f" with {came} as its second item" if len(returned) == 2 else "")
-            + ": expected a mean loss alone, or (sum, count) with a number; drop what else it returns, e.g. the logits"
+            f"loss_fn returned a tuple of {len(returned)}{second}: expected a mean loss alone, or (sum, count) "
+            "with a number; drop what else it returns, e.g. the logits"
         )
     weight = float(count)
     if not weight > 0:
@@ -76,11 +75,15 @@ def _sum_and_count(returned: tuple[Any, ...]) -> tuple[Tensor, float]:
     return _scalar(returned[0], "a sum"), weight
 
 
+def _what(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def _scalar(value: Any, what: str) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
-        came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
-            f"loss_fn must return {what} as one number, got {came}: use reduction='mean', or return (sum, count)"
+            f"loss_fn must return {what} as one number, got {_what(value)}: use reduction='mean', or "
+            "return (sum, count)"
         )
     return value.reshape(())
 
@@ -90,22 +93,19 @@ def _scalar(value: Any, what: str) -> Tensor:
 
 def with_reduction(loss_fn: Any, reduction: str) -> Callable[..., Any] | None:
     """Return a criterion with another ``reduction``, or ``None`` if it offers no choice of one."""
-    if isinstance(loss_fn, nn.Module):
-        if not isinstance(getattr(loss_fn, "reduction", None), str):
-            return None
-        changed: Any = copy.copy(loss_fn)
-        changed.reduction = reduction
-        return changed  # type: ignore[no-any-return]
-    try:
-        offered = "reduction" in inspect.signature(loss_fn).parameters
-    except (TypeError, ValueError):  # a builtin
+    if not isinstance(_option(loss_fn, "reduction"), str):
         return None
-    return functools.partial(loss_fn, reduction=reduction) if offered else None
+    if not isinstance(loss_fn, nn.Module):
+        return functools.partial(loss_fn, reduction=reduction)
+    changed: Any = copy.copy(loss_fn)
+    changed.reduction = reduction
+    return changed  # type: ignore[no-any-return]
 
 
 def reduction_of(loss_fn: Any) -> str | None:
     """Return the ``reduction`` of a criterion; ``None`` if it has none."""
-    return _option(loss_fn, "reduction") if with_reduction(loss_fn, "sum") is not None else None
+    found = _option(loss_fn, "reduction")
+    return found if isinstance(found, str) else None
 
 
 def _option(loss_fn: Any, name: str) -> Any:
@@ -114,7 +114,7 @@ def _option(loss_fn: Any, name: str) -> Any:
         return getattr(loss_fn, name, None)
     try:
         default = inspect.signature(loss_fn).parameters[name].default
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError):  # a builtin, or no such option
         return None
     return None if default is inspect.Parameter.empty else default
 
