@@ -1,7 +1,7 @@
 """What the examination of an objective costs: operations, passes and time; docs/trust.md says how to read it.
 
-``python benchmarks/examination.py`` takes some minutes on one core. The unit is one gradient of the loss on 32 samples, as
-many as are looked at. Operations are those of products and convolutions, which torch counts: forward,
+``python benchmarks/examination.py`` takes some minutes on one core. The unit is one gradient of the loss on 32
+samples, as many as are looked at. Operations are those of products and convolutions, which torch counts: forward,
 backward and second backward passes alike. Passes are samples that go through the network, over 32. Time is that of the
 process on one thread, medians with quartiles; a ratio is one of two calls that follow each other in one run. Beside it
 stands the share of a default measurement, for the networks that are measured in seconds.

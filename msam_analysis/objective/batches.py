@@ -87,10 +87,10 @@ class Batches:
     def read(self, wanted: Sequence[int]) -> Iterator[Batch]:
         """Iterate over some batches only, given by increasing numbers."""
         if self._written() != self._versions:
-            self._cached = None  # a model that works in place
+            self._cached = None  # a model worked in place on them
         if self._cached is not None:
             for index in wanted:
-                # In containers of its own: loss functions pop their labels.
+                # Containers are new at every pass: some loss functions pop their labels.
                 yield map_tensors(self._cached[index], lambda tensor: tensor)
         else:
             chosen = set(wanted)
@@ -115,7 +115,7 @@ class Batches:
         return [tensor._version for batch in self._cached or () for tensor in tensors_of(batch)]
 
     def _move(self, batch: Batch) -> Batch:
-        """Return a copy on the device: what a model does to its input in place, it does not do to the caller's."""
+        """Return a copy on the device, so that a model that writes to its input does not write to the caller's."""
 
         def convert(tensor: Tensor) -> Tensor:
             if tensor.layout != torch.strided:
@@ -126,11 +126,11 @@ class Batches:
             dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
             return tensor.detach().to(device=self._device, dtype=dtype, copy=True)
 
-        with torch.inference_mode(mode=False):  # tensors made inside of it could not be used outside
+        with torch.inference_mode(mode=False):  # tensors that are made inside of it cannot be used outside
             return map_tensors(batch, convert)
 
     def _check_repeats(self, sums: list[str]) -> None:
-        # Another seed: what depends on the random state shows.
+        # The seed is another one, which shows what depends on the random state.
         again = [of_tensors(tensors_of(raw)) for raw in _read(self._source, seed=1)]
         if again != sums:
             raise ValueError(
@@ -140,7 +140,7 @@ class Batches:
 
 
 class _Given(list[Batch]):
-    """Batches, and not one batch that is a list."""
+    """Batches that are given as they are: this list is not one batch."""
 
 
 class _Samples:
@@ -173,7 +173,7 @@ class _Samples:
             for places in order.argsort().split([len(chunk) for chunk in chunks]):
                 yield _filled(pieces[0], [_rows(tensor, places) for tensor in joined])
         elif len(chunks) > 1:
-            for chunk in chunks:  # batches padded to lengths of their own: alike where they stay apart
+            for chunk in chunks:  # every batch may be padded to its own length; the samples of each are alike
                 yield from self._gather((chunk,))
         else:
             shapes = sorted({tuple(part.shape[1:]) for column in columns if not _alike(column) for part in column})
@@ -231,7 +231,7 @@ def _check_alike(batches: Batches) -> None:
 
 
 def _constants(batch: Batch) -> Any:
-    """Return what must be equal in all batches, in a form that can be compared; rows of a tensor are one mark."""
+    """Return what must be equal in all batches, in a form that can be compared; a tensor of rows is one mark."""
     if isinstance(batch, Tensor):
         return (batch.dtype, _END if batch.ndim else batch.item())
     if isinstance(batch, Mapping):

@@ -36,7 +36,7 @@ from msam_analysis.results import ApproximationWarning, Settings
 # The part of a displacement that rounding may take before it is told.
 _ROUNDED = 0.1
 # Threads that share a private copy, or the global random state, pass through it one after the other.
-_ALONE = threading.RLock()
+ALONE = threading.RLock()
 
 
 class BatchLoss(NamedTuple):
@@ -149,7 +149,7 @@ class Evaluation:
 
     def place(self, tensors: dict[str, Tensor]) -> None:
         """Put tensors in place of the private copy's, where they stay: a backward pass may run a part of it again."""
-        with _ALONE:
+        with ALONE:
             for name, tensor in tensors.items():
                 for owner, key in self._slots[name]:
                     owner[key] = tensor
@@ -266,7 +266,7 @@ class Evaluation:
         fresh = blank_statistics(self.copy, {name: tensor.clone() for name, tensor in buffers.items()})
         seen = 0.0
         try:
-            with _ALONE, self.evaluating() as stream:
+            with ALONE, self.evaluating() as stream:
                 self.place(parameters | fresh)
                 for index, (batch, weight) in enumerate(zip(self.batches, self.batches.sizes, strict=True)):
                     stream.restart(self.seed + index)
@@ -329,7 +329,7 @@ class Evaluation:
             if skip:
                 skip -= 1
                 continue
-            with _ALONE, self.copy.cut_outputs() if cut else contextlib.nullcontext([]) as pairs:
+            with ALONE, self.copy.cut_outputs() if cut else contextlib.nullcontext([]) as pairs:
                 # Every batch has its own seed: none sees what another drew.
                 stream.restart(self.seed + index)
                 self.settle(point, constants)

@@ -39,7 +39,7 @@ class GaussNewtonOperator(GraphOperator):
         leaves = list(self._leaves.values())
         used, slopes = self._opened(loss)
         outputs, cuts = [loss.outputs[index] for index in used], [loss.cuts[index] for index in used]
-        # Jᵀu is linear in u: its derivative is J, whatever u.
+        # Jᵀu is linear in u, so that its derivative is J at any u.
         cotangents = [torch.zeros_like(output, requires_grad=True) for output in outputs]
         pulled = torch.autograd.grad(outputs, [*leaves, *loss.cuts], cotangents, create_graph=True, allow_unused=True)
         if any(piece is not None for piece in pulled[len(leaves) :]):
@@ -76,7 +76,7 @@ class GaussNewtonOperator(GraphOperator):
     def _opened(self, loss: BatchLoss) -> tuple[list[int], list[Tensor]]:
         """Return which outputs the loss uses and its derivatives in them; ``ValueError`` if it uses anything else."""
         if not loss.value.requires_grad:
-            loss_gradients(loss.value, self._leaves)  # says why
+            loss_gradients(loss.value, self._leaves)  # raises and says why
         inputs = [*loss.cuts, *self._leaves.values()]
         found = torch.autograd.grad(loss.value, inputs, create_graph=True, allow_unused=True)
         if any(gradient is not None for gradient in found[len(loss.cuts) :]):

@@ -30,7 +30,7 @@ Product = Callable[[list[Tensor], bool, bool], list[Tensor]]
 
 # Vectors go through a graph together where its nodes are so small that their number is what costs. On a CPU, graphs of
 # 14 KiB to 5 MiB (perceptrons, a convolutional network, transformers) with 4 to 32 vectors were 1.1 to 8 times faster
-# within these limits; beyond them anything from twice as fast to 1.6 times slower. Not measured on a GPU.
+# within these limits. Beyond them they were up to twice as fast or up to 1.6 times slower. No GPU was measured.
 _SMALL_GRAPH, _TOGETHER, _FEWEST = 512 * 2**10, 4 * 2**20, 4
 
 
@@ -76,7 +76,7 @@ class GraphOperator(SymmetricOperator):
         rows = matrix.T.contiguous()
         if not self._central:
             try:
-                with missing_derivatives(), no_autocast(self.device):  # also along graphs that are kept
+                with missing_derivatives(), no_autocast(self.device):  # the caller's autocast reaches kept graphs, too
                     return self._along_graphs(rows).T
             except MissingDerivativeError as missing:
                 self._loss.second_derivatives.give_up(str(missing))
@@ -108,7 +108,7 @@ class GraphOperator(SymmetricOperator):
             with self._loss.deriving(twice=True) as stream:
                 losses = self._loss.batch_losses(self._leaves, self._constants, stream, skip=kept, cut=self._cut)
                 for graph in self._build(losses, together=len(rows) >= _FEWEST):
-                    # Freed on the way where it serves one vector.
+                    # A graph that serves one vector is freed on the way.
                     add(*graph, keep=len(rows) > 1 or not self._full)
                     del graph  # before the next is built, or two would be in memory
         return total / weight_sum

@@ -198,8 +198,8 @@ class Objective:
         Returns
         -------
         Objective
-            Of the same parameters. Tensors of a batch are taken by their first dimension; what is 0-dimensional or no
-            tensor is kept.
+            The loss as a function of the same parameters. Tensors of a batch are taken by their first dimension; what
+            is 0-dimensional or no tensor is kept.
 
         Raises
         ------
@@ -226,7 +226,7 @@ class Objective:
         Returns
         -------
         Objective
-            Of the same parameters.
+            The loss as a function of the same parameters.
 
         Raises
         ------

@@ -28,7 +28,7 @@ class SymmetricOperator(abc.ABC):
     size
         Number of rows and columns.
     dtype, device
-        Of the vectors it takes and returns.
+        Data type and device of the vectors that it takes and returns.
     products
         Matrix-vector products made so far.
     settings

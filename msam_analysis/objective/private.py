@@ -79,7 +79,7 @@ class LossModule(nn.Module):
                 "accepts; remove attributes that hold open files, locks or tensors with a history"
             ) from error
         for module in copied.modules():
-            if getattr(module, "sparse", None) is True:  # of an embedding: sparse gradients have no second derivative
+            if getattr(module, "sparse", None) is True:  # sparse gradients of an embedding have no second derivative
                 vars(module)["sparse"] = False
         return copied
 
@@ -256,7 +256,7 @@ def use_randomness(module: LossModule, run: Callable[[], object], stream: Random
     handles += [part.register_forward_hook(leave) for part in names]
     try:
         for part in names:
-            part.training = True  # of this module alone: train() would reach the BatchNorm layers inside
+            part.training = True  # train() would reach the BatchNorm layers inside of it
         run()
     finally:
         for handle in handles:

@@ -21,7 +21,7 @@ class Ranks:
         self.count = dist.get_world_size() if together else 1
 
     def share(self, items: Sequence[Item], size: int = 1, rank: int | None = None) -> Sequence[Item]:
-        """Return the items of a process (default: this one): every ``count``-th of the groups of ``size`` items."""
+        """Return the items of a process, this one by default: every ``count``-th group of ``size`` items."""
         if self.count == 1:
             return items
         groups = [items[start : start + size] for start in range(0, len(items), size)]

@@ -20,8 +20,8 @@ _ONCE = once_differentiable(len).__code__  # of the wrapper, the same for every 
 _MISSING = re.compile(
     r"derivative for .* not implemented|once_differentiable|[Dd]ouble[ -]backward|not .*twice differentiable"
 )
-# Of the step, relative to eps^(1/3) of the weights' norm: the third derivative along the stiffest directions of trained
-# networks is large. Measured in float32, it balances their truncation against the rounding along random directions.
+# The factor of the step before eps^(1/3) of the weights' norm. It is small, as the third derivative along the stiffest
+# directions of trained networks is large: in float32 it balances their truncation and the rounding along random ones.
 _STEP = 0.03
 
 

@@ -116,11 +116,11 @@ def orthonormalize(vectors: Tensor, against: Tensor | None = None) -> Tensor:
     if vectors.shape[1] == 0:
         return vectors
     q, r = torch.linalg.qr(vectors)
-    # The singular vectors of the small factor tell dependent columns apart wherever they stand.
+    # The singular vectors of the small factor find dependent columns in any order.
     left, singular, _ = torch.linalg.svd(r, full_matrices=False)
     q, keep = q @ left, singular > 100 * torch.finfo(vectors.dtype).eps
     if against is not None and against.shape[1]:
-        # A column that was nearly inside span(against) is mostly rounding error: clean what QR scaled up.
+        # A column that was nearly inside span(against) is mostly rounding error, which QR scaled up.
         q = q - against @ (against.T @ q)
         q = q / q.norm(dim=0).clamp_min(torch.finfo(q.dtype).tiny)
     kept: Tensor = q[:, keep]
@@ -133,7 +133,7 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
-    """Return the context in which a caller's autocast does not reach what is computed."""
+    """Return a context that switches a caller's autocast off."""
     return torch.autocast(device.type, enabled=False)
 
 
@@ -143,7 +143,7 @@ def gaussian(size: int, columns: int, *, seed: int, like: Tensor, use: str = "")
     The draw is in float64 on the CPU, so that every device and data type sees the same numbers. Draws for different
     uses are independent, also from the same seed.
     """
-    # The generator looks at 32 bits of its seed only: hash all of it into these.
+    # The generator reads only 32 bits of its seed, so that all of it is hashed into these.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {use}".encode()) if use else seed)
     draw = torch.randn(size, columns, generator=generator, dtype=torch.float64)
     return draw.to(device=like.device, dtype=like.dtype)

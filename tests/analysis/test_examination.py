@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ import msam
 import msam_analysis as ma
 from msam_analysis import probes
 from msam_analysis.objective import handing_on
+from msam_analysis.objective.evaluation import ALONE
 
 HELD = "examined: value, copy, mean, gradient, Hessian, no writes"
 
@@ -161,20 +163,44 @@ def test_derivatives_are_compared_on_all_where_half_does_not_do(refuse: Any) -> 
     assert [check.verdict for check in found.checks if check.topic in ("gradient", "Hessian")] == ["holds"] * 3
 
 
-def test_an_error_of_the_users_in_a_derivative_is_theirs() -> None:
-    class Strict(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            if x.dtype == torch.float32 and torch.is_grad_enabled() and self.seen > 0:
-                raise IndexError("only once")
-            self.seen += 1
-            return self.inner(x)
+def test_an_error_of_the_users_in_the_second_pass_of_a_derivative_is_theirs() -> None:
+    """Half of the samples fail as all of them do."""
+    passes = iter(range(100))
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.seen = nn.Linear(4, 3), 0
+    class Tired(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
 
-    with pytest.raises((IndexError, ma.ExaminationError)):
-        ma.Objective(Strict(), nn.CrossEntropyLoss(), points(20)).gradient()
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            if next(passes) >= 0:
+                raise IndexError("no gradient today")
+            return gradients[0]
+
+    with pytest.raises(IndexError, match="no gradient today"):
+        ma.Objective(network(), lambda o, y: F.cross_entropy(Tired.apply(o), y), points(20)).gradient()
+
+
+# --- threads
+
+
+def test_no_other_thread_passes_while_a_loss_is_evaluated() -> None:
+    """It would put another point in place of this one's."""
+    free: list[bool] = []
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        other = threading.Thread(target=lambda: free.append(ALONE.acquire(blocking=False)))
+        other.start()
+        other.join()
+        return F.cross_entropy(output, target)
+
+    objective = ma.Objective(network(), loss_fn, [points()], examine=False)
+    objective.loss_and_gradient()
+    objective.loss()
+    assert free == [False, False]
+    assert ALONE.acquire(blocking=False), "it is given back"
+    ALONE.release()
 
 
 # --- when it is handed on
