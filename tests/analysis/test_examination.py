@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import msam
 import msam_analysis as ma
 from msam_analysis import probes
-from msam_analysis.objective import handing_on
 from msam_analysis.objective.evaluation import ALONE
+from msam_analysis.objective.examine import examine
 
 HELD = "examined: value, copy, mean, gradient, Hessian, no writes"
 
@@ -35,6 +35,11 @@ def points(count: int = 40, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Return inputs and labels."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, 4, generator=generator), torch.randint(3, (count,), generator=generator)
+
+
+def applied(function: Any, x: Tensor) -> Any:
+    """Apply a function with a derivative of its own."""
+    return function.apply(x)
 
 
 class Doubled(torch.autograd.Function):
@@ -63,7 +68,7 @@ def test_a_line_says_what_holds() -> None:
 @pytest.mark.parametrize(
     ("loss_fn", "says"),
     [
-        (lambda o, y: F.cross_entropy(o.detach() * 0 + Doubled.apply(o), y), "gradient refused: the gradient differs"),
+        (lambda o, y: F.cross_entropy(applied(Doubled, o), y), "gradient refused: the gradient differs"),
         (
             nn.CrossEntropyLoss(reduction="sum"),
             "mean adapted: sums of the criterion are divided by the number of samples",
@@ -179,7 +184,7 @@ def test_an_error_of_the_users_in_the_second_pass_of_a_derivative_is_theirs() ->
             return gradients[0]
 
     with pytest.raises(IndexError, match="no gradient today"):
-        ma.Objective(network(), lambda o, y: F.cross_entropy(Tired.apply(o), y), points(20)).gradient()
+        ma.Objective(network(), lambda o, y: F.cross_entropy(applied(Tired, o), y), points(20)).gradient()
 
 
 # --- threads
@@ -210,13 +215,12 @@ def test_no_other_thread_passes_while_a_loss_is_evaluated() -> None:
 def count(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """Return a list that grows by one with every examination."""
     made: list[object] = []
-    examine = handing_on.examine
 
     def counted(evaluation: Any) -> Any:
         made.append(None)
         return examine(evaluation)
 
-    monkeypatch.setattr(handing_on, "examine", counted)
+    monkeypatch.setattr("msam_analysis.objective.handing_on.examine", counted)
     return made
 
 
@@ -282,7 +286,7 @@ def test_another_kind_is_examined_by_itself(
     model, numbers = network(), iter(range(100))
 
     def source() -> ma.Objective:
-        options = {"make": nn.CrossEntropyLoss, "data": [points()]} | change(next(numbers))
+        options: dict[str, Any] = {"make": nn.CrossEntropyLoss, "data": [points()]} | change(next(numbers))
         return ma.Objective(model, options.pop("make")(), options.pop("data"), **options)
 
     train(model, [probes.PerturbationRise(source)])
