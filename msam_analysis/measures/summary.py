@@ -63,7 +63,7 @@ def measure(
     Returns
     -------
     Measurement
-        A table for reading and the full results. The last row, ``examination``, says what the examination of the
+        A table for reading and the full results. The first row, ``examination``, says what the examination of the
         objective found, see :meth:`Objective.examine`; its value is the largest relative difference of two numbers that
         should be equal. The settings have the same words.
 
@@ -76,12 +76,12 @@ def measure(
     if unknown or not metrics:
         raise ValueError(f"metrics must be of {', '.join(METRICS)}; got {unknown[0] if unknown else 'none'!r}")
     sheet = _Sheet(objective, tuple(radii), sigma, eigenvalues, seed, tick or (lambda _: None))
-    for name in METRICS:
-        if name in metrics:
-            _MEASUREMENTS[name](sheet)
     examination = objective.evaluation.findings.examination
     line, apart = (NOT_EXAMINED, _NAN) if examination is None else (examination.line, examination.largest)
     sheet.add("examination", apart, _NAN, line)
+    for name in METRICS:
+        if name in metrics:
+            _MEASUREMENTS[name](sheet)
     settings = {**objective.settings, "examination": line}
     return Measurement(rows=tuple(sheet.rows), results=sheet.results, settings=settings)
 

@@ -95,7 +95,7 @@ def test_a_measurement_shows_it() -> None:
     """The table, the settings and what a file keeps have the same line."""
     objective = ma.Objective(network(), nn.CrossEntropyLoss(), [points()])
     table = ma.measure(objective, metrics=["loss"])
-    row = table.to_frame().iloc[-1]
+    row = table.to_frame().iloc[0]
     assert (row["metric"], row["meaning"]) == ("examination", objective.examine().line)
     assert row["value"] == objective.examine().largest
     assert table.settings["examination"] == row["meaning"]
@@ -104,7 +104,7 @@ def test_a_measurement_shows_it() -> None:
 
 def test_a_measurement_says_that_nothing_was_examined() -> None:
     objective = ma.Objective(network(), nn.CrossEntropyLoss(), [points()], examine=False)
-    row = ma.measure(objective, metrics=["loss"]).to_frame().iloc[-1]
+    row = ma.measure(objective, metrics=["loss"]).to_frame().iloc[0]
     assert (row["metric"], row["meaning"]) == ("examination", "not examined")
     assert math.isnan(row["value"])
     assert objective.settings["examination"] == "not examined"
