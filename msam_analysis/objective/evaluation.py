@@ -329,7 +329,9 @@ class Evaluation:
             if skip:
                 skip -= 1
                 continue
-            with ALONE, self.copy.cut_outputs() if cut else contextlib.nullcontext([]) as pairs:
+            cutting: contextlib.AbstractContextManager[list[tuple[Tensor, Tensor]]]
+            cutting = self.copy.cut_outputs() if cut else contextlib.nullcontext([])
+            with ALONE, cutting as pairs:
                 # Every batch has its own seed: none sees what another drew.
                 stream.restart(self.seed + index)
                 self.settle(point, constants)
