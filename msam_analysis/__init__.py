@@ -36,7 +36,7 @@ from msam_analysis.measures import (
     sam_msam_angle,
 )
 from msam_analysis.monitor import Monitor, probes
-from msam_analysis.objective import MatrixOperator, Objective, SymmetricOperator
+from msam_analysis.objective import Examination, ExaminationError, MatrixOperator, Objective, SymmetricOperator
 from msam_analysis.objective.direction import Direction
 from msam_analysis.results import ApproximationWarning, ConvergenceWarning, export
 from msam_analysis.spectra import spectral_density, top_eigenvalues, trace
@@ -45,6 +45,8 @@ __all__ = [
     "ApproximationWarning",
     "ConvergenceWarning",
     "Direction",
+    "Examination",
+    "ExaminationError",
     "MatrixOperator",
     "Monitor",
     "Objective",

@@ -60,7 +60,8 @@ def _show(status: Status, name: str, what: str) -> None:
 
 
 def _print(console: Console, title: str, objective: Objective, metrics: Measurement) -> None:
-    settings = ", ".join(f"{key} {value}" for key, value in objective.settings.items())
+    settings = ", ".join(f"{key} {value}" for key, value in objective.settings.items() if key != "examination")
+    settings = f"{metrics.settings['examination']}\n{settings}"
     table = Table(title=title, caption=settings, title_justify="left", caption_justify="left")
     table.add_column("metric")
     table.add_column("value", justify="right")

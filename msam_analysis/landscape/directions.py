@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from msam_analysis.measures.momentum import momentum_buffers
-from msam_analysis.objective.direction import Direction, Normalization, as_direction, label, normalized, wide
+from msam_analysis.objective.direction import Direction, Normalization, as_direction, label, normalized
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.statistics import warn_of_statistics
-from msam_analysis.objective.vectors import Layout, gaussian, orthonormalize
+from msam_analysis.objective.vectors import Layout, gaussian, orthonormalize, widest
 from msam_analysis.spectra.top import top_eigenvalues
 
 __all__ = [
@@ -317,7 +317,7 @@ def _finish(objective: Objective, vector: Tensor, name: str, normalize: Normaliz
 
 
 def _double(vector: Tensor) -> Tensor:
-    return vector.detach().to(wide(vector))
+    return vector.detach().to(widest(vector.device))
 
 
 def _parallel(vector: Tensor) -> float:

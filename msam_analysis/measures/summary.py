@@ -12,6 +12,7 @@ from msam_analysis.measures.average import average_sharpness
 from msam_analysis.measures.ball import ball_sharpness
 from msam_analysis.measures.invariant import fisher_rao_norm, relative_flatness
 from msam_analysis.measures.minibatch import m_sharpness
+from msam_analysis.objective.examination import NOT_EXAMINED
 from msam_analysis.objective.objective import Objective
 from msam_analysis.results import Measurement, Result
 from msam_analysis.spectra.top import top_eigenvalues
@@ -62,7 +63,9 @@ def measure(
     Returns
     -------
     Measurement
-        A table for reading and the full results.
+        A table for reading and the full results. The first row, ``examination``, says what the examination of the
+        objective found, see :meth:`Objective.examine`; its value is the largest relative difference of two numbers that
+        should be equal. The settings have the same words.
 
     Raises
     ------
@@ -73,10 +76,14 @@ def measure(
     if unknown or not metrics:
         raise ValueError(f"metrics must be of {', '.join(METRICS)}; got {unknown[0] if unknown else 'none'!r}")
     sheet = _Sheet(objective, tuple(radii), sigma, eigenvalues, seed, tick or (lambda _: None))
+    examination = objective.evaluation.findings.examination
+    line, apart = (NOT_EXAMINED, _NAN) if examination is None else (examination.line, examination.largest)
+    sheet.add("examination", apart, _NAN, line)
     for name in METRICS:
         if name in metrics:
             _MEASUREMENTS[name](sheet)
-    return Measurement(rows=tuple(sheet.rows), results=sheet.results, settings=objective.settings)
+    settings = {**objective.settings, "examination": line}
+    return Measurement(rows=tuple(sheet.rows), results=sheet.results, settings=settings)
 
 
 @dataclass

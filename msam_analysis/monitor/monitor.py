@@ -19,6 +19,7 @@ from msam_analysis.monitor.attachment import Attachment
 from msam_analysis.monitor.probes import Every, Finish, Probe, StepProbe
 from msam_analysis.monitor.probes.base import check_period
 from msam_analysis.monitor.records import RecordFile, Row, frame_of, read_records
+from msam_analysis.objective.handing_on import Examinations
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -156,6 +157,7 @@ class Monitor:
         if self._file is not None:
             self.rows, self.step = self._file.rows, self._file.step
             self._continues = bool(self.rows)
+        self._examinations = Examinations()  # sources that make an objective at every record have it examined once
         self._attachment = Attachment(optimizer, self, scaler)
 
     def frame(self) -> pd.DataFrame:
@@ -289,7 +291,7 @@ class Monitor:
         if not due:
             return
         pending = _Pending({"step": self.step})
-        with torch.no_grad():
+        with torch.no_grad(), self._examinations.handed_on():
             for entry in due:
                 entry.calls += 1
                 _add(pending.row, entry.timed(entry.probe, optimizer, self.step))
@@ -307,7 +309,7 @@ class Monitor:
             self.skipped += 1
             return
         if pending is not None and pending.finishes:
-            with torch.no_grad():
+            with torch.no_grad(), self._examinations.handed_on():
                 grads = present_gradients(optimizer) if pending.gradients is None else pending.gradients
                 for entry, finish in pending.finishes:
                     _add(pending.row, entry.timed(finish, grads))

@@ -4,7 +4,8 @@ Batches, statistics of BatchNorm, the private copy of the network, flat vectors,
 live here. Nothing here asks a question. This room may import ``results``.
 """
 
+from msam_analysis.objective.examination import Examination, ExaminationError
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import MatrixOperator, SymmetricOperator
 
-__all__ = ["MatrixOperator", "Objective", "SymmetricOperator"]
+__all__ = ["Examination", "ExaminationError", "MatrixOperator", "Objective", "SymmetricOperator"]

@@ -16,13 +16,7 @@ _NUMBERS = {"int", "float", "int | None", "float | None"}
 
 
 def numbers(function: Callable[P, T]) -> Callable[P, T]:
-    """Refuse text, classes and lists where a function's annotations ask for a number.
-
-    Raises
-    ------
-    TypeError
-        Said by the function: the argument, what came, and what to pass.
-    """
+    """Refuse text, classes and lists where a function's annotations ask for a number: its ``TypeError`` says so."""
     signature = inspect.signature(function)
     names = [name for name, parameter in signature.parameters.items() if parameter.annotation in _NUMBERS]
 

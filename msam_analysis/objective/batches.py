@@ -1,7 +1,7 @@
 """Data as a fixed sequence of batches: the same samples, in the same order, at every evaluation.
 
-A loss over data that shuffles or augments is another function at every pass, and no probe of it means anything; so such
-data is refused here, with what to do. Reading never touches the caller's random state.
+A loss over data that shuffles or augments is another function at every pass, and no measurement of it means anything.
+Such data is refused here, with what to do. Reading never touches the caller's random state.
 """
 
 from __future__ import annotations
@@ -27,32 +27,8 @@ _END = object()
 class Batches:
     """Batches on a device, checked to be the same at every pass.
 
-    Parameters
-    ----------
-    data
-        A loader that does not shuffle, a list of batches, or a single batch: a tuple or list of tensors such as
-        ``(x, y)``, or a mapping or data class of tensors. A re-iterable of any other kind also works.
-    device
-        Where batches are moved.
-    dtype
-        Floating-point tensors are cast to it; ``None`` leaves them.
-    cache_bytes
-        Copies of the batches are kept on the device up to this size in all; beyond it, and if they turn out to have
-        been written to, batches are read again at every pass. Default 1 GiB.
-
-    Attributes
-    ----------
-    sizes
-        Number of samples of every batch.
-    nbytes
-        Of all batches together, on the device.
-
-    Raises
-    ------
-    TypeError
-        The data is not batches: a data set, an iterator that can be read once, a bare tensor.
-    ValueError
-        The data is empty, shuffles, or differs between two passes.
+    Copies of the batches are kept on the device up to ``cache_bytes`` in all. Beyond it, and where something wrote to
+    them, they are read again at every pass. ``dtype`` is that of floating-point tensors; ``None`` leaves them.
     """
 
     def __init__(
@@ -64,8 +40,7 @@ class Batches:
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._source = _as_source(data)
-        self._device = device
-        self._dtype = dtype
+        self._device, self._dtype = device, dtype
         self._cached: list[Batch] | None = []
         self._alike = False
         self.cache_bytes = cache_bytes
@@ -106,16 +81,16 @@ class Batches:
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Iterate over batches on the device, which whoever gets them may write to."""
+        """Iterate over batches on the device; whoever gets them may write to them."""
         return self.read(range(len(self)))
 
     def read(self, wanted: Sequence[int]) -> Iterator[Batch]:
         """Iterate over some batches only, given by increasing numbers."""
         if self._written() != self._versions:
-            self._cached = None  # a model that works in place
+            self._cached = None  # a model worked in place on them
         if self._cached is not None:
             for index in wanted:
-                # In containers of its own: loss functions pop their labels.
+                # Containers are new at every pass: some loss functions pop their labels.
                 yield map_tensors(self._cached[index], lambda tensor: tensor)
         else:
             chosen = set(wanted)
@@ -124,31 +99,7 @@ class Batches:
                     yield self._move(raw)
 
     def take(self, indices: Tensor, batch_size: int | None = None) -> Batches:
-        """Return batches of chosen samples.
-
-        Parameters
-        ----------
-        indices
-            Shape ``(n,)``, integers; samples are counted over all batches in order. They come in this order, as often
-            as they occur here.
-        batch_size
-            Default: the size of the largest batch of these. The last one holds what is left.
-
-        Returns
-        -------
-        Batches
-            On the same device, with a cache budget of the same size.
-
-        Raises
-        ------
-        TypeError
-            ``indices`` are no tensor of integers.
-        ValueError
-            ``indices`` are empty or not flat, ``batch_size`` is not positive, or samples of these batches cannot be
-            told apart or put together: a tensor without the sample dimension, items that differ between batches.
-        IndexError
-            There is no such sample.
-        """
+        """Return batches of chosen samples, in this order; see :meth:`msam_analysis.Objective.with_samples`."""
         _check_indices(indices, self.samples)
         size = max(self.sizes) if batch_size is None else batch_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -164,7 +115,7 @@ class Batches:
         return [tensor._version for batch in self._cached or () for tensor in tensors_of(batch)]
 
     def _move(self, batch: Batch) -> Batch:
-        """Return a copy on the device: what a model does to its input in place, it does not do to the caller's."""
+        """Return a copy on the device, so that a model that writes to its input does not write to the caller's."""
 
         def convert(tensor: Tensor) -> Tensor:
             if tensor.layout != torch.strided:
@@ -175,11 +126,11 @@ class Batches:
             dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
             return tensor.detach().to(device=self._device, dtype=dtype, copy=True)
 
-        with torch.inference_mode(mode=False):  # tensors made inside of it could not be used outside
+        with torch.inference_mode(mode=False):  # tensors that are made inside of it cannot be used outside
             return map_tensors(batch, convert)
 
     def _check_repeats(self, sums: list[str]) -> None:
-        # Another seed: what depends on the random state shows.
+        # The seed is another one, which shows what depends on the random state.
         again = [of_tensors(tensors_of(raw)) for raw in _read(self._source, seed=1)]
         if again != sums:
             raise ValueError(
@@ -189,14 +140,11 @@ class Batches:
 
 
 class _Given(list[Batch]):
-    """Batches, and not one batch that is a list."""
+    """Batches that are given as they are: this list is not one batch."""
 
 
 class _Samples:
-    """Chosen samples of batches, as batches of their own that can be read again.
-
-    One pass over the original serves as many new batches as its cache budget holds.
-    """
+    """Chosen samples as batches; one pass over the original serves as many of them as its cache may hold."""
 
     def __init__(self, batches: Batches, indices: Tensor, size: int) -> None:
         self._batches = batches
@@ -225,7 +173,7 @@ class _Samples:
             for places in order.argsort().split([len(chunk) for chunk in chunks]):
                 yield _filled(pieces[0], [_rows(tensor, places) for tensor in joined])
         elif len(chunks) > 1:
-            for chunk in chunks:  # batches padded to lengths of their own: alike where they stay apart
+            for chunk in chunks:  # every batch may be padded to its own length; the samples of each are alike
                 yield from self._gather((chunk,))
         else:
             shapes = sorted({tuple(part.shape[1:]) for column in columns if not _alike(column) for part in column})
@@ -283,7 +231,7 @@ def _check_alike(batches: Batches) -> None:
 
 
 def _constants(batch: Batch) -> Any:
-    """Return what must be equal in all batches, in a form that can be compared; tensors of rows count as one mark."""
+    """Return what must be equal in all batches, in a form that can be compared; a tensor of rows is one mark."""
     if isinstance(batch, Tensor):
         return (batch.dtype, _END if batch.ndim else batch.item())
     if isinstance(batch, Mapping):
@@ -349,12 +297,9 @@ def _as_source(data: object) -> Iterable[Batch]:
 
 
 def _refuse_shuffling(loader: DataLoader[Any]) -> None:
-    samplers = [loader.sampler, getattr(loader.batch_sampler, "sampler", None)]
-    for sampler in samplers:
-        shuffles = isinstance(sampler, RandomSampler | WeightedRandomSampler) or (
-            isinstance(sampler, DistributedSampler) and sampler.shuffle
-        )
-        if shuffles:
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
+        at_random = isinstance(sampler, RandomSampler | WeightedRandomSampler)
+        if at_random or (isinstance(sampler, DistributedSampler) and sampler.shuffle):
             raise ValueError(
                 f"the loader shuffles (its sampler is a {type(sampler).__name__}): expected the same batches at "
                 "every pass; use DataLoader(..., shuffle=False)"

@@ -67,7 +67,6 @@ def blank_statistics(model: nn.Module, buffers: dict[str, Tensor]) -> dict[str, 
         if layer.running_mean is None:
             continue
         prefix = f"{name}." if name else ""
-        fresh[f"{prefix}running_mean"] = torch.zeros_like(buffers[f"{prefix}running_mean"])
-        fresh[f"{prefix}running_var"] = torch.ones_like(buffers[f"{prefix}running_var"])
-        fresh[f"{prefix}num_batches_tracked"] = torch.zeros_like(buffers[f"{prefix}num_batches_tracked"])
+        for key, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
+            fresh[prefix + key] = torch.full_like(buffers[prefix + key], value)
     return fresh

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msam_analysis.objective.objective import Objective
-from msam_analysis.objective.vectors import Layout
+from msam_analysis.objective.vectors import Layout, widest
 
 Normalization = Literal["filter", "layer", "weight", "l2", "none"]
 
@@ -32,7 +32,7 @@ class Direction:
     @property
     def norm(self) -> float:
         """L2 norm of the whole vector."""
-        return float(self.vector.double().norm() if self.vector.device.type != "mps" else self.vector.norm())
+        return float(self.vector.to(widest(self.vector.device)).norm())
 
     def normalized(
         self, objective: Objective, normalize: Normalization = "filter", *, one_d: bool = False
@@ -88,7 +88,7 @@ def normalized(
     if normalize == "none":
         return vector.clone()
     if normalize == "l2":
-        norm = torch.linalg.vector_norm(vector, dtype=wide(vector))
+        norm = torch.linalg.vector_norm(vector, dtype=widest(vector.device))
         if not float(norm) > 0:
             raise ValueError("the direction is zero: expected a direction with a positive norm to give it length 1")
         unit: Tensor = (vector / norm).to(vector.dtype)
@@ -103,8 +103,8 @@ def normalized(
             continue
         rows = piece.shape[0] if normalize == "filter" and piece.ndim >= 2 else 1
         mine, theirs = piece.view(rows, -1), weight.reshape(rows, -1)
-        length = torch.linalg.vector_norm(mine, dim=1, keepdim=True, dtype=wide(mine))
-        target = torch.linalg.vector_norm(theirs, dim=1, keepdim=True, dtype=wide(mine))
+        length = torch.linalg.vector_norm(mine, dim=1, keepdim=True, dtype=widest(mine.device))
+        target = torch.linalg.vector_norm(theirs, dim=1, keepdim=True, dtype=widest(mine.device))
         mine.mul_(torch.where(length > 0, target / length, torch.zeros_like(length)).to(mine.dtype))
     return scaled
 
@@ -131,20 +131,9 @@ def as_direction(direction: Direction | Tensor, objective: Objective) -> Directi
     return replace(direction, vector=direction.vector.detach().to(device=objective.device, dtype=objective.dtype))
 
 
-def wide(tensor: Tensor) -> torch.dtype:
-    """Return the widest floating-point type of a tensor's device."""
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
-
-
 def label(normalize: Normalization, one_d: bool, layout: Layout) -> str:
     """Return the words for a normalisation, as they stand in a direction's name."""
-    words = {
-        "filter": "filter-normalised",
-        "layer": "layer-normalised",
-        "weight": "weight-normalised",
-        "l2": "unit length",
-        "none": "not normalised",
-    }[normalize]
+    words = {"l2": "unit length", "none": "not normalised"}.get(normalize, f"{normalize}-normalised")
     if normalize in ("l2", "none") or all(len(shape) >= 2 for shape in layout.shapes):
         return words
     return f"{words}, biases and norms {'moved' if one_d else 'fixed'}"

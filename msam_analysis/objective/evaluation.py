@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,64 +29,36 @@ from msam_analysis.objective.nested import Batch
 from msam_analysis.objective.private import Attributes, LossModule, use_randomness
 from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.objective.second_derivatives import SecondDerivatives
-from msam_analysis.objective.vectors import Layout, Selection, select
+from msam_analysis.objective.vectors import Layout, Selection, no_autocast, select
 from msam_analysis.objective.weighing import SAMPLES, Weighing, counted, mean_and_weight, with_reduction
 from msam_analysis.results import ApproximationWarning, Settings
 
 # The part of a displacement that rounding may take before it is told.
 _ROUNDED = 0.1
+# Threads that share a private copy, or the global random state, pass through it one after the other.
+ALONE = threading.RLock()
 
 
 class BatchLoss(NamedTuple):
-    """The loss of one batch, as a function of the leaves.
+    """The mean loss of one batch, as a function of the leaves."""
 
-    Attributes
-    ----------
-    value
-        Mean loss, 0-dimensional.
-    weight
-        Weight of the batch in the mean over all.
-    outputs, cuts
-        If asked for: the tensors that the model put out, and the leaves that took their place in the loss.
-    """
-
-    value: Tensor
-    weight: float
-    outputs: tuple[Tensor, ...] = ()
-    cuts: tuple[Tensor, ...] = ()
+    value: Tensor  # 0-dimensional
+    weight: float  # the weight of the batch in the mean over all
+    outputs: tuple[Tensor, ...] = ()  # if asked for: the tensors that the model put out
+    cuts: tuple[Tensor, ...] = ()  # the leaves that took their place in the loss
 
 
 @dataclass
 class Findings:
-    """How a model and its loss have to be evaluated: found out once, at the first use, and shared by all views.
-
-    Attributes
-    ----------
-    weighing
-        What batches are weighed by.
-    with_gradients
-        Values are computed with gradients enabled, because without them the model computes something else.
-    redirected
-        The loss or a ``forward`` reaches past the private copy to the original, and is led back.
-    restored
-        Forward passes write to attributes, which are put back.
-    written
-        Names of the parameters that forward passes write to.
-    drawing
-        Names of the modules that draw random numbers in training mode, where they are wanted.
-    refusal
-        Why there are no derivatives; empty where there are.
-    examination
-        What was checked; ``None`` before it was.
-    """
+    """How a model and its loss have to be evaluated: found once, at the first use, and shared by all views."""
 
     weighing: Weighing = SAMPLES
-    with_gradients: bool = False
-    redirected: bool = False
-    restored: bool = False
-    written: frozenset[str] = frozenset()
-    drawing: list[str] | None = None
-    refusal: str = ""
+    with_gradients: bool = False  # values need gradients enabled: without them the model computes something else
+    redirected: bool = False  # the loss or a forward reaches past the private copy to the original, and is led back
+    restored: bool = False  # forward passes write to attributes, which are put back
+    written: frozenset[str] = frozenset()  # names of the parameters that forward passes write to
+    drawing: list[str] | None = None  # names of the modules that draw random numbers, where they are wanted
+    refusal: str = ""  # why there are no derivatives; empty where there are
     examination: Examination | None = None
 
     @property
@@ -96,21 +69,9 @@ class Findings:
 
 @dataclass(eq=False)
 class Evaluation:
-    """The loss over batches at given tensors; see :class:`~msam_analysis.Objective`, whose options these are.
+    """The loss over batches at given tensors; see :class:`~msam_analysis.Objective`, whose options these are."""
 
-    Attributes
-    ----------
-    original
-        The user's network and criterion; never run.
-    layout, dtypes, dtype
-        The selected parameters, the precision that each is evaluated in, and that of flat vectors.
-    findings
-        How to evaluate.
-    foreign
-        Whether the running statistics belong to other weights than the current ones.
-    """
-
-    original: LossModule
+    original: LossModule  # the user's network and criterion; never run
     batches: Batches
     device: torch.device
     cast: torch.dtype | None
@@ -120,14 +81,14 @@ class Evaluation:
     seed: int
     second_derivatives: SecondDerivatives
     findings: Findings = field(default_factory=Findings)
-    foreign: bool = False
+    foreign: bool = False  # whether the running statistics belong to other weights than the current ones
 
     def __post_init__(self) -> None:
         """Make the private copy."""
         # cuDNN's recurrent layers have no gradient in evaluation mode, and no second derivative in any.
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in self.original.modules())
-        # Closures of the user's know these tensors, whatever this evaluation is later a view of.
-        self._outer = {id(tensor): name for name, tensor in _tensors(self.original).items()}
+        # The user's closures know these tensors, also where this evaluation becomes a view of another original.
+        self.outer = {id(tensor): name for name, tensor in _tensors(self.original).items()}
         self._weights: list[float] | None = None
         self._told = False
         self.renew()
@@ -181,16 +142,17 @@ class Evaluation:
             module.get_submodule(name).training = True
         if self.findings.redirected:
             slots = module.slots()
-            module.redirect = {number: slots[name][0] for number, name in self._outer.items()}
+            module.redirect = {number: slots[name][0] for number, name in self.outer.items()}
         if self.findings.restored:
             module.fresh = Attributes(module)
         return module
 
     def place(self, tensors: dict[str, Tensor]) -> None:
         """Put tensors in place of the private copy's, where they stay: a backward pass may run a part of it again."""
-        for name, tensor in tensors.items():
-            for owner, key in self._slots[name]:
-                owner[key] = tensor
+        with ALONE:
+            for name, tensor in tensors.items():
+                for owner, key in self._slots[name]:
+                    owner[key] = tensor
 
     def settle(self, point: dict[str, Tensor], constants: dict[str, Tensor]) -> None:
         """Put a point and its constants in place, with fresh copies of what a pass may write to."""
@@ -221,25 +183,17 @@ class Evaluation:
         findings, hooks = self.findings, self.original.foreign_hooks
         own = sorted({str(dtype).removeprefix("torch.") for dtype in self.dtypes.values()})
         name = str(self.dtype).removeprefix("torch.")
-        special: dict[str, str | int | float | bool | None] = {}
-        if own != [name]:
-            special["weights"] = ", ".join(own)
-        if self.autocast is not None:
-            special["autocast"] = str(self.autocast).removeprefix("torch.")
-        if self.dropout:
-            special["dropout"] = (
-                True if findings.drawing is None or findings.drawing else "nothing draws random numbers"
-            )
-        if hooks:
-            special["hooks left out"] = hooks
-        if findings.weighing is not SAMPLES:
-            special["weighed by"] = findings.weighing.counts
-        if findings.with_gradients:
-            special["values"] = "with gradients enabled"
-        if self.foreign:
-            special["statistics"] = "of other weights"
-        if findings.examination is not None and findings.examination.verdict != "passed":
-            special["examination"] = findings.examination.verdict
+        random = "nothing draws random numbers" if findings.drawing == [] else True
+        special = {
+            "weights": own != [name] and ", ".join(own),
+            "autocast": str(self.autocast or "").removeprefix("torch."),
+            "dropout": self.dropout and random,
+            "hooks left out": hooks,
+            "weighed by": findings.weighing is not SAMPLES and findings.weighing.counts,
+            "values": findings.with_gradients and "with gradients enabled",
+            "statistics": self.foreign and "of other weights",
+            "examination": findings.examination and findings.examination.verdict,
+        }
         return {
             "batchnorm": describe_policy(self.copy, self.batchnorm),
             "samples": self.batches.samples,
@@ -247,7 +201,7 @@ class Evaluation:
             "parameters": self.layout.size,
             "dtype": name,
             "device": self.device.type,
-            **special,
+            **{key: value for key, value in special.items() if value},
             **self.second_derivatives.settings,
         }
 
@@ -281,33 +235,26 @@ class Evaluation:
             )
 
     def leaves(self, w: Tensor | None = None) -> dict[str, Tensor]:
-        """Return the tensors that make up a point, by name, in the precision of evaluation, requiring gradients.
-
-        Parameters
-        ----------
-        w
-            Shape ``(size,)``; default: the current weights.
-        """
+        """Return a point in pieces by name that require gradients; ``None``: the current weights."""
         # Views of one vector would each send back a vector of full length; leaves send back their own piece.
         return {name: view.detach().clone().requires_grad_() for name, view in self.views(w).items()}
 
+    def pieces(self, w: Tensor | None = None) -> dict[str, Tensor]:
+        """Return a point in pieces by name as values are computed: they require gradients only where values need it."""
+        return self.leaves(w) if self.findings.with_gradients else self.views(w)
+
     def constants(self, w: Tensor | None = None) -> dict[str, Tensor]:
-        """Return everything else that the loss depends on at a point, by its name in the private copy.
+        """Return all else that the loss depends on at a point, by its name in the private copy.
 
-        Parameters outside the selection, those of the criterion, and buffers; with the policy ``"recalibrate"``, the
-        statistics of BatchNorm at ``w``, for which the data is read once.
-
-        Parameters
-        ----------
-        w
-            Shape ``(size,)``; default: the current weights.
+        It is the other parameters, those of the criterion, and buffers. The policy ``"recalibrate"`` reads the data
+        once for the statistics of BatchNorm at ``w``.
         """
         selected = {f"model.{name}" for name in self.layout.names}
         fixed = {name: self.converted(p) for name, p in self.original.named_parameters() if name not in selected}
         buffers = {name: self.converted(buffer) for name, buffer in self.original.named_buffers()}
         if self.batchnorm == "recalibrate":
-            pieces = self.leaves(w) if self.findings.with_gradients else self.views(w)
-            buffers = self._recalibrated({f"model.{name}": piece for name, piece in pieces.items()} | fixed, buffers)
+            pieces = {f"model.{name}": piece for name, piece in self.pieces(w).items()}
+            buffers = self._recalibrated(pieces | fixed, buffers)
         return fixed | buffers
 
     def converted(self, tensor: Tensor) -> Tensor:
@@ -317,10 +264,10 @@ class Evaluation:
 
     def _recalibrated(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         fresh = blank_statistics(self.copy, {name: tensor.clone() for name, tensor in buffers.items()})
-        self.place(parameters | fresh)
         seen = 0.0
         try:
-            with self.evaluating() as stream:
+            with ALONE, self.evaluating() as stream:
+                self.place(parameters | fresh)
                 for index, (batch, weight) in enumerate(zip(self.batches, self.batches.sizes, strict=True)):
                     stream.restart(self.seed + index)
                     seen += weight
@@ -356,7 +303,7 @@ class Evaluation:
         total, mean = (with_reduction(self.copy.loss_fn, reduction) for reduction in ("sum", "mean"))
         counts = []
         with self.evaluating() as stream:
-            self.settle(self.views(None), self.constants())
+            self.settle(self.pieces(), self.constants())
             for index, batch in enumerate(self.batches):
                 stream.restart(self.seed + index)
                 output = self.copy.model(batch[0])
@@ -372,18 +319,9 @@ class Evaluation:
         skip: int = 0,
         cut: bool = False,
     ) -> Iterator[BatchLoss]:
-        """Yield the mean loss and the weight of every batch that weighs anything, after the first ``skip`` of them.
+        """Yield the loss of every batch that weighs anything, after the first ``skip`` of them.
 
-        Parameters
-        ----------
-        point, constants
-            Tensors in place of the selected parameters, and what :meth:`constants` returned.
-        stream
-            What a stochastic forward pass draws from; entered by the caller.
-        skip
-            Number of batches to leave out.
-        cut
-            Whether to cut the loss off from the parameters where the model puts out its tensors, and return both ends.
+        With ``cut`` the loss is cut off from the parameters where the model puts out its tensors; both ends come, too.
         """
         for index, (batch, weight) in enumerate(zip(self.batches, self.weights, strict=True)):
             if not weight:
@@ -391,15 +329,14 @@ class Evaluation:
             if skip:
                 skip -= 1
                 continue
-            # Every batch has its own seed: none sees what another drew.
-            stream.restart(self.seed + index)
-            self.settle(point, constants)
-            if cut:
-                with self.copy.cut_outputs() as pairs:
-                    evaluated = self.evaluate(batch, weight)
-                yield BatchLoss(*evaluated, *(zip(*pairs, strict=True) if pairs else ((), ())))
-            else:
-                yield BatchLoss(*self.evaluate(batch, weight))
+            cutting: contextlib.AbstractContextManager[list[tuple[Tensor, Tensor]]]
+            cutting = self.copy.cut_outputs() if cut else contextlib.nullcontext([])
+            with ALONE, cutting as pairs:
+                # Every batch has its own seed: none sees what another drew.
+                stream.restart(self.seed + index)
+                self.settle(point, constants)
+                evaluated = self.evaluate(batch, weight)
+            yield BatchLoss(*evaluated, *zip(*pairs, strict=True))
 
     def evaluate(self, batch: Batch, weight: float) -> tuple[Tensor, float]:
         """Return the mean loss of a batch and its weight, at the tensors in place."""
@@ -413,13 +350,7 @@ class Evaluation:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[RandomStream]:
-        """Inside, forward passes for values alone run as this evaluation's do.
-
-        Yields
-        ------
-        RandomStream
-            To be restarted with ``seed + index`` before batch number ``index``.
-        """
+        """Inside, forward passes for values run; restart the stream with ``seed + index`` before batch ``index``."""
         half = self.autocast
         autocast = torch.autocast(self.device.type, dtype=half, enabled=half is not None, cache_enabled=False)
         gradients = torch.set_grad_enabled(self.findings.with_gradients)
@@ -427,17 +358,18 @@ class Evaluation:
             yield stream
 
     @contextlib.contextmanager
-    def kernels(self, *, twice: bool) -> Iterator[None]:
-        """Inside, passes avoid kernels that compute something else without gradients, or lack derivatives.
+    def deriving(self, *, twice: bool = False) -> Iterator[RandomStream]:
+        """Inside, passes for derivatives run; ``twice``: for second ones."""
+        kernels, stream = self.kernels(twice=twice), RandomStream(self.seed)
+        with torch.enable_grad(), no_autocast(self.device), kernels, stream:
+            yield stream
 
-        Parameters
-        ----------
-        twice
-            Whether the loss is differentiated twice.
-        """
+    @contextlib.contextmanager
+    def kernels(self, *, twice: bool) -> Iterator[None]:
+        """Inside, passes avoid kernels that compute something else without gradients, or lack derivatives."""
         fast = torch.backends.mha.get_fastpath_enabled()
         with contextlib.ExitStack() as stack:
-            if twice or self.dropout:  # fused attention has no second derivative, and draws its dropout differently
+            if twice or self.dropout:  # fused attention has no second derivative, and other draws of dropout
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if self._recurrent:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -447,7 +379,9 @@ class Evaluation:
             yield
 
     def find_randomness(self) -> None:
-        """Find the modules that draw random numbers in training mode, and put them into it."""
+        """Find the modules that draw random numbers in training mode, and put them into it, once and where wanted."""
+        if not self.dropout or self.findings.drawing is not None:
+            return
         batch = next(iter(self.batches))
         with self.evaluating() as stream:
             stream.restart(self.seed)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
 
+Topic = Literal["value", "copy", "mean", "gradient", "Hessian", "no writes"]
 Verdict = Literal["holds", "adapted", "refused", "not checked"]
+
+NOT_EXAMINED = "not examined"
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,8 @@ class Check:
 
     Attributes
     ----------
+    topic
+        What it is about, in one word or two.
     question
         What was asked, in words.
     verdict
@@ -28,6 +32,7 @@ class Check:
         What follows for results, in one sentence; empty where nothing does.
     """
 
+    topic: Topic
     question: str
     verdict: Verdict
     apart: float = float("nan")
@@ -46,7 +51,7 @@ class Examination:
     checks
         Every question with its answer.
     samples
-        Samples of the first batch that the checks were made on.
+        Samples of the first batch that the checks were made on; derivatives on half of them.
     precision
         Data type in which derivatives were compared.
     resolution
@@ -61,14 +66,27 @@ class Examination:
 
     @property
     def verdict(self) -> str:
-        """In one word or few: ``"passed"``, or what was adapted or refused."""
-        other = [
-            f"{check.question}: {check.verdict}" for check in self.checks if check.verdict in ("adapted", "refused")
-        ]
+        """The verdict in few words: ``"passed"``, or what was adapted or refused."""
+        other = [f"{c.question}: {c.verdict}" for c in self.checks if c.verdict in ("adapted", "refused")]
         return "; ".join(other) or "passed"
 
+    @property
+    def largest(self) -> float:
+        """Largest relative distance of two numbers in the checks that hold; NaN where there is none."""
+        return max((c.apart for c in self.checks if c.verdict == "holds" and c.apart == c.apart), default=float("nan"))
+
+    @property
+    def line(self) -> str:
+        """One line for tables and reports: the questions that hold, and what follows from the others."""
+        others = [check for check in self.checks if check.verdict != "holds"]
+        topics = dict.fromkeys(check.topic for check in self.checks)
+        held = [topic for topic in topics if topic not in {check.topic for check in others}]
+        apart = "" if self.largest != self.largest else f" (largest difference {self.largest:.0e})"
+        said = [f"{c.topic} {c.verdict}" + f": {c.follows}" * bool(c.follows) for c in others]
+        return "; ".join([f"examined: {', '.join(held)}{apart}", *dict.fromkeys(said)])
+
     def to_frame(self) -> pd.DataFrame:
-        """Return one row for each check."""
+        """Return one row for each check: ``question``, ``verdict``, ``apart``, ``follows``."""
         rows = [(c.question, c.verdict, c.apart, c.follows) for c in self.checks]
         frame: pd.DataFrame = pd.DataFrame(rows, columns=["question", "verdict", "apart", "follows"])
         return frame
@@ -79,13 +97,8 @@ class Examination:
 
     def _repr_html_(self) -> str:
         """Show the checks as a table in a notebook."""
-        rows = "".join(
-            f"<tr><td>{html.escape(c.question)}</td><td>{c.verdict}</td>"
-            f"<td>{'' if c.apart != c.apart else f'{c.apart:.1e}'}</td><td>{html.escape(c.follows)}</td></tr>"
-            for c in self.checks
-        )
-        head = "<tr><th>question</th><th>verdict</th><th>apart</th><th>what follows</th></tr>"
-        return f"<table><caption>Examined on {self.samples} samples</caption>{head}{rows}</table>"
+        shown = self.to_frame().to_html(index=False, na_rep="", border=0, float_format="{:.1e}".format)
+        return f"<p>Examined on {self.samples} samples</p>{shown}"
 
 
 class ExaminationError(ValueError):

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from msam_analysis.objective.evaluation import BatchLoss, Evaluation
 from msam_analysis.objective.graphs import GraphOperator, Product, loss_gradients, pull_back
-from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.objective.second_derivatives import MissingDerivativeError, missing_derivatives
-from msam_analysis.objective.vectors import no_autocast
 from msam_analysis.results import Settings
 
 
@@ -17,17 +15,12 @@ class GaussNewtonOperator(GraphOperator):
     """``G = Σ_b n_b J_bᵀ H_b J_b / Σ_b n_b``, the Hessian without the curvature of the model itself.
 
     ``J_b`` is the derivative of the model's output on batch ``b`` with respect to the parameters, ``H_b`` the Hessian
-    of the batch's mean loss in that output (Schraudolph 2002; Martens 2010, section 4). Positive semi-definite for
-    losses that are convex in the output; the Hessian itself for models that are linear in their parameters; the Fisher
-    information for cross-entropy of logits and for squared errors, up to the latter's factor.
+    of the batch's mean loss in that output (Schraudolph 2002; Martens 2010, section 4). The matrix is positive
+    semi-definite for losses that are convex in the output. It is the Hessian itself for models that are linear in their
+    parameters, and the Fisher information for cross-entropy of logits and, up to a factor, for squared errors.
 
     ``J v`` is the derivative of ``Jᵀ u`` with respect to ``u``; its graph is kept as that of a Hessian is. Where a
     layer of the model has no second derivative, ``J v`` is a central difference of the output instead.
-
-    Parameters
-    ----------
-    loss, w, keep_bytes, settings
-        See :class:`~msam_analysis.objective.graphs.GraphOperator`.
 
     Raises
     ------
@@ -46,9 +39,9 @@ class GaussNewtonOperator(GraphOperator):
         leaves = list(self._leaves.values())
         used, slopes = self._opened(loss)
         outputs, cuts = [loss.outputs[index] for index in used], [loss.cuts[index] for index in used]
-        # Jᵀu is linear in u: its derivative is J, whatever u.
-        probes = [torch.zeros_like(output, requires_grad=True) for output in outputs]
-        pulled = torch.autograd.grad(outputs, [*leaves, *loss.cuts], probes, create_graph=True, allow_unused=True)
+        # Jᵀu is linear in u, so that its derivative is J at any u.
+        cotangents = [torch.zeros_like(output, requires_grad=True) for output in outputs]
+        pulled = torch.autograd.grad(outputs, [*leaves, *loss.cuts], cotangents, create_graph=True, allow_unused=True)
         if any(piece is not None for piece in pulled[len(leaves) :]):
             raise ValueError(
                 "the model is called on its own output: expected a loss of independent calls; put the loop into the "
@@ -57,7 +50,7 @@ class GaussNewtonOperator(GraphOperator):
         ends = [torch.zeros_like(leaf) if end is None else end for end, leaf in zip(pulled, leaves, strict=False)]
 
         def product(pieces: list[Tensor], together: bool, keep: bool) -> list[Tensor]:
-            pushed = pull_back(ends, probes, pieces, together=together)
+            pushed = pull_back(ends, cotangents, pieces, together=together)
             bent = pull_back(slopes, cuts, pushed, together=together)
             return pull_back(outputs, leaves, bent, together=together, keep=keep)
 
@@ -66,8 +59,7 @@ class GaussNewtonOperator(GraphOperator):
     def _difference(self, ahead: Tensor, behind: Tensor) -> Tensor:
         leaves = list(self._leaves.values())
         total, weight_sum = torch.zeros_like(ahead), 0.0
-        derivatives = self._loss.kernels(twice=False)
-        with torch.enable_grad(), no_autocast(self.device), derivatives, RandomStream(self._loss.seed) as stream:
+        with self._loss.deriving() as stream:
             here, first, second = (
                 self._loss.batch_losses(point, self._constants, stream, cut=True)
                 for point in (self._leaves, self._loss.leaves(ahead), self._loss.leaves(behind))
@@ -84,7 +76,7 @@ class GaussNewtonOperator(GraphOperator):
     def _opened(self, loss: BatchLoss) -> tuple[list[int], list[Tensor]]:
         """Return which outputs the loss uses and its derivatives in them; ``ValueError`` if it uses anything else."""
         if not loss.value.requires_grad:
-            loss_gradients(loss.value, self._leaves)  # says why
+            loss_gradients(loss.value, self._leaves)  # raises and says why
         inputs = [*loss.cuts, *self._leaves.values()]
         found = torch.autograd.grad(loss.value, inputs, create_graph=True, allow_unused=True)
         if any(gradient is not None for gradient in found[len(loss.cuts) :]):

@@ -17,7 +17,6 @@ from torch import Tensor
 from msam_analysis.objective.evaluation import BatchLoss, Evaluation
 from msam_analysis.objective.examination import ExaminationError
 from msam_analysis.objective.operators import SymmetricOperator
-from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.objective.second_derivatives import (
     MissingDerivativeError,
     check_twice_differentiable,
@@ -31,29 +30,12 @@ Product = Callable[[list[Tensor], bool, bool], list[Tensor]]
 
 # Vectors go through a graph together where its nodes are so small that their number is what costs. On a CPU, graphs of
 # 14 KiB to 5 MiB (perceptrons, a convolutional network, transformers) with 4 to 32 vectors were 1.1 to 8 times faster
-# within these limits; beyond them anything from twice as fast to 1.6 times slower. Not measured on a GPU.
+# within these limits. Beyond them they were up to twice as fast or up to 1.6 times slower. No GPU was measured.
 _SMALL_GRAPH, _TOGETHER, _FEWEST = 512 * 2**10, 4 * 2**20, 4
 
 
 class GraphOperator(SymmetricOperator):
-    """``Σ_b n_b A_b / Σ_b n_b`` with symmetric ``A_b`` that are products along one graph a batch.
-
-    Parameters
-    ----------
-    loss
-        The loss over batches.
-    w
-        The point, shape ``(size,)``; ``None``: the current weights.
-    keep_bytes
-        Memory for kept graphs.
-    settings
-        Label of the objective.
-
-    Attributes
-    ----------
-    kept
-        Number of batches whose graph is kept.
-    """
+    """``Σ_b n_b A_b / Σ_b n_b`` with symmetric ``A_b``, whose products go along one graph for each batch."""
 
     _cut = False  # whether the graph is that of a loss cut off from the model's output
 
@@ -76,14 +58,11 @@ class GraphOperator(SymmetricOperator):
 
     @abc.abstractmethod
     def _product(self, loss: BatchLoss) -> Product:
-        """Return the product with ``A_b`` along a graph that it builds: pieces to pieces, of one vector or of many.
-
-        The second argument says whether they are of many, the third whether the graph is still needed afterwards.
-        """
+        """Build a graph; return products along it: (pieces, of many vectors?, keep the graph?) to pieces."""
 
     @abc.abstractmethod
     def _difference(self, ahead: Tensor, behind: Tensor) -> Tensor:
-        """Return ``A (ahead - behind)`` from first derivatives at these two points on either side of ``w``."""
+        """Return ``A (ahead - behind)`` from first derivatives at these two points around ``w``."""
 
     @property
     def kept(self) -> int:
@@ -97,7 +76,7 @@ class GraphOperator(SymmetricOperator):
         rows = matrix.T.contiguous()
         if not self._central:
             try:
-                with missing_derivatives(), no_autocast(self.device):
+                with missing_derivatives(), no_autocast(self.device):  # the caller's autocast reaches kept graphs, too
                     return self._along_graphs(rows).T
             except MissingDerivativeError as missing:
                 self._loss.second_derivatives.give_up(str(missing))
@@ -126,10 +105,10 @@ class GraphOperator(SymmetricOperator):
         for graph in self._graphs:
             add(*graph)
         if not self._complete:
-            with torch.enable_grad(), self._loss.kernels(twice=True), RandomStream(self._loss.seed) as stream:
+            with self._loss.deriving(twice=True) as stream:
                 losses = self._loss.batch_losses(self._leaves, self._constants, stream, skip=kept, cut=self._cut)
                 for graph in self._build(losses, together=len(rows) >= _FEWEST):
-                    # Freed on the way where it serves one vector.
+                    # A graph that serves one vector is freed on the way.
                     add(*graph, keep=len(rows) > 1 or not self._full)
                     del graph  # before the next is built, or two would be in memory
         return total / weight_sum
@@ -207,8 +186,7 @@ def mean_gradient(loss: Evaluation, leaves: dict[str, Tensor], constants: dict[s
     total = torch.zeros((), dtype=widest(loss.device), device=loss.device)
     gradient = torch.zeros(loss.layout.size, dtype=loss.dtype, device=loss.device)
     weight_sum = 0.0
-    derivatives = loss.kernels(twice=False)
-    with torch.enable_grad(), no_autocast(loss.device), derivatives, RandomStream(loss.seed) as stream:
+    with loss.deriving() as stream:
         for batch in loss.batch_losses(leaves, constants, stream):
             gradient.add_(loss.layout.flatten(loss_gradients(batch.value, leaves)), alpha=batch.weight)
             total += batch.value.detach().to(total.dtype) * batch.weight
@@ -217,13 +195,7 @@ def mean_gradient(loss: Evaluation, leaves: dict[str, Tensor], constants: dict[s
 
 
 def loss_gradients(value: Tensor, leaves: dict[str, Tensor], *, create_graph: bool = False) -> list[Tensor]:
-    """Return ``∂value/∂leaf`` for every leaf, zeros for those that the loss does not use.
-
-    Raises
-    ------
-    ValueError
-        It uses none of them, or gradients are switched off for good by ``torch.inference_mode``.
-    """
+    """Return ``∂value/∂leaf`` for every leaf, zeros where there is none; ``ValueError`` if there is none at all."""
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "gradients do not exist inside torch.inference_mode(): expected to be called outside of it; leave it, or "
@@ -252,24 +224,7 @@ def loss_gradients(value: Tensor, leaves: dict[str, Tensor], *, create_graph: bo
 def pull_back(
     outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor], *, together: bool, keep: bool = True
 ) -> list[Tensor]:
-    """Return ``∂(outputs · weights)/∂inputs``, zeros where there is no dependence.
-
-    Parameters
-    ----------
-    outputs, inputs
-        Ends and beginnings of a graph; outputs that are constant contribute nothing.
-    weights
-        One for each output, of its shape, behind a leading dimension if ``together``.
-    together
-        Whether the weights are those of several vectors.
-    keep
-        Whether the graph stays.
-
-    Returns
-    -------
-    list
-        One tensor for each input, of its shape, behind the same leading dimension.
-    """
+    """Return ``∂(outputs · weights)/∂inputs``, zeros where there is none; ``together``: of many weights at once."""
     varying = [
         (output, weight.to(output.dtype))
         for output, weight in zip(outputs, weights, strict=True)

@@ -11,9 +11,9 @@ from msam_analysis.objective.graphs import GraphOperator, Product, loss_gradient
 class HessianOperator(GraphOperator):
     """``∇²L(w)``: products are the derivative of ``∇L · v`` along the gradient's graph (Pearlmutter 1994).
 
-    Products cost about 2.1 gradients for every batch whose graph is kept, 3.5 for the others (medians over ten small
-    networks on a CPU, ``benchmarks/curvature.py``). Several vectors at once share what is rebuilt, and go through small
-    graphs together.
+    A product costs about 2.1 gradients for every batch whose graph is kept, and 3.5 for the others (medians over ten
+    small networks on a CPU, ``benchmarks/curvature.py``). Several vectors at once share what is rebuilt, and go through
+    small graphs together.
 
     Where a layer has no second derivative, products are central differences of the gradient,
     ``(∇L(w + h v) - ∇L(w - h v)) / 2h`` with ``h ‖v‖ = 0.03 eps^(1/3) (1 + ‖w‖)``, for 2 gradients each; BatchNorm's
@@ -22,11 +22,6 @@ class HessianOperator(GraphOperator):
     neither symmetric nor linear. Kinks, as those of ReLU, have no part in an exact Hessian, but a difference sees those
     that lie within its step: in float32 it was off by 15 % on a trained ReLU network. Measure such networks in float64,
     whose step is too short to meet many.
-
-    Parameters
-    ----------
-    loss, w, keep_bytes, settings
-        See :class:`~msam_analysis.objective.graphs.GraphOperator`.
 
     Raises
     ------

@@ -13,22 +13,29 @@ from torch import Tensor
 from msam_analysis.objective import weighing as w
 from msam_analysis.objective.batchnorm import batchnorm_layers
 from msam_analysis.objective.evaluation import Evaluation
-from msam_analysis.objective.examination import Check, ExaminationError
-from msam_analysis.objective.nested import Batch, tensors_of
+from msam_analysis.objective.examination import Check, ExaminationError, Verdict
+from msam_analysis.objective.nested import Batch, map_tensors, tensors_of
+from msam_analysis.objective.private import is_pair
 from msam_analysis.objective.randomness import same_state
 from msam_analysis.objective.trial import SAMPLES, close, on, part_of
+
+Part = tuple[Batch, Any]
+"""A batch, and what the loss returned on it."""
+Divided = list[tuple[Part, Part, Part]]
+"""Batches and their halves."""
+
+_SUMS = w.Weighing("samples, the loss being their sum", w.SAMPLES.count, sums=True)
 
 
 def is_mean(evaluation: Evaluation, part: Batch) -> Check:
     """Find out what batches weigh: the value of a batch is the weighted mean of the values of its halves."""
-    question = "a mean over samples"
     loss_fn = evaluation.copy.loss_fn
     batches = list(evaluation.batches) if evaluation.batches.fits else [part]
-    if all(w.is_pair(batch) for batch in batches):
+    if all(is_pair(batch) for batch in batches):
         reduction = w.reduction_of(loss_fn)
         if reduction == "sum":
-            evaluation.findings.weighing = w.Weighing("samples, the loss being their sum", w.SAMPLES.count, sums=True)
-            return Check(question, "adapted", follows="sums of the criterion are divided by the number of samples")
+            evaluation.findings.weighing = _SUMS
+            return _said("adapted", "sums of the criterion are divided by the number of samples")
         sizes_differ = any(len(set(w.leading_sizes(batch))) > 1 for batch in batches)
         if reduction == "mean" and (sizes_differ or w.needs_counting(loss_fn, batches)):
             found = _criterion(evaluation)
@@ -38,7 +45,7 @@ def is_mean(evaluation: Evaluation, part: Batch) -> Check:
     divided = _divided(evaluation, batches)
     if divided is None:
         if isinstance(next(_returned(evaluation, [part]), None), tuple):
-            return Check(question, "not checked", follows="batches weigh the counts that loss_fn returns")
+            return _said("not checked", "batches weigh the counts that loss_fn returns")
         if w.contradict(sizes):
             raise ExaminationError(
                 f"the tensors of a batch disagree about the number of samples (first dimensions {sizes[0]} in one "
@@ -49,8 +56,12 @@ def is_mean(evaluation: Evaluation, part: Batch) -> Check:
                 "a mask or labels to be left out say another number of samples than the first tensor of a batch, and "
                 "halves of a batch cannot tell which counts: expected no guess; return (sum, count) from loss_fn"
             )
-        return Check(question, "not checked", follows="the batch cannot be halved")
-    return _judged(evaluation, question, divided, several=len(evaluation.batches) > 1)
+        return _said("not checked", "the batch cannot be halved")
+    return _judged(evaluation, divided, several=len(evaluation.batches) > 1)
+
+
+def _said(verdict: Verdict, follows: str = "") -> Check:
+    return Check("mean", "a mean over samples", verdict, follows=follows)
 
 
 def _ambiguous(batches: Sequence[Batch]) -> bool:
@@ -68,47 +79,56 @@ def _criterion(evaluation: Evaluation) -> Check | None:
     sizes = evaluation.batches.sizes
     rates = [count / size for count, size in zip(counts, sizes, strict=True)]
     if max(rates) - min(rates) <= 1e-5 * max(rates):
-        return Check("a mean over samples", "holds")
+        return _said("holds")
     evaluation.findings.weighing = w.Weighing("what the criterion counts", None)
-    return Check(
-        "a mean over samples",
-        "adapted",
-        follows="batches weigh what the criterion counts (labels, class weights, elements), not their samples",
-    )
-
-
-Part = tuple[Batch, Any]
-"""A batch, and what the loss returned on it."""
-Divided = list[tuple[Part, Part, Part]]
-"""Batches and their halves."""
+    return _said("adapted", "batches weigh what the criterion counts (labels, class weights, elements), not samples")
 
 
 def _divided(evaluation: Evaluation, batches: Sequence[Batch]) -> Divided | None:
     """Return samples of all batches and their halves, in their own order and in that of the last tensor (labels).
 
-    So also of the batch whose halves differ most in what may be counted.
+    The batch whose halves differ most in what may be counted comes first, unless these samples tell as much.
     """
-    wholes = [_spread(evaluation) if evaluation.batches.fits else None]
-    best: tuple[float, Batch] = (0.0, None)
-    for batch in batches:
-        pair = w.halves(batch)
-        if pair is not None:
-            shares = [count(pair[0]) / max(count(pair[0]) + count(pair[1]), 1.0) for _, count in w.candidates(batch)]
-            best = max(best, (max(shares) - min(shares), batch), key=lambda found: found[0])
-            wholes[0] = part_of(batch) if wholes[0] is None else wholes[0]
+    halved = [batch for batch in batches if w.halves(batch) is not None]
+    spread = _spread(evaluation) if evaluation.batches.fits else None
+    if spread is None and halved:
+        spread = part_of(halved[0])
+    best = max(halved, key=_unlike, default=None)
+    wholes = [spread]
+    if best is not None and _unlike(best) > 0 and not _tells(spread, best):
+        part = part_of(best)
+        wholes.insert(0, part if _tells(part, best) else best)
     divided: Divided = []
-    for whole in [best[1], *wholes]:
+    for whole in wholes:
         if whole is None or w.halves(whole) is None:
             continue
-        last = [tensor for tensor in tensors_of(whole) if tensor.ndim][-1]
-        order = last.detach().reshape(len(last), -1).double().sum(1).argsort(stable=True)
-        pieces = [piece for batch in (whole, w.rows(whole, order)) for piece in w.halves(batch) or ()]
+        pieces = [piece for batch in (whole, _sorted(whole)) for piece in w.halves(batch) or ()]
         returned = list(_returned(evaluation, [whole, *pieces]))
         if len(returned) < 5:
             return None
         parts = list(zip([whole, *pieces], returned, strict=True))
         divided += [(parts[0], parts[1], parts[2]), (parts[0], parts[3], parts[4])]
     return divided or None
+
+
+def _unlike(batch: Batch) -> float:
+    """Return how much the halves of a batch differ in what may be counted: 0 where every count is cut alike."""
+    one, two = w.halves(batch) or (batch, batch)
+    shares = [count(one) / max(count(one) + count(two), 1.0) for _, count in w.candidates(batch)]
+    return max(shares) - min(shares)
+
+
+def _tells(samples: Batch, batch: Batch) -> bool:
+    """Whether samples tell what is counted as well as a whole batch: the same may be, and differs in their halves."""
+    if samples is None or [words for words, _ in w.candidates(samples)] != [words for words, _ in w.candidates(batch)]:
+        return False
+    return max(_unlike(samples), _unlike(_sorted(samples))) >= _unlike(batch) / 2
+
+
+def _sorted(batch: Batch) -> Batch:
+    """Return a batch in the order of its last tensor."""
+    last = [tensor for tensor in tensors_of(batch) if tensor.ndim][-1]
+    return w.rows(batch, last.detach().reshape(len(last), -1).double().sum(1).argsort(stable=True))
 
 
 def _spread(evaluation: Evaluation) -> Batch | None:
@@ -123,14 +143,13 @@ def _spread(evaluation: Evaluation) -> Batch | None:
 
 def _returned(evaluation: Evaluation, batches: Sequence[Batch]) -> Iterator[Any]:
     """Yield what the loss returns on batches; nothing more once it fails, or couples samples on purpose."""
-    # Statistics of a batch, and random numbers.
+    # Statistics of a batch and random numbers would couple samples.
     fixed = evaluation.view(batchnorm="eval", dropout=False, findings=replace(evaluation.findings, drawing=None))
     trial = on(fixed, batches)
     if any(layer.running_mean is None for layer in batchnorm_layers(trial.copy).values()):
         return
     with trial.evaluating() as stream:
-        point = trial.leaves() if trial.findings.with_gradients else trial.views(None)
-        constants, before = trial.constants(), stream.state
+        point, constants, before = trial.pieces(), trial.constants(), stream.state
         for batch in trial.batches:
             trial.settle(point, constants)
             try:
@@ -139,24 +158,17 @@ def _returned(evaluation: Evaluation, batches: Sequence[Batch]) -> Iterator[Any]
                 return
             if not same_state(before, stream.state):
                 return
-            yield _detached(returned)
+            yield map_tensors(returned, Tensor.detach) if isinstance(returned, tuple | Tensor) else returned
 
 
-def _detached(returned: Any) -> Any:
-    if isinstance(returned, tuple):
-        return tuple(item.detach() if isinstance(item, Tensor) else item for item in returned)
-    if isinstance(returned, Tensor):
-        return returned.detach()
-    return returned
-
-
-def _judged(evaluation: Evaluation, question: str, divided: Divided, *, several: bool) -> Check:
+def _judged(evaluation: Evaluation, divided: Divided, *, several: bool) -> Check:
+    """Say what batches weigh, from the values of batches and of their halves."""
     try:
         numbers = [tuple(_number(returned) for _, returned in row) for row in divided]
     except ValueError:
-        return Check(question, "not checked", follows="what loss_fn returns is neither a mean nor (sum, count)")
+        return _said("not checked", "what loss_fn returns is neither a mean nor (sum, count)")
     if not all(math.isfinite(row[0][0]) for row in numbers):
-        return Check(question, "not checked", follows="the loss is not finite")
+        return _said("not checked", "the loss is not finite")
     # Some models compute their loss in float32, whatever they are in.
     dtype = max(evaluation.precision, torch.float32, key=lambda kind: torch.finfo(kind).eps)
 
@@ -175,7 +187,7 @@ def _judged(evaluation: Evaluation, question: str, divided: Divided, *, several:
         counts = [(row[1][1], row[2][1]) for row in numbers]
         total = all(close(row[0][1], row[1][1] + row[2][1], torch.float32) for row in numbers)
         if total and fits(counts):
-            return Check(question, "holds", follows="batches weigh the counts that loss_fn returns")
+            return _said("holds", "batches weigh the counts that loss_fn returns")
         raise ExaminationError(
             f"loss_fn returns a pair that is no (sum, count): {numbers[0][0][1]:.6g} on a batch, {counts[0][0]:.6g} "
             f"and {counts[0][1]:.6g} on its halves, and sums that do not add up: expected a sum over samples and their "
@@ -184,15 +196,15 @@ def _judged(evaluation: Evaluation, question: str, divided: Divided, *, several:
     for words, counted in w.candidates(divided[0][0][0]):
         if fits([(counted(first[0]), counted(second[0])) for _, first, second in divided]):
             if words == "samples":
-                return Check(question, "holds")
+                return _said("holds")
             evaluation.findings.weighing = w.Weighing(words, counted)
-            return Check(question, "adapted", follows=f"batches weigh their {words}, not their samples")
+            return _said("adapted", f"batches weigh their {words}, not their samples")
     if all(close(row[0][0], row[1][0] + row[2][0], dtype) for row in numbers):
-        evaluation.findings.weighing = w.Weighing("samples, the loss being their sum", w.SAMPLES.count, sums=True)
-        return Check(question, "adapted", follows="sums of loss_fn are divided by the number of samples")
+        evaluation.findings.weighing = _SUMS
+        return _said("adapted", "sums of loss_fn are divided by the number of samples")
     (mean, _), (one, _), (two, _) = numbers[0]
     if not several:
-        return Check(question, "not checked", follows="the only batch is no mean of its halves; its size matters")
+        return _said("not checked", "the only batch is no mean of its halves; its size matters")
     raise ExaminationError(
         f"the loss of a batch, {mean:.6g}, is no mean over its samples: its halves have {one:.6g} and {two:.6g}: "
         "expected a mean, so that batches can be weighed; return (sum, count) from loss_fn, over tokens say, or "

@@ -15,14 +15,12 @@ def tensors_of(batch: Batch) -> Iterator[Tensor]:
     """Iterate over the tensors in any nesting of mappings, tuples, lists and data classes, in order."""
     if isinstance(batch, Tensor):
         yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
+    elif isinstance(batch, Mapping) or is_record(batch):
+        for value in (batch if isinstance(batch, Mapping) else fields_of(batch)).values():
             yield from tensors_of(value)
     elif isinstance(batch, list | tuple):
         for value in batch:
             yield from tensors_of(value)
-    elif is_record(batch):
-        yield from tensors_of(fields_of(batch))
 
 
 def map_tensors(batch: Batch, convert: Callable[[Tensor], Tensor]) -> Batch:

@@ -18,10 +18,11 @@ from msam_analysis.objective.arguments import check_autocast, device_of
 from msam_analysis.objective.batches import CACHE_BYTES, Batches
 from msam_analysis.objective.batchnorm import Policy, check_policy
 from msam_analysis.objective.evaluation import Evaluation
-from msam_analysis.objective.examination import Examination
+from msam_analysis.objective.examination import NOT_EXAMINED, Examination
 from msam_analysis.objective.examine import examine as examination_of
 from msam_analysis.objective.gauss_newton import GaussNewtonOperator
 from msam_analysis.objective.graphs import mean_gradient
+from msam_analysis.objective.handing_on import examine_once
 from msam_analysis.objective.hessian import HessianOperator
 from msam_analysis.objective.private import LossFunction, LossModule, unwrap
 from msam_analysis.objective.second_derivatives import SecondDerivatives, Wish
@@ -50,15 +51,15 @@ class Objective:
         other kind. It returns a mean over the batch's samples, or a pair ``(sum, count)``, for example over tokens.
         If it is a module, its tensors follow ``device`` and ``dtype``.
     data
-        A loader that does not shuffle, a list of batches, or one batch; see
-        :class:`~msam_analysis.objective.batches.Batches`.
+        A loader that does not shuffle, a list of batches, or a single batch: a tuple or list of tensors such as
+        ``(x, y)``, or a mapping or data class of tensors. Any other collection that can be read again also works.
     batchnorm
         ``"eval"`` (default: the running statistics), ``"batch"`` or ``"recalibrate"``;
         see :mod:`msam_analysis.objective.batchnorm`.
     parameters
-        Which parameters the vector holds: ``None`` for every one with ``requires_grad``, name patterns, or a predicate.
-        All others stay at their current values. The row of an embedding's ``padding_idx``, which is never trained,
-        moves with the vector but has no derivatives.
+        Which parameters the vector holds: ``None`` for every one with ``requires_grad``, shell patterns of names
+        (``"layer1.*"``), or a predicate ``f(name, parameter) -> bool``; these may name frozen parameters. All others
+        stay at their current values. The row of an embedding's ``padding_idx`` moves but has no derivatives.
     device, dtype
         Where and in what precision to evaluate; default: those of the model's parameters. When ``dtype`` is given,
         everything of floating point is cast to it, and ``torch.float64`` is the way to reference values; otherwise
@@ -81,8 +82,7 @@ class Objective:
         Memory that kept gradient graphs may take in :meth:`hessian` and :meth:`gauss_newton`; default 2 GiB. More
         batches kept means faster products (about 2.1 gradients instead of 3.5); the others are rebuilt every time.
     cache_bytes
-        Memory that copies of the batches may take on the device; default 1 GiB. Data that is larger is read again at
-        every pass.
+        Memory that copies of the batches may take on the device; default 1 GiB. Larger data is read at every pass.
     seed
         Seed of the private random stream that a stochastic forward pass draws from, the same at every evaluation.
     examine
@@ -198,8 +198,8 @@ class Objective:
         Returns
         -------
         Objective
-            Of the same parameters. Tensors of a batch are taken by their first dimension; what is 0-dimensional or no
-            tensor is kept.
+            The loss as a function of the same parameters. Tensors of a batch are taken by their first dimension; what
+            is 0-dimensional or no tensor is kept.
 
         Raises
         ------
@@ -226,7 +226,7 @@ class Objective:
         Returns
         -------
         Objective
-            Of the same parameters.
+            The loss as a function of the same parameters.
 
         Raises
         ------
@@ -295,10 +295,9 @@ class Objective:
         """How the loss is evaluated, examined at the first use: for solvers and landscapes that need its parts."""
         evaluation = self._evaluation
         evaluation.follow()
-        if evaluation.dropout and evaluation.findings.drawing is None:
-            evaluation.find_randomness()
         if self._examines and evaluation.findings.examination is None:
-            examination_of(evaluation)
+            examine_once(evaluation)
+        evaluation.find_randomness()
         return evaluation
 
     def examine(self) -> Examination:
@@ -341,7 +340,7 @@ class Objective:
         """What every result made from this objective is labelled with."""
         found = dict(self._evaluation.labels)
         if not self._examines:
-            found["examination"] = "left out"
+            found.setdefault("examination", NOT_EXAMINED)
         return found
 
     def __repr__(self) -> str:
@@ -414,8 +413,7 @@ class Objective:
         evaluation = self.evaluation
         total = torch.zeros((), dtype=widest(self.device), device=self.device)
         weight_sum = 0.0
-        point = evaluation.leaves(w) if evaluation.findings.with_gradients else evaluation.views(w)
-        constants = evaluation.constants(w)
+        point, constants = evaluation.pieces(w), evaluation.constants(w)
         with evaluation.evaluating() as stream:
             for batch in evaluation.batch_losses(point, constants, stream):
                 total += batch.value.detach().to(total.dtype) * batch.weight

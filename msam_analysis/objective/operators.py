@@ -28,7 +28,7 @@ class SymmetricOperator(abc.ABC):
     size
         Number of rows and columns.
     dtype, device
-        Of the vectors it takes and returns.
+        Data type and device of the vectors that it takes and returns.
     products
         Matrix-vector products made so far.
     settings
@@ -142,15 +142,7 @@ class MatrixOperator(SymmetricOperator):
 
 
 class ScaledOperator(SymmetricOperator):
-    """``D A D`` for a diagonal ``D``: the Hessian in coordinates ``e = D z``.
-
-    Parameters
-    ----------
-    operator
-        ``A``.
-    diagonal
-        Shape ``(size,)``.
-    """
+    """``D A D`` for a diagonal ``D`` of shape ``(size,)``: the Hessian in coordinates ``e = D z``."""
 
     def __init__(self, operator: SymmetricOperator, diagonal: Tensor) -> None:
         super().__init__(operator.size, dtype=operator.dtype, device=operator.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,29 +25,13 @@ _INTERNAL |= {"redirect", "reached", "fresh"}
 
 
 class LossModule(nn.Module):
-    """Batch in, loss out.
+    """Batch in, loss out: the network's tensors are named ``model.*``, those of a criterion ``loss_fn.*``."""
 
-    Parameters
-    ----------
-    model
-        The network; its tensors are named ``model.*``.
-    loss_fn
-        The criterion; if it is a module, its tensors are named ``loss_fn.*``.
-
-    Attributes
-    ----------
-    redirect
-        Tensors of the original, by identity, and where their stand-ins lie here: for a ``loss_fn`` or a ``forward``
-        that reaches past this copy to the original. ``None``: nothing does.
-    reached
-        Whether anything did.
-    fresh
-        Attributes to be put back before each pass, for modules that write to them; ``None``: nothing does.
-    """
-
+    # Tensors of the original, by identity, and where their stand-ins lie here: for a loss_fn or a forward that reaches
+    # past this copy to the original, as ``reached`` says afterwards.
     redirect: dict[int, Slot] | None = None
     reached = False
-    fresh: Attributes | None = None
+    fresh: Attributes | None = None  # attributes to be put back before each pass, for modules that write to them
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
         super().__init__()
@@ -72,20 +56,10 @@ class LossModule(nn.Module):
         return self.loss_fn(self.model, batch)
 
     def private_copy(self, own: Callable[[Tensor], Tensor] | None = None) -> LossModule:
-        """Return a copy of the modules that shares every parameter and buffer with the originals.
+        """Return a copy of the modules that shares every parameter and buffer, or what ``own`` returns in their place.
 
         A criterion that is no module is the same object. Hooks are not copied: they are the owner's, who did not ask to
-        see these passes. Those of :mod:`torch.nn.utils` are, since they compute weights (weight norm, pruning).
-
-        Parameters
-        ----------
-        own
-            What to put in place of a parameter or a buffer, instead of itself.
-
-        Raises
-        ------
-        ValueError
-            Something in the modules cannot be copied.
+        see these passes. Those of :mod:`torch.nn.utils` are copied, since they compute weights (weight norm, pruning).
         """
         tensors = (*self.parameters(), *self.buffers())
         memo: dict[int, Any] = {id(tensor): own(tensor) if own is not None else tensor for tensor in tensors}
@@ -105,7 +79,7 @@ class LossModule(nn.Module):
                 "accepts; remove attributes that hold open files, locks or tensors with a history"
             ) from error
         for module in copied.modules():
-            if getattr(module, "sparse", None) is True:  # of an embedding: sparse gradients have no second derivative
+            if getattr(module, "sparse", None) is True:  # sparse gradients of an embedding have no second derivative
                 vars(module)["sparse"] = False
         return copied
 
@@ -122,14 +96,7 @@ class LossModule(nn.Module):
 
     @contextlib.contextmanager
     def cut_outputs(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """Inside, cut the loss off from the parameters: what the model puts out reaches ``loss_fn`` as leaves.
-
-        Yields
-        ------
-        list
-            Grows with every call of the model: each tensor that it puts out and that depends on parameters, and the
-            leaf that takes its place.
-        """
+        """Inside, the model's outputs reach ``loss_fn`` as leaves; the list grows by (output, leaf) at every call."""
         pairs: list[tuple[Tensor, Tensor]] = []
 
         def cut(tensor: Tensor) -> Tensor:
@@ -148,37 +115,20 @@ class LossModule(nn.Module):
     @property
     def changing_hooks(self) -> int:
         """Number of hooks that :meth:`private_copy` leaves out and that may change what a forward pass computes."""
-        return sum(
-            not _computes_weights(hook)
-            for module in self.modules()
-            for kind in ("_forward_hooks", "_forward_pre_hooks")
-            for hook in vars(module).get(kind, {}).values()
-        )
+        return self._left_out(_HOOKS[:2])
 
     @property
     def foreign_hooks(self) -> int:
         """Number of hooks that :meth:`private_copy` leaves out."""
-        return sum(
-            not _computes_weights(hook)
-            for module in self.modules()
-            for hooks in _hooks(module)
-            for hook in hooks.values()
-        )
+        return self._left_out(_HOOKS)
+
+    def _left_out(self, kinds: Sequence[str]) -> int:
+        found = (hook for module in self.modules() for hooks in _hooks(module, kinds) for hook in hooks.values())
+        return sum(not _computes_weights(hook) for hook in found)
 
 
 class Redirect(TorchFunctionMode):
-    """Inside, torch's functions get the stand-ins of tensors that belong to somebody else.
-
-    Parameters
-    ----------
-    table
-        Tensors by identity, and where their stand-ins lie.
-
-    Attributes
-    ----------
-    used
-        Whether any of them was met.
-    """
+    """Inside, torch's functions get the stand-ins of tensors that belong to somebody else."""
 
     def __init__(self, table: Mapping[int, Slot]) -> None:
         super().__init__()
@@ -202,13 +152,7 @@ class Redirect(TorchFunctionMode):
 
 
 class Attributes:
-    """The attributes of modules as they are now, so that a change is noticed and can be undone.
-
-    Parameters
-    ----------
-    module
-        It and all its modules are looked at; parameters, buffers, hooks and the mode are not.
-    """
+    """The attributes of modules as they are now, so that a change is noticed and can be undone."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -220,7 +164,9 @@ class Attributes:
         if len(parts) != len(self._kept):
             return True
         return any(
-            vars(part) is not now or not _same(_attributes(part), before) or _differ(contents)
+            vars(part) is not now
+            or not _same(_attributes(part), before)
+            or any(_unlike(container, kept) for container, kept in contents)
             for part, (now, before, contents) in zip(parts, self._kept, strict=True)
         )
 
@@ -242,21 +188,15 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    if now.keys() != before.keys():
-        return False
-    return all(value is before[key] or _equal(value, before[key]) for key, value in now.items())
-
-
-def _equal(one: object, other: object) -> bool:
-    return type(one) is type(other) and isinstance(one, int | float | str) and one == other
+    return now.keys() == before.keys() and all(
+        value is before[key]
+        or (type(value) is type(before[key]) and isinstance(value, int | float | str) and value == before[key])
+        for key, value in now.items()
+    )
 
 
 def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
     return [(item, copy.copy(item)) for item in _attributes(module).values() if type(item) in (list, dict, set)]
-
-
-def _differ(contents: Iterable[tuple[Any, Any]]) -> bool:
-    return any(_unlike(container, kept) for container, kept in contents)
 
 
 def _unlike(container: Any, kept: Any) -> bool:
@@ -288,25 +228,10 @@ def unwrap(model: Any) -> Any:
 
 
 def use_randomness(module: LossModule, run: Callable[[], object], stream: RandomStream) -> list[str]:
-    """Put into training mode every module of a private copy that draws random numbers in it, and only those.
+    """Put every module that draws random numbers in training mode into it, and only those; return their names.
 
-    They are found by what they do: one pass in training mode, watching the random stream before and after every
-    module. A module draws by itself if the stream moved inside of it and outside of its children. BatchNorm keeps its
-    policy.
-
-    Parameters
-    ----------
-    module
-        The private copy.
-    run
-        Makes one pass through it.
-    stream
-        What the pass draws from; entered by the caller.
-
-    Returns
-    -------
-    list of str
-        Names of the modules that draw.
+    One pass in training mode shows them: a module draws by itself if the random stream moved inside of it and outside
+    of its children. BatchNorm keeps its policy.
     """
     names = {part: name for name, part in module.named_modules() if not isinstance(part, _BatchNorm)}
     modes = {part: part.training for part in names}
@@ -331,7 +256,7 @@ def use_randomness(module: LossModule, run: Callable[[], object], stream: Random
     handles += [part.register_forward_hook(leave) for part in names]
     try:
         for part in names:
-            part.training = True  # of this module alone: train() would reach the BatchNorm layers inside
+            part.training = True  # train() would reach the BatchNorm layers inside of it
         run()
     finally:
         for handle in handles:
@@ -341,8 +266,8 @@ def use_randomness(module: LossModule, run: Callable[[], object], stream: Random
     return sorted(names[part] for part in draws)
 
 
-def _hooks(module: nn.Module) -> Iterator[dict[int, Any]]:
-    return (vars(module)[kind] for kind in _HOOKS if kind in vars(module))
+def _hooks(module: nn.Module, kinds: Sequence[str] = _HOOKS) -> Iterator[dict[int, Any]]:
+    return (vars(module)[kind] for kind in kinds if kind in vars(module))
 
 
 def _computes_weights(hook: object) -> bool:

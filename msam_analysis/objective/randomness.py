@@ -47,13 +47,8 @@ def _cuda() -> bool:
 class RandomStream:
     """A stream of its own behind Python's, NumPy's and torch's global generators.
 
-    Inside ``with stream:`` the global generators continue this stream; outside they are the caller's, bit for bit as
+    Inside ``with stream:`` the global generators continue this stream. Outside they are the caller's, bit for bit as
     they were, also after an exception.
-
-    Parameters
-    ----------
-    seed
-        Where the stream starts.
     """
 
     def __init__(self, seed: int) -> None:
@@ -75,11 +70,11 @@ class RandomStream:
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """Where the stream is, inside ``with stream:``; see :func:`same_state`."""
+        """The state of the stream, inside ``with stream:``; see :func:`same_state`."""
         return _global_state()
 
     def restart(self, seed: int) -> None:
-        """Start anew from a seed, inside ``with stream:``; much cheaper than to enter another stream."""
+        """Start anew from a seed, inside ``with stream:``; this is much cheaper than another stream."""
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.default_generator.manual_seed(seed)

@@ -13,18 +13,7 @@ Item = TypeVar("Item")
 
 
 class Ranks:
-    """The processes that measure together: those of the default group, or this one alone.
-
-    Parameters
-    ----------
-    together
-        Whether other processes may take part.
-
-    Attributes
-    ----------
-    rank, count
-        Number of this process, from 0, and number of processes.
-    """
+    """The processes that measure together: those of the default group, or this one alone."""
 
     def __init__(self, *, together: bool = True) -> None:
         together = together and dist.is_available() and dist.is_initialized()
@@ -32,7 +21,7 @@ class Ranks:
         self.count = dist.get_world_size() if together else 1
 
     def share(self, items: Sequence[Item], size: int = 1, rank: int | None = None) -> Sequence[Item]:
-        """Return the items of a process (default: this one): every ``count``-th of the groups of ``size`` items."""
+        """Return the items of a process, this one by default: every ``count``-th group of ``size`` items."""
         if self.count == 1:
             return items
         groups = [items[start : start + size] for start in range(0, len(items), size)]
@@ -60,13 +49,7 @@ class Ranks:
         return received  # type: ignore[no-any-return]
 
     def check_alike(self, identity: Mapping[str, str]) -> None:
-        """Check that all processes measure the same.
-
-        Raises
-        ------
-        ValueError
-            A process differs from the first.
-        """
+        """Raise ``ValueError`` unless all processes measure the same."""
         first, *others = self._all(dict(identity))
         for rank, other in enumerate(others, start=1):
             names = [name for name in first if other.get(name) != first[name]]

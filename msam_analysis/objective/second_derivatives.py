@@ -20,42 +20,21 @@ _ONCE = once_differentiable(len).__code__  # of the wrapper, the same for every 
 _MISSING = re.compile(
     r"derivative for .* not implemented|once_differentiable|[Dd]ouble[ -]backward|not .*twice differentiable"
 )
-# Of the step, relative to eps^(1/3) of the weights' norm: the third derivative along the stiffest directions of trained
-# networks is large. Measured in float32, it balances their truncation against the rounding along random directions.
+# The factor of the step before eps^(1/3) of the weights' norm. It is small, as the third derivative along the stiffest
+# directions of trained networks is large: in float32 it balances their truncation and the rounding along random ones.
 _STEP = 0.03
 
 
 class SecondDerivatives:
-    """Whether second derivatives are exact or differences: one finding for an objective and all its operators.
-
-    Parameters
-    ----------
-    wish
-        ``"exact"``, ``"central"``, or ``"auto"``: exact, and central differences once a layer turns out to have none.
-
-    Attributes
-    ----------
-    central
-        Whether they are central differences.
-    refusal
-        Why there are none, although the gradient is right; empty where there are.
-    error
-        Of the first difference: how far it was from one of twice the step, relative to itself.
-
-    Raises
-    ------
-    ValueError
-        ``wish`` is none of these.
-    """
+    """Whether second derivatives are exact or differences: one finding for an objective and all its operators."""
 
     def __init__(self, wish: Wish) -> None:
         if wish not in get_args(Wish):
             raise ValueError(f"second_derivatives must be one of {get_args(Wish)}, got {wish!r}")
-        self._wish = wish
-        self._reason = ""
-        self.central = wish == "central"
-        self.error: float | None = None
-        self.refusal = ""
+        self.wish, self._reason = wish, ""
+        self.central = wish == "central"  # whether they are central differences
+        self.error: float | None = None  # how far the first difference was from one of twice the step, relatively
+        self.refusal = ""  # why there are none, although the gradient is right
 
     @property
     def settings(self) -> Settings:
@@ -67,7 +46,7 @@ class SecondDerivatives:
 
     def give_up(self, reason: str) -> None:
         """Turn to central differences; ``ValueError`` where exact derivatives were asked for."""
-        if self._wish == "exact":
+        if self.wish == "exact":
             raise ValueError(
                 f"the loss cannot be differentiated twice ({reason}): expected layers with second derivatives; use "
                 "another version of that layer, or second_derivatives='auto'"
@@ -76,13 +55,13 @@ class SecondDerivatives:
 
     def doubt(self, reason: str) -> None:
         """Turn to central differences where exact derivatives are wrong; where those were asked for, refuse them."""
-        if self._wish == "exact":
-            self.refusal = (
-                f"exact second derivatives are wrong here ({reason}): expected a layer whose double backward is right; "
-                "use second_derivatives='auto', which takes differences of the gradient"
-            )
-        else:
-            self.central, self._reason = True, reason
+        if self.wish != "exact":
+            self.give_up(reason)
+            return
+        self.refusal = (
+            f"exact second derivatives are wrong here ({reason}): expected a layer whose double backward is right; "
+            "use second_derivatives='auto', which takes differences of the gradient"
+        )
 
     def found(self, error: float) -> None:
         """Keep the error of the first difference, and warn of it where differences were not asked for."""
@@ -106,11 +85,6 @@ def difference_step(precision: torch.dtype) -> float:
 
     ``eps^(1/3)`` balances the rounding of a difference against its truncation if the third derivative is of the order
     of the first; along the stiffest directions of trained networks it is far larger.
-
-    Raises
-    ------
-    ValueError
-        In half precision, which has too few digits for differences.
     """
     eps = torch.finfo(precision).eps
     if eps > torch.finfo(torch.float32).eps:

@@ -6,8 +6,9 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _NormBase
 
+from msam_analysis.objective.batchnorm import batchnorm_layers
 from msam_analysis.results import ApproximationWarning
 
 if TYPE_CHECKING:  # an objective warns of its own statistics
@@ -15,23 +16,8 @@ if TYPE_CHECKING:  # an objective warns of its own statistics
 
 
 def warn_of_statistics(objective: Objective, place: str, *, stacklevel: int = 3) -> bool:
-    """Warn if running statistics of the current weights are used at a place where they do not belong.
-
-    Parameters
-    ----------
-    objective
-        The loss, with its policy for BatchNorm.
-    place
-        Where the weights of another network are measured, such as ``"at the point of with_weights"``.
-    stacklevel
-        As in :func:`warnings.warn`. Default: the caller of the function that calls this one.
-
-    Returns
-    -------
-    bool
-        Whether there are such statistics.
-    """
-    layers = {name: layer for name, layer in objective.model.named_modules() if isinstance(layer, _BatchNorm)}
+    """Warn if running statistics of the current weights are used at a place (in words) of others; return whether."""
+    layers = batchnorm_layers(objective.model)
     kept = objective.batchnorm == "eval" and any(layer.running_mean is not None for layer in layers.values())
     others = _others(objective, list(layers))
     if not kept and not others:

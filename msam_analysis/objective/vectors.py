@@ -22,15 +22,7 @@ Selection = str | Iterable[str] | ParameterFilter | None
 
 @dataclass(frozen=True)
 class Layout:
-    """Names and shapes of the tensors that a flat vector is made of, in order.
-
-    Parameters
-    ----------
-    names
-        One name for each tensor, as in ``model.named_parameters()``.
-    shapes
-        Their shapes.
-    """
+    """Names (as in ``model.named_parameters()``) and shapes of the tensors that a flat vector is made of, in order."""
 
     names: tuple[str, ...]
     shapes: tuple[torch.Size, ...]
@@ -46,23 +38,7 @@ class Layout:
         return sum(self.sizes)
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
-        """Split a vector into named views that share its memory.
-
-        Parameters
-        ----------
-        vector
-            Shape ``(size,)``.
-
-        Returns
-        -------
-        dict
-            Name to view, each of its parameter's shape.
-
-        Raises
-        ------
-        ValueError
-            The vector has another shape.
-        """
+        """Split a vector of shape ``(size,)`` into views by name, of the parameters' shapes, that share its memory."""
         self.check(vector)
         pieces = torch.split(vector, list(self.sizes))
         return {name: piece.view(shape) for name, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
@@ -82,28 +58,7 @@ class Layout:
 
 
 def select(model: nn.Module, parameters: Selection) -> dict[str, nn.Parameter]:
-    """Return the parameters of ``model`` that a selection names, in the model's order, tied ones once.
-
-    Parameters
-    ----------
-    model
-        The module.
-    parameters
-        ``None`` for every parameter with ``requires_grad``; a shell pattern (``"layer1.*"``) or several; or a predicate
-        ``f(name, parameter) -> bool``. A pattern or predicate may name frozen parameters: then they are measured too.
-
-    Returns
-    -------
-    dict
-        Name to parameter.
-
-    Raises
-    ------
-    ValueError
-        Nothing is selected.
-    TypeError
-        The selection is of another kind.
-    """
+    """Return the parameters that a selection names, in the model's order, tied ones once."""
     named = dict(model.named_parameters())
     for name, parameter in named.items():
         if isinstance(parameter, UninitializedParameter):
@@ -124,47 +79,34 @@ def select(model: nn.Module, parameters: Selection) -> dict[str, nn.Parameter]:
                 "unfreeze some, or select frozen ones by name with parameters=..."
             )
         return chosen
-    if callable(parameters):
-        chosen = {name: parameter for name, parameter in named.items() if parameters(name, parameter)}
-    else:
-        patterns = [parameters] if isinstance(parameters, str) else list(parameters)
-        if not all(isinstance(pattern, str) for pattern in patterns):
-            raise TypeError(
-                "parameters must be None, name patterns such as 'layer1.*', or a predicate f(name, parameter); "
-                f"got {[type(pattern).__name__ for pattern in patterns]}: pass names, not tensors"
-            )
-        unmatched = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in named)]
-        if unmatched:
-            raise ValueError(
-                f"no parameter is named {unmatched[0]!r}: expected a pattern that matches one of {_some(named)}"
-            )
-        chosen = {
-            name: parameter
-            for name, parameter in named.items()
-            if any(fnmatchcase(name, pattern) for pattern in patterns)
-        }
+    wanted = parameters if callable(parameters) else _matcher(named, parameters)
+    chosen = {name: parameter for name, parameter in named.items() if wanted(name, parameter)}
     if not chosen:
         raise ValueError(f"parameters selects nothing: expected at least one of {_some(named)}")
     return chosen
 
 
+def _matcher(named: Mapping[str, object], parameters: str | Iterable[str]) -> ParameterFilter:
+    """Return a predicate of name patterns, each of which must name a parameter."""
+    patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(
+            "parameters must be None, name patterns such as 'layer1.*', or a predicate f(name, parameter); "
+            f"got {[type(pattern).__name__ for pattern in patterns]}: pass names, not tensors"
+        )
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            raise ValueError(
+                f"no parameter is named {pattern!r}: expected a pattern that matches one of {_some(named)}"
+            )
+    return lambda name, _: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def orthonormalize(vectors: Tensor, against: Tensor | None = None) -> Tensor:
-    """Return an orthonormal basis of the columns of ``vectors`` after removing their parts in span(``against``).
+    """Return an orthonormal basis of the columns of ``vectors`` without their parts in span(``against``).
 
-    Two passes of classical Gram-Schmidt against ``against`` ("twice is enough", Giraud et al. 2005), then a
-    rank-revealing QR. Directions that are dependent to working precision are dropped.
-
-    Parameters
-    ----------
-    vectors
-        Shape ``(size, p)``.
-    against
-        Shape ``(size, m)`` with orthonormal columns, or ``None``.
-
-    Returns
-    -------
-    Tensor
-        Shape ``(size, q)``, ``q <= p``.
+    ``against`` has orthonormal columns. Two passes of classical Gram-Schmidt ("twice is enough", Giraud et al. 2005),
+    then a rank-revealing QR. Directions that are dependent to working precision are dropped.
     """
     scale = vectors.norm(dim=0)
     vectors = vectors[:, scale > 0] / scale[scale > 0]
@@ -174,11 +116,11 @@ def orthonormalize(vectors: Tensor, against: Tensor | None = None) -> Tensor:
     if vectors.shape[1] == 0:
         return vectors
     q, r = torch.linalg.qr(vectors)
-    # The singular vectors of the small factor tell dependent columns apart wherever they stand.
+    # The singular vectors of the small factor find dependent columns in any order.
     left, singular, _ = torch.linalg.svd(r, full_matrices=False)
     q, keep = q @ left, singular > 100 * torch.finfo(vectors.dtype).eps
     if against is not None and against.shape[1]:
-        # A column that was nearly inside span(against) is mostly rounding error: clean what QR scaled up.
+        # A column that was nearly inside span(against) is mostly rounding error, which QR scaled up.
         q = q - against @ (against.T @ q)
         q = q / q.norm(dim=0).clamp_min(torch.finfo(q.dtype).tiny)
     kept: Tensor = q[:, keep]
@@ -191,17 +133,17 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
-    """Return the context in which a caller's autocast does not reach what is computed."""
+    """Return a context that switches a caller's autocast off."""
     return torch.autocast(device.type, enabled=False)
 
 
 def gaussian(size: int, columns: int, *, seed: int, like: Tensor, use: str = "") -> Tensor:
     """Draw a ``(size, columns)`` standard Gaussian matrix from a private generator seeded with ``seed`` and ``use``.
 
-    Drawn in float64 on the CPU, so that every device and data type sees the same numbers. What is drawn for another
-    ``use`` is independent, also from the same seed.
+    The draw is in float64 on the CPU, so that every device and data type sees the same numbers. Draws for different
+    uses are independent, also from the same seed.
     """
-    # The generator looks at 32 bits of its seed only: hash all of it into these.
+    # The generator reads only 32 bits of its seed, so that all of it is hashed into these.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {use}".encode()) if use else seed)
     draw = torch.randn(size, columns, generator=generator, dtype=torch.float64)
     return draw.to(device=like.device, dtype=like.dtype)

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from msam_analysis.objective.nested import Batch, count_samples, map_tensors, tensors_of
-from msam_analysis.objective.private import is_pair
 
 IGNORED = -100
 """The label that torch's criteria and Hugging Face's models leave out by default."""
@@ -29,21 +28,11 @@ Count = Callable[[Batch], float]
 
 @dataclass(frozen=True)
 class Weighing:
-    """How batches are weighed.
+    """How batches are weighed."""
 
-    Attributes
-    ----------
-    counts
-        What is counted, in words.
-    count
-        A batch to its weight; ``None``: the criterion itself has to be asked.
-    sums
-        Whether the loss is a sum over what is counted, and not its mean.
-    """
-
-    counts: str
-    count: Count | None
-    sums: bool = False
+    counts: str  # what is counted, in words
+    count: Count | None  # a batch to its weight; None: the criterion itself has to be asked
+    sums: bool = False  # whether the loss is a sum over what is counted, and not its mean
 
 
 def _samples(batch: Batch) -> float:
@@ -54,22 +43,7 @@ SAMPLES = Weighing("samples", _samples)
 
 
 def mean_and_weight(returned: object, weight: float, *, sums: bool = False) -> tuple[Tensor, float]:
-    """Return the mean loss of a batch and its weight, from what its ``loss_fn`` returned.
-
-    Parameters
-    ----------
-    returned
-        A mean, a pair ``(sum, count)``, or an output of a model that has a ``loss``.
-    weight
-        Weight of the batch, unless a count was returned.
-    sums
-        Whether the one number that is returned is a sum.
-
-    Raises
-    ------
-    ValueError
-        It is neither one number nor a sum and a positive count.
-    """
+    """Return the mean loss of a batch and its weight, from what its ``loss_fn`` returned; ``sums``: a sum."""
     if not isinstance(returned, Tensor):
         loss = _own_loss(returned)
         if loss is not None:
@@ -90,11 +64,10 @@ def _own_loss(returned: object) -> Tensor | None:
 def _sum_and_count(returned: tuple[Any, ...]) -> tuple[Tensor, float]:
     count = returned[1] if len(returned) == 2 else None
     if not (isinstance(count, int | float) or (isinstance(count, Tensor) and count.numel() == 1)):
-        came = f"a tensor of shape {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
+        second = f" with {_what(count)} as its second item" if len(returned) == 2 else ""
         raise ValueError(
-            f"loss_fn returned a tuple of {len(returned)}"
-            + (f" with {came} as its second item" if len(returned) == 2 else "")
-            + ": expected a mean loss alone, or (sum, count) with a number; drop what else it returns, e.g. the logits"
+            f"loss_fn returned a tuple of {len(returned)}{second}: expected a mean loss alone, or (sum, count) "
+            "with a number; drop what else it returns, e.g. the logits"
         )
     weight = float(count)
     if not weight > 0:
@@ -102,11 +75,15 @@ def _sum_and_count(returned: tuple[Any, ...]) -> tuple[Tensor, float]:
     return _scalar(returned[0], "a sum"), weight
 
 
+def _what(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def _scalar(value: Any, what: str) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
-        came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
-            f"loss_fn must return {what} as one number, got {came}: use reduction='mean', or return (sum, count)"
+            f"loss_fn must return {what} as one number, got {_what(value)}: use reduction='mean', or "
+            "return (sum, count)"
         )
     return value.reshape(())
 
@@ -116,22 +93,19 @@ def _scalar(value: Any, what: str) -> Tensor:
 
 def with_reduction(loss_fn: Any, reduction: str) -> Callable[..., Any] | None:
     """Return a criterion with another ``reduction``, or ``None`` if it offers no choice of one."""
-    if isinstance(loss_fn, nn.Module):
-        if not isinstance(getattr(loss_fn, "reduction", None), str):
-            return None
-        changed: Any = copy.copy(loss_fn)
-        changed.reduction = reduction
-        return changed  # type: ignore[no-any-return]
-    try:
-        offered = "reduction" in inspect.signature(loss_fn).parameters
-    except (TypeError, ValueError):  # a builtin
+    if not isinstance(_option(loss_fn, "reduction"), str):
         return None
-    return functools.partial(loss_fn, reduction=reduction) if offered else None
+    if not isinstance(loss_fn, nn.Module):
+        return functools.partial(loss_fn, reduction=reduction)
+    changed: Any = copy.copy(loss_fn)
+    changed.reduction = reduction
+    return changed  # type: ignore[no-any-return]
 
 
 def reduction_of(loss_fn: Any) -> str | None:
     """Return the ``reduction`` of a criterion; ``None`` if it has none."""
-    return _option(loss_fn, "reduction") if with_reduction(loss_fn, "sum") is not None else None
+    found = _option(loss_fn, "reduction")
+    return found if isinstance(found, str) else None
 
 
 def _option(loss_fn: Any, name: str) -> Any:
@@ -140,17 +114,13 @@ def _option(loss_fn: Any, name: str) -> Any:
         return getattr(loss_fn, name, None)
     try:
         default = inspect.signature(loss_fn).parameters[name].default
-    except (TypeError, ValueError, KeyError):
+    except (TypeError, ValueError, KeyError):  # a builtin, or no such option
         return None
     return None if default is inspect.Parameter.empty else default
 
 
 def needs_counting(loss_fn: Any, batches: Sequence[Batch]) -> bool:
-    """Whether a criterion with a reduction may count something else than samples on these ``(input, target)`` batches.
-
-    So it is if it holds tensors (class weights), if targets hold the label that it ignores, or if the number of
-    elements of a sample is not the same in all batches.
-    """
+    """Whether a criterion may count something else than samples: weights, ignored labels, elements that vary."""
     own = (*loss_fn.parameters(), *loss_fn.buffers()) if isinstance(loss_fn, nn.Module) else ()
     named = () if isinstance(loss_fn, nn.Module) else getattr(loss_fn, "keywords", {}).values()
     if own or any(isinstance(value, Tensor) for value in named):
@@ -179,35 +149,26 @@ def counted(mean: float, total: float) -> float:
 
 
 def candidates(batch: Batch) -> Iterator[tuple[str, Count]]:
-    """Yield what may be counted in batches of this structure, the likeliest first, as words and a function.
-
-    Samples; labels other than -100, all of them or all but the first of every sequence (causal language models predict
-    the next token); ones of a mask, likewise.
-    """
+    """Yield what may be counted in such batches, the likeliest first, as words and a function."""
     yield "samples", _samples
     for index, tensor in enumerate(tensors_of(batch)):
         if tensor.is_floating_point() or tensor.is_complex() or tensor.ndim == 0:
             continue
-        shifts = (0, 1) if tensor.ndim > 1 else (0,)
         if bool((tensor == IGNORED).any()):
-            for shift in shifts:
-                yield "labels that count" + " after the first" * shift, functools.partial(_labels, index, shift)
+            words, left_out = "labels that count", IGNORED
         elif tensor.dtype == torch.bool or bool(((tensor == 0) | (tensor == 1)).all()):
-            for shift in shifts:
-                yield "ones of a mask" + " after the first" * shift, functools.partial(_ones, index, shift)
+            words, left_out = "ones of a mask", 0
+        else:
+            continue
+        # All of them, or all but the first of every sequence: causal language models predict the next token.
+        for shift in range(min(tensor.ndim, 2)):
+            yield words + " after the first" * shift, functools.partial(_unlike, index, shift, left_out)
 
 
-def _labels(index: int, shift: int, batch: Batch) -> float:
-    return float((_item(batch, index, shift) != IGNORED).sum())
-
-
-def _ones(index: int, shift: int, batch: Batch) -> float:
-    return float((_item(batch, index, shift) != 0).sum())
-
-
-def _item(batch: Batch, index: int, shift: int) -> Tensor:
+def _unlike(index: int, shift: int, value: int, batch: Batch) -> float:
+    """Count the entries of a tensor, behind the first ``shift`` columns, that are not a value."""
     tensor = list(tensors_of(batch))[index]
-    return tensor[:, shift:] if shift else tensor
+    return float(((tensor[:, shift:] if shift else tensor) != value).sum())
 
 
 def leading_sizes(batch: Batch) -> tuple[int, ...]:
@@ -216,11 +177,7 @@ def leading_sizes(batch: Batch) -> tuple[int, ...]:
 
 
 def contradict(sizes: Sequence[tuple[int, ...]]) -> bool:
-    """Whether tensors of the batches disagree about how many samples a batch holds relative to the others.
-
-    ``sizes`` has a row for each batch. A tensor whose first dimension is the same in all batches is no evidence, unless
-    it is the first one.
-    """
+    """Whether tensors disagree, from batch to batch, about how many samples a batch holds; a row of sizes for each."""
     if len(sizes) < 2:
         return False
     if len({len(row) for row in sizes}) > 1:
@@ -242,20 +199,3 @@ def halves(batch: Batch) -> tuple[Batch, Batch] | None:
 def rows(batch: Batch, chosen: slice | Tensor) -> Batch:
     """Return the chosen rows of every tensor of a batch that has rows."""
     return map_tensors(batch, lambda tensor: tensor[chosen] if tensor.ndim else tensor)
-
-
-__all__ = [
-    "SAMPLES",
-    "Weighing",
-    "candidates",
-    "contradict",
-    "counted",
-    "halves",
-    "is_pair",
-    "leading_sizes",
-    "mean_and_weight",
-    "needs_counting",
-    "reduction_of",
-    "rows",
-    "with_reduction",
-]

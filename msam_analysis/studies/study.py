@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
@@ -265,7 +266,7 @@ def _compose(
         quantities = [*_SUMMARY, *(f"sharpness_{radius:g}" for radius in study.protocol.radii)]
         columns = ["optimizer", *(column for q in quantities for column in (q, f"{q}_half_width"))]
         summaries = [report.Table(tables.optimizers[columns], spread)]
-    sections = [report.Section("What was run", _setup(study), summaries)]
+    sections = [report.Section("What was run", _setup(study, _examined(finished.values())), summaries)]
     for exhibit, finding in findings.items():
         words, ids = exhibit.prose, ", ".join(exhibit.ids)
         items: list[report.Figure | report.Table] = []
@@ -279,11 +280,12 @@ def _compose(
     return report.Report(title, prose.render("summary.md.j2", summary), sections, claims)
 
 
-def _setup(study: Study) -> str:
+def _setup(study: Study, examined: str) -> str:
     unusual = [change for change in _changes(study.protocol) if change[0] != "samples"]
     perturbations = study.workload.perturbations.items()
     facts = {
         "setting": study,
+        "examined": examined,
         "workload": study.workload,
         "recipe": ", ".join(f"{name} {value}" for name, value, _ in _changes(study.workload.recipe)),
         "perturbations": "; ".join(f"{name}: {'none' if one is None else formula(one)}" for name, one in perturbations),
@@ -299,6 +301,16 @@ def _changes(values: Any) -> list[tuple[str, object, object]]:
     """Return the fields of a data class that are not at their defaults: name in words, value, default."""
     given = [(field.name.replace("_", " "), getattr(values, field.name), field.default) for field in fields(values)]
     return [change for change in given if change[1] != change[2]]
+
+
+def _examined(finished: Iterable[FinishedRun]) -> str:
+    """Say in a sentence what the examinations of the networks' losses found, from the settings of their results."""
+    found: Counter[str] = Counter()
+    for run in finished:
+        settings = [result.settings for result in run.results.values() if "batches" in result.settings]
+        found.update({str(each.get("examination", "not recorded")) for each in settings})
+    counts = ", ".join(f"{verdict} on {count} network{'s' * (count != 1)}" for verdict, count in found.items())
+    return f"Examined before measuring: value, copy, mean, gradient, Hessian, no writes; {counts}." if found else ""
 
 
 def _diverged(finished: Iterable[FinishedRun]) -> str:

@@ -118,7 +118,7 @@ def data():
 @pytest.mark.parametrize(
     ("chosen", "expected"),
     [
-        ("loss, flatness", ["loss", "gradient norm", "weight norm", "relative flatness"]),
+        ("loss, flatness", ["examination", "loss", "gradient norm", "weight norm", "relative flatness"]),
         ("all", None),
     ],
 )

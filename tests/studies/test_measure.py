@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from typing import Any
@@ -26,6 +27,8 @@ from msam_analysis.results import (
 )
 from msam_analysis.studies import measuring
 from msam_analysis.studies.measuring import scores
+from msam_analysis.studies.pages import examined
+from msam_analysis.studies.tables import FinishedRun
 from msam_analysis.studies.training import Trained, train
 
 from .toy import CLASSES, COARSE, FEATURES, TOY, Features
@@ -204,6 +207,21 @@ def measured(trained: Trained) -> dict[str, Result]:
     return {name: result for part in parts for name, result in part.items()}
 
 
+def test_a_report_says_for_how_many_networks_the_examination_passed(trained: Trained) -> None:
+    results = measured(trained)
+    without = {
+        name: dataclasses.replace(result, settings={k: v for k, v in result.settings.items() if k != "examination"})
+        for name, result in results.items()
+    }
+    runs = [
+        FinishedRun("SGD", seed, {}, pd.DataFrame(), found) for seed, found in enumerate((results, results, without))
+    ]
+    head = "Examined before measuring: value, copy, mean, gradient, Hessian, no writes; "
+    assert examined(runs[:2]) == f"{head}passed on 2 networks."
+    assert examined(runs) == f"{head}passed on 2 networks, not recorded on 1 network."
+    assert examined([]) == ""
+
+
 def test_measurements_of_a_run(trained: Trained) -> None:
     """Every result is what the library's own call returns, on the training set, in eval mode, at the true weights."""
     results = measured(trained)
@@ -216,6 +234,7 @@ def test_measurements_of_a_run(trained: Trained) -> None:
         "plane",
     ]
     objective = ma.Objective(trained.model, nn.CrossEntropyLoss(), TOY.train())
+    objective.examine()  # its settings say so afterwards
     assert {tuple(result.settings.items()) for result in results.values()} == {tuple(objective.settings.items())}
 
     lanczos, power = results["lanczos"], results["power"]
