@@ -27,7 +27,7 @@ from msam_analysis.results import (
 )
 from msam_analysis.studies import measuring
 from msam_analysis.studies.measuring import scores
-from msam_analysis.studies.pages import examined
+from msam_analysis.studies.study import _examined as examined
 from msam_analysis.studies.tables import FinishedRun
 from msam_analysis.studies.training import Trained, train
 
