@@ -58,7 +58,8 @@ class PerturbationCallback(Callback):
         self.every_batch = every_batch
         self._optimizers: list[PerturbedOptimizer] = []
         self._state: TrueState | None = None
-        self._repeating: list[RemovableHandle] = []
+        self._before_steps: list[RemovableHandle] = []
+        self._repeats = False  # whether there is a SAM
         self._parts: list[tuple[Any, int]] = []  # batches whose gradients are being added up, for SAM
         self._between = False
 
@@ -73,20 +74,18 @@ class PerturbationCallback(Callback):
         self._detach()
         self._optimizers = [each for each in map(unwrapped, trainer.optimizers) if each is not None]
         self._state = save_true_weights(pl_module, *self._optimizers)
-        self._repeating = [
-            optimizer.register_step_pre_hook(self._repeat(trainer, pl_module))
-            for optimizer in self._optimizers
-            if climbs(optimizer)
+        self._before_steps = [
+            optimizer.register_step_pre_hook(self._before_step(trainer, pl_module)) for optimizer in self._optimizers
         ]
+        self._repeats = any(map(climbs, self._optimizers))
         averages = any(isinstance(each, WeightAveraging) for each in trainer.callbacks)  # type: ignore[attr-defined]
         self._between = averages if self.every_batch is None else self.every_batch
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Displace the weights, as the gradient of the batch wants them; note the batch if SAM may need it again."""
         if not _only_statistics(trainer):
-            for optimizer in self._optimizers:
-                optimizer.train()
-        if self._repeating:
+            self._displace()
+        if self._repeats:
             if batch_idx % trainer.accumulate_grad_batches == 0:
                 self._parts.clear()
             self._parts.append((batch, batch_idx))
@@ -122,34 +121,42 @@ class PerturbationCallback(Callback):
             for optimizer in self._optimizers:
                 optimizer.eval()
 
+    def _displace(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.train()
+
     def _detach(self) -> None:
         if self._state is not None:
             self._state.remove()
-        while self._repeating:
-            self._repeating.pop().remove()
+        while self._before_steps:
+            self._before_steps.pop().remove()
         self._parts.clear()
 
-    # ---------------------------------------------------------------- SAM's second gradient
+    # ---------------------------------------------------------------- the closure, and SAM's second gradient
 
-    def _repeat(self, trainer: Trainer, module: LightningModule) -> Callable[..., Any]:
+    def _before_step(self, trainer: Trainer, module: LightningModule) -> Callable[..., Any]:
         """Return a step pre-hook that lets the closure's second call add up all parts of the batch."""
 
         def hook(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
             closure = kwargs.get("closure")
             if closure is None or not module.automatic_optimization:
                 return None
-            calls = 0
+            if _only_statistics(trainer):  # a step without gradients, whose last batch is still to be seen here
+                loss = closure()
+                self._displace()
+                return args, {**kwargs, "closure": lambda: loss}
+            first = True
 
-            def both() -> Any:
-                nonlocal calls
-                calls += 1
-                if calls == 1:
+            def again() -> Any:
+                nonlocal first
+                if first:
+                    first = False
                     return closure()
                 with _silent(module):
                     self._earlier_parts(trainer, module, optimizer)
                     return closure()
 
-            return args, {**kwargs, "closure": both}
+            return args, {**kwargs, "closure": again}
 
         return hook
 

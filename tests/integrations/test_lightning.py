@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
     pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
 ]
 
 
@@ -255,21 +256,22 @@ def test_a_moving_average_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert same(whole.parameters(), rest.parameters())
 
 
-def test_stochastic_weight_averaging_and_its_batchnorm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["MSAM", "SAM"])
+def test_stochastic_weight_averaging_and_its_batchnorm(name: str, tmp_path: Path) -> None:
     """The mean of the true weights at the epochs' ends, and the statistics that the training data have there."""
     look = Look()
     averaging = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2, annealing_epochs=1)
-    model, _ = fitted("MSAM", tmp_path, PerturbationCallback(), averaging, look, norm=True, max_epochs=5)
-    noted = look.at_epochs[2:5]  # the last epoch is that of the statistics
+    model, _ = fitted(name, tmp_path, PerturbationCallback(), averaging, look, norm=True, max_epochs=5)
+    noted = look.at_epochs[1:5]  # its epochs count from 1; the last one is that of the statistics
     assert len(look.at_epochs) == 6
     for i, p in enumerate(model.parameters()):
         torch.testing.assert_close(p, torch.stack([weights[i] for weights in noted]).mean(0), rtol=1e-5, atol=1e-6)
-    twin = Classifier("MSAM", norm=True)
+    twin = Classifier(name, norm=True)
     twin.load_state_dict(model.state_dict())
     torch.optim.swa_utils.update_bn(((x,) for x, _ in loaders()[0]), twin.network)
-    for name, buffer in twin.named_buffers():
-        if "running" in name:
-            torch.testing.assert_close(dict(model.named_buffers())[name], buffer, rtol=1e-4, atol=1e-5)
+    for key, buffer in twin.named_buffers():
+        if "running" in key:
+            torch.testing.assert_close(dict(model.named_buffers())[key], buffer, rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------- SAM's second gradient
@@ -298,10 +300,8 @@ def test_parts_of_a_batch_add_up(
 def test_without_the_callback_they_do_not(tmp_path: Path) -> None:
     model, _ = fitted("SAM", tmp_path, accumulate_grad_batches=3)
     parts = [list(range(start, start + 16)) for start in range(0, 96, 16)] * 3
-    expected = by_hand("SAM", parts, steps=6)
-    assert (
-        max(float((p - e).abs().max()) for p, e in zip(model.parameters(), expected.parameters(), strict=True)) > 0.01
-    )
+    expected = now(by_hand("SAM", parts, steps=6))
+    assert max(float((p - e).abs().max()) for p, e in zip(now(model), expected, strict=True)) > 0.01
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
