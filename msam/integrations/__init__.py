@@ -4,6 +4,6 @@
 the framework of their name (extras ``lightning`` and ``transformers``).
 """
 
-from .saving import TrueState, save_true_weights, unwrapped
+from .saving import TrueState, save_true_weights, unwrapped, warn_if_displacing
 
-__all__ = ["TrueState", "save_true_weights", "unwrapped"]
+__all__ = ["TrueState", "save_true_weights", "unwrapped", "warn_if_displacing"]

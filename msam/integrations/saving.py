@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
 
@@ -13,7 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from msam.optimizers import PerturbedOptimizer
 
-__all__ = ["TrueState", "climbs", "save_true_weights", "unwrapped"]
+__all__ = ["TrueState", "climbs", "save_true_weights", "unwrapped", "warn_if_displacing"]
+
+_attended: WeakSet[PerturbedOptimizer] = WeakSet()  # those whose true weights are saved
 
 
 class TrueState:
@@ -56,6 +59,7 @@ class TrueState:
                 module.register_load_state_dict_pre_hook(functools.partial(_before_loading, self)),
             ]
         for optimizer in self.optimizers:
+            _attended.add(optimizer)
             self._handles += [
                 optimizer.register_state_dict_pre_hook(self._before_optimizer),
                 optimizer.register_state_dict_post_hook(self._after_optimizer),
@@ -65,6 +69,7 @@ class TrueState:
         """Take the hooks away; safe to call twice."""
         while self._handles:
             self._handles.pop().remove()
+        _attended.difference_update(self.optimizers)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrueState:
         """Return the object itself: it belongs to modules that are not copied."""
@@ -172,6 +177,32 @@ def unwrapped(optimizer: Any) -> PerturbedOptimizer | None:
 def climbs(optimizer: PerturbedOptimizer) -> bool:
     """Whether an optimizer takes two gradients a step, and leaves the true weights between steps."""
     return optimizer.perturbation is not None and optimizer.perturbation.direction == "gradient"
+
+
+def warn_if_displacing(optimizers: Iterable[Any], advice: str) -> None:
+    """Warn if an optimizer leaves the weights displaced between steps, and nothing sees to what is saved of them.
+
+    Parameters
+    ----------
+    optimizers : iterable of Optimizer
+        Those of a training loop, also inside wrappers.
+    advice : str
+        What is to be done.
+
+    Warns
+    -----
+    UserWarning
+        Once for all of them.
+    """
+    for optimizer in map(unwrapped, optimizers):
+        if optimizer is None or optimizer in _attended or optimizer.perturbation is None or climbs(optimizer):
+            continue
+        warnings.warn(
+            f"{type(optimizer).__name__} leaves the weights displaced between steps, and so will checkpoints hold "
+            f"them; {advice}.",
+            stacklevel=3,
+        )
+        return
 
 
 def save_true_weights(model: nn.Module, *optimizers: Any) -> TrueState:

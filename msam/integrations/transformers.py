@@ -36,17 +36,15 @@ class PerturbationCallback(TrainerCallback):
     def __init__(self) -> None:
         self._state: TrueState | None = None
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: nn.Module, optimizer: Any, **options: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See to what is saved of the model and the optimizer."""
         if self._state is not None:
             self._state.remove()
-        self._state = save_true_weights(model, optimizer)
+        self._state = save_true_weights(kwargs["model"], kwargs["optimizer"])
 
-    def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any, **options: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the true weights."""
-        found = unwrapped(optimizer)
+        found = unwrapped(kwargs["optimizer"])
         if found is not None:
             found.eval()
 

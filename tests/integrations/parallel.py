@@ -95,7 +95,7 @@ FRAMEWORKS = {"lightning": in_lightning, "transformers": in_trainer}
 def main(framework: str, folder: str) -> None:
     """Train with both optimizers, and write."""
     sys.modules[HIDDEN] = None  # type: ignore[assignment]
-    importlib.metadata.Distribution.from_name = _visible  # type: ignore[method-assign, assignment]
+    importlib.metadata.Distribution.from_name = _visible  # type: ignore[method-assign]
     warnings.simplefilter("ignore")  # they are judged in one process
     rank = int(os.environ["RANK"])
     told: dict[str, Any] = {}

@@ -80,7 +80,7 @@ def loaders(size: int = 16) -> tuple[DataLoader[Any], DataLoader[Any]]:
 
 
 def trainer_of(folder: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    chosen = {"max_epochs": 3, "accelerator": "cpu", "devices": 1, "logger": False} | options
+    chosen: dict[str, Any] = {"max_epochs": 3, "accelerator": "cpu", "devices": 1, "logger": False} | options
     return pl.Trainer(
         callbacks=list(callbacks),
         enable_progress_bar=False,
@@ -330,7 +330,7 @@ def test_a_training_step_may_return_a_dict_take_no_index_skip_a_part_and_have_it
 
     model = Other("SAM")
     kept: list[str] = []
-    model.log = lambda name, *_, **__: kept.append(name)  # type: ignore[method-assign, misc, assignment]
+    model.log = lambda name, *_, **__: kept.append(name)  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match="`training_step` returned `None`"):
         trainer_of(tmp_path, PerturbationCallback(), accumulate_grad_batches=3, max_epochs=1).fit(model, loaders()[0])
     assert len(kept) == 5  # of six batches, one was left out

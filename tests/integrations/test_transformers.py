@@ -37,8 +37,8 @@ class Look(TrainerCallback):
     def __init__(self) -> None:
         self.true: list[list[Tensor]] = []
 
-    def on_step_end(self, *_: Any, model: nn.Module, optimizer: Any, **__: Any) -> None:
-        self.true.append(true_ones(model, unwrapped(optimizer)))
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.true.append(true_ones(kwargs["model"], unwrapped(kwargs["optimizer"])))
 
 
 def examples(seed: int) -> list[dict[str, Tensor]]:
@@ -55,7 +55,12 @@ def trainer_of(
 ) -> Trainer:
     model = Classifier()
     optimizer = OPTIMIZERS[name](model.parameters())
-    chosen = {"num_train_epochs": 3, "eval_strategy": "no", "save_strategy": "no", "logging_strategy": "no"} | options
+    chosen: dict[str, Any] = {
+        "num_train_epochs": 3,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+    } | options
     trainer = kind(
         model,
         TrainingArguments(
@@ -68,8 +73,8 @@ def trainer_of(
             use_cpu=True,
             **chosen,
         ),
-        train_dataset=examples(0),  # type: ignore[arg-type]  # a list of examples is one
-        eval_dataset=examples(1),  # type: ignore[arg-type]
+        train_dataset=examples(0),
+        eval_dataset=examples(1),
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
         callbacks=list(callbacks),
     )
@@ -95,7 +100,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clipping": {"max_grad_norm": 0.05},
     "mixed precision": {"bf16": True},
 }
-BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best", "metric_for_best_model": "loss"}
+BEST: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "best",
+    "metric_for_best_model": "loss",
+}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -161,7 +171,7 @@ def test_the_callback_alone_is_enough_for_msam(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}])
 @pytest.mark.parametrize("name", ["MSAM", "SAM"])
 def test_going_on_is_the_same_to_the_bit(name: str, options: dict[str, Any], tmp_path: Path) -> None:
-    saving = {"save_strategy": "steps", "save_steps": 5}
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5}
     whole, rest = Look(), Look()
     trainer_of(name, tmp_path, whole, **saving, **options).train()
     trainer = trainer_of(name, tmp_path, rest, **saving, **options)
@@ -228,7 +238,7 @@ def test_accelerate_saves_and_goes_on(name: str, accelerator: Accelerator, tmp_p
 
     def prepared() -> tuple[Any, Any]:
         model = network()
-        pair = accelerator.prepare(model, OPTIMIZERS[name](model.parameters()))
+        pair: tuple[Any, Any] = accelerator.prepare(model, OPTIMIZERS[name](model.parameters()))
         save_true_weights(*pair)
         return pair
 

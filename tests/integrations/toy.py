@@ -78,7 +78,7 @@ def by_hand(
     size = len(parts) // steps
     for step in range(steps):
         now_due = parts[step * size : (step + 1) * size]
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[arg-type]  # torch says float, and takes what has one
     if isinstance(optimizer, msam.PerturbedOptimizer):
         optimizer.eval()
     return model
