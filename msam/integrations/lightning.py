@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ParallelStrategy
@@ -19,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from msam.optimizers import PerturbedOptimizer
 
-from .saving import TrueState, climbs, save_true_weights, unwrapped
+from .saving import TrueState, climbs, save_true_weights, to_displaced, to_true, unwrapped
 
 __all__ = ["PerturbationCallback"]
 
@@ -117,13 +116,12 @@ class PerturbationCallback(Callback):
         self._detach()
 
     def _true(self) -> None:
-        with torch.inference_mode(False):  # a validation's tensors could not be written to when training goes on
-            for optimizer in self._optimizers:
-                optimizer.eval()
+        for optimizer in self._optimizers:
+            to_true(optimizer)
 
     def _displace(self) -> None:
         for optimizer in self._optimizers:
-            optimizer.train()
+            to_displaced(optimizer)
 
     def _detach(self) -> None:
         if self._state is not None:

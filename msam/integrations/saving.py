@@ -8,13 +8,16 @@ from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from msam.optimizers import PerturbedOptimizer
 
-__all__ = ["TrueState", "climbs", "save_true_weights", "unwrapped", "warn_if_displacing"]
+__all__ = [
+    "TrueState", "climbs", "save_true_weights", "to_displaced", "to_true", "unwrapped", "warn_if_displacing",
+]  # fmt: skip
 
 _attended: WeakSet[PerturbedOptimizer] = WeakSet()  # those whose true weights are saved
 
@@ -95,7 +98,7 @@ class TrueState:
         self._outermost, self._copies = module, {}
         self._switched = [optimizer for optimizer in self.optimizers if optimizer.perturbed]
         for optimizer in self._switched:
-            optimizer.eval()
+            to_true(optimizer)
 
     def end(self, module: nn.Module, state: dict[str, Any], prefix: str) -> None:
         """Copy a module's true weights into the state, and switch back after the outermost one."""
@@ -109,21 +112,21 @@ class TrueState:
                     state[prefix + name] = self._copies[p]
         if module is self._outermost:
             for optimizer in self._switched:
-                optimizer.train()
+                to_displaced(optimizer)
             self._outermost, self._switched, self._copies = None, [], {}
 
     def before_loading(self, module: nn.Module) -> None:
         """Switch to the true weights, which those in the file are to replace."""
         if module in self._modules:
             for optimizer in self.optimizers:
-                optimizer.eval()
+                to_true(optimizer)
 
     # ---------------------------------------------------------------- the optimizer's state
 
     def _before_optimizer(self, optimizer: Optimizer) -> None:
         """Switch to the true weights where the optimizer is asked for its state."""
         if isinstance(optimizer, PerturbedOptimizer) and optimizer.perturbed:
-            optimizer.eval()
+            to_true(optimizer)
             self._switched.append(optimizer)
 
     def _after_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
@@ -135,7 +138,7 @@ class TrueState:
         for entry in kept.values():
             if "true_weight" in entry:  # along the gradient, where train() swaps in place
                 entry["true_weight"] = entry["true_weight"].clone()
-        optimizer.train()
+        to_displaced(optimizer)
         return state | {"state": kept}
 
 
@@ -172,6 +175,18 @@ def unwrapped(optimizer: Any) -> PerturbedOptimizer | None:
     ):
         optimizer = optimizer.optimizer
     return optimizer if isinstance(optimizer, PerturbedOptimizer) else None
+
+
+def to_true(optimizer: PerturbedOptimizer) -> None:
+    """Call ``eval()``; what is kept inside ``torch.inference_mode`` could not be written to when training goes on."""
+    with torch.inference_mode(False):
+        optimizer.eval()
+
+
+def to_displaced(optimizer: PerturbedOptimizer) -> None:
+    """Call ``train()`` in the same way."""
+    with torch.inference_mode(False):
+        optimizer.train()
 
 
 def climbs(optimizer: PerturbedOptimizer) -> bool:

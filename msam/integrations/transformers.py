@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from msam.batchnorm import frozen_batchnorm_statistics
 
-from .saving import TrueState, climbs, save_true_weights, unwrapped
+from .saving import TrueState, climbs, save_true_weights, to_true, unwrapped
 
 __all__ = ["PerturbationCallback", "PerturbedTrainer"]
 
@@ -46,7 +46,7 @@ class PerturbationCallback(TrainerCallback):
         """Leave the true weights."""
         found = unwrapped(kwargs["optimizer"])
         if found is not None:
-            found.eval()
+            to_true(found)
 
 
 class PerturbedTrainer(Trainer):

@@ -57,27 +57,34 @@ def true_ones(model: nn.Module, optimizer: Any) -> list[Tensor]:
         return now(model)
 
 
-def by_hand(
-    name: str, parts: list[list[int]], steps: int, edit: Callable[[nn.Module], Any] = lambda _: None
-) -> nn.Module:
-    """A plain loop over the training points: every step takes the mean over the parts, SAM's two gradients alike.
+def windows(accumulate: int, epochs: int = 3) -> list[list[range]]:
+    """The parts of 16 samples that are added up for each step; the last ones of an epoch may be fewer."""
+    parts = [range(start, start + 16) for start in range(0, 96, 16)]
+    return [parts[i : i + accumulate] for i in range(0, 6, accumulate)] * epochs
 
-    ``edit(model)`` is what happens to a gradient before a step, as clipping.
+
+def by_hand(
+    name: str, steps: list[list[range]], divisor: int | None = None, edit: Callable[[nn.Module], Any] = lambda _: None
+) -> nn.Module:
+    """A plain loop over the training points: every step takes the mean over its parts, SAM's two gradients alike.
+
+    ``divisor`` is what the sum over the parts is divided by, if not their number; ``edit(model)`` is what happens to a
+    gradient before a step, as clipping.
     """
     model = network()
     optimizer = OPTIMIZERS[name](model.parameters())
     x, y = samples()
+    parts: list[range] = []
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        value = sum((cross_entropy(model(x[part]), y[part]) for part in now_due), torch.zeros(())) / len(now_due)
+        values = [cross_entropy(model(x[list(part)]), y[list(part)]) for part in parts]
+        value = torch.stack(values).sum() / (divisor or len(parts))
         torch.autograd.backward(value)
         edit(model)
         return value
 
-    size = len(parts) // steps
-    for step in range(steps):
-        now_due = parts[step * size : (step + 1) * size]
+    for parts[:] in steps:
         optimizer.step(closure)  # type: ignore[arg-type]  # torch says float, and takes what has one
     if isinstance(optimizer, msam.PerturbedOptimizer):
         optimizer.eval()

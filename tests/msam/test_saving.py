@@ -100,6 +100,18 @@ def test_training_is_the_same_to_the_bit_with_saving_in_it(name: str) -> None:
         assert same(now(model), now(twin))
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_state_that_is_asked_for_in_inference_mode_does_not_stop_the_training(name: str) -> None:
+    model, optimizer = trained(name)
+    twin, its = trained(name)
+    with torch.inference_mode():
+        model.state_dict()
+        optimizer.state_dict()
+    train(model, optimizer, range(3, 5))
+    train(twin, its, range(3, 5))
+    assert same(now(model), now(twin))
+
+
 @pytest.mark.parametrize("model_first", [True, False])
 @pytest.mark.parametrize("name", MAKERS)
 def test_training_goes_on_to_the_bit_from_a_file(name: str, model_first: bool) -> None:
