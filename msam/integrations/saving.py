@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ __all__ = [
 ]  # fmt: skip
 
 _attended: WeakSet[PerturbedOptimizer] = WeakSet()  # those whose true weights are saved
+_attached: WeakKeyDictionary[nn.Module, TrueState] = WeakKeyDictionary()
 
 
 class TrueState:
@@ -38,13 +40,19 @@ class TrueState:
     """
 
     def __init__(self, *optimizers: PerturbedOptimizer) -> None:
-        self.optimizers = optimizers
+        self._optimizers = [weakref.ref(optimizer) for optimizer in optimizers]  # they are freed with the loop
         self._modules: WeakSet[nn.Module] = WeakSet()
-        self._members = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         self._handles: list[RemovableHandle] = []
         self._outermost: nn.Module | None = None  # whose state is being asked for now
         self._switched: list[PerturbedOptimizer] = []  # to the true weights, while it is
+        self._members: set[Tensor] = set()  # the parameters of those
         self._copies: dict[Tensor, Tensor] = {}
+        self._asked: WeakSet[Optimizer] = WeakSet()  # switched while its own state is being asked for
+
+    @property
+    def optimizers(self) -> list[PerturbedOptimizer]:
+        """The optimizers that are still there."""
+        return [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
 
     def attach(self, model: nn.Module) -> None:
         """Place the hooks on every module of a model and on the optimizers.
@@ -54,6 +62,10 @@ class TrueState:
         model : Module
             The model.
         """
+        earlier = _attached.get(model)
+        if earlier is not None:
+            earlier.remove()
+        _attached[model] = self
         for module in model.modules():
             self._modules.add(module)
             self._handles += [
@@ -97,6 +109,7 @@ class TrueState:
             return
         self._outermost, self._copies = module, {}
         self._switched = [optimizer for optimizer in self.optimizers if optimizer.perturbed]
+        self._members = {p for optimizer in self._switched for group in optimizer.param_groups for p in group["params"]}
         for optimizer in self._switched:
             to_true(optimizer)
 
@@ -113,7 +126,7 @@ class TrueState:
         if module is self._outermost:
             for optimizer in self._switched:
                 to_displaced(optimizer)
-            self._outermost, self._switched, self._copies = None, [], {}
+            self._outermost, self._switched, self._members, self._copies = None, [], set(), {}
 
     def before_loading(self, module: nn.Module) -> None:
         """Switch to the true weights, which those in the file are to replace."""
@@ -125,15 +138,16 @@ class TrueState:
 
     def _before_optimizer(self, optimizer: Optimizer) -> None:
         """Switch to the true weights where the optimizer is asked for its state."""
+        self._asked.discard(optimizer)
         if isinstance(optimizer, PerturbedOptimizer) and optimizer.perturbed:
             to_true(optimizer)
-            self._switched.append(optimizer)
+            self._asked.add(optimizer)
 
     def _after_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
         """Take what is kept in eval mode out of the optimizer's reach, and switch back."""
-        if not isinstance(optimizer, PerturbedOptimizer) or optimizer not in self._switched:
+        if not isinstance(optimizer, PerturbedOptimizer) or optimizer not in self._asked:
             return None
-        self._switched.remove(optimizer)
+        self._asked.discard(optimizer)
         kept = {key: dict(entry) for key, entry in state["state"].items()}
         for entry in kept.values():
             if "true_weight" in entry:  # along the gradient, where train() swaps in place
@@ -234,8 +248,8 @@ def save_true_weights(model: nn.Module, *optimizers: Any) -> TrueState:
     model : Module
         The model; layers that are added later are not seen.
     optimizers : Optimizer
-        Those that move its weights, also inside a wrapper of accelerate or Lightning; others than those of this
-        package are left alone.
+        All that move its weights, also inside a wrapper of accelerate or Lightning; others than those of this package
+        are left alone. A later call for the same model takes the place of this one.
 
     Returns
     -------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -238,6 +239,33 @@ def test_a_pickled_module_warns_if_it_is_displaced() -> None:
     with optimizer.unperturbed():
         again = pickle.loads(pickle.dumps(model))  # noqa: S301 - our own
     assert same([again.state_dict()[key] for key, _ in again.named_parameters()], true_ones(model, optimizer))
+
+
+def test_a_later_optimizer_takes_the_place_of_an_earlier_one() -> None:
+    """Which thinks that its displacement still stands, and is freed when the loop lets go of it."""
+    model, first = trained("MSAM")
+    first.eval()
+    first.train()
+    second = msam.MSAM(model.parameters(), lr=0.1, rho=0.5)
+    save_true_weights(model, second)
+    before = now(model)
+    assert same([model.state_dict()[key] for key, _ in model.named_parameters()], before)
+    assert first.perturbed
+    gone = weakref.ref(second)
+    del second
+    assert gone() is None
+    assert same([model.state_dict()[key] for key, _ in model.named_parameters()], before)
+
+
+def test_parameters_that_join_later() -> None:
+    model = network(torch.float32)
+    optimizer = msam.MSAM(model[0].parameters(), lr=0.1, rho=0.5)
+    save_true_weights(model, optimizer)
+    optimizer.add_param_group({"params": list(model[3].parameters())})
+    train(model, optimizer, range(2))
+    saved = model.state_dict()
+    assert same([saved[key] for key, _ in model.named_parameters()], true_ones(model, optimizer))
+    assert not torch.equal(saved["3.weight"], dict(model.named_parameters())["3.weight"])
 
 
 def test_removed_and_there_is_no_trace() -> None:
