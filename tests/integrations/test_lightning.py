@@ -226,6 +226,20 @@ def test_going_on_is_the_same_to_the_bit(name: str, options: dict[str, Any], tmp
     assert same(now(model), whole[2].true[-1]) == (name == "SAM")
 
 
+def test_going_on_with_a_checkpoint_of_before_and_without_the_callback(tmp_path: Path) -> None:
+    def saving() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+
+    fitted("MSAM", tmp_path, saving(), max_epochs=2)  # its weights are displaced, and its optimizer knows
+    whole, rest = Look(), Look()
+    fitted("MSAM", tmp_path, whole, max_epochs=3)
+    ours = [PerturbationCallback(), rest, saving()]
+    fitted("MSAM", tmp_path, *ours, max_epochs=3, ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert all(map(same, whole.true[12:], rest.true))
+    with pytest.raises(RuntimeError, match="expected train mode, got eval mode"):
+        fitted("MSAM", tmp_path, saving(), max_epochs=4, ckpt_path=tmp_path / "epoch=2.ckpt")
+
+
 # ---------------------------------------------------------------- averages
 
 
