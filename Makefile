@@ -27,11 +27,12 @@ $(STAMP): $(SETUP)
 	@$(BIN)/python -m pip check --disable-pip-version-check
 	@touch $@
 
-.PHONY: help install study figures notebooks bench test lint types layers tests format lab lowest clean distclean
+.PHONY: help install study figures notebooks bench test lint types layers tests integrations format lab lowest clean \
+    distclean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name what; do \
-	    printf '  make %-10s %s\n' "$$name" "$$what"; done
+	    printf '  make %-12s %s\n' "$$name" "$$what"; done
 
 install: $(STAMP)  ## .venv with everything that study and test need
 
@@ -76,6 +77,12 @@ layers: $(STAMP)  ## import-linter: who may import whom
 tests: $(STAMP)  ## pytest, one thread per worker (PYTEST_ARGS="-k name" to choose, WORKERS=n for more)
 	@echo "== tests"
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --hypothesis-profile=ci $(PYTEST_ARGS)
+
+# one process: the frameworks keep a state of their own in it, and start processes themselves
+integrations: $(STAMP)  ## install the trackers too, and run the tests inside other people's frameworks (some minutes)
+	@echo "== integrations"
+	@$(PIP) -c constraints.txt -e '.[recipes,tracking]'
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -m integrations tests/integrations $(PYTEST_ARGS)
 
 format: $(STAMP)  ## let ruff repair what it can
 	@$(BIN)/ruff check --quiet --fix . || true

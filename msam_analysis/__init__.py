@@ -35,7 +35,7 @@ from msam_analysis.measures import (
     robust_accuracy,
     sam_msam_angle,
 )
-from msam_analysis.monitor import Monitor, probes
+from msam_analysis.monitor import Monitor, loggers, probes
 from msam_analysis.objective import Examination, ExaminationError, MatrixOperator, Objective, SymmetricOperator
 from msam_analysis.objective.direction import Direction
 from msam_analysis.results import ApproximationWarning, ConvergenceWarning, export
@@ -65,6 +65,7 @@ __all__ = [
     "feature_rank",
     "fisher_rao_norm",
     "layer_frame",
+    "loggers",
     "m_sharpness",
     "measure",
     "momentum_gradient_cosine",

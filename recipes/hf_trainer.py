@@ -1,7 +1,7 @@
-"""Hugging Face Trainer: MSAM goes in as any optimizer, SAM as a ``training_step`` of two passes.
+"""Hugging Face Trainer: ``PerturbedTrainer`` takes MSAM and SAM, evaluates and saves at the true weights, and resumes.
 
-Evaluation runs at the true weights, as Trainer itself calls ``optimizer.eval()`` before it and ``optimizer.train()``
-after it. A checkpoint holds model and optimizer together, in either mode, and resumes.
+Trainer itself calls ``optimizer.eval()`` before an evaluation; what it saves between evaluations, and the model that it
+leaves, are the true weights with ``PerturbedTrainer`` or, in any other Trainer, with ``PerturbationCallback``.
 
 If the import of ``Trainer`` fails, there may be a torchvision built for another torch: ``pip uninstall torchvision``.
 """
@@ -9,15 +9,15 @@ If the import of ``Trainer`` fails, there may be a torchvision built for another
 from __future__ import annotations
 
 import tempfile
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from toy import BATCH, accuracy, network, report, spirals
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
 import msam
+from msam.integrations.transformers import PerturbedTrainer
 
 EPOCHS = 15
 
@@ -33,23 +33,6 @@ class Classifier(nn.Module):
         """Return loss and logits of a batch."""
         logits = self.network(x)
         return {"loss": cross_entropy(logits, labels), "logits": logits}
-
-
-class PerturbedTrainer(Trainer):
-    """Trainer that takes SAM's two passes, and any other optimizer as it is."""
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **options: Any) -> Tensor:
-        """Forward and backward, for SAM twice; Trainer then calls ``optimizer.step()``.
-
-        With ``gradient_accumulation_steps`` above 1 SAM would need all parts again: enlarge the batch instead.
-        """
-        loss = super().training_step(model, inputs, *args, **options)
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
-        if isinstance(optimizer, msam.SAM | msam.AdamWSAM):
-            optimizer.first_step(zero_grad=True)
-            with msam.frozen_batchnorm_statistics(model):
-                super().training_step(model, inputs, *args, **options)
-        return loss
 
 
 def examples(seed: int) -> list[dict[str, Tensor]]:
@@ -87,8 +70,7 @@ def train(name: str, folder: str) -> tuple[float, list[float]]:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    with optimizer.unperturbed():
-        return accuracy(model.network), losses
+    return accuracy(model.network), losses
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
-"""Lightning, automatic optimization: it hands ``step`` a closure, which is all that SAM needs.
+"""Lightning, automatic optimization, with ``PerturbationCallback``: what is reported is what is saved.
 
-Validation runs at the true weights. (This file cannot be called ``lightning.py``: it would hide the package.) For SAM
-with loss scaling use manual optimization and ``recipes/amp.py``: a scaler wants the gradients before ``step``.
+Validation, checkpoints and the final model are those of the true weights, and SAM's second gradient is that of all
+parts which ``accumulate_grad_batches`` adds up. (This file cannot be called ``lightning.py``: it would hide the
+package.) For SAM with loss scaling use manual optimization and ``recipes/amp.py``: a scaler wants the gradients before
+``step``.
 
 If the import of Lightning fails in torchvision, that was built for another torch: ``pip uninstall torchvision``.
 """
@@ -9,16 +11,19 @@ If the import of Lightning fails in torchvision, that was built for another torc
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
 
 import lightning as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from toy import BATCH, accuracy, network, report, spirals
 
 import msam
+from msam.integrations.lightning import PerturbationCallback
 
 EPOCHS = 15
 
@@ -38,24 +43,12 @@ class Classifier(pl.LightningModule):
         return cross_entropy(self.network(x), y)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        """Log the loss of a batch, at the true weights."""
+        """Log the loss of a batch; the callback sees to the weights."""
         x, y = batch
         self.log("validation_loss", cross_entropy(self.network(x), y))
 
-    def perturbed_optimizer(self) -> msam.PerturbedOptimizer:
-        """Return the optimizer itself, without Lightning's wrapper."""
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        if not isinstance(optimizer, msam.PerturbedOptimizer):
-            raise TypeError(f"expected one optimizer of msam, got {type(optimizer).__name__}.")
-        return optimizer
-
-    def on_validation_start(self) -> None:
-        """Put the true weights in place."""
-        self.perturbed_optimizer().eval()
-
     def on_validation_end(self) -> None:
-        """Go back to the perturbed ones."""
-        self.perturbed_optimizer().train()
+        """Keep what was reported."""
         self.losses.append(float(self.trainer.callback_metrics["validation_loss"]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -65,22 +58,30 @@ class Classifier(pl.LightningModule):
         return msam.SAM(self.parameters(), lr=0.05, rho=0.05, momentum=0.9, weight_decay=5e-4)
 
 
-def train(name: str) -> tuple[float, list[float]]:
-    """Fit and return the accuracy at the true weights, and the validation losses from the start on."""
+def train(name: str, folder: str) -> tuple[float, list[float]]:
+    """Fit and return the accuracy of the best checkpoint, and the validation losses from the start on."""
     model = Classifier(name)
     fit = DataLoader(TensorDataset(*spirals()), batch_size=BATCH, shuffle=True)
     validate = DataLoader(TensorDataset(*spirals(seed=2)), batch_size=128)
+    saving = ModelCheckpoint(folder, monitor="validation_loss")
     trainer = pl.Trainer(
         max_epochs=EPOCHS,
         accelerator="auto",
+        callbacks=[PerturbationCallback(), saving],
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(model, fit, validate)
-    with model.perturbed_optimizer().unperturbed():
-        return accuracy(model.network), model.losses
+    best = Classifier(name)
+    best.load_state_dict(torch.load(saving.best_model_path, weights_only=True)["state_dict"])
+    best.eval()
+    x, y = spirals(seed=2)
+    with torch.no_grad():
+        loss = float(cross_entropy(best.network(x), y))
+    if abs(loss - min(model.losses)) > 1e-3 * loss:
+        raise RuntimeError(f"expected {min(model.losses)}, the best loss reported, of the file, got {loss}.")
+    return accuracy(best.network), model.losses
 
 
 def main() -> None:
@@ -89,7 +90,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     pl.seed_everything(0, verbose=False)
     for name in ("MSAM", "SAM"):
-        report(f"{name} in Lightning", *train(name))
+        with tempfile.TemporaryDirectory() as folder:
+            report(f"{name} in Lightning", *train(name, folder))
 
 
 if __name__ == "__main__":

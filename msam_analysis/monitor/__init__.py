@@ -3,7 +3,7 @@
 This room may import everything that measures: ``landscape``, ``measures``, ``spectra``, ``objective``, ``results``.
 """
 
-from msam_analysis.monitor import probes
+from msam_analysis.monitor import loggers, probes
 from msam_analysis.monitor.monitor import Monitor
 
-__all__ = ["Monitor", "probes"]
+__all__ = ["Monitor", "loggers", "probes"]

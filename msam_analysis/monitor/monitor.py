@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from msam_analysis.measures.momentum import loss_scale, momentum_buffers, present_gradients
 from msam_analysis.monitor.attachment import Attachment
+from msam_analysis.monitor.loggers import Logger
 from msam_analysis.monitor.probes import Every, Finish, Probe, StepProbe
 from msam_analysis.monitor.probes.base import check_period
 from msam_analysis.monitor.records import RecordFile, Row, frame_of, read_records
@@ -79,6 +80,9 @@ class Monitor:
         The :class:`torch.amp.GradScaler` that calls the optimizer's ``step``. It is needed only to count the steps that
         it leaves out because of an overflow (:attr:`skipped`). Until :meth:`close` its ``step`` is replaced by one that
         reports them.
+    to
+        Loggers: functions to which every row is handed, as a dict, when it is complete, see
+        :mod:`msam_analysis.monitor.loggers`. Their time does not count. Default: none.
 
     Attributes
     ----------
@@ -94,7 +98,7 @@ class Monitor:
     Raises
     ------
     TypeError
-        ``optimizer`` is not an optimizer.
+        ``optimizer`` is not an optimizer, or a probe or logger is something else.
     ValueError
         ``every`` is not a positive integer, there is no probe, or the file belongs to other probes. At the first
         recorded step the optimizer's ``step`` raises it if two probes record the same name, or if the file holds an
@@ -126,13 +130,11 @@ class Monitor:
         *,
         path: str | os.PathLike[str] | None = None,
         scaler: Any = None,
+        to: Sequence[Logger] = (),
     ) -> None:
         check_period("every", every)
-        if callable(probes):
-            raise TypeError(f"probes must be a list of probes, got {probes!r}: pass [{type(probes).__name__}(...)]")
-        for each in probes:
-            if isinstance(each, type):
-                raise TypeError(f"expected a probe, got the class {each.__name__}: make one, {each.__name__}(...)")
+        _check_kind("probe", probes)
+        _check_kind("logger", to)
         if not probes:
             raise ValueError(
                 "probes is empty: expected at least one, e.g. msam_analysis.monitor.probes.MomentumGradientCosine()"
@@ -149,6 +151,7 @@ class Monitor:
         self.skipped = 0
         self.rows: list[Row] = []
         self._pending: _Pending | None = None
+        self._loggers = tuple(to)
         self._listeners: OrderedDict[int, Callable[[Monitor], None]] = OrderedDict()
         self._first: float | None = None
         self._elapsed = 0.0
@@ -219,6 +222,14 @@ class Monitor:
     def on_record(self, listener: Callable[[Monitor], None]) -> RemovableHandle:
         """Call ``listener(monitor)`` after every row; its time does not count.
 
+        A listener sees the monitor, with all rows so far, and can be removed: a live picture, a stop at a condition.
+        For a way out of each row there is ``to=``.
+
+        Parameters
+        ----------
+        listener
+            Function of the monitor.
+
         Returns
         -------
         torch.utils.hooks.RemovableHandle
@@ -262,14 +273,21 @@ class Monitor:
             self.rows = [row for row in self.rows if row["step"] < self.step]
         else:
             self._file.rewind(self.step)
+        for logger in self._loggers:
+            if hasattr(logger, "rewind"):
+                logger.rewind(self.step)
         self._pending = None
         self._continues = False
 
     def close(self) -> None:
-        """Detach from the optimizer; the rows stay. Safe to call twice."""
+        """Detach from the optimizer and close the loggers; the rows stay. Safe to call twice."""
         if self._file is not None and not self._continues:
             self._file.end(self.step)
         self._attachment.close()
+        loggers, self._loggers = self._loggers, ()
+        for logger in loggers:
+            if hasattr(logger, "close"):
+                logger.close()
 
     def __enter__(self) -> Self:
         """Return the monitor itself."""
@@ -321,6 +339,8 @@ class Monitor:
             self._file.append(pending.row)
         else:
             self.rows.append(pending.row)
+        for logger in self._loggers:
+            logger(dict(pending.row))
         for listener in tuple(self._listeners.values()):
             listener(self)
 
@@ -349,6 +369,17 @@ def _copied(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     """Return copies of the gradients, without a loss scale, as the step may overwrite ``.grad``."""
     scale = loss_scale(optimizer)
     return {parameter: grad / scale for parameter, grad in present_gradients(optimizer).items()}
+
+
+def _check_kind(what: str, given: object) -> None:
+    """Refuse one probe or logger where a list is wanted, and classes and other things in the list."""
+    if callable(given) or isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"{what}s must be a list of {what}s, got {given!r}: pass [{type(given).__name__}(...)]")
+    for each in given:
+        if isinstance(each, type):
+            raise TypeError(f"expected a {what}, got the class {each.__name__}: make one, {each.__name__}(...)")
+        if not callable(each) and not isinstance(each, Every):
+            raise TypeError(f"expected a {what}, got {each!r}: pass a function")
 
 
 def _add(row: Row, values: Mapping[str, float]) -> None:

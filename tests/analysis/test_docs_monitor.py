@@ -30,7 +30,7 @@ def test_examples_run_in_their_order(
         for example in re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL):
             exec(example, names)  # noqa: S102 - our own page
     plt.close("all")
-    assert {path.name for path in tmp_path.iterdir()} == {"run.jsonl", "checkpoint.pt", "run.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"run.jsonl", "checkpoint.pt", "run.csv", "run.png"}
     assert names["table"].equals(names["monitor"].frame())
     assert names["table"]["step"].tolist() == list(range(0, 16, 2))
     watched: pd.DataFrame = names["watch"].frame()
@@ -39,12 +39,21 @@ def test_examples_run_in_their_order(
     assert names["again"].step == names["scaled"].step == 16
     assert names["scaled"].skipped == 0
     assert (names["scaled"].frame()["gradient_norm"] <= 1 + 1e-5).all()
-    assert "share" in capsys.readouterr().out
+    assert names["kept"] == names["told"].rows
+    assert pd.read_csv(tmp_path / "run.csv")["step"].tolist() == [0, 4, 8, 12]
+    written = capsys.readouterr().out
+    assert "share" in written
+    assert len(re.findall(r"^step \d+: \d+\.\d{3}$", written, flags=re.MULTILINE)) == 4
 
 
 def test_every_probe_has_a_row_with_its_columns() -> None:
-    rows = set(re.findall(r"^\| `(\w+)\(", TEXT, flags=re.MULTILINE))
+    rows = set(re.findall(r"^\| `(\w+)\(", TEXT, flags=re.MULTILINE)) - {*ma.loggers.__all__}
     assert rows == {name for name in ma.probes.__all__ if name not in ("By", "Every", "Finish", "Probe", "StepProbe")}
+
+
+def test_every_logger_has_a_row() -> None:
+    rows = set(re.findall(r"^\| `(\w+)\([^|]*`[^|]*\|[^|]*\|[^|]*\|$", TEXT, flags=re.MULTILINE))
+    assert rows >= {name for name in ma.loggers.__all__ if name != "Logger"}
 
 
 def test_figures_are_those_that_were_measured() -> None:
@@ -59,4 +68,4 @@ def test_figures_are_those_that_were_measured() -> None:
 
 def test_links_lead_somewhere() -> None:
     links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith("https://")]
-    assert all((PAGE.parent / link).exists() for link in links)
+    assert all((PAGE.parent / link.split("#")[0]).exists() for link in links)
