@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 import weakref
+from itertools import chain
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -13,6 +16,7 @@ from torch.optim import Optimizer
 
 from .perturbation import Perturbation, scaled
 from .schedules import Number, Schedule
+from .writes import Watch
 
 __all__ = ["BOOKKEEPING", "Displacement", "Move", "Restore"]
 
@@ -90,6 +94,7 @@ class Displacement:
         self.along = None if perturbation is None else f"{direction}, scaled {perturbation.scale}"
         # where the direction lies in a parameter's state; gradient and noise are not there
         self.key = {"momentum": momentum_key, "last_gradient": "last_gradient"}.get(str(direction))
+        self._watch = Watch()
         self._copies_every_dtype = restore == "copy" or (restore == "auto" and not lasts)
         self._owner: Any = weakref.proxy(optimizer)  # no cycle: an optimizer is freed with its last reference
 
@@ -136,6 +141,44 @@ class Displacement:
                 result |= zip(members, scaled(self._shaped(members), group["applied"]), strict=True)
         return result
 
+    # ---------------------------------------------------------------- what others write meanwhile
+
+    def notice_writes(self) -> None:
+        """Let what others wrote to displaced parameters be their true weights: their ε is dropped, with a warning."""
+        groups = self._owner.param_groups
+        written = self._watch.written(self._parameters()) if groups[0]["training"] else []
+        if not any(written):
+            return
+        flags, count = iter(written), 0
+        for group in groups:
+            new = [next(flags, False) for _ in group["params"]]
+            if group["standing"] is None:
+                continue
+            for p, stands, writes in zip(group["params"], group["standing"], new, strict=True):
+                if stands and writes:
+                    self._owner.state[p].pop("true_weight", None)
+                    count += 1
+            group["standing"] = [stands and not writes for stands, writes in zip(group["standing"], new, strict=True)]
+        if count:
+            warnings.warn(
+                f"expected writes to weights in eval() or inside unperturbed(), got {count} parameters written while "
+                "displaced, and what was written counts as their true weights; load, average, clamp or mask weights "
+                "inside optimizer.unperturbed().",
+                stacklevel=2,
+            )
+            self.look()
+
+    def look(self) -> None:
+        """Remember the parameters as they stand, to notice later that others wrote to them."""
+        self._watch.look(self._parameters())
+
+    def forget(self) -> None:
+        """Remember nothing: what stands when the next move is made counts as what was left."""
+        self._watch.forget()
+
+    def _parameters(self) -> list[Tensor]:
+        return list(chain.from_iterable(map(itemgetter("params"), self._owner.param_groups)))
+
     # ---------------------------------------------------------------- there and back
 
     def apply(self) -> None:
@@ -144,7 +187,8 @@ class Displacement:
             self._remember_gradients()
         moves = self.planned()
         if not moves:
-            self.take_back_all()
+            for group in self._owner.param_groups:
+                self.take_back(group)
         for group, members, along, factor in moves:
             moved = set(map(id, members))
             standing = [id(p) in moved for p in group["params"]]
@@ -164,6 +208,8 @@ class Displacement:
                 group["applied"] = factor.clone()
             else:
                 group["applied"].copy_(factor)  # in place, so that a captured graph finds it again
+        if moves:
+            self.look()
 
     def take_back(self, group: dict[str, Any]) -> None:
         """Return a group to the true weights for good, by taking away exactly what was applied."""
@@ -178,7 +224,8 @@ class Displacement:
                 self._owner.state[p].pop("true_weight", None)
 
     def take_back_all(self) -> None:
-        """Return all groups to the true weights for good."""
+        """Return all groups to the true weights for good, from wherever others left them."""
+        self.notice_writes()
         for group in self._owner.param_groups:
             self.take_back(group)
 
@@ -188,6 +235,7 @@ class Displacement:
 
     def suspend(self) -> None:
         """Put the true weights in place, until :meth:`resume`."""
+        self.notice_writes()
         for group in self._owner.param_groups:
             copied, subtracted = self.copied_and_subtracted(group)
             for p in subtracted:  # adding back in resume() need not return the very bits, so they are kept
@@ -223,6 +271,7 @@ class Displacement:
                 for p, same, before in zip(subtracted, unchanged, kept, strict=True):
                     p.copy_(torch.where(same, before, p))
         self._owner.param_groups[0]["training"] = True
+        self.look()
 
     def _keep_copies(self, members: list[Tensor]) -> None:
         for p in members:

@@ -137,6 +137,7 @@ class PerturbedOptimizer(Optimizer, ABC):
         self._refuse_sparse()
         if not displacement.climbs:
             self._show_gradients()
+        displacement.notice_writes()
         for group in self.param_groups:
             if not self._update_in_place(group):
                 self._update_at_true_weights(group)
@@ -229,6 +230,7 @@ class PerturbedOptimizer(Optimizer, ABC):
     @property
     def perturbed(self) -> bool:
         """Whether parameters are displaced right now."""
+        self._displacement.notice_writes()
         groups = self.param_groups
         return bool(groups[0]["training"]) and any(any(group["standing"] or ()) for group in groups)
 
@@ -268,6 +270,7 @@ class PerturbedOptimizer(Optimizer, ABC):
         dict of Tensor to Tensor
             ε relative to the true weights, by parameter and of its shape; parameters that are not displaced are absent.
         """
+        self._displacement.notice_writes()
         return self._displacement.tensors()
 
     # ---------------------------------------------------------------- gradients: hooks, loss scaling, conditions
@@ -392,6 +395,7 @@ class PerturbedOptimizer(Optimizer, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what deepcopy and pickle keep: torch's part, the perturbation and the way back."""
+        self._displacement.notice_writes()
         ours = {"perturbation": self.perturbation, "_restore_policy": self._displacement.restore}
         return super().__getstate__() | ours
 
@@ -403,12 +407,15 @@ class PerturbedOptimizer(Optimizer, ABC):
             self._displacement = Displacement(self, perturbation, restore, self._momentum_key)
             self._gradient_hooks = OrderedDict()
         super().__setstate__(rest)
+        if "_restore_policy" in state:
+            self._displacement.look()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, perturbation's bookkeeping included, as plain numbers and tensors.
 
         It belongs to the model's weights as they are now, displaced or not: save the two together.
         """
+        self._displacement.notice_writes()
         state = super().state_dict()
         for group in state["param_groups"]:
             group["along"] = self._displacement.along
@@ -447,6 +454,7 @@ class PerturbedOptimizer(Optimizer, ABC):
             groups.append(group)
         groups += state_dict["param_groups"][len(groups) :]
         super().load_state_dict(state_dict | {"param_groups": groups})
+        self._displacement.forget()  # the weights that belong to the state may be loaded before it or after it
 
 
 def _gradients(weights: list[Tensor]) -> list[Tensor]:
