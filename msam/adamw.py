@@ -44,6 +44,9 @@ class PerturbedAdamW(PerturbedOptimizer):
     """
 
     _momentum_key: ClassVar[str] = "exp_avg"
+    _buffer_keys: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _method: ClassVar[str] = "AdamW"
+    _method_key: ClassVar[str] = "betas"
 
     def __init__(
         self,

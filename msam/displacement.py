@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .perturbation import Perturbation, scaled
-from .schedules import Number, Schedule
+from .perturbation import Perturbation, scaled, widest_dtype
+from .schedules import Number, Schedule, require_strength
 from .writes import Watch
 
-__all__ = ["BOOKKEEPING", "Displacement", "Move", "Restore"]
+__all__ = ["BOOKKEEPING", "COPIES", "Displacement", "Move", "Restore"]
 
 Restore = Literal["auto", "subtract", "copy"]
 
@@ -26,6 +26,9 @@ _EXACT = (torch.float32, torch.float64)  # dtypes in which "auto" adds and subtr
 
 BOOKKEEPING: dict[str, Any] = {"standing": None, "applied": None}
 """The entries of a group that describe its displacement, with their values while nothing is displaced."""
+
+COPIES = ("true_weight", "perturbed_weight")
+"""The entries of a parameter's state that keep its other weights while it is displaced."""
 
 
 class Move(NamedTuple):
@@ -48,8 +51,8 @@ class Displacement:
     parameter swap their values.
 
     All of this lies in the optimizer's groups and states, where torch saves, copies and loads it; so do the options
-    that are read here: ``rho``, ``lr``, ``first_lr``, ``maximize``, ``perturb``, ``displaces`` of each group, and
-    ``steps`` and ``training`` of the first.
+    that are read here: ``rho``, ``lr``, ``first_lr``, ``largest_lr``, ``maximize``, ``perturb``, ``displaces`` of each
+    group, and ``steps`` and ``training`` of the first.
 
     Parameters
     ----------
@@ -95,7 +98,8 @@ class Displacement:
         # where the direction lies in a parameter's state; gradient and noise are not there
         self.key = {"momentum": momentum_key, "last_gradient": "last_gradient"}.get(str(direction))
         self._watch = Watch()
-        self._copies_every_dtype = restore == "copy" or (restore == "auto" and not lasts)
+        # dtypes that come back by subtraction; None where all do
+        self._subtracted = None if restore == "subtract" else _EXACT if restore == "auto" and lasts else ()
         self._owner: Any = weakref.proxy(optimizer)  # no cycle: an optimizer is freed with its last reference
 
     # ---------------------------------------------------------------- what stands
@@ -140,6 +144,30 @@ class Displacement:
             if members:
                 result |= zip(members, scaled(self._shaped(members), group["applied"]), strict=True)
         return result
+
+    # ---------------------------------------------------------------- saved states
+
+    def make_state(self) -> None:
+        """Make what a saved state holds while the weights are displaced, without displacing them."""
+        for group in self._owner.param_groups:
+            group["applied"] = torch.zeros((), dtype=widest_dtype(group["params"]), device=group["params"][0].device)
+            for p, chosen in zip(group["params"], group["displaces"], strict=True):
+                if self.key == "last_gradient" and p.grad is not None:
+                    self._owner.state[p]["last_gradient"] = p.grad.detach().clone()
+                copied = self._subtracted is not None and p.dtype not in self._subtracted
+                if group["perturb"] and chosen and not self.climbs and copied:
+                    self._owner.state[p]["true_weight"] = p.detach().clone()
+
+    def require_way_back(self, state: dict[str, Any], training: bool) -> None:
+        """Raise unless the saved state of a displaced parameter has what takes the displacement back."""
+        lasts = self.perturbation is None or self.perturbation.lasts
+        copies = () if lasts or not (training or self.climbs) else ("true_weight",)
+        for key in (*([self.key] if self.key and "true_weight" not in state else ()), *copies):
+            if key not in state:
+                raise ValueError(
+                    f"expected {key!r} of every displaced parameter, got a state without it; save all of the state, or "
+                    "save it in eval() mode."
+                )
 
     # ---------------------------------------------------------------- what others write meanwhile
 
@@ -194,7 +222,7 @@ class Displacement:
             standing = [id(p) in moved for p in group["params"]]
             copied = []
             for p in members:
-                if self._copies_every_dtype or (self.restore == "auto" and p.dtype not in _EXACT):
+                if self._subtracted is not None and p.dtype not in self._subtracted:
                     copied.append(p)
                 else:
                     self._owner.state[p].pop("true_weight", None)  # left by a state saved under another policy
@@ -311,8 +339,10 @@ class Displacement:
                 "a captured graph repeats one rho, got a schedule that varies by step; set the group's 'rho' to a "
                 "tensor and fill it before each replay."
             )
-        ratio = group["lr"] / group["first_lr"] if rho.follows_lr else 1.0
-        return rho(int(self._owner.param_groups[0]["steps"]) if rho.varies else 0, ratio)
+        ratio = _lr_ratio(group) if rho.follows_lr else 1.0
+        value: Number = rho(int(self._owner.param_groups[0]["steps"]) if rho.varies else 0, ratio)
+        require_strength(value)
+        return value
 
     def _movable(self, group: dict[str, Any]) -> list[Tensor]:
         """Return the parameters of a group that move now: chosen, trainable, and with a direction."""
@@ -358,6 +388,18 @@ class Displacement:
                     state["last_gradient"].copy_(p.grad)
                 else:
                     state["last_gradient"] = p.grad.detach().clone()
+
+
+def _lr_ratio(group: dict[str, Any]) -> Number:
+    """Return the learning rate over the group's first one, or over the largest so far where the first one was 0."""
+    lr: Number = group["lr"]
+    if group["first_lr"]:
+        return lr / float(group["first_lr"])
+    if isinstance(lr, Tensor):
+        group["largest_lr"] = torch.maximum(lr, torch.as_tensor(group["largest_lr"]).to(lr))
+        return torch.where(lr > 0, lr / group["largest_lr"], torch.zeros_like(lr))
+    group["largest_lr"] = max(lr, float(group["largest_lr"]))
+    return lr / float(group["largest_lr"]) if lr else 0.0
 
 
 def add_scaled_(weights: list[Tensor], directions: list[Tensor], factor: Tensor, *, finite: bool = True) -> None:

@@ -17,14 +17,14 @@ from torch.utils.hooks import RemovableHandle
 
 from .batchnorm import frozen_statistics_of_whatever_runs
 from .displacement import BOOKKEEPING, Displacement, Restore
-from .perturbation import Perturbation
-from .schedules import Schedule, as_schedule, require_nonnegative
+from .perturbation import Perturbation, global_norm
+from .schedules import Schedule, require_nonnegative, require_strength
+from .states import FOREIGN_KEYS, adopted
 
 __all__ = ["PerturbedOptimizer", "WeightDecayAt"]
 
 WeightDecayAt = Literal["true", "perturbed"]
 Closure = Callable[[], Any]
-_FOREIGN_KEYS = ("params", "param_names", "initial_lr")
 
 
 class PerturbedOptimizer(Optimizer, ABC):
@@ -33,7 +33,8 @@ class PerturbedOptimizer(Optimizer, ABC):
     Each parameter group keeps, beside torch's options: ``rho`` (number, 0-dimensional tensor or schedule), ``perturb``
     (bool), ``weight_decay_at``; and as bookkeeping ``displaces`` (which parameters the subset lets move), ``standing``
     (which ones are displaced now) and ``applied`` (the scalar c in ε = c · direction; NaN where SAM's first gradients
-    overflowed, and then ε = 0). The first group also keeps ``steps`` and ``training``. All of it is plain data and
+    overflowed, and then ε = 0), ``along`` (the direction in words), ``first_lr`` and ``largest_lr`` (for schedules that
+    follow the learning rate). The first group also keeps ``steps`` and ``training``. All of it is plain data and
     travels in ``state_dict``.
 
     Parameters
@@ -51,6 +52,9 @@ class PerturbedOptimizer(Optimizer, ABC):
     """
 
     _momentum_key: ClassVar[str]
+    _buffer_keys: ClassVar[tuple[str, ...]]
+    _method: ClassVar[str]
+    _method_key: ClassVar[str]
 
     def __init__(
         self,
@@ -120,6 +124,9 @@ class PerturbedOptimizer(Optimizer, ABC):
         """
         displacement, loss = self._displacement, None
         self._require_training()
+        if closure is None and not self.state and self._is_asked_for_state():
+            self._make_state()
+            return None
         if self._skipped_by_scaler(closure):
             return None
         if closure is not None:
@@ -190,6 +197,29 @@ class PerturbedOptimizer(Optimizer, ABC):
         self.step()
         if zero_grad:
             self.zero_grad()
+
+    def _is_asked_for_state(self) -> bool:
+        """Whether torch's checkpoints take a step to find out which buffers there are.
+
+        They do it without state, with gradients of 0 and at a learning rate of 0, which is not the first one. A number
+        is read on the host only where every learning rate is 0.
+        """
+        for group in self.param_groups:
+            lr = group["lr"]
+            if (isinstance(lr, Tensor) and not lr.is_cpu) or lr != 0 or not group["first_lr"]:
+                return False
+        grads = [grad for group in self.param_groups for grad in _gradients(group["params"])]
+        return bool(grads) and float(global_norm(grads)) == 0
+
+    def _make_state(self) -> None:
+        """Make all buffers that a step would make, and change nothing else."""
+        for group in self.param_groups:
+            weights = [p for p in group["params"] if p.grad is not None]
+            self._update(group, weights, _gradients(weights), 0.0)
+            for p in weights:
+                if "step" in self.state[p]:
+                    self.state[p]["step"].zero_()
+        self._displacement.make_state()
 
     def _climb_and_evaluate(self, closure: Closure) -> None:
         """Take SAM's second gradient; where that fails, the weights are back at the true ones."""
@@ -325,6 +355,9 @@ class PerturbedOptimizer(Optimizer, ABC):
     def _require_training(self) -> None:
         if not self.param_groups[0]["training"]:
             raise RuntimeError("expected train mode, got eval mode with the true weights in place; call train() first.")
+        for group in self.param_groups:
+            if not isinstance(group["rho"], Schedule):
+                require_strength(group["rho"])
 
     def _require_two_gradients(self, name: str) -> None:
         if not self._displacement.climbs:
@@ -353,7 +386,7 @@ class PerturbedOptimizer(Optimizer, ABC):
         TypeError
             If a parameter is not real floating-point.
         """
-        known = (*self.defaults, *_FOREIGN_KEYS)
+        known = (*self.defaults, *FOREIGN_KEYS)
         for key in param_group:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
             if key not in known and close:
@@ -368,7 +401,8 @@ class PerturbedOptimizer(Optimizer, ABC):
         except Exception:
             self.param_groups.pop()
             raise
-        group.update(BOOKKEEPING, displaces=chosen, first_lr=float(group["lr"]))
+        along = self._displacement.along
+        group.update(BOOKKEEPING, displaces=chosen, along=along, first_lr=float(group["lr"]), largest_lr=0.0)
         if len(self.param_groups) == 1:
             group.update(training=True, steps=torch.zeros((), dtype=torch.int64))
 
@@ -381,8 +415,8 @@ class PerturbedOptimizer(Optimizer, ABC):
             lr = float(lr)
         require_nonnegative("lr", lr)
         require_nonnegative("weight_decay", group["weight_decay"])
-        if not isinstance(group["rho"], Tensor):
-            as_schedule(group["rho"])
+        if not isinstance(group["rho"], Schedule):
+            require_strength(group["rho"])
         if group["weight_decay_at"] not in get_args(WeightDecayAt):
             raise ValueError(
                 f"weight_decay_at must be 'true' or 'perturbed', got {group['weight_decay_at']!r}; choose one of them."
@@ -406,9 +440,11 @@ class PerturbedOptimizer(Optimizer, ABC):
             perturbation, restore = rest.pop("perturbation"), rest.pop("_restore_policy")
             self._displacement = Displacement(self, perturbation, restore, self._momentum_key)
             self._gradient_hooks = OrderedDict()
-        super().__setstate__(rest)
-        if "_restore_policy" in state:
+            super().__setstate__(rest)
             self._displacement.look()
+        else:  # torch's load_state_dict, after its hooks
+            super().__setstate__(adopted(self, rest))
+            self._displacement.forget()  # the weights that belong to the state may be loaded before it or after it
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, perturbation's bookkeeping included, as plain numbers and tensors.
@@ -418,7 +454,6 @@ class PerturbedOptimizer(Optimizer, ABC):
         self._displacement.notice_writes()
         state = super().state_dict()
         for group in state["param_groups"]:
-            group["along"] = self._displacement.along
             if isinstance(group["rho"], Schedule):
                 group["rho"] = group["rho"].to_plain()
         return state
@@ -432,29 +467,10 @@ class PerturbedOptimizer(Optimizer, ABC):
         Raises
         ------
         ValueError
-            If the state was saved while displaced along another direction, or by Nesterov's method of torch.
+            If the state is of another method or of Nesterov's method of torch, was saved while displaced along another
+            direction, has an option that the constructor refuses, or lacks a buffer. Nothing has changed then.
         """
-        along, groups = self._displacement.along, []
-        for present, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            kept = {key: present[key] for key in present if key not in _FOREIGN_KEYS}
-            if "steps" in present:
-                kept |= {"training": True, "steps": torch.zeros_like(present["steps"])}
-            group = kept | BOOKKEEPING | saved
-            if saved.get("nesterov"):
-                raise ValueError("expected a state without nesterov=True, got one with it; load it into torch's SGD.")
-            if group.pop("along", None) != along and group["standing"] is not None:
-                if state_dict["param_groups"][0]["training"]:
-                    raise ValueError(
-                        f"expected a state displaced along {along}, got one along {saved['along']}; "
-                        "save it in eval() mode to change the perturbation."
-                    )
-                group |= BOOKKEEPING
-            if isinstance(group["rho"], dict):
-                group["rho"] = Schedule.from_plain(group["rho"])
-            groups.append(group)
-        groups += state_dict["param_groups"][len(groups) :]
-        super().load_state_dict(state_dict | {"param_groups": groups})
-        self._displacement.forget()  # the weights that belong to the state may be loaded before it or after it
+        super().load_state_dict(state_dict)
 
 
 def _gradients(weights: list[Tensor]) -> list[Tensor]:

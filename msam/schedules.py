@@ -48,6 +48,23 @@ def require_nonnegative(name: str, value: float, hint: str = "") -> None:
         raise ValueError(f"{name} must be finite and not negative, got {value}; {hint or 'pass 0 or more'}.")
 
 
+def require_strength(rho: Number) -> None:
+    """Raise unless ``rho`` is a tensor of one element, whose value is not read, or a finite number, zero or more.
+
+    Raises
+    ------
+    TypeError
+        If ``rho`` is no real number.
+    ValueError
+        If it is negative, infinite or not a number, or a tensor of more elements.
+    """
+    if isinstance(rho, Tensor):
+        if rho.numel() != 1:
+            raise ValueError(f"a tensor rho must hold one element, got shape {tuple(rho.shape)}; pass a scalar.")
+    elif not (type(rho) is float and 0 <= rho < math.inf):
+        require_nonnegative("rho", rho, "for the opposite direction pass sign=-1 and a positive rho")
+
+
 @dataclass(frozen=True)
 class Schedule(ABC):
     """ρ as a pure function of the step and the learning-rate ratio.
@@ -122,7 +139,7 @@ class Constant(Schedule):
     varies: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        require_nonnegative("rho", self.value, "for the opposite direction pass sign=-1 and a positive rho")
+        require_strength(self.value)
 
     def __call__(self, step: int, lr_ratio: Number = 1.0) -> Number:  # noqa: D102
         return self.value
@@ -202,6 +219,8 @@ class Cosine(_Over):
 @dataclass(frozen=True)
 class FollowLR(Schedule):
     """ρ in proportion to the learning rate: ``rho = value · lr / lr_first``.
+
+    Where the parameter group was added with ``lr = 0``, the largest learning rate so far stands for ``lr_first``.
 
     Parameters
     ----------

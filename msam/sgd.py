@@ -66,6 +66,9 @@ class PerturbedSGD(PerturbedOptimizer):
     """
 
     _momentum_key: ClassVar[str] = "momentum_buffer"
+    _buffer_keys: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    _method: ClassVar[str] = "SGD"
+    _method_key: ClassVar[str] = "momentum"
 
     def __init__(
         self,

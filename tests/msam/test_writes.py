@@ -6,7 +6,6 @@ import copy
 import itertools
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -168,14 +167,6 @@ WRITES: dict[str, tuple[Callable[[Any], Any], tuple[int, ...]]] = {
 }
 WAYS = [("msam", "auto"), ("msam", "copy"), ("relative_msam", "auto"), ("last_gradient", "auto"), ("sam", "auto")]
 each_way = pytest.mark.parametrize(("name", "restore"), WAYS)
-
-
-@pytest.fixture
-def process_group(tmp_path: Path) -> Any:
-    """One process that is a group."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting-point", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @each_way
