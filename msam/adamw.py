@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
+from .conventions import without_base
 from .displacement import Restore
 from .filters import ParameterFilter
 from .optimizers import PerturbedOptimizer, WeightDecayAt
@@ -150,6 +151,7 @@ class AdamWMSAM(PerturbedAdamW):
         Which parameters move.
     """
 
+    @without_base
     def __init__(
         self,
         params: ParamsT,
@@ -177,6 +179,7 @@ class AdamWSAM(PerturbedAdamW):
         As for :class:`SAM`.
     """
 
+    @without_base
     def __init__(
         self,
         params: ParamsT,

@@ -16,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
 from .batchnorm import frozen_statistics_of_whatever_runs
+from .conventions import Closure, evaluate_anew
 from .displacement import BOOKKEEPING, Displacement, Restore
 from .perturbation import Perturbation, global_norm
 from .schedules import Schedule, require_nonnegative, require_strength
@@ -24,7 +25,6 @@ from .states import FOREIGN_KEYS, adopted
 __all__ = ["PerturbedOptimizer", "WeightDecayAt"]
 
 WeightDecayAt = Literal["true", "perturbed"]
-Closure = Callable[[], Any]
 
 
 class PerturbedOptimizer(Optimizer, ABC):
@@ -103,7 +103,7 @@ class PerturbedOptimizer(Optimizer, ABC):
         closure : callable, optional
             Clears the gradients, computes the loss, calls ``backward`` and returns the loss. With
             ``direction="gradient"`` it runs twice, the second time at the displaced weights and without collecting
-            BatchNorm statistics.
+            BatchNorm statistics. It need not clear the gradients there if none are left when ``step`` is called.
 
         Returns
         -------
@@ -113,8 +113,8 @@ class PerturbedOptimizer(Optimizer, ABC):
         Raises
         ------
         RuntimeError
-            In eval mode; for sparse gradients; without a first gradient where two are needed; with a closure inside
-            ``GradScaler.step`` where two are needed.
+            In eval mode; for sparse gradients. Where two gradients are needed: without a first one; with a closure
+            inside ``GradScaler.step``; with a closure that adds to gradients that were there before.
 
         Notes
         -----
@@ -132,10 +132,10 @@ class PerturbedOptimizer(Optimizer, ABC):
         if closure is not None:
             if displacement.climbs:
                 displacement.take_back_all()
-            with torch.enable_grad():
-                loss = closure()
-            if displacement.climbs:
-                self._climb_and_evaluate(closure)
+                loss = self._evaluate_twice(closure)
+            else:
+                with torch.enable_grad():
+                    loss = closure()
         elif displacement.climbs and not displacement.stands:
             raise RuntimeError(
                 "direction='gradient' needs two gradients, got step() after one; pass a closure, step(closure), or "
@@ -221,15 +221,18 @@ class PerturbedOptimizer(Optimizer, ABC):
                     self.state[p]["step"].zero_()
         self._displacement.make_state()
 
-    def _climb_and_evaluate(self, closure: Closure) -> None:
-        """Take SAM's second gradient; where that fails, the weights are back at the true ones."""
-        self.first_step()
+    def _evaluate_twice(self, closure: Closure) -> Any:
+        """Take SAM's two gradients; where the second one fails, the weights are back at the true ones."""
+        with torch.enable_grad():
+            loss = evaluate_anew(closure, [p for group in self.param_groups for p in group["params"]])
+        self.first_step(zero_grad=True)
         try:
             with frozen_statistics_of_whatever_runs(), torch.enable_grad():
                 closure()
         except BaseException:
             self._displacement.take_back_all()
             raise
+        return loss
 
     def _update_at_true_weights(self, group: dict[str, Any]) -> None:
         """Return to the true weights, and take torch's step there."""

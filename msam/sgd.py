@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
+from .conventions import without_base
 from .displacement import Restore
 from .filters import ParameterFilter
 from .optimizers import PerturbedOptimizer, WeightDecayAt
@@ -220,6 +221,7 @@ class MSAM(PerturbedSGD):
         Which parameters move.
     """
 
+    @without_base
     def __init__(
         self,
         params: ParamsT,
@@ -257,6 +259,7 @@ class SAM(PerturbedSGD):
     (m-sharpness) and only the second gradient is averaged; without it both are.
     """
 
+    @without_base
     def __init__(
         self,
         params: ParamsT,
