@@ -15,6 +15,7 @@ from .filters import ParameterFilter
 from .optimizers import PerturbedOptimizer, WeightDecayAt
 from .perturbation import Perturbation
 from .schedules import Schedule, require_nonnegative
+from .shards import parted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -100,12 +101,13 @@ class PerturbedAdamW(PerturbedOptimizer):
                     state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
         exp_avgs, exp_avg_sqs, *maxima = [[state[key] for state in states] for key in keys]
         beta1, beta2 = group["betas"]
+        parts = parted(weights)
         adamw(
-            weights,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            maxima[0] if maxima else [],
+            parts(weights),
+            parts(grads),
+            parts(exp_avgs),
+            parts(exp_avg_sqs),
+            parts(maxima[0]) if maxima else [],
             [state["step"] for state in states],
             foreach=group["foreach"],
             capturable=group["capturable"],

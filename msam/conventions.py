@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .shards import here
+
 __all__ = ["Closure", "evaluate_anew", "without_base"]
 
 Closure = Callable[[], Any]
@@ -44,14 +46,14 @@ def evaluate_anew(closure: Closure, parameters: list[Tensor]) -> Any:
     RuntimeError
         If the mark stays: the closure adds to what was there.
     """
-    left = min((p for p in parameters if p.grad is not None and p.numel()), key=Tensor.numel, default=None)
+    left = min((p for p in parameters if p.grad is not None and here([p])[0].numel()), key=Tensor.numel, default=None)
     if left is None:
         return closure()
     kept, mark = left.grad, torch.full_like(left, math.nan)
     left.grad = mark
     try:
         loss = closure()
-        if left.grad is mark and mark.isnan().all():
+        if left.grad is mark and here([mark])[0].isnan().all():
             raise RuntimeError(
                 "expected a closure that clears the gradients before it computes its own, got one that adds to those "
                 "that were there; call zero_grad() first in the closure, or before step(closure), and for an "

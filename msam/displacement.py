@@ -11,17 +11,20 @@ from operator import itemgetter
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .perturbation import Perturbation, scaled, widest_dtype
 from .schedules import Number, Schedule, require_strength
+from .shards import WHOLE, Groups, here, like, part_of, parted
 from .writes import Watch
 
 __all__ = ["BOOKKEEPING", "COPIES", "Displacement", "Move", "Restore"]
 
 Restore = Literal["auto", "subtract", "copy"]
 
+_PARAMS = itemgetter("params")
 _EXACT = (torch.float32, torch.float64)  # dtypes in which "auto" adds and subtracts, and loses no digit that matters
 
 BOOKKEEPING: dict[str, Any] = {"standing": None, "applied": None}
@@ -92,6 +95,7 @@ class Displacement:
         direction = None if perturbation is None else perturbation.direction
         self.perturbation = perturbation
         self.restore = restore
+        self.among: Groups = ()  # processes that share the parameters, each having some of them
         self.climbs = direction == "gradient"  # two gradients a step, and nothing stands between steps
         # what a saved displacement is a multiple of, in words
         self.along = None if perturbation is None else f"{direction}, scaled {perturbation.scale}"
@@ -131,18 +135,21 @@ class Displacement:
         result: dict[Tensor, Tensor] = {}
         if self.climbs and not self.stands:
             for _, members, along, factor in self.planned():
-                result |= zip(members, scaled(along, factor), strict=True)
+                result |= zip(members, like(members, scaled(along, factor)), strict=True)
             return result
         training = self._owner.param_groups[0]["training"]
         for group in self._owner.param_groups:
             copied, members = self.copied_and_subtracted(group)
             if training or self.climbs:
-                here, there = (copied, self.copies(copied)) if training else (self.copies(copied), copied)
-                result |= zip(copied, torch._foreach_sub(here, there) if copied else [], strict=True)
+                weights, copies = here(copied), here(self.copies(copied))
+                now, then = (weights, copies) if training else (copies, weights)
+                shift = [a - b for a, b in zip(now, then, strict=True)]
+                result |= zip(copied, like(copied, shift), strict=True)
             else:
                 members = copied + members
             if members:
-                result |= zip(members, scaled(self._shaped(members), group["applied"]), strict=True)
+                shift = scaled(here(self._shaped(members)), group["applied"])
+                result |= zip(members, like(members, shift), strict=True)
         return result
 
     # ---------------------------------------------------------------- saved states
@@ -174,7 +181,7 @@ class Displacement:
     def notice_writes(self) -> None:
         """Let what others wrote to displaced parameters be their true weights: their ε is dropped, with a warning."""
         groups = self._owner.param_groups
-        written = self._watch.written(self._parameters()) if groups[0]["training"] else []
+        written = self._watch.written(list(chain.from_iterable(map(_PARAMS, groups)))) if groups[0]["training"] else []
         if not any(written):
             return
         flags, count = iter(written), 0
@@ -198,14 +205,11 @@ class Displacement:
 
     def look(self) -> None:
         """Remember the parameters as they stand, to notice later that others wrote to them."""
-        self._watch.look(self._parameters())
+        self._watch.look(list(chain.from_iterable(map(_PARAMS, self._owner.param_groups))))
 
     def forget(self) -> None:
         """Remember nothing: what stands when the next move is made counts as what was left."""
         self._watch.forget()
-
-    def _parameters(self) -> list[Tensor]:
-        return list(chain.from_iterable(map(itemgetter("params"), self._owner.param_groups)))
 
     # ---------------------------------------------------------------- there and back
 
@@ -243,7 +247,8 @@ class Displacement:
         """Return a group to the true weights for good, by taking away exactly what was applied."""
         copied, subtracted = self.copied_and_subtracted(group)
         if copied:
-            torch._foreach_copy_(copied, self.copies(copied))
+            parts = parted(copied)
+            torch._foreach_copy_(parts(copied), parts(self.copies(copied)))
         if subtracted:
             add_scaled_(subtracted, self._directions(subtracted), -group["applied"])
         group["standing"] = None
@@ -322,7 +327,10 @@ class Displacement:
         members = [self._movable(group) for group in groups]
         flat = [p for some in members for p in some]
         directions = self._directions(flat)
-        factors = perturbation.factors(directions, flat, rhos, [group["lr"] for group in groups])
+        norm = perturbation.norm(directions, flat, self.among)
+        if not WHOLE.issuperset(map(type, flat)):
+            directions, flat = here(directions), here(flat)
+        factors = perturbation.factors(directions, flat, rhos, [group["lr"] for group in groups], norm)
         shaped = iter(perturbation.shaped(directions, flat))
         moves = []
         for group, some, factor in zip(groups, members, factors, strict=True):
@@ -372,10 +380,11 @@ class Displacement:
     def _noise(self, p: Tensor, index: int) -> Tensor:
         """Return the Gaussian noise of this step for the parameter of this index."""
         key = f"{self.perturbation and self.perturbation.seed} {int(self._owner.param_groups[0]['steps'])} {index}"
+        key += "".join(f" {dist.get_rank(group)}" for group in self.among)  # each process counts its own parameters
         generator = torch.Generator(p.device)
         digest = hashlib.blake2b(key.encode(), digest_size=7).digest()  # generators seeded by counters would correlate
         generator.manual_seed(int.from_bytes(digest, "big"))
-        return torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
+        return part_of(p, torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype))
 
     def _remember_gradients(self) -> None:
         """Keep this step's gradients, which are the next step's direction."""
@@ -409,6 +418,8 @@ def add_scaled_(weights: list[Tensor], directions: list[Tensor], factor: Tensor,
     """
     if not weights:
         return
+    if not WHOLE.issuperset(map(type, weights)):
+        weights, directions = here(weights), here(directions)
     if weights[0].is_cpu and factor.is_cpu and not torch.compiler.is_compiling():
         # on the CPU a scalar is free to read, and spares the product's memory
         multiple = factor.item()
@@ -417,10 +428,10 @@ def add_scaled_(weights: list[Tensor], directions: list[Tensor], factor: Tensor,
         return
     factors = {device: factor.to(device, non_blocking=True) for device in {w.device for w in weights}}
     for device, local in factors.items():
-        here = [i for i, w in enumerate(weights) if w.device == device]
-        along = [directions[i] for i in here]
+        some = [i for i, w in enumerate(weights) if w.device == device]
+        along = [directions[i] for i in some]
         product = list(torch._foreach_mul(along, local)) if finite else scaled(along, local)
-        torch._foreach_add_([weights[i] for i in here], product)
+        torch._foreach_add_([weights[i] for i in some], product)
 
 
 def _swap(these: list[Tensor], those: list[Tensor]) -> None:

@@ -20,6 +20,7 @@ from .conventions import Closure, evaluate_anew
 from .displacement import BOOKKEEPING, Displacement, Restore
 from .perturbation import Perturbation, global_norm
 from .schedules import Schedule, require_nonnegative, require_strength
+from .shards import here, maker_that_divides
 from .states import FOREIGN_KEYS, adopted
 
 __all__ = ["PerturbedOptimizer", "WeightDecayAt"]
@@ -71,7 +72,17 @@ class PerturbedOptimizer(Optimizer, ABC):
             "perturb": perturbation is not None,
             "weight_decay_at": weight_decay_at,
         }
+        self._divide_among(maker_that_divides())
         super().__init__(params, defaults | options)
+
+    def _divide_among(self, group: Any) -> None:
+        """Take the norm over the processes of a group among which the parameters are divided; None for no group."""
+        if group is not None and self._displacement.climbs:
+            raise RuntimeError(
+                "expected all parameters in every process for direction='gradient', got an optimizer of a share of "
+                "them, which can displace no more than its share; use DistributedDataParallel alone, or fully_shard."
+            )
+        self._displacement.among = () if group is None else (group,)
 
     # ---------------------------------------------------------------- the base step, given by subclasses
 
@@ -348,11 +359,11 @@ class PerturbedOptimizer(Optimizer, ABC):
             return True
         scale: Tensor | None = getattr(self, "grad_scale", None)  # None after scaler.unscale_(), as for clipping
         if scale is not None:
-            grads = [grad for group in self.param_groups for grad in _gradients(group["params"])]
+            grads = here(grad for group in self.param_groups for grad in _gradients(group["params"]))
             inverse = scale.double().reciprocal()
             for device in {grad.device for grad in grads}:
-                here = [grad for grad in grads if grad.device == device]
-                torch._foreach_mul_(here, inverse.to(device, non_blocking=True))
+                local = [grad for grad in grads if grad.device == device]
+                torch._foreach_mul_(local, inverse.to(device, non_blocking=True))
         return False
 
     def _require_training(self) -> None:

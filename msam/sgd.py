@@ -15,6 +15,7 @@ from .filters import ParameterFilter
 from .optimizers import PerturbedOptimizer, WeightDecayAt
 from .perturbation import Perturbation
 from .schedules import Schedule, require_nonnegative
+from .shards import like, parted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -108,17 +109,20 @@ class PerturbedSGD(PerturbedOptimizer):
             )
 
     def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], weight_decay: float) -> None:
-        momentum = group["momentum"]
+        momentum, parts = group["momentum"], parted(weights)
         rows: tuple[list[int], list[int]] = ([], [])  # without and with a buffer: the fused kernel takes all or none
         for i, p in enumerate(weights):
             rows[bool(momentum) and "momentum_buffer" in self.state[p]].append(i)
         for known, some in enumerate(rows):
             if not some:
                 continue
-            buffers = [self.state[weights[i]]["momentum_buffer"] if known else None for i in some]
+            members = [weights[i] for i in some]
+            buffers: list[Any] = [self.state[p]["momentum_buffer"] if known else None for p in members]
+            if known:
+                buffers = parts(buffers)
             sgd(
-                [weights[i] for i in some],
-                [grads[i] for i in some],
+                parts(members),
+                parts([grads[i] for i in some]),
                 buffers,
                 weight_decay=weight_decay,
                 momentum=momentum,
@@ -131,8 +135,8 @@ class PerturbedSGD(PerturbedOptimizer):
                 fused=group["fused"],
             )
             if momentum and not known:
-                for i, buffer in zip(some, buffers, strict=True):
-                    self.state[weights[i]]["momentum_buffer"] = buffer
+                for p, buffer in zip(members, like(members, buffers), strict=True):
+                    self.state[p]["momentum_buffer"] = buffer
 
     def _update_in_place(self, group: dict[str, Any]) -> bool:
         """Step without going back first, in one pass of torch's fused kernel.
@@ -169,10 +173,11 @@ class PerturbedSGD(PerturbedOptimizer):
             factor -= group["weight_decay"] * c
         if factor < 0.5 or abs(c) > _LONGEST * lr:
             return False
+        parts = parted(weights)
         sgd(
-            weights,
-            grads,
-            buffers,
+            parts(weights),
+            parts(grads),
+            [*parts(buffers)],
             weight_decay=group["weight_decay"],
             momentum=factor,
             lr=-c / factor,

@@ -7,6 +7,8 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from .shards import WHOLE, here
+
 __all__ = ["Watch"]
 
 _VERSION = attrgetter("_version")
@@ -36,7 +38,7 @@ class Watch:
             return
         self._versions, places = _marks(tensors)
         if places != self._places:
-            self._places, self._held = places, [t.data for t in tensors]
+            self._places, self._held = places, [t.data for t in here(tensors)]
 
     def forget(self) -> None:
         """Remember nothing, so that nothing counts as written."""
@@ -53,13 +55,17 @@ class Watch:
         now, before = zip(versions, places, strict=True), zip(self._versions, self._places, self._held, strict=True)
         return [
             version != old_version or (place != old_place and not _holds(held, t))
-            for t, (version, place), (old_version, old_place, held) in zip(known, now, before, strict=True)
+            for t, (version, place), (old_version, old_place, held) in zip(here(known), now, before, strict=True)
         ]
 
 
 def _marks(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
     """Return the counters of writes, and the addresses."""
-    return list(map(_VERSION, tensors)), list(map(Tensor.data_ptr, tensors))
+    versions = list(map(_VERSION, tensors))
+    if not WHOLE.issuperset(map(type, tensors)):  # a DTensor and its part are written one without the other
+        tensors = here(tensors)
+        versions = list(map(sum, zip(versions, map(_VERSION, tensors), strict=True)))
+    return versions, list(map(Tensor.data_ptr, tensors))
 
 
 def _holds(held: Tensor, tensor: Tensor) -> bool:
