@@ -102,6 +102,7 @@ class PerturbedAdamW(PerturbedOptimizer):
         exp_avgs, exp_avg_sqs, *maxima = [[state[key] for state in states] for key in keys]
         beta1, beta2 = group["betas"]
         parts = parted(weights)
+        later = weight_decay if group["weight_decay_at"] == "updated" else 0.0
         adamw(
             parts(weights),
             parts(grads),
@@ -116,10 +117,13 @@ class PerturbedAdamW(PerturbedOptimizer):
             beta1=beta1,
             beta2=beta2,
             lr=group["lr"],
-            weight_decay=weight_decay,
+            weight_decay=weight_decay - later,
             eps=group["eps"],
             maximize=group["maximize"],
         )
+
+        if later:
+            torch._foreach_mul_(parts(weights), 1 - group["lr"] * later)
 
     def _decay_at_perturbed(
         self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], decayed: list[Tensor]

@@ -95,6 +95,7 @@ class Displacement:
         direction = None if perturbation is None else perturbation.direction
         self.perturbation = perturbation
         self.restore = restore
+        self.norm: Tensor | None = None  # of what the last displacement was planned along, where it was needed
         self.among: Groups = ()  # processes that share the parameters, each having some of them
         self.climbs = direction == "gradient"  # two gradients a step, and nothing stands between steps
         # what a saved displacement is a multiple of, in words
@@ -151,6 +152,15 @@ class Displacement:
                 shift = scaled(here(self._shaped(members)), group["applied"])
                 result |= zip(members, like(members, shift), strict=True)
         return result
+
+    def growth(self) -> float:
+        """Return by which factor the gradient that is there is longer than the one that was climbed; 0 if unknown."""
+        pairs = map(self.copied_and_subtracted, self._owner.param_groups)
+        members = [p for some in chain.from_iterable(pairs) for p in some if p.grad is not None]
+        if not members or self.perturbation is None or self.norm is None:
+            return 0.0
+        norm = self.perturbation.norm(self._directions(members), members, self.among)
+        return 0.0 if norm is None or not self.norm else float(norm / self.norm)
 
     # ---------------------------------------------------------------- saved states
 
@@ -327,7 +337,7 @@ class Displacement:
         members = [self._movable(group) for group in groups]
         flat = [p for some in members for p in some]
         directions = self._directions(flat)
-        norm = perturbation.norm(directions, flat, self.among)
+        norm = self.norm = perturbation.norm(directions, flat, self.among)
         if not WHOLE.issuperset(map(type, flat)):
             directions, flat = here(directions), here(flat)
         factors = perturbation.factors(directions, flat, rhos, [group["lr"] for group in groups], norm)

@@ -18,14 +18,16 @@ from torch.utils.hooks import RemovableHandle
 from .batchnorm import frozen_statistics_of_whatever_runs
 from .conventions import Closure, evaluate_anew
 from .displacement import BOOKKEEPING, Displacement, Restore
-from .perturbation import Perturbation, global_norm
+from .perturbation import Perturbation
 from .schedules import Schedule, require_nonnegative, require_strength
 from .shards import here, maker_that_divides
-from .states import FOREIGN_KEYS, adopted
+from .states import FOREIGN_KEYS, adopted, is_asked_for_state, make_state
 
 __all__ = ["PerturbedOptimizer", "WeightDecayAt"]
 
-WeightDecayAt = Literal["true", "perturbed"]
+_LARGEST_GROWTH = 8.0  # of a gradient from SAM's first pass to its second: beyond, one of them has a scaler's factor
+
+WeightDecayAt = Literal["true", "perturbed", "updated"]
 
 
 class PerturbedOptimizer(Optimizer, ABC):
@@ -46,7 +48,7 @@ class PerturbedOptimizer(Optimizer, ABC):
         Options of the base step.
     perturbation : Perturbation or None
         Where the gradient is taken; None for the bare base step.
-    weight_decay_at : {"true", "perturbed"}
+    weight_decay_at : {"true", "perturbed", "updated"}
         Point at which weight decay reads the weights.
     restore : {"auto", "subtract", "copy"}
         How the true weights come back.
@@ -125,7 +127,8 @@ class PerturbedOptimizer(Optimizer, ABC):
         ------
         RuntimeError
             In eval mode; for sparse gradients. Where two gradients are needed: without a first one; with a closure
-            inside ``GradScaler.step``; with a closure that adds to gradients that were there before.
+            inside ``GradScaler.step``; with a closure that adds to gradients that were there before; with
+            ``GradScaler.unscale_`` before the first pass.
 
         Notes
         -----
@@ -135,8 +138,8 @@ class PerturbedOptimizer(Optimizer, ABC):
         """
         displacement, loss = self._displacement, None
         self._require_training()
-        if closure is None and not self.state and self._is_asked_for_state():
-            self._make_state()
+        if closure is None and not self.state and is_asked_for_state(self):
+            make_state(self)
             return None
         if self._skipped_by_scaler(closure):
             return None
@@ -208,29 +211,6 @@ class PerturbedOptimizer(Optimizer, ABC):
         self.step()
         if zero_grad:
             self.zero_grad()
-
-    def _is_asked_for_state(self) -> bool:
-        """Whether torch's checkpoints take a step to find out which buffers there are.
-
-        They do it without state, with gradients of 0 and at a learning rate of 0, which is not the first one. A number
-        is read on the host only where every learning rate is 0.
-        """
-        for group in self.param_groups:
-            lr = group["lr"]
-            if (isinstance(lr, Tensor) and not lr.is_cpu) or lr != 0 or not group["first_lr"]:
-                return False
-        grads = [grad for group in self.param_groups for grad in _gradients(group["params"])]
-        return bool(grads) and float(global_norm(grads)) == 0
-
-    def _make_state(self) -> None:
-        """Make all buffers that a step would make, and change nothing else."""
-        for group in self.param_groups:
-            weights = [p for p in group["params"] if p.grad is not None]
-            self._update(group, weights, _gradients(weights), 0.0)
-            for p in weights:
-                if "step" in self.state[p]:
-                    self.state[p]["step"].zero_()
-        self._displacement.make_state()
 
     def _evaluate_twice(self, closure: Closure) -> Any:
         """Take SAM's two gradients; where the second one fails, the weights are back at the true ones."""
@@ -358,6 +338,12 @@ class PerturbedOptimizer(Optimizer, ABC):
             self._displacement.take_back_all()
             return True
         scale: Tensor | None = getattr(self, "grad_scale", None)  # None after scaler.unscale_(), as for clipping
+        if scale is None and self._displacement.growth() > _LARGEST_GROWTH:
+            self._displacement.take_back_all()
+            raise RuntimeError(
+                "expected scaler.unscale_(optimizer) after the second backward(), got it before first_step(), which "
+                "leaves the second gradient scaled; unscale and clip the second one, as the first one is normalised."
+            )
         if scale is not None:
             grads = here(grad for group in self.param_groups for grad in _gradients(group["params"]))
             inverse = scale.double().reciprocal()
@@ -433,7 +419,8 @@ class PerturbedOptimizer(Optimizer, ABC):
             require_strength(group["rho"])
         if group["weight_decay_at"] not in get_args(WeightDecayAt):
             raise ValueError(
-                f"weight_decay_at must be 'true' or 'perturbed', got {group['weight_decay_at']!r}; choose one of them."
+                f"weight_decay_at must be 'true', 'perturbed' or (AdamW) 'updated', got {group['weight_decay_at']!r}; "
+                "choose one of them."
             )
         if group["foreach"] and group["fused"]:
             raise ValueError("at most one of foreach and fused may be True, got both; drop one.")

@@ -102,6 +102,11 @@ class PerturbedSGD(PerturbedOptimizer):
         super()._check_group(group)
         require_nonnegative("momentum", group["momentum"])
         require_nonnegative("dampening", group["dampening"])
+        if group["weight_decay_at"] == "updated":
+            raise ValueError(
+                "weight_decay_at='updated' is for AdamW, got it for SGD, whose decay enters the gradient; "
+                "choose 'true' or 'perturbed'."
+            )
         if self._displacement.key == "momentum_buffer" and group["perturb"] and not group["momentum"]:
             raise ValueError(
                 "direction='momentum' needs a momentum buffer, got momentum=0; set a momentum, or use "

@@ -1,4 +1,4 @@
-"""What a saved state must hold to be taken over: one of this package, of torch's optimizer or of an older file."""
+"""What a saved state must hold to be taken over, and the state that a fresh optimizer shows to those who ask."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from .displacement import BOOKKEEPING, COPIES
+from .perturbation import global_norm
 from .schedules import Schedule
 
 if TYPE_CHECKING:
     from .optimizers import PerturbedOptimizer
 
-__all__ = ["FOREIGN_KEYS", "adopted"]
+__all__ = ["FOREIGN_KEYS", "adopted", "is_asked_for_state", "make_state"]
 
 FOREIGN_KEYS = ("params", "param_names", "initial_lr")
 """Entries of a group that belong to torch or to its schedulers."""
@@ -102,3 +103,28 @@ def _as_step(value: float, group: dict[str, Any], p: Tensor) -> Tensor:
     """Return AdamW's count of steps, a number in files of older torch and of the authors, as torch has it now."""
     device = p.device if group["capturable"] or group["fused"] else "cpu"
     return torch.tensor(float(value), dtype=torch.float32, device=device)
+
+
+def is_asked_for_state(optimizer: PerturbedOptimizer) -> bool:
+    """Whether the step of a fresh optimizer is the one by which torch's checkpoints find out which buffers there are.
+
+    They take it with gradients of 0 and at a learning rate of 0, which is not the first one. A number is read on the
+    host only where every learning rate is 0.
+    """
+    for group in optimizer.param_groups:
+        lr = group["lr"]
+        if (isinstance(lr, Tensor) and not lr.is_cpu) or lr != 0 or not group["first_lr"]:
+            return False
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return bool(grads) and float(global_norm(grads)) == 0
+
+
+def make_state(optimizer: PerturbedOptimizer) -> None:
+    """Make all buffers that a step would make, and change nothing else."""
+    for group in optimizer.param_groups:
+        weights = [p for p in group["params"] if p.grad is not None]
+        optimizer._update(group, weights, [p.grad for p in weights], 0.0)
+        for p in weights:
+            if "step" in optimizer.state[p]:
+                optimizer.state[p]["step"].zero_()
+    optimizer._displacement.make_state()

@@ -165,6 +165,56 @@ def test_parameters_without_elements_and_without_use() -> None:
     assert same(model.parameters(), other.parameters())
 
 
+# Loss scaling with clipping.
+
+
+def scaled_step(model: nn.Module, opt: Any, scaler: Any, step: int, early: bool, clip: tuple[bool, bool]) -> None:
+    """Both of SAM's passes; gradients are unscaled in the first or in the second one, and clipped where asked."""
+    for second in (False, True):
+        scaler.scale(loss(model, step)).backward()
+        if early != second:
+            scaler.unscale_(opt)
+        if clip[second]:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        if not second:
+            opt.first_step(zero_grad=True)
+    scaler.step(opt)
+    scaler.update()
+    opt.zero_grad()
+
+
+@pytest.mark.parametrize("scale", [16.0, 1024.0, 65536.0])
+@pytest.mark.parametrize("clip", [(False, False), (True, False)], ids=str)
+@each_sam
+def test_unscaling_the_first_gradient_only_is_refused(name: str, clip: tuple[bool, bool], scale: float) -> None:
+    model = network(torch.float32, norm=False)
+    opt, scaler = BY_NAME[name].make(model.parameters()), torch.amp.GradScaler("cpu", init_scale=scale)
+    weights = snapshot(model.parameters())
+    with pytest.raises(RuntimeError, match=r"unscale_.*after the second"):
+        scaled_step(model, opt, scaler, 0, True, clip)
+    assert same(model.parameters(), weights)
+    assert not opt.perturbed
+
+
+@pytest.mark.parametrize("scale", [1.0, 16.0, 65536.0])
+@pytest.mark.parametrize("clip", [(False, False), (False, True), (True, True)], ids=str)
+@each_sam
+def test_unscaling_the_second_gradient_is_right(name: str, clip: tuple[bool, bool], scale: float) -> None:
+    """Against no scaler at all; a clipped first gradient is no other step."""
+    model, other = network(norm=False), network(norm=False)
+    opt, plain = BY_NAME[name].make(model.parameters()), BY_NAME[name].make(other.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    for step in range(4):
+        scaled_step(model, opt, scaler, step, False, clip)
+        backward(loss(other, step))
+        plain.first_step(zero_grad=True)
+        backward(loss(other, step))
+        if clip[1]:
+            nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+        plain.second_step(zero_grad=True)
+    assert furthest(model.parameters(), other.parameters()) < 1e-12
+
+
 # Spellings of other packages.
 
 SPELLINGS: dict[str, Callable[[Any], Any]] = {
