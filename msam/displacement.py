@@ -263,6 +263,7 @@ class Displacement:
             add_scaled_(subtracted, self._directions(subtracted), -group["applied"])
         group["standing"] = None
         if self.climbs:
+            self.forget()  # the true weights are anybody's to write
             for p in group["params"]:
                 self._owner.state[p].pop("true_weight", None)
 

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -23,11 +23,20 @@ from .schedules import Schedule, require_nonnegative, require_strength
 from .shards import here, maker_that_divides
 from .states import FOREIGN_KEYS, adopted, is_asked_for_state, make_state
 
-__all__ = ["PerturbedOptimizer", "WeightDecayAt"]
+__all__ = ["BaseOptions", "PerturbedOptimizer", "WeightDecayAt"]
 
 _LARGEST_GROWTH = 8.0  # of a gradient from SAM's first pass to its second: beyond, one of them has a scaler's factor
 
 WeightDecayAt = Literal["true", "perturbed", "updated"]
+
+
+class BaseOptions(TypedDict, total=False):
+    """Keywords that every named method hands on."""
+
+    restore: Restore
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
 
 
 class PerturbedOptimizer(Optimizer, ABC):

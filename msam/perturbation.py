@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .filters import ParameterFilter
+from .filters import Subset
 from .schedules import Number, Schedule, as_schedule
 from .shards import WHOLE, Groups, groups_of, here, sum_over
 
@@ -85,7 +85,7 @@ class Perturbation:
     sign: int = 1
     normalize: Normalization = "l2"
     scale: Scale = "none"
-    subset: Literal["all"] | ParameterFilter = "all"
+    subset: Subset = "all"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -252,6 +252,16 @@ class Perturbation:
         """
         (factor,) = self.factors(directions, weights, [rho], [lr])
         return scaled(self.shaped(directions, weights), factor)
+
+
+def along_momentum(rho: float | Schedule, subset: Subset) -> Perturbation:
+    """Return MSAM's perturbation."""
+    return Perturbation(direction="momentum", rho=rho, subset=subset)
+
+
+def along_gradient(rho: float | Schedule, adaptive: bool, subset: Subset) -> Perturbation:
+    """Return SAM's perturbation, or ASAM's."""
+    return Perturbation(direction="gradient", rho=rho, scale="adaptive" if adaptive else "none", subset=subset)
 
 
 def widest_dtype(tensors: list[Tensor]) -> torch.dtype:

@@ -42,7 +42,7 @@ class Watch:
 
     def forget(self) -> None:
         """Remember nothing, so that nothing counts as written."""
-        self._versions, self._places, self._held = [], [], []
+        self._versions = []
 
     def written(self, tensors: list[Tensor]) -> list[bool]:
         """Return for each tensor whether it was written; empty if none was. Tensors added since were not."""
