@@ -2,48 +2,61 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
+from .conventions import without_base
 from .displacement import Restore
-from .filters import ParameterFilter
-from .optimizers import PerturbedOptimizer, WeightDecayAt
-from .perturbation import Perturbation
+from .filters import Subset
+from .optimizers import BaseOptions, PerturbedOptimizer, WeightDecayAt
+from .perturbation import Perturbation, along_gradient, along_momentum
 from .schedules import Schedule, require_nonnegative
+from .shards import parted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["AdamWMSAM", "AdamWSAM", "PerturbedAdamW"]
 
-Subset = Literal["all"] | ParameterFilter
-
 
 class PerturbedAdamW(PerturbedOptimizer):
-    r"""AdamW, its gradient taken at ``w + ε``; the momentum direction is ``exp_avg``.
+    r"""AdamW that takes its gradient at ``w + ε``. The momentum direction is its first moment, ``exp_avg``.
+
+    Without a perturbation, or at ρ = 0, it is :class:`torch.optim.AdamW` to the bit.
 
     Parameters
     ----------
     params : iterable
-        As for :class:`PerturbedSGD`.
+        Parameters, named parameters or groups, as torch takes them. A group may have its own ``rho``, and
+        ``perturb=False`` leaves its parameters where they are.
     lr, betas, eps, weight_decay, amsgrad : float, (float, float), float, float, bool
-        As for :class:`torch.optim.AdamW`, whose defaults they have.
-    perturbation, weight_decay_at, restore
-        As for :class:`PerturbedSGD`.
+        Options of :class:`torch.optim.AdamW`, with its defaults.
+    perturbation : Perturbation, optional
+        The rule for ε. None takes the gradient at w.
+    weight_decay_at : {"true", "perturbed", "updated"}
+        Point at which weight decay reads the weights. "true" is w before the step, as in torch. "perturbed" is w + ε.
+        "updated" is w after the step, as in the authors' AdamW variants of MSAM and SAM.
+    restore : {"auto", "subtract", "copy"}
+        Way back to the true weights, explained at :class:`PerturbedSGD`.
     maximize, foreach, capturable, fused : bool
-        As for torch.
+        Options of :class:`torch.optim.AdamW`, with its defaults.
 
     Raises
     ------
+    TypeError
+        If an option has the wrong type.
     ValueError
-        For options out of range, and a momentum perturbation at β₁ = 0.
+        If an option is out of range, or a tensor ``lr`` meets ``foreach=True`` without ``capturable``.
     """
 
     _momentum_key: ClassVar[str] = "exp_avg"
+    _buffer_keys: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    _method: ClassVar[str] = "AdamW"
+    _method_key: ClassVar[str] = "betas"
 
     def __init__(
         self,
@@ -96,12 +109,14 @@ class PerturbedAdamW(PerturbedOptimizer):
                     state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
         exp_avgs, exp_avg_sqs, *maxima = [[state[key] for state in states] for key in keys]
         beta1, beta2 = group["betas"]
+        parts = parted(weights)
+        later = weight_decay if group["weight_decay_at"] == "updated" else 0.0
         adamw(
-            weights,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            maxima[0] if maxima else [],
+            parts(weights),
+            parts(grads),
+            parts(exp_avgs),
+            parts(exp_avg_sqs),
+            parts(maxima[0]) if maxima else [],
             [state["step"] for state in states],
             foreach=group["foreach"],
             capturable=group["capturable"],
@@ -110,10 +125,13 @@ class PerturbedAdamW(PerturbedOptimizer):
             beta1=beta1,
             beta2=beta2,
             lr=group["lr"],
-            weight_decay=weight_decay,
+            weight_decay=weight_decay - later,
             eps=group["eps"],
             maximize=group["maximize"],
         )
+
+        if later:
+            torch._foreach_mul_(parts(weights), 1 - group["lr"] * later)
 
     def _decay_at_perturbed(
         self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], decayed: list[Tensor]
@@ -123,15 +141,11 @@ class PerturbedAdamW(PerturbedOptimizer):
         return grads
 
 
-class AdamWOptions(TypedDict, total=False):
+class AdamWOptions(BaseOptions, total=False):
     """Keywords of :class:`PerturbedAdamW` that :class:`AdamWMSAM` and :class:`AdamWSAM` hand on."""
 
     weight_decay_at: WeightDecayAt
-    restore: Restore
-    maximize: bool
-    foreach: bool | None
     capturable: bool
-    fused: bool | None
 
 
 class AdamWMSAM(PerturbedAdamW):
@@ -140,13 +154,14 @@ class AdamWMSAM(PerturbedAdamW):
     Parameters
     ----------
     params, lr, betas, eps, weight_decay, **options
-        As for :class:`PerturbedAdamW`.
+        Options of :class:`PerturbedAdamW`.
     rho : float or Schedule
-        Default 3.0, as for :class:`MSAM`.
+        Strength ρ. The default is 3.0, that of :class:`MSAM`.
     subset : "all" or ParameterFilter
-        Which parameters move.
+        Parameters that move.
     """
 
+    @without_base
     def __init__(
         self,
         params: ParamsT,
@@ -159,21 +174,22 @@ class AdamWMSAM(PerturbedAdamW):
         subset: Subset = "all",
         **options: Unpack[AdamWOptions],
     ) -> None:
-        perturbation = Perturbation(direction="momentum", rho=rho, subset=subset)
+        perturbation = along_momentum(rho, subset)
         super().__init__(params, lr, betas, eps, weight_decay, perturbation=perturbation, **options)
 
 
 class AdamWSAM(PerturbedAdamW):
-    """AdamW with SAM's perturbation: ``ε = ρ g / ‖g‖``, two gradients a step.
+    """AdamW with SAM's perturbation: ``ε = ρ g / ‖g‖`` with two gradients a step.
 
     Parameters
     ----------
     params, lr, betas, eps, weight_decay, **options
-        As for :class:`PerturbedAdamW`.
+        Options of :class:`PerturbedAdamW`.
     rho, adaptive, subset
-        As for :class:`SAM`.
+        Options of :class:`SAM`, with its defaults.
     """
 
+    @without_base
     def __init__(
         self,
         params: ParamsT,
@@ -187,7 +203,5 @@ class AdamWSAM(PerturbedAdamW):
         subset: Subset = "all",
         **options: Unpack[AdamWOptions],
     ) -> None:
-        perturbation = Perturbation(
-            direction="gradient", rho=rho, scale="adaptive" if adaptive else "none", subset=subset
-        )
+        perturbation = along_gradient(rho, adaptive, subset)
         super().__init__(params, lr, betas, eps, weight_decay, perturbation=perturbation, **options)

@@ -46,13 +46,13 @@ class _Pause:
 def frozen_batchnorm_statistics(model: nn.Module) -> Iterator[None]:
     """Let ``model`` run in training mode without collecting running statistics.
 
-    For SAM's second pass with ``first_step()`` and ``second_step()``; ``step(closure)`` does it by itself. Batches are
-    still normalised by their own statistics. The layers are as before afterwards, also after an exception.
+    Use it for SAM's second pass between ``first_step()`` and ``second_step()``; ``step(closure)`` does it by itself.
+    Batches are still normalised by their own statistics. The layers are as before afterwards, also after an exception.
 
     Parameters
     ----------
     model : Module
-        Holds the batch and instance norm layers.
+        Model with the layers of batch and instance norm.
     """
     pause = _Pause()
     pause.add(model)
@@ -64,7 +64,7 @@ def frozen_batchnorm_statistics(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen_statistics_of_whatever_runs() -> Iterator[None]:
-    """Do the same for every module that is called inside the block."""
+    """Let every module that is called inside the block run without collecting running statistics."""
     pause = _Pause()
     handle = register_module_forward_pre_hook(lambda module, _: pause.add(module))
     try:
@@ -85,22 +85,23 @@ def update_batchnorm_statistics(
 ) -> None:
     """Estimate BatchNorm's running statistics anew, at the true weights.
 
-    The running mean and variance become the averages of the batches' own over all of ``data``, each batch weighing
-    what it holds (:func:`torch.optim.swa_utils.update_bn` weighs a ragged last batch as a full one). Only the
+    The running mean and variance become averages of the batches' own ones over all of ``data``. Each batch weighs what
+    it holds, while :func:`torch.optim.swa_utils.update_bn` weighs a smaller last batch as a full one. Only the
     BatchNorm layers are in training mode meanwhile. Modes and momenta are as before afterwards.
 
     Parameters
     ----------
     model : Module
-        The model.
+        Model whose statistics are estimated.
     data : iterable
-        Batches: tensors, or lists and tuples of which the first item is the input.
+        Batches. A batch is a tensor, or a list or tuple whose first item is the input.
     optimizer : PerturbedOptimizer, optional
-        If given, its true weights are in place meanwhile.
+        Optimizer of the model. Its true weights are in place meanwhile.
     forward : callable, optional
-        ``forward(model, batch)`` runs the model on any other kind of batch (then sizes are unknown and count alike).
+        Function ``forward(model, batch)`` that runs the model on any other kind of batch. The sizes of such batches are
+        unknown, and all weigh alike.
     device : device, optional
-        Where inputs are moved.
+        Device to which inputs are moved.
 
     Raises
     ------

@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 import weakref
+from itertools import chain
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .perturbation import Perturbation, scaled
-from .schedules import Number, Schedule
+from .perturbation import Perturbation, scaled, widest_dtype
+from .schedules import Number, Schedule, require_strength
+from .shards import WHOLE, Groups, here, like, part_of, parted
+from .writes import Watch
 
-__all__ = ["BOOKKEEPING", "Displacement", "Move", "Restore"]
+__all__ = ["BOOKKEEPING", "COPIES", "Displacement", "Move", "Restore"]
 
 Restore = Literal["auto", "subtract", "copy"]
 
+_PARAMS = itemgetter("params")
 _EXACT = (torch.float32, torch.float64)  # dtypes in which "auto" adds and subtracts, and loses no digit that matters
 
 BOOKKEEPING: dict[str, Any] = {"standing": None, "applied": None}
 """The entries of a group that describe its displacement, with their values while nothing is displaced."""
+
+COPIES = ("true_weight", "perturbed_weight")
+"""The entries of a parameter's state that keep its other weights while it is displaced."""
 
 
 class Move(NamedTuple):
@@ -44,8 +54,8 @@ class Displacement:
     parameter swap their values.
 
     All of this lies in the optimizer's groups and states, where torch saves, copies and loads it; so do the options
-    that are read here: ``rho``, ``lr``, ``first_lr``, ``maximize``, ``perturb``, ``displaces`` of each group, and
-    ``steps`` and ``training`` of the first.
+    that are read here: ``rho``, ``lr``, ``first_lr``, ``largest_lr``, ``maximize``, ``perturb``, ``displaces`` of each
+    group, and ``steps`` and ``training`` of the first.
 
     Parameters
     ----------
@@ -85,12 +95,16 @@ class Displacement:
         direction = None if perturbation is None else perturbation.direction
         self.perturbation = perturbation
         self.restore = restore
+        self.norm: Tensor | None = None  # of what the last displacement was planned along, where it was needed
+        self.among: Groups = ()  # processes that share the parameters, each having some of them
         self.climbs = direction == "gradient"  # two gradients a step, and nothing stands between steps
         # what a saved displacement is a multiple of, in words
         self.along = None if perturbation is None else f"{direction}, scaled {perturbation.scale}"
         # where the direction lies in a parameter's state; gradient and noise are not there
         self.key = {"momentum": momentum_key, "last_gradient": "last_gradient"}.get(str(direction))
-        self._copies_every_dtype = restore == "copy" or (restore == "auto" and not lasts)
+        self._watch = Watch()
+        # dtypes that come back by subtraction; None where all do
+        self._subtracted = None if restore == "subtract" else _EXACT if restore == "auto" and lasts else ()
         self._owner: Any = weakref.proxy(optimizer)  # no cycle: an optimizer is freed with its last reference
 
     # ---------------------------------------------------------------- what stands
@@ -122,19 +136,90 @@ class Displacement:
         result: dict[Tensor, Tensor] = {}
         if self.climbs and not self.stands:
             for _, members, along, factor in self.planned():
-                result |= zip(members, scaled(along, factor), strict=True)
+                result |= zip(members, like(members, scaled(along, factor)), strict=True)
             return result
         training = self._owner.param_groups[0]["training"]
         for group in self._owner.param_groups:
             copied, members = self.copied_and_subtracted(group)
             if training or self.climbs:
-                here, there = (copied, self.copies(copied)) if training else (self.copies(copied), copied)
-                result |= zip(copied, torch._foreach_sub(here, there) if copied else [], strict=True)
+                weights, copies = here(copied), here(self.copies(copied))
+                now, then = (weights, copies) if training else (copies, weights)
+                shift = [a - b for a, b in zip(now, then, strict=True)]
+                result |= zip(copied, like(copied, shift), strict=True)
             else:
                 members = copied + members
             if members:
-                result |= zip(members, scaled(self._shaped(members), group["applied"]), strict=True)
+                shift = scaled(here(self._shaped(members)), group["applied"])
+                result |= zip(members, like(members, shift), strict=True)
         return result
+
+    def growth(self) -> float:
+        """Return by which factor the gradient that is there is longer than the one that was climbed; 0 if unknown."""
+        pairs = map(self.copied_and_subtracted, self._owner.param_groups)
+        members = [p for some in chain.from_iterable(pairs) for p in some if p.grad is not None]
+        if not members or self.perturbation is None or self.norm is None:
+            return 0.0
+        norm = self.perturbation.norm(self._directions(members), members, self.among)
+        return 0.0 if norm is None or not self.norm else float(norm / self.norm)
+
+    # ---------------------------------------------------------------- saved states
+
+    def make_state(self) -> None:
+        """Make what a saved state holds while the weights are displaced, without displacing them."""
+        for group in self._owner.param_groups:
+            group["applied"] = torch.zeros((), dtype=widest_dtype(group["params"]), device=group["params"][0].device)
+            for p, chosen in zip(group["params"], group["displaces"], strict=True):
+                if self.key == "last_gradient" and p.grad is not None:
+                    self._owner.state[p]["last_gradient"] = p.grad.detach().clone()
+                copied = self._subtracted is not None and p.dtype not in self._subtracted
+                if group["perturb"] and chosen and not self.climbs and copied:
+                    self._owner.state[p]["true_weight"] = p.detach().clone()
+
+    def require_way_back(self, state: dict[str, Any], training: bool) -> None:
+        """Raise unless the saved state of a displaced parameter has what takes the displacement back."""
+        lasts = self.perturbation is None or self.perturbation.lasts
+        copies = () if lasts or not (training or self.climbs) else ("true_weight",)
+        for key in (*([self.key] if self.key and "true_weight" not in state else ()), *copies):
+            if key not in state:
+                raise ValueError(
+                    f"expected {key!r} of every displaced parameter, got a state without it; save all of the state, or "
+                    "save it in eval() mode."
+                )
+
+    # ---------------------------------------------------------------- what others write meanwhile
+
+    def notice_writes(self) -> None:
+        """Let what others wrote to displaced parameters be their true weights: their ε is dropped, with a warning."""
+        groups = self._owner.param_groups
+        written = self._watch.written(list(chain.from_iterable(map(_PARAMS, groups)))) if groups[0]["training"] else []
+        if not any(written):
+            return
+        flags, count = iter(written), 0
+        for group in groups:
+            new = [next(flags, False) for _ in group["params"]]
+            if group["standing"] is None:
+                continue
+            for p, stands, writes in zip(group["params"], group["standing"], new, strict=True):
+                if stands and writes:
+                    self._owner.state[p].pop("true_weight", None)
+                    count += 1
+            group["standing"] = [stands and not writes for stands, writes in zip(group["standing"], new, strict=True)]
+        if count:
+            warnings.warn(
+                f"expected writes to weights in eval() or inside unperturbed(), got {count} parameters written while "
+                "displaced, and what was written counts as their true weights; load, average, clamp or mask weights "
+                "inside optimizer.unperturbed().",
+                stacklevel=2,
+            )
+            self.look()
+
+    def look(self) -> None:
+        """Remember the parameters as they stand, to notice later that others wrote to them."""
+        self._watch.look(list(chain.from_iterable(map(_PARAMS, self._owner.param_groups))))
+
+    def forget(self) -> None:
+        """Remember nothing: what stands when the next move is made counts as what was left."""
+        self._watch.forget()
 
     # ---------------------------------------------------------------- there and back
 
@@ -144,13 +229,14 @@ class Displacement:
             self._remember_gradients()
         moves = self.planned()
         if not moves:
-            self.take_back_all()
+            for group in self._owner.param_groups:
+                self.take_back(group)
         for group, members, along, factor in moves:
             moved = set(map(id, members))
             standing = [id(p) in moved for p in group["params"]]
             copied = []
             for p in members:
-                if self._copies_every_dtype or (self.restore == "auto" and p.dtype not in _EXACT):
+                if self._subtracted is not None and p.dtype not in self._subtracted:
                     copied.append(p)
                 else:
                     self._owner.state[p].pop("true_weight", None)  # left by a state saved under another policy
@@ -164,21 +250,26 @@ class Displacement:
                 group["applied"] = factor.clone()
             else:
                 group["applied"].copy_(factor)  # in place, so that a captured graph finds it again
+        if moves:
+            self.look()
 
     def take_back(self, group: dict[str, Any]) -> None:
         """Return a group to the true weights for good, by taking away exactly what was applied."""
         copied, subtracted = self.copied_and_subtracted(group)
         if copied:
-            torch._foreach_copy_(copied, self.copies(copied))
+            parts = parted(copied)
+            torch._foreach_copy_(parts(copied), parts(self.copies(copied)))
         if subtracted:
             add_scaled_(subtracted, self._directions(subtracted), -group["applied"])
         group["standing"] = None
         if self.climbs:
+            self.forget()  # the true weights are anybody's to write
             for p in group["params"]:
                 self._owner.state[p].pop("true_weight", None)
 
     def take_back_all(self) -> None:
-        """Return all groups to the true weights for good."""
+        """Return all groups to the true weights for good, from wherever others left them."""
+        self.notice_writes()
         for group in self._owner.param_groups:
             self.take_back(group)
 
@@ -188,6 +279,7 @@ class Displacement:
 
     def suspend(self) -> None:
         """Put the true weights in place, until :meth:`resume`."""
+        self.notice_writes()
         for group in self._owner.param_groups:
             copied, subtracted = self.copied_and_subtracted(group)
             for p in subtracted:  # adding back in resume() need not return the very bits, so they are kept
@@ -223,6 +315,7 @@ class Displacement:
                 for p, same, before in zip(subtracted, unchanged, kept, strict=True):
                     p.copy_(torch.where(same, before, p))
         self._owner.param_groups[0]["training"] = True
+        self.look()
 
     def _keep_copies(self, members: list[Tensor]) -> None:
         for p in members:
@@ -245,7 +338,10 @@ class Displacement:
         members = [self._movable(group) for group in groups]
         flat = [p for some in members for p in some]
         directions = self._directions(flat)
-        factors = perturbation.factors(directions, flat, rhos, [group["lr"] for group in groups])
+        norm = self.norm = perturbation.norm(directions, flat, self.among)
+        if not WHOLE.issuperset(map(type, flat)):
+            directions, flat = here(directions), here(flat)
+        factors = perturbation.factors(directions, flat, rhos, [group["lr"] for group in groups], norm)
         shaped = iter(perturbation.shaped(directions, flat))
         moves = []
         for group, some, factor in zip(groups, members, factors, strict=True):
@@ -262,8 +358,10 @@ class Displacement:
                 "a captured graph repeats one rho, got a schedule that varies by step; set the group's 'rho' to a "
                 "tensor and fill it before each replay."
             )
-        ratio = group["lr"] / group["first_lr"] if rho.follows_lr else 1.0
-        return rho(int(self._owner.param_groups[0]["steps"]) if rho.varies else 0, ratio)
+        ratio = _lr_ratio(group) if rho.follows_lr else 1.0
+        value: Number = rho(int(self._owner.param_groups[0]["steps"]) if rho.varies else 0, ratio)
+        require_strength(value)
+        return value
 
     def _movable(self, group: dict[str, Any]) -> list[Tensor]:
         """Return the parameters of a group that move now: chosen, trainable, and with a direction."""
@@ -293,10 +391,11 @@ class Displacement:
     def _noise(self, p: Tensor, index: int) -> Tensor:
         """Return the Gaussian noise of this step for the parameter of this index."""
         key = f"{self.perturbation and self.perturbation.seed} {int(self._owner.param_groups[0]['steps'])} {index}"
+        key += "".join(f" {dist.get_rank(group)}" for group in self.among)  # each process counts its own parameters
         generator = torch.Generator(p.device)
         digest = hashlib.blake2b(key.encode(), digest_size=7).digest()  # generators seeded by counters would correlate
         generator.manual_seed(int.from_bytes(digest, "big"))
-        return torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
+        return part_of(p, torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype))
 
     def _remember_gradients(self) -> None:
         """Keep this step's gradients, which are the next step's direction."""
@@ -311,6 +410,18 @@ class Displacement:
                     state["last_gradient"] = p.grad.detach().clone()
 
 
+def _lr_ratio(group: dict[str, Any]) -> Number:
+    """Return the learning rate over the group's first one, or over the largest so far where the first one was 0."""
+    lr: Number = group["lr"]
+    if group["first_lr"]:
+        return lr / float(group["first_lr"])
+    if isinstance(lr, Tensor):
+        group["largest_lr"] = torch.maximum(lr, torch.as_tensor(group["largest_lr"]).to(lr))
+        return torch.where(lr > 0, lr / group["largest_lr"], torch.zeros_like(lr))
+    group["largest_lr"] = max(lr, float(group["largest_lr"]))
+    return lr / float(group["largest_lr"]) if lr else 0.0
+
+
 def add_scaled_(weights: list[Tensor], directions: list[Tensor], factor: Tensor, *, finite: bool = True) -> None:
     """Add ``factor · direction`` to each weight in place, without reading ``factor`` on the host of a GPU.
 
@@ -318,6 +429,8 @@ def add_scaled_(weights: list[Tensor], directions: list[Tensor], factor: Tensor,
     """
     if not weights:
         return
+    if not WHOLE.issuperset(map(type, weights)):
+        weights, directions = here(weights), here(directions)
     if weights[0].is_cpu and factor.is_cpu and not torch.compiler.is_compiling():
         # on the CPU a scalar is free to read, and spares the product's memory
         multiple = factor.item()
@@ -326,10 +439,10 @@ def add_scaled_(weights: list[Tensor], directions: list[Tensor], factor: Tensor,
         return
     factors = {device: factor.to(device, non_blocking=True) for device in {w.device for w in weights}}
     for device, local in factors.items():
-        here = [i for i, w in enumerate(weights) if w.device == device]
-        along = [directions[i] for i in here]
+        some = [i for i, w in enumerate(weights) if w.device == device]
+        along = [directions[i] for i in some]
         product = list(torch._foreach_mul(along, local)) if finite else scaled(along, local)
-        torch._foreach_add_([weights[i] for i in here], product)
+        torch._foreach_add_([weights[i] for i in some], product)
 
 
 def _swap(these: list[Tensor], those: list[Tensor]) -> None:

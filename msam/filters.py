@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-__all__ = ["NamedSubset", "ParameterFilter", "normalization_layers"]
+__all__ = ["NamedSubset", "ParameterFilter", "Subset", "normalization_layers"]
 
 _NORMALIZATION = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _NORMALIZATION_NAME = re.compile(r"Norm(\d+d)?$")
@@ -22,6 +22,10 @@ class ParameterFilter(Protocol):
     def __call__(self, name: str | None, parameter: Tensor) -> bool:
         """Return whether the parameter is displaced; ``name`` is None unless the optimizer was given named ones."""
         ...
+
+
+Subset = Literal["all"] | ParameterFilter
+"""Which parameters move: all of them, or those that a filter chooses."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
@@ -16,15 +16,27 @@ from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
 from .batchnorm import frozen_statistics_of_whatever_runs
+from .conventions import Closure, evaluate_anew
 from .displacement import BOOKKEEPING, Displacement, Restore
 from .perturbation import Perturbation
-from .schedules import Schedule, as_schedule, require_nonnegative
+from .schedules import Schedule, require_nonnegative, require_strength
+from .shards import here, maker_that_divides
+from .states import FOREIGN_KEYS, adopted, is_asked_for_state, make_state
 
-__all__ = ["PerturbedOptimizer", "WeightDecayAt"]
+__all__ = ["BaseOptions", "PerturbedOptimizer", "WeightDecayAt"]
 
-WeightDecayAt = Literal["true", "perturbed"]
-Closure = Callable[[], Any]
-_FOREIGN_KEYS = ("params", "param_names", "initial_lr")
+_LARGEST_GROWTH = 8.0  # of a gradient from SAM's first pass to its second: beyond, one of them has a scaler's factor
+
+WeightDecayAt = Literal["true", "perturbed", "updated"]
+
+
+class BaseOptions(TypedDict, total=False):
+    """Keywords that every named method hands on."""
+
+    restore: Restore
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
 
 
 class PerturbedOptimizer(Optimizer, ABC):
@@ -33,7 +45,8 @@ class PerturbedOptimizer(Optimizer, ABC):
     Each parameter group keeps, beside torch's options: ``rho`` (number, 0-dimensional tensor or schedule), ``perturb``
     (bool), ``weight_decay_at``; and as bookkeeping ``displaces`` (which parameters the subset lets move), ``standing``
     (which ones are displaced now) and ``applied`` (the scalar c in ε = c · direction; NaN where SAM's first gradients
-    overflowed, and then ε = 0). The first group also keeps ``steps`` and ``training``. All of it is plain data and
+    overflowed, and then ε = 0), ``along`` (the direction in words), ``first_lr`` and ``largest_lr`` (for schedules that
+    follow the learning rate). The first group also keeps ``steps`` and ``training``. All of it is plain data and
     travels in ``state_dict``.
 
     Parameters
@@ -44,13 +57,16 @@ class PerturbedOptimizer(Optimizer, ABC):
         Options of the base step.
     perturbation : Perturbation or None
         Where the gradient is taken; None for the bare base step.
-    weight_decay_at : {"true", "perturbed"}
+    weight_decay_at : {"true", "perturbed", "updated"}
         Point at which weight decay reads the weights.
     restore : {"auto", "subtract", "copy"}
         How the true weights come back.
     """
 
     _momentum_key: ClassVar[str]
+    _buffer_keys: ClassVar[tuple[str, ...]]
+    _method: ClassVar[str]
+    _method_key: ClassVar[str]
 
     def __init__(
         self,
@@ -67,7 +83,17 @@ class PerturbedOptimizer(Optimizer, ABC):
             "perturb": perturbation is not None,
             "weight_decay_at": weight_decay_at,
         }
+        self._divide_among(maker_that_divides())
         super().__init__(params, defaults | options)
+
+    def _divide_among(self, group: Any) -> None:
+        """Take the norm over the processes of a group among which the parameters are divided; None for no group."""
+        if group is not None and self._displacement.climbs:
+            raise RuntimeError(
+                "expected all parameters in every process for direction='gradient', got an optimizer of a share of "
+                "them, which can displace no more than its share; use DistributedDataParallel alone, or fully_shard."
+            )
+        self._displacement.among = () if group is None else (group,)
 
     # ---------------------------------------------------------------- the base step, given by subclasses
 
@@ -99,7 +125,7 @@ class PerturbedOptimizer(Optimizer, ABC):
         closure : callable, optional
             Clears the gradients, computes the loss, calls ``backward`` and returns the loss. With
             ``direction="gradient"`` it runs twice, the second time at the displaced weights and without collecting
-            BatchNorm statistics.
+            BatchNorm statistics. It need not clear the gradients there if none are left when ``step`` is called.
 
         Returns
         -------
@@ -109,8 +135,9 @@ class PerturbedOptimizer(Optimizer, ABC):
         Raises
         ------
         RuntimeError
-            In eval mode; for sparse gradients; without a first gradient where two are needed; with a closure inside
-            ``GradScaler.step`` where two are needed.
+            In eval mode; for sparse gradients. Where two gradients are needed: without a first one; with a closure
+            inside ``GradScaler.step``; with a closure that adds to gradients that were there before; with
+            ``GradScaler.unscale_`` before the first pass.
 
         Notes
         -----
@@ -120,15 +147,18 @@ class PerturbedOptimizer(Optimizer, ABC):
         """
         displacement, loss = self._displacement, None
         self._require_training()
+        if closure is None and not self.state and is_asked_for_state(self):
+            make_state(self)
+            return None
         if self._skipped_by_scaler(closure):
             return None
         if closure is not None:
             if displacement.climbs:
                 displacement.take_back_all()
-            with torch.enable_grad():
-                loss = closure()
-            if displacement.climbs:
-                self._climb_and_evaluate(closure)
+                loss = self._evaluate_twice(closure)
+            else:
+                with torch.enable_grad():
+                    loss = closure()
         elif displacement.climbs and not displacement.stands:
             raise RuntimeError(
                 "direction='gradient' needs two gradients, got step() after one; pass a closure, step(closure), or "
@@ -137,6 +167,7 @@ class PerturbedOptimizer(Optimizer, ABC):
         self._refuse_sparse()
         if not displacement.climbs:
             self._show_gradients()
+        displacement.notice_writes()
         for group in self.param_groups:
             if not self._update_in_place(group):
                 self._update_at_true_weights(group)
@@ -190,15 +221,18 @@ class PerturbedOptimizer(Optimizer, ABC):
         if zero_grad:
             self.zero_grad()
 
-    def _climb_and_evaluate(self, closure: Closure) -> None:
-        """Take SAM's second gradient; where that fails, the weights are back at the true ones."""
-        self.first_step()
+    def _evaluate_twice(self, closure: Closure) -> Any:
+        """Take SAM's two gradients; where the second one fails, the weights are back at the true ones."""
+        with torch.enable_grad():
+            loss = evaluate_anew(closure, [p for group in self.param_groups for p in group["params"]])
+        self.first_step(zero_grad=True)
         try:
             with frozen_statistics_of_whatever_runs(), torch.enable_grad():
                 closure()
         except BaseException:
             self._displacement.take_back_all()
             raise
+        return loss
 
     def _update_at_true_weights(self, group: dict[str, Any]) -> None:
         """Return to the true weights, and take torch's step there."""
@@ -229,6 +263,7 @@ class PerturbedOptimizer(Optimizer, ABC):
     @property
     def perturbed(self) -> bool:
         """Whether parameters are displaced right now."""
+        self._displacement.notice_writes()
         groups = self.param_groups
         return bool(groups[0]["training"]) and any(any(group["standing"] or ()) for group in groups)
 
@@ -268,6 +303,7 @@ class PerturbedOptimizer(Optimizer, ABC):
         dict of Tensor to Tensor
             ε relative to the true weights, by parameter and of its shape; parameters that are not displaced are absent.
         """
+        self._displacement.notice_writes()
         return self._displacement.tensors()
 
     # ---------------------------------------------------------------- gradients: hooks, loss scaling, conditions
@@ -311,17 +347,26 @@ class PerturbedOptimizer(Optimizer, ABC):
             self._displacement.take_back_all()
             return True
         scale: Tensor | None = getattr(self, "grad_scale", None)  # None after scaler.unscale_(), as for clipping
+        if scale is None and self._displacement.growth() > _LARGEST_GROWTH:
+            self._displacement.take_back_all()
+            raise RuntimeError(
+                "expected scaler.unscale_(optimizer) after the second backward(), got it before first_step(), which "
+                "leaves the second gradient scaled; unscale and clip the second one, as the first one is normalised."
+            )
         if scale is not None:
-            grads = [grad for group in self.param_groups for grad in _gradients(group["params"])]
+            grads = here(grad for group in self.param_groups for grad in _gradients(group["params"]))
             inverse = scale.double().reciprocal()
             for device in {grad.device for grad in grads}:
-                here = [grad for grad in grads if grad.device == device]
-                torch._foreach_mul_(here, inverse.to(device, non_blocking=True))
+                local = [grad for grad in grads if grad.device == device]
+                torch._foreach_mul_(local, inverse.to(device, non_blocking=True))
         return False
 
     def _require_training(self) -> None:
         if not self.param_groups[0]["training"]:
             raise RuntimeError("expected train mode, got eval mode with the true weights in place; call train() first.")
+        for group in self.param_groups:
+            if not isinstance(group["rho"], Schedule):
+                require_strength(group["rho"])
 
     def _require_two_gradients(self, name: str) -> None:
         if not self._displacement.climbs:
@@ -350,7 +395,7 @@ class PerturbedOptimizer(Optimizer, ABC):
         TypeError
             If a parameter is not real floating-point.
         """
-        known = (*self.defaults, *_FOREIGN_KEYS)
+        known = (*self.defaults, *FOREIGN_KEYS)
         for key in param_group:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
             if key not in known and close:
@@ -365,7 +410,8 @@ class PerturbedOptimizer(Optimizer, ABC):
         except Exception:
             self.param_groups.pop()
             raise
-        group.update(BOOKKEEPING, displaces=chosen, first_lr=float(group["lr"]))
+        along = self._displacement.along
+        group.update(BOOKKEEPING, displaces=chosen, along=along, first_lr=float(group["lr"]), largest_lr=0.0)
         if len(self.param_groups) == 1:
             group.update(training=True, steps=torch.zeros((), dtype=torch.int64))
 
@@ -378,11 +424,12 @@ class PerturbedOptimizer(Optimizer, ABC):
             lr = float(lr)
         require_nonnegative("lr", lr)
         require_nonnegative("weight_decay", group["weight_decay"])
-        if not isinstance(group["rho"], Tensor):
-            as_schedule(group["rho"])
+        if not isinstance(group["rho"], Schedule):
+            require_strength(group["rho"])
         if group["weight_decay_at"] not in get_args(WeightDecayAt):
             raise ValueError(
-                f"weight_decay_at must be 'true' or 'perturbed', got {group['weight_decay_at']!r}; choose one of them."
+                f"weight_decay_at must be 'true', 'perturbed' or (AdamW) 'updated', got {group['weight_decay_at']!r}; "
+                "choose one of them."
             )
         if group["foreach"] and group["fused"]:
             raise ValueError("at most one of foreach and fused may be True, got both; drop one.")
@@ -392,6 +439,7 @@ class PerturbedOptimizer(Optimizer, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what deepcopy and pickle keep: torch's part, the perturbation and the way back."""
+        self._displacement.notice_writes()
         ours = {"perturbation": self.perturbation, "_restore_policy": self._displacement.restore}
         return super().__getstate__() | ours
 
@@ -402,16 +450,20 @@ class PerturbedOptimizer(Optimizer, ABC):
             perturbation, restore = rest.pop("perturbation"), rest.pop("_restore_policy")
             self._displacement = Displacement(self, perturbation, restore, self._momentum_key)
             self._gradient_hooks = OrderedDict()
-        super().__setstate__(rest)
+            super().__setstate__(rest)
+            self._displacement.look()
+        else:  # torch's load_state_dict, after its hooks
+            super().__setstate__(adopted(self, rest))
+            self._displacement.forget()  # the weights that belong to the state may be loaded before it or after it
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, perturbation's bookkeeping included, as plain numbers and tensors.
 
         It belongs to the model's weights as they are now, displaced or not: save the two together.
         """
+        self._displacement.notice_writes()
         state = super().state_dict()
         for group in state["param_groups"]:
-            group["along"] = self._displacement.along
             if isinstance(group["rho"], Schedule):
                 group["rho"] = group["rho"].to_plain()
         return state
@@ -425,28 +477,10 @@ class PerturbedOptimizer(Optimizer, ABC):
         Raises
         ------
         ValueError
-            If the state was saved while displaced along another direction, or by Nesterov's method of torch.
+            If the state is of another method or of Nesterov's method of torch, was saved while displaced along another
+            direction, has an option that the constructor refuses, or lacks a buffer. Nothing has changed then.
         """
-        along, groups = self._displacement.along, []
-        for present, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            kept = {key: present[key] for key in present if key not in _FOREIGN_KEYS}
-            if "steps" in present:
-                kept |= {"training": True, "steps": torch.zeros_like(present["steps"])}
-            group = kept | BOOKKEEPING | saved
-            if saved.get("nesterov"):
-                raise ValueError("expected a state without nesterov=True, got one with it; load it into torch's SGD.")
-            if group.pop("along", None) != along and group["standing"] is not None:
-                if state_dict["param_groups"][0]["training"]:
-                    raise ValueError(
-                        f"expected a state displaced along {along}, got one along {saved['along']}; "
-                        "save it in eval() mode to change the perturbation."
-                    )
-                group |= BOOKKEEPING
-            if isinstance(group["rho"], dict):
-                group["rho"] = Schedule.from_plain(group["rho"])
-            groups.append(group)
-        groups += state_dict["param_groups"][len(groups) :]
-        super().load_state_dict(state_dict | {"param_groups": groups})
+        super().load_state_dict(state_dict)
 
 
 def _gradients(weights: list[Tensor]) -> list[Tensor]:

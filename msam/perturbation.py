@@ -6,13 +6,15 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from operator import attrgetter
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .filters import ParameterFilter
+from .filters import Subset
 from .schedules import Number, Schedule, as_schedule
+from .shards import WHOLE, Groups, groups_of, here, sum_over
 
 __all__ = ["Direction", "Normalization", "Perturbation", "Scale", "global_norm", "scaled"]
 
@@ -20,6 +22,8 @@ Direction = Literal["momentum", "gradient", "last_gradient", "random"]
 Normalization = Literal["l2", "none", "lr"]
 Scale = Literal["none", "adaptive", "relative"]
 
+_IS_CPU = attrgetter("is_cpu")
+_SMALL = 1e-10  # down to this norm, squares of float32 that underflow are less than its rounding
 _PIECE = 1 << 17  # elements a sum in float32 may run over on the CPU before it loses digits
 
 
@@ -81,7 +85,7 @@ class Perturbation:
     sign: int = 1
     normalize: Normalization = "l2"
     scale: Scale = "none"
-    subset: Literal["all"] | ParameterFilter = "all"
+    subset: Subset = "all"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -132,7 +136,9 @@ class Perturbation:
         return list(torch._foreach_mul(torch._foreach_abs(weights), along))
 
     def factor(self, norm: Tensor | None, rho: Number, lr: Number) -> Number:
-        """Return the multiple: ``s ρ / ‖·‖`` (0 where the norm is 0), ``s ρ`` or ``s ρ lr``.
+        """Return the multiple: ``s ρ / ‖·‖``, ``s ρ`` or ``s ρ lr``.
+
+        It is 0 where the norm is 0, or so small that the multiple would overflow.
 
         Parameters
         ----------
@@ -157,10 +163,35 @@ class Perturbation:
             return self.toward * rho
         if norm is None:
             raise ValueError("normalize='l2' needs the norm of the measured directions, got None; compute it first.")
-        return torch.where(norm > 0, self.toward * rho / norm, torch.zeros_like(norm))
+        smallest = rho / torch.finfo(norm.dtype).max
+        return torch.where(norm > smallest, self.toward * rho / norm, torch.zeros_like(norm))
+
+    def norm(self, directions: list[Tensor], weights: list[Tensor], groups: Groups = ()) -> Tensor | None:
+        """Return the norm of :meth:`measured` over all parameters, or None where nothing is done with it.
+
+        Parameters
+        ----------
+        directions, weights : list of Tensor
+            Raw directions d and true weights of all displaced parameters, whatever their group.
+        groups : tuple
+            Process groups among which the parameters are divided, each process having some of them.
+
+        Returns
+        -------
+        Tensor or None
+            0-dimensional. Along "gradient" it is always there, because it tells whether the gradients are finite.
+        """
+        if self.direction != "gradient" and self.normalize != "l2":
+            return None
+        return global_norm(self.measured(directions, weights), groups)
 
     def factors(
-        self, directions: list[Tensor], weights: list[Tensor], rhos: Sequence[Number], lrs: Sequence[Number]
+        self,
+        directions: list[Tensor],
+        weights: list[Tensor],
+        rhos: Sequence[Number],
+        lrs: Sequence[Number],
+        norm: Tensor | None = None,
     ) -> list[Tensor]:
         """Return the multiple for each parameter group, from one norm over the parameters of all groups.
 
@@ -170,6 +201,8 @@ class Perturbation:
             Raw directions d and true weights of all displaced parameters, whatever their group.
         rhos, lrs : sequence of float or Tensor
             Strength and learning rate of each group.
+        norm : Tensor, optional
+            What :meth:`norm` returned, where it is known already.
 
         Returns
         -------
@@ -177,15 +210,15 @@ class Perturbation:
             One 0-dimensional tensor for each group. Along "gradient" it is NaN where a gradient is not finite (as after
             an overflow under loss scaling): then nothing is displaced.
         """
-        climbs = self.direction == "gradient"
-        norm = global_norm(self.measured(directions, weights)) if climbs or self.normalize == "l2" else None
+        if norm is None:
+            norm = self.norm(directions, weights)
         result = []
         for rho, lr in zip(rhos, lrs, strict=True):
             factor = self.factor(norm, rho, lr)
             if not isinstance(factor, Tensor):
                 device = directions[0].device if directions else None
                 factor = torch.full((), factor, dtype=widest_dtype(directions), device=device)
-            if climbs and norm is not None:
+            if self.direction == "gradient" and norm is not None:
                 factor = torch.where(norm.isfinite(), factor, math.nan)
             result.append(factor)
         return result
@@ -221,23 +254,69 @@ class Perturbation:
         return scaled(self.shaped(directions, weights), factor)
 
 
+def along_momentum(rho: float | Schedule, subset: Subset) -> Perturbation:
+    """Return MSAM's perturbation."""
+    return Perturbation(direction="momentum", rho=rho, subset=subset)
+
+
+def along_gradient(rho: float | Schedule, adaptive: bool, subset: Subset) -> Perturbation:
+    """Return SAM's perturbation, or ASAM's."""
+    return Perturbation(direction="gradient", rho=rho, scale="adaptive" if adaptive else "none", subset=subset)
+
+
 def widest_dtype(tensors: list[Tensor]) -> torch.dtype:
     """Return the dtype of scalars that belong to all the tensors: float64 if one of them has it, else float32."""
     return torch.float64 if torch.float64 in [tensor.dtype for tensor in tensors] else torch.float32
 
 
-def global_norm(tensors: list[Tensor]) -> Tensor:
+def global_norm(tensors: list[Tensor], groups: Groups = ()) -> Tensor:
     """Return ``sqrt(Σ ‖t‖²)`` as a 0-dimensional tensor on the first tensor's device.
 
-    The sums run in float32 at least, whatever the tensors' dtype. An empty list has norm 0.
+    Parameters
+    ----------
+    tensors : list of Tensor
+        Any shapes; DTensors count with the parts of all processes. An empty list has norm 0.
+    groups : tuple
+        Process groups among which the list itself is divided.
+
+    Returns
+    -------
+    Tensor
+        The norm in float64 if one of the tensors has it, else in float32. Squares neither underflow nor overflow: on
+        the CPU they are summed again in float64 if the norm is next to nothing or too large, elsewhere always.
     """
+    if groups or not WHOLE.issuperset(map(type, tensors)):
+        return _norm_of_shards(tensors, groups)
     if not tensors:
         return torch.zeros(())
+    device, dtype = tensors[0].device, widest_dtype(tensors)
+    if all(map(_IS_CPU, tensors)) and not torch.compiler.is_compiling():
+        norms = _fast_norms(tensors)
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(device, dtype) for n in norms]))
+        if _SMALL < norm.item() < math.inf:
+            return norm
+    return _norm_in_float64(tensors).to(device, dtype)
+
+
+def _norm_of_shards(tensors: list[Tensor], groups: Groups) -> Tensor:
+    """Return the norm over all processes: one sum over them for each way in which tensors are divided."""
+    parts: dict[Groups, list[Tensor]] = {groups: []}
+    for tensor, part in zip(tensors, here(tensors), strict=True):
+        parts.setdefault((*groups_of(tensor), *groups), []).append(part)
+    squares = [sum_over(among, global_norm(some).double().square()) for among, some in parts.items() if some or among]
+    dtype = widest_dtype(tensors)
+    if not squares:
+        return torch.zeros((), dtype=dtype)
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt().to(dtype)
+
+
+def _fast_norms(tensors: list[Tensor]) -> list[Tensor]:
+    """Return norms on the CPU, of some tensors or pieces together; squares may underflow or overflow."""
     squares: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     others: dict[torch.dtype, list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         whole = tensor.detach()
-        if whole.is_cpu and whole.is_contiguous() and whole.dtype in (torch.float32, torch.float64):
+        if whole.is_contiguous() and whole.dtype in (torch.float32, torch.float64):
             # a dot product is faster than a norm, most of all where the tensor is in the cache
             flat = whole.view(-1)
             for part in (flat,) if flat.numel() <= _PIECE else flat.split(_PIECE):
@@ -247,8 +326,19 @@ def global_norm(tensors: list[Tensor]) -> Tensor:
     norms = [torch.stack(same).sum(dtype=torch.float64).sqrt() for same in squares.values()]
     for same in others.values():
         norms += torch._foreach_norm(same, 2, dtype=widest_dtype(same))
-    device, dtype = tensors[0].device, widest_dtype(tensors)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(device, dtype, non_blocking=True) for n in norms]))
+    return norms
+
+
+def _norm_in_float64(tensors: list[Tensor]) -> Tensor:
+    """Return the norm on the first tensor's device, with every square in float64 where the device has it."""
+    by_dtype: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        by_dtype[tensor.device, tensor.dtype].append(tensor.detach())
+    norms: list[Tensor] = []
+    for (device, _), same in by_dtype.items():
+        norms += torch._foreach_norm(same, 2, dtype=torch.float32 if device.type == "mps" else torch.float64)
+    first = norms[0]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(first.device, first.dtype) for n in norms]))
     return norm
 
 

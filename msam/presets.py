@@ -1,6 +1,6 @@
-"""The paper's methods and ablations as rows of one table: a name, and the perturbation it stands for.
+"""The paper's methods and ablations as rows of one table: a name, and the perturbation that it stands for.
 
-The five rows ``msam``, ``msam_unnormalized``, ``msam_lr``, ``nag`` are the steps of figure A1, from MSAM to NAG: drop
+The four rows ``msam``, ``msam_unnormalized``, ``msam_lr``, ``nag`` are the steps of figure A1, from MSAM to NAG: drop
 the normalisation, then tie the displacement to the learning rate, then take ρ = μ.
 """
 
@@ -20,24 +20,24 @@ __all__ = ["PRESETS", "Preset", "presets_table"]
 
 @dataclass(frozen=True)
 class Preset:
-    """One row: the switches of a :class:`Perturbation` without its strength.
+    """One row of the table: the switches of a :class:`Perturbation` without its strength.
 
     Parameters
     ----------
     equation : str
-        ε as the table in the documentation prints it.
+        Equation of ε, as the table in the documentation prints it.
     source : str
-        Where it comes from.
+        Exhibit of the paper, or the paper, that has the method.
     rho : float
-        Default strength, from the source.
+        Default strength ρ, from the source.
     direction, normalize, scale, sign
-        As for :class:`Perturbation`.
+        Switches of :class:`Perturbation`.
     normalization_only : bool
         Whether a filter for the normalisation layers must be given.
     optimizer : {"sgd", "adamw"}
-        Base step it is meant for.
+        Base step for which the method is meant.
     weight_decay_at : {"true", "perturbed"}
-        Point of weight decay it is meant for.
+        Point of weight decay for which the method is meant.
     """
 
     equation: str
@@ -59,11 +59,16 @@ class Preset:
         Parameters
         ----------
         rho : float or Schedule, optional
-            Strength; the row's own by default.
+            Strength ρ. The default is the row's own.
         subset : ParameterFilter, optional
-            Which parameters move; needed where ``normalization_only``.
+            Filter of the parameters that move. A row with ``normalization_only`` needs one.
         **options
             Further fields of :class:`Perturbation`, such as ``seed``.
+
+        Returns
+        -------
+        Perturbation
+            The rule for ε, for :class:`PerturbedSGD` or :class:`PerturbedAdamW`.
 
         Raises
         ------

@@ -1,8 +1,8 @@
 """The perturbation strength ρ as a function of the step.
 
-A schedule is a frozen, picklable value: a pure function of the number of completed optimizer steps and of the
-ratio of the present learning rate to the one the parameter group began with. It holds no counter of its own; the
-optimizer saves the step, and the schedule itself as plain numbers, in its ``state_dict``.
+A schedule is a frozen value that can be pickled. It is a pure function of two things: the number of completed steps,
+and the present learning rate over the one that the parameter group began with. It has no counter of its own. The
+optimizer saves the count, and the schedule as plain numbers, in its ``state_dict``.
 
 Schedules multiply with each other and with numbers::
 
@@ -48,6 +48,23 @@ def require_nonnegative(name: str, value: float, hint: str = "") -> None:
         raise ValueError(f"{name} must be finite and not negative, got {value}; {hint or 'pass 0 or more'}.")
 
 
+def require_strength(rho: Number) -> None:
+    """Raise unless ``rho`` is a tensor of one element, whose value is not read, or a finite number, zero or more.
+
+    Raises
+    ------
+    TypeError
+        If ``rho`` is no real number.
+    ValueError
+        If it is negative, infinite or not a number, or a tensor of more elements.
+    """
+    if isinstance(rho, Tensor):
+        if rho.numel() != 1:
+            raise ValueError(f"a tensor rho must hold one element, got shape {tuple(rho.shape)}; pass a scalar.")
+    elif not (type(rho) is float and 0 <= rho < math.inf):
+        require_nonnegative("rho", rho, "for the opposite direction pass sign=-1 and a positive rho")
+
+
 @dataclass(frozen=True)
 class Schedule(ABC):
     """ρ as a pure function of the step and the learning-rate ratio.
@@ -72,12 +89,13 @@ class Schedule(ABC):
         step : int
             Number of optimizer steps completed so far; 0 before the first.
         lr_ratio : float or Tensor
-            Present learning rate over the group's first one.
+            Present learning rate over the first one of the parameter group.
 
         Returns
         -------
         float or Tensor
-            ρ, in units of the weights' norm; a tensor only if ``lr_ratio`` is one and the schedule follows it.
+            Strength ρ in units of the weights' norm. It is a tensor only if ``lr_ratio`` is one and the schedule
+            follows it.
         """
 
     def __mul__(self, other: Schedule | float) -> Product:
@@ -110,19 +128,19 @@ class Schedule(ABC):
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The same ρ at every step: ``rho(t) = value``.
+    """A constant strength: ``rho(t) = value``.
 
     Parameters
     ----------
     value : float
-        ρ, zero or more.
+        Strength ρ at every step, zero or more.
     """
 
     value: float
     varies: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        require_nonnegative("rho", self.value, "for the opposite direction pass sign=-1 and a positive rho")
+        require_strength(self.value)
 
     def __call__(self, step: int, lr_ratio: Number = 1.0) -> Number:  # noqa: D102
         return self.value
@@ -142,14 +160,14 @@ class _Over(Schedule):
 
 @dataclass(frozen=True)
 class Jump(_Over):
-    """Nothing until warm-up ends, then all: ``rho(t) = value if t >= steps else 0`` (table TA2).
+    """A jump from nothing, when warm-up ends: ``rho(t) = value if t >= steps else 0`` (table TA2).
 
     Parameters
     ----------
     value : float
-        ρ after the jump.
+        Strength ρ after the jump.
     steps : int
-        Steps at ρ = 0.
+        Number of steps at ρ = 0.
     """
 
     def __call__(self, step: int, lr_ratio: Number = 1.0) -> Number:  # noqa: D102
@@ -158,14 +176,14 @@ class Jump(_Over):
 
 @dataclass(frozen=True)
 class Ramp(_Over):
-    """A straight line from 0, then level: ``rho(t) = value · min(1, t / steps)``.
+    """A straight line from 0 that ends level: ``rho(t) = value · min(1, t / steps)``.
 
     Parameters
     ----------
     value : float
-        ρ at the top.
+        Strength ρ at the top.
     steps : int
-        Steps until the top is reached.
+        Number of steps until the top is reached.
     """
 
     def __call__(self, step: int, lr_ratio: Number = 1.0) -> Number:  # noqa: D102
@@ -174,18 +192,18 @@ class Ramp(_Over):
 
 @dataclass(frozen=True)
 class Cosine(_Over):
-    """Half a cosine from ``value`` to ``final``, then level.
+    """Half a cosine from ``value`` to ``final`` that ends level.
 
     ``rho(t) = final + (value − final) · (1 + cos(π · min(1, t / steps))) / 2``
 
     Parameters
     ----------
     value : float
-        ρ at the first step.
+        Strength ρ at the first step.
     steps : int
-        Steps until ``final`` is reached.
+        Number of steps until ``final`` is reached.
     final : float
-        ρ from there on.
+        Strength ρ from there on.
     """
 
     final: float = 0.0
@@ -201,12 +219,14 @@ class Cosine(_Over):
 
 @dataclass(frozen=True)
 class FollowLR(Schedule):
-    """ρ in proportion to the learning rate: ``rho = value · lr / lr_first``.
+    """A strength in proportion to the learning rate: ``rho = value · lr / lr_first``.
+
+    Where the parameter group was added with ``lr = 0``, the largest learning rate so far stands for ``lr_first``.
 
     Parameters
     ----------
     value : float
-        ρ at the learning rate the parameter group was added with.
+        Strength ρ at the learning rate with which the parameter group was added.
     """
 
     value: float
@@ -227,7 +247,7 @@ class Product(Schedule):
     Parameters
     ----------
     factors : tuple of Schedule
-        What is multiplied.
+        Schedules whose values are multiplied.
     """
 
     factors: tuple[Schedule, ...]

@@ -2,70 +2,77 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
+from .conventions import without_base
 from .displacement import Restore
-from .filters import ParameterFilter
-from .optimizers import PerturbedOptimizer, WeightDecayAt
-from .perturbation import Perturbation
+from .filters import Subset
+from .optimizers import BaseOptions, PerturbedOptimizer, WeightDecayAt
+from .perturbation import Perturbation, along_gradient, along_momentum
 from .schedules import Schedule, require_nonnegative
+from .shards import like, parted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["MSAM", "NAG", "SAM", "PerturbedSGD"]
 
-Subset = Literal["all"] | ParameterFilter
-
 _LONGEST = 1e4  # |c| / lr up to which the fused step is taken in place: see PerturbedSGD._update_in_place
 
 
 class PerturbedSGD(PerturbedOptimizer):
-    r"""SGD with momentum, its gradient taken at ``w + ε``.
+    r"""SGD with momentum that takes its gradient at ``w + ε``.
 
-    ``v ← μ v + (1 − τ)(g(w + ε) + λ w)``, then ``w ← w − lr v``, by torch's own kernels; without a perturbation, or at
-    ρ = 0, it is :class:`torch.optim.SGD` to the bit.
+    The step is ``v ← μ v + (1 − τ)(g(w + ε) + λ w)``, then ``w ← w − lr v``, by torch's own kernels. Without a
+    perturbation, or at ρ = 0, it is :class:`torch.optim.SGD` to the bit.
 
     Parameters
     ----------
     params : iterable
-        Parameters, named parameters or groups, as for torch. Groups may override ``rho`` and set ``perturb=False``.
+        Parameters, named parameters or groups, as torch takes them. A group may have its own ``rho``, and
+        ``perturb=False`` leaves its parameters where they are.
     lr : float or Tensor
-        Learning rate; default 1e-3 as torch's.
+        Learning rate. The default is torch's, 1e-3.
     momentum : float
-        μ ≥ 0.
+        Momentum μ, zero or more.
     dampening : float
-        τ.
+        Dampening τ of the gradient in the momentum, zero or more.
     weight_decay : float
-        λ ≥ 0.
+        Weight decay λ, zero or more.
     perturbation : Perturbation, optional
-        Where the gradient is taken.
+        The rule for ε. None takes the gradient at w.
     weight_decay_at : {"true", "perturbed"}
-        Where weight decay reads the weights: w as in SAM, or w + ε as in the authors' MSAM and torch's Nesterov.
+        Point at which weight decay reads the weights. "true" is w, as in SAM. "perturbed" is w + ε, as in the authors'
+        MSAM and in torch's Nesterov.
     restore : {"auto", "subtract", "copy"}
-        How the true weights come back: by subtracting exactly what was added (no memory, one rounding a step), or from
-        a copy (exact, one tensor a parameter). "auto" subtracts where the direction lasts until the next step, is not
-        scaled, and the weights are float32 or float64; everything else is copied.
+        Way back to the true weights. "subtract" takes away exactly what was added: no memory, one rounding a step.
+        "copy" keeps the true weights: exact, one tensor a parameter. "auto" subtracts where the direction lasts until
+        the next step and is not scaled, and the weights are float32 or float64; it copies elsewhere.
     maximize, foreach, fused : bool
-        As for torch.
+        Options of :class:`torch.optim.SGD`, with its defaults.
 
     Raises
     ------
+    TypeError
+        If an option has the wrong type.
     ValueError
-        For negative or non-finite options, and a momentum perturbation without momentum.
+        If an option is negative or not finite, or the momentum is perturbed along and is 0.
 
     Notes
     -----
-    Between steps the parameters hold ``w + ε`` for every direction but "gradient" (the paper's Algorithm 1): evaluate
+    Between steps the parameters hold ``w + ε`` for every direction but "gradient" (the paper's Algorithm 1). Evaluate
     and save inside :meth:`unperturbed`, or save model and optimizer together.
     """
 
     _momentum_key: ClassVar[str] = "momentum_buffer"
+    _buffer_keys: ClassVar[tuple[str, ...]] = ("momentum_buffer",)
+    _method: ClassVar[str] = "SGD"
+    _method_key: ClassVar[str] = "momentum"
 
     def __init__(
         self,
@@ -97,6 +104,11 @@ class PerturbedSGD(PerturbedOptimizer):
         super()._check_group(group)
         require_nonnegative("momentum", group["momentum"])
         require_nonnegative("dampening", group["dampening"])
+        if group["weight_decay_at"] == "updated":
+            raise ValueError(
+                "weight_decay_at='updated' is for AdamW, got it for SGD, whose decay enters the gradient; "
+                "choose 'true' or 'perturbed'."
+            )
         if self._displacement.key == "momentum_buffer" and group["perturb"] and not group["momentum"]:
             raise ValueError(
                 "direction='momentum' needs a momentum buffer, got momentum=0; set a momentum, or use "
@@ -104,17 +116,20 @@ class PerturbedSGD(PerturbedOptimizer):
             )
 
     def _update(self, group: dict[str, Any], weights: list[Tensor], grads: list[Tensor], weight_decay: float) -> None:
-        momentum = group["momentum"]
+        momentum, parts = group["momentum"], parted(weights)
         rows: tuple[list[int], list[int]] = ([], [])  # without and with a buffer: the fused kernel takes all or none
         for i, p in enumerate(weights):
             rows[bool(momentum) and "momentum_buffer" in self.state[p]].append(i)
         for known, some in enumerate(rows):
             if not some:
                 continue
-            buffers = [self.state[weights[i]]["momentum_buffer"] if known else None for i in some]
+            members = [weights[i] for i in some]
+            buffers: list[Any] = [self.state[p]["momentum_buffer"] if known else None for p in members]
+            if known:
+                buffers = parts(buffers)
             sgd(
-                [weights[i] for i in some],
-                [grads[i] for i in some],
+                parts(members),
+                parts([grads[i] for i in some]),
                 buffers,
                 weight_decay=weight_decay,
                 momentum=momentum,
@@ -127,8 +142,8 @@ class PerturbedSGD(PerturbedOptimizer):
                 fused=group["fused"],
             )
             if momentum and not known:
-                for i, buffer in zip(some, buffers, strict=True):
-                    self.state[weights[i]]["momentum_buffer"] = buffer
+                for p, buffer in zip(members, like(members, buffers), strict=True):
+                    self.state[p]["momentum_buffer"] = buffer
 
     def _update_in_place(self, group: dict[str, Any]) -> bool:
         """Step without going back first, in one pass of torch's fused kernel.
@@ -165,10 +180,11 @@ class PerturbedSGD(PerturbedOptimizer):
             factor -= group["weight_decay"] * c
         if factor < 0.5 or abs(c) > _LONGEST * lr:
             return False
+        parts = parted(weights)
         sgd(
-            weights,
-            grads,
-            buffers,
+            parts(weights),
+            parts(grads),
+            [*parts(buffers)],
             weight_decay=group["weight_decay"],
             momentum=factor,
             lr=-c / factor,
@@ -188,14 +204,10 @@ class PerturbedSGD(PerturbedOptimizer):
         return list(torch._foreach_add(grads, weights, alpha=-decay if group["maximize"] else decay))
 
 
-class NAGOptions(TypedDict, total=False):
+class NAGOptions(BaseOptions, total=False):
     """Keywords of :class:`PerturbedSGD` that :class:`NAG` hands on."""
 
     dampening: float
-    restore: Restore
-    maximize: bool
-    foreach: bool | None
-    fused: bool | None
 
 
 class SGDOptions(NAGOptions, total=False):
@@ -205,18 +217,20 @@ class SGDOptions(NAGOptions, total=False):
 
 
 class MSAM(PerturbedSGD):
-    """Momentum-SAM: ``ε = −ρ v / ‖v‖``, one gradient a step (the paper's Algorithm 1).
+    """Momentum-SAM: ``ε = −ρ v / ‖v‖`` with one gradient a step (the paper's Algorithm 1).
 
     Parameters
     ----------
     params, lr, momentum, weight_decay, **options
-        As for :class:`PerturbedSGD`.
+        Options of :class:`PerturbedSGD`.
     rho : float or Schedule
-        Default 3.0: the paper's search (A15) finds the optimum at 2 to 3 for convolutional nets on CIFAR-100.
+        Strength ρ. The default is 3.0, as the paper's search (A15) finds the optimum at 2 to 3 for convolutional nets
+        on CIFAR-100.
     subset : "all" or ParameterFilter
-        Which parameters move.
+        Parameters that move.
     """
 
+    @without_base
     def __init__(
         self,
         params: ParamsT,
@@ -228,32 +242,33 @@ class MSAM(PerturbedSGD):
         subset: Subset = "all",
         **options: Unpack[SGDOptions],
     ) -> None:
-        perturbation = Perturbation(direction="momentum", rho=rho, subset=subset)
+        perturbation = along_momentum(rho, subset)
         super().__init__(params, lr, momentum, weight_decay=weight_decay, perturbation=perturbation, **options)
 
 
 class SAM(PerturbedSGD):
-    """Sharpness-aware minimisation: ``ε = ρ g / ‖g‖``, two gradients a step (Foret et al., arXiv 2010.01412).
+    """Sharpness-aware minimisation: ``ε = ρ g / ‖g‖`` with two gradients a step (Foret et al., arXiv 2010.01412).
 
     Parameters
     ----------
     params, lr, momentum, weight_decay, **options
-        As for :class:`PerturbedSGD`.
+        Options of :class:`PerturbedSGD`.
     rho : float or Schedule
-        Default 0.05 as Foret et al.; the MSAM paper finds 0.2 to 0.3 for CIFAR-100 (A15), and ASAM wants about 10 times
-        more.
+        Strength ρ. The default is 0.05, as in Foret et al. The MSAM paper finds 0.2 to 0.3 for CIFAR-100 (A15), and
+        ASAM wants about 10 times more.
     adaptive : bool
-        ASAM: ``ε = ρ T² g / ‖T g‖`` with ``T = |w|`` (Kwon et al., arXiv 2102.11600).
+        True for ASAM: ``ε = ρ T² g / ‖T g‖`` with ``T = |w|`` (Kwon et al., arXiv 2102.11600).
     subset : "all" or ParameterFilter
-        Which parameters move.
+        Parameters that move.
 
     Notes
     -----
-    ``step(closure)``, or ``first_step()`` and ``second_step()`` each after a ``backward()``. Under data parallelism
-    the first ``backward`` may run inside the model's ``no_sync()``: each process then climbs its own batch's gradient
-    (m-sharpness) and only the second gradient is averaged; without it both are.
+    Call ``step(closure)``, or call ``first_step()`` and ``second_step()``, each after a ``backward()``. Under data
+    parallelism the first ``backward`` may run inside the model's ``no_sync()``. Each process then climbs its own
+    batch's gradient (m-sharpness), and only the second gradient is averaged. Without ``no_sync()`` both are.
     """
 
+    @without_base
     def __init__(
         self,
         params: ParamsT,
@@ -266,22 +281,20 @@ class SAM(PerturbedSGD):
         subset: Subset = "all",
         **options: Unpack[SGDOptions],
     ) -> None:
-        perturbation = Perturbation(
-            direction="gradient", rho=rho, scale="adaptive" if adaptive else "none", subset=subset
-        )
+        perturbation = along_gradient(rho, adaptive, subset)
         super().__init__(params, lr, momentum, weight_decay=weight_decay, perturbation=perturbation, **options)
 
 
 class NAG(PerturbedSGD):
     """Nesterov's accelerated gradient: ``ε = −lr μ v``.
 
-    At a constant learning rate its (perturbed) parameters are those of ``torch.optim.SGD(nesterov=True)`` at every
-    step, up to rounding; that is why weight decay acts at the perturbed weights here.
+    At a constant learning rate its perturbed parameters are those of ``torch.optim.SGD(nesterov=True)`` at every step,
+    up to rounding. That is why weight decay acts at the perturbed weights here.
 
     Parameters
     ----------
     params, lr, momentum, weight_decay, weight_decay_at, **options
-        As for :class:`PerturbedSGD`.
+        Options of :class:`PerturbedSGD`.
     """
 
     def __init__(

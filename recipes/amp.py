@@ -1,7 +1,8 @@
 """Automatic mixed precision with loss scaling: float16 on a GPU, bfloat16 on the CPU.
 
 ``scaler.step(optimizer)`` stands where ``step()`` or ``second_step()`` would. An overflow in either of SAM's passes
-skips the step and leaves the true weights in place; SAM's normalised displacement does not see the scale.
+skips the step and leaves the true weights in place. SAM's normalised displacement sees neither the scale nor a clipped
+length: unscale and clip the second gradient, which is the one of the step.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def train_msam() -> float:
 
 
 def train_sam() -> float:
-    """Both passes scaled by the same factor."""
+    """Both passes scaled by the same factor; the second gradient is clipped."""
     model = network().to(DEVICE)
     optimizer = msam.SAM(model.parameters(), lr=0.05, rho=0.05, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler(DEVICE)
@@ -52,6 +53,8 @@ def train_sam() -> float:
         optimizer.first_step(zero_grad=True)
         with msam.frozen_batchnorm_statistics(model):
             scaler.scale(loss_of(model, x, y)).backward()
+        scaler.unscale_(optimizer)
+        clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
     return accuracy(model)

@@ -246,6 +246,16 @@ NORMS: dict[str, list[torch.Tensor]] = {
     "many pieces": [torch.rand(3_000_001, generator=torch.Generator().manual_seed(0))],
     "not contiguous": [torch.arange(12.0).view(3, 4).T, torch.ones(2)],
     "bfloat16": [torch.full((300,), 0.5, dtype=torch.bfloat16), torch.ones(3, dtype=torch.bfloat16)],
+    "next to nothing": [torch.full((7,), 1e-23), torch.full((200_000,), 3e-23)],
+    "subnormal": [torch.full((7,), 1e-42)],
+    "large": [torch.full((7,), 1e18), torch.full((200_000,), 3e18)],
+    "next to nothing beside zeros": [torch.zeros(9), torch.full((3,), -1e-30)],
+    "large in bfloat16": [torch.full((300,), 2.0**100, dtype=torch.bfloat16)],
+    "small in bfloat16": [torch.full((300,), 2.0**-100, dtype=torch.bfloat16)],
+    "large in half precision": [torch.full((300,), 6e4, dtype=torch.float16)],
+    "not contiguous, large": [torch.full((3, 4), 1e25).T],
+    "small in two precisions": [torch.full((3,), 1e-25), torch.full((3,), 1e-25, dtype=torch.float64)],
+    "zeros": [torch.zeros(5), torch.zeros(2, 2)],
     "three precisions": [torch.ones(3, dtype=d) for d in (torch.float64, torch.float32, torch.bfloat16)],
 }
 
@@ -255,5 +265,37 @@ def test_norm_over_all(tensors: list[Any]) -> None:
     """Three million squares in one float32 sum would be off by more than this."""
     expected = sum(float(t.double().square().sum()) for t in tensors) ** 0.5
     norm = global_norm(tensors)
-    assert float(norm) == pytest.approx(expected, rel=2e-6)
+    assert float(norm) == pytest.approx(expected, rel=2e-6 if expected > 1e-38 else 0.1, abs=0.0)
     assert norm.dtype == (torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32)
+
+
+@pytest.mark.parametrize("size", [1e-23, 1e18, 1e-30, 1e25])
+@pytest.mark.parametrize("name", ["MSAM", "SAM", "ASAM", "AdamWMSAM", "AdamWSAM"])
+def test_gradients_of_any_size_displace_by_rho(name: str, size: float) -> None:
+    """ε has its length and its direction, in float32."""
+    weight = nn.Parameter(torch.ones(3, 4))
+    opt = BY_NAME[name].make([weight], lr=0.0, weight_decay=0.0)
+    pattern = torch.arange(1.0, 13.0).view(3, 4)
+    weight.grad = size * pattern
+    if BY_NAME[name].closure:
+        opt.first_step()
+    else:
+        opt.step()
+    sign = 1 if BY_NAME[name].closure else -1
+    expected = sign * RHO * pattern.double() / pattern.double().norm()
+    assert furthest(opt.displacement().values(), [expected]) < 1e-6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_norm_that_is_not_finite(bad: float) -> None:
+    assert not torch.isfinite(global_norm([torch.ones(3), torch.tensor([1.0, bad])]))
+
+
+def test_a_direction_too_short_to_be_scaled_displaces_nothing() -> None:
+    """ρ / ‖v‖ would overflow."""
+    weight = nn.Parameter(torch.ones(3))
+    opt = msam.MSAM([weight], lr=0.0, rho=0.3)
+    weight.grad = torch.full_like(weight, 1e-40)
+    opt.step()
+    assert torch.equal(weight, torch.ones(3))
+    assert not opt.displacement()[weight].any()

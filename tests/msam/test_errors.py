@@ -280,6 +280,7 @@ def momentum_along(**switches: Any) -> msam.Perturbation:
 
 # one row for each message that no test above asks for: what is done, the error, a word of its message
 MORE: dict[str, tuple[Any, type[Exception], str]] = {
+    "decay of SGD after the step": (lambda: construct("SAM", weight_decay_at="updated"), ValueError, "AdamW"),
     "perturbation": (lambda: construct("PerturbedSGD", perturbation="msam"), TypeError, "Perturbation"),
     "lr of two elements": (lambda: construct("MSAM", lr=torch.ones(2)), ValueError, "one element"),
     "negative tensor lr": (lambda: construct("MSAM", lr=torch.tensor(-1.0)), ValueError, "lr"),

@@ -12,12 +12,14 @@ import msam
 
 from . import reference
 from .cases import (
+    ADAMW,
     BY_NAME,
     IMPLEMENTATIONS,
     LR,
     MU,
     NAMED,
     PAIRS,
+    RHO,
     SGD,
     SWITCHES,
     Case,
@@ -345,3 +347,30 @@ def test_every_way_back_to_the_true_weights_follows_the_twin(case: Case, restore
     twin, states = follow(case, 12)
     train(model, opt, range(12), case.closure)
     assert_network(model, opt, states[-1].weights, twin, TOL)
+
+
+@each_implementation
+@pytest.mark.parametrize("name", ["AdamWMSAM", "AdamWSAM"])
+def test_decay_of_the_updated_weights(name: str, how: dict[str, Any]) -> None:
+    """(1 − η λ) times the weights after the step, as the paper's authors have it for AdamW, written out in float64."""
+    case = BY_NAME[name]
+    model = network()
+    opt = case.make(model.parameters(), weight_decay_at="updated", **how)
+    train(model, opt, range(8), case.closure)
+    twin = Twin(network())
+    weights: list[Any] = [w.clone() for w in twin.weights]
+    (beta1, beta2), lr, decay, eps = ADAMW["betas"], ADAMW["lr"], ADAMW["weight_decay"], ADAMW["eps"]
+    first: list[Any] = [torch.zeros_like(w) for w in weights]
+    second: list[Any] = [torch.zeros_like(w) for w in weights]
+    for step in range(8):
+        sign, along = (1, twin(weights, step)) if case.closure else (-1, first)
+        norm = sum(float(d.square().sum()) for d in along if d is not None) ** 0.5
+        at = [w + sign * RHO * d / norm if norm else w for w, d in zip(weights, along, strict=True)]
+        for i, g in enumerate(twin(at, step)):
+            assert g is not None
+            first[i] = beta1 * first[i] + (1 - beta1) * g
+            second[i] = beta2 * second[i] + (1 - beta2) * g.square()
+            bias1, bias2 = 1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1)
+            move = lr * (first[i] / bias1) / ((second[i] / bias2).sqrt() + eps)
+            weights[i] = (1 - lr * decay) * (weights[i] - move)
+    assert_network(model, opt, weights, twin)
