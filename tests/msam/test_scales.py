@@ -115,7 +115,7 @@ def test_scaled_loss_far_from_one(name: str, scale: float) -> None:
     cls: Any = getattr(msam, name)
     opt = cls(weights, rho=RHO, **{**(SGD if name == "SAM" else ADAMW), "lr": 0.0})
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=10_000)
-    total = sum((w * g.float()).sum() for w, g in zip(weights, draws(1), strict=True))
+    total = torch.stack([(w * g.float()).sum() for w, g in zip(weights, draws(1), strict=True)]).sum()
     torch.autograd.backward(scaler.scale(total))
     opt.first_step()
     exact = reference.displacement(draws(1), draws(0), rho=RHO)
