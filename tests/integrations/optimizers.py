@@ -81,7 +81,7 @@ def infos() -> dict[str, Any]:
     """What torch says of its optimizers, by base; nothing where nobody asked."""
     if not ASKED:
         return {}
-    from torch.testing._internal.common_optimizers import optim_db  # type: ignore[import-untyped]
+    from torch.testing._internal.common_optimizers import optim_db
 
     return {info.name.lower(): info for info in optim_db if info.name in ("SGD", "AdamW")}
 

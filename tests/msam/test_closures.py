@@ -281,7 +281,7 @@ def test_gradients_that_are_there_are_added_to(case: Case) -> None:
     for step in range(STEPS):
         opt.zero_grad()
         backward(loss(model, 2 * step) / 2)
-        opt.step(lambda step=step: backward(loss(model, 2 * step + 1) / 2))  # type: ignore[misc]
+        opt.step(lambda step=step: backward(loss(model, 2 * step + 1) / 2))
     twin, weights = exact(case, parts=2)
     assert_network(model, opt, weights, twin)
 

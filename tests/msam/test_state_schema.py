@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 import msam
 
@@ -194,11 +196,11 @@ def test_a_checkpoint_on_disk(case: Case, flat: bool, tmp_path: Path) -> None:
     """Saved by one run; read into the state of a fresh one, in place, as the format wants it."""
     model, opt = start(case, STEPS)
     weights, state = get_state_dict(model, opt, options=options(flat))
-    dcp.save({"model": weights, "optimizer": state}, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    save({"model": weights, "optimizer": state}, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
     other, resumed = start(case, 0, seed=1)
     weights, state = get_state_dict(other, resumed, options=options(flat))
-    room = {"model": weights, "optimizer": state}
-    dcp.load(room, storage_reader=dcp.FileSystemReader(tmp_path), no_dist=True)
+    room: dict[str, Any] = {"model": weights, "optimizer": state}
+    load(room, storage_reader=FileSystemReader(tmp_path), no_dist=True)
     set_state_dict(
         other, resumed, model_state_dict=room["model"], optim_state_dict=room["optimizer"], options=options(flat)
     )
