@@ -123,6 +123,29 @@ def test_a_hook_sees_the_weights_before_and_after(ours: Ours) -> None:
 
 
 @each_class
+def test_hooks_enclose_the_passes_of_a_closure(ours: Ours) -> None:
+    """Hooks of a module's forward lie between those of the step, once a pass."""
+    layer = torch.nn.Linear(3, 1)
+    opt = made(ours, layer.parameters())
+    seen: list[str] = []
+    layer.register_forward_pre_hook(lambda *_: seen.append("forward begins"))
+    layer.register_forward_hook(lambda *_: seen.append("forward ends"))
+    layer.weight.register_post_accumulate_grad_hook(lambda _: seen.append("gradient"))
+    opt.register_step_pre_hook(lambda *_: seen.append("before"))
+    opt.register_step_post_hook(lambda *_: seen.append("after"))
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        value = layer(torch.ones(2, 3)).sum()
+        value.backward()
+        return value  # type: ignore[no-any-return]
+
+    opt.step(closure)
+    passes = ["forward begins", "forward ends", "gradient"] * (2 if ours.two else 1)
+    assert seen == ["before", *passes, "after"]
+
+
+@each_class
 def test_a_hook_before_the_step_may_change_gradients(ours: Ours) -> None:
     """Clipping by hook: at one gradient a step it is what the step is taken with, as for torch."""
     if ours.two:
