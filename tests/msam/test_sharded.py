@@ -39,6 +39,7 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "MSAM, copies": (msam.MSAM, dict(SGD, rho=0.3, restore="copy")),
     "MSAM, fused": (msam.MSAM, dict(SGD, rho=0.3, fused=True)),
     "MSAM, foreach": (msam.MSAM, dict(SGD, rho=0.3, foreach=True)),
+    "MSAM, written": (msam.MSAM, dict(SGD, rho=0.3)),
     "NAG": (msam.NAG, SGD),
     "SAM": (msam.SAM, dict(SGD, rho=0.3)),
     "SAM, two calls": (msam.SAM, dict(SGD, rho=0.3)),
@@ -51,7 +52,7 @@ OPTIMIZERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "last gradient": (msam.PerturbedSGD, along(direction="last_gradient")),
 }
 BY_FSDP = [name for name in OPTIMIZERS if name != "MSAM, fused"]  # torch's fused kernels know no shards
-BY_ZERO = [name for name in OPTIMIZERS if name != "SAM, two calls"]  # it has a step() and nothing else
+BY_ZERO = [name for name in OPTIMIZERS if name not in ("SAM, two calls", "MSAM, written")]  # a step() and nothing else
 
 
 def network() -> nn.Sequential:
@@ -94,6 +95,9 @@ def steps(model: nn.Module, opt: Any, name: str, rank: int | None = None) -> dic
             opt.second_step()
         else:
             opt.step(closure)
+        if name == "MSAM, written" and step == 1:  # by somebody else, while they stand displaced
+            with torch.no_grad():
+                next(model.parameters()).mul_(0.5)
         found[f"after step {step}"] = whole(model)
     if hasattr(opt, "unperturbed"):
         with opt.unperturbed():
