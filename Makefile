@@ -78,11 +78,15 @@ tests: $(STAMP)  ## pytest, one thread per worker (PYTEST_ARGS="-k name" to choo
 	@echo "== tests"
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --hypothesis-profile=ci $(PYTEST_ARGS)
 
-# one process: the frameworks keep a state of their own in it, and start processes themselves
+# one process: the frameworks keep a state of their own in it, and start processes themselves; torch's own tests of
+# optimizers freeze torch's flags, and get others
 integrations: $(STAMP)  ## install the trackers too, and run the tests inside other people's frameworks (some minutes)
 	@echo "== integrations"
-	@$(PIP) -c constraints.txt -e '.[recipes,tracking]'
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -m integrations tests/integrations $(PYTEST_ARGS)
+	@$(PIP) -c constraints.txt -e '.[recipes,tracking]' expecttest
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -m integrations tests/integrations \
+	    --ignore-glob '*/test_torch_*' $(PYTEST_ARGS)
+	@MSAM_INTEGRATIONS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m integrations \
+	    $(wildcard tests/integrations/test_torch_*.py) $(PYTEST_ARGS)
 
 format: $(STAMP)  ## let ruff repair what it can
 	@$(BIN)/ruff check --quiet --fix . || true

@@ -191,7 +191,8 @@ def test_the_class_is_hooked_once_for_profilers(ours: Ours) -> None:
     names = [event.name for event in profile.events()]
     name = type(opt).__name__
     assert names.count(f"Optimizer.step#{name}.step") == STEPS
-    assert names.count(f"Optimizer.zero_grad#{name}.zero_grad") == STEPS
+    # SAM clears gradients between its passes, too
+    assert names.count(f"Optimizer.zero_grad#{name}.zero_grad") in (STEPS, 2 * STEPS)
     assert not [n for n in names if n.startswith("Optimizer.step#") and n != f"Optimizer.step#{name}.step"]
 
 

@@ -37,6 +37,8 @@ from .foreign import (
 )  # fmt: skip
 from .workloads import furthest, same, saved_state, snapshot, true_weights
 
+pytestmark = pytest.mark.filterwarnings("ignore:expected writes to weights in eval")  # test_writes.py looks at these
+
 DISPLACED = list(msam.PRESETS)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 POLICIES = ["auto", "subtract", "copy"]

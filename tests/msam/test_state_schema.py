@@ -114,11 +114,16 @@ def test_a_run_saved_in_eval_mode_goes_on(case: Case, flat: bool) -> None:
 @each_form
 @pytest.mark.parametrize("case", [c for c in OURS if c.closure], ids=lambda case: case.name)
 def test_a_run_saved_between_the_passes_goes_on(case: Case, flat: bool) -> None:
+    """Torch's flat form takes the names of buffers from a fresh optimizer, which has no copies: it is refused."""
     model, opt = start(case, STEPS)
     backward(loss(model, STEPS))
     opt.first_step(zero_grad=True)
     weights, state = through_a_file(get_state_dict(model, opt, options=options(flat)))
     other, resumed = start(case, 0, seed=1)
+    if flat:
+        with pytest.raises(ValueError, match="expected 'true_weight' of every displaced parameter"):
+            set_state_dict(other, resumed, model_state_dict=weights, optim_state_dict=state, options=options(flat))
+        return
     set_state_dict(other, resumed, model_state_dict=weights, optim_state_dict=state, options=options(flat))
     assert resumed.perturbed
     for net, optimizer in ((model, opt), (other, resumed)):
@@ -224,5 +229,5 @@ def test_a_nested_state_of_torch(base: str) -> None:
     assert not opt.perturbed
     train(model, plain, [STEPS])
     train(other, opt, [STEPS])
-    assert same(true_weights(opt), model.parameters())
+    assert furthest(true_weights(opt), model.parameters()) < 1e-6  # there and back in float32
     assert opt.perturbed
