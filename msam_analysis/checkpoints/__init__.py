@@ -3,9 +3,9 @@
 This room knows torch and formats of files. It may import ``results``.
 """
 
-from msam_analysis.checkpoints.loading import load_model, load_weights
+from msam_analysis.checkpoints.loading import Loaded, load, load_model, load_weights
 
-__all__ = ["load_model", "load_weights"]
+__all__ = ["Loaded", "load", "load_model", "load_weights"]
 
 
 def __dir__() -> list[str]:
