@@ -44,6 +44,18 @@ def read(path: Path) -> Content:
     return counted(content, _json(path / "trainer_state.json"))
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Tell whether a folder is one checkpoint, and not a place with several."""
+    marks = (".metadata", "modules.json", "adapter_config.json", "latest", *_WEIGHTS)
+    return any((path / mark).is_file() for mark in marks) or any(next(path.glob(it), None) for it in _INDICES)
+
+
+def within(path: Path) -> list[Path]:
+    """Return the files of weights and the folders that are checkpoints, straight in a folder."""
+    found = {file for pattern in _ENDINGS for file in path.glob(pattern) if file.is_file()}
+    return sorted(found | {one for one in path.iterdir() if one.is_dir() and is_checkpoint(one)})
+
+
 def _one(path: Path) -> Content:
     """Read the weights that lie straight in a folder: shards behind an index, or one file."""
     for pattern in _INDICES:

@@ -88,6 +88,15 @@ def counted(content: Content, found: Any = None) -> Content:
     return replace(content, step=known["step"], epoch=known["epoch"])
 
 
+def counters(path: Path) -> dict[str, int | None]:
+    """Return step and epoch as the file says them, else its name; None for what neither says."""
+    try:
+        found = _saved(path, files.ARCHIVE) if path.is_file() and files.kind_of(path) == files.ARCHIVE else None
+    except (ValueError, pickle.UnpicklingError, *_DAMAGED, *_BROKEN):  # said when it is loaded
+        found = None
+    return {counter: _counter(counter, path, found) for counter in _COUNTERS}
+
+
 def _counter(counter: str, path: Path, found: Any) -> int | None:
     values = [_number(found.get(key)) for key in _COUNTERS[counter]] if isinstance(found, Mapping) else []
     for name in (path.name, path.parent.name):

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from msam_analysis import landscape
+from msam_analysis.checkpoints.naming import distinct_names
 from msam_analysis.cli.factories import load_object, load_objectives
-from msam_analysis.cli.names import check_own, distinct_names
+from msam_analysis.cli.names import check_own
 from msam_analysis.cli.pictures import FORMATS, check_formats, write_all
 from msam_analysis.cli.processes import group, own_device, rank
 from msam_analysis.cli.views import AROUND, THROUGH, Course, View, open_trajectories, views

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from msam_analysis.cli.names import distinct_names
+from msam_analysis.checkpoints.naming import distinct_names
 from msam_analysis.landscape import between, directions, trajectory
 from msam_analysis.objective.direction import Direction
 from msam_analysis.objective.objective import Objective

@@ -76,4 +76,5 @@ def average_sharpness(
         evaluations=2 * draws + 1,
         settings={**objective.settings, "sigma": float(sigma)},
         resolution=limit,
+        values=sample,
     )

@@ -19,6 +19,7 @@ converge. NaN and infinity are drawn as holes. This room may import ``results``.
 """
 
 from msam_analysis.plots.animation import animate_trajectory
+from msam_analysis.plots.comparison import compare
 from msam_analysis.plots.contours import slice_2d
 from msam_analysis.plots.curves import directional_sharpness, feature_rank, pca_plane, robust_accuracy, sam_msam_angle
 from msam_analysis.plots.drawing import panels
@@ -50,11 +51,11 @@ eigenvalues = top_eigenvalues
 
 __all__ = [
     "COLUMN_WIDTH", "PAGE_WIDTH", "LivePlot", "Look", "animate_trajectory", "average_sharpness", "ball_sharpness",
-    "by_layer", "certify", "curvature_along", "data_interval", "directional_sharpness", "eigenvalues", "feature_rank",
-    "fisher_rao_norm", "interactive_surface", "live", "look", "m_sharpness", "measure", "momentum_gradient_cosine",
-    "one_step_sharpness", "panels", "pca_plane", "project", "recorded", "relative_flatness", "robust_accuracy",
-    "sam_msam_angle", "save", "slice_1d", "slice_1d_panels", "slice_2d", "spectral_density", "style", "surface_3d",
-    "top_eigenvalues", "trace", "trajectory", "trajectory_losses", "trajectory_panels",
+    "by_layer", "certify", "compare", "curvature_along", "data_interval", "directional_sharpness", "eigenvalues",
+    "feature_rank", "fisher_rao_norm", "interactive_surface", "live", "look", "m_sharpness", "measure",
+    "momentum_gradient_cosine", "one_step_sharpness", "panels", "pca_plane", "project", "recorded", "relative_flatness",
+    "robust_accuracy", "sam_msam_angle", "save", "slice_1d", "slice_1d_panels", "slice_2d", "spectral_density", "style",
+    "surface_3d", "top_eigenvalues", "trace", "trajectory", "trajectory_losses", "trajectory_panels",
 ]  # fmt: skip
 
 

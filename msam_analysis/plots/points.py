@@ -20,13 +20,13 @@ _FEW = 6  # points that have their values written beside them
 _PER_INCH = 19  # characters of a tick label
 _CURVATURE = "(loss\u00a0/\u00a0distance²)"  # never in two lines
 _PANELS = {  # of the table of all metrics: what is in one unit, by how the names begin
-    f"eigenvalue {_CURVATURE}": ("λ",),
+    f"eigenvalue {_CURVATURE}": ("lambda",),
     f"trace {_CURVATURE}": ("trace",),
-    "rise of the loss": ("sharpness", "one-step", "average", "adaptive", "m-sharpness"),
-    "relative flatness (loss)": ("relative flatness",),
-    "Fisher-Rao norm (loss²)": ("Fisher-Rao",),
+    "rise of the loss": ("ball", "one_step", "average", "adaptive", "m_sharpness"),
+    "relative flatness (loss)": ("relative_flatness",),
+    "Fisher-Rao norm (loss²)": ("fisher_rao",),
     "loss": ("loss",),
-    "norm": ("gradient norm", "weight norm"),
+    "norm": ("gradient_norm", "weight_norm"),
 }
 _UNITS = {  # of a reading, by its name
     "eigenvalue": f"eigenvalue {_CURVATURE}",
