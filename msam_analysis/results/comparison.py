@@ -98,10 +98,9 @@ class Comparison(Result, Mapping[str, Measurement]):
         """Return the values with checkpoints down and metrics across."""
         frame = self.to_frame()
         order = list(dict.fromkeys(frame["metric"]))
-        table: pd.DataFrame = frame.pivot_table(
-            index="label", columns="metric", values="value", sort=False, dropna=False
-        )
-        return table.reindex(index=list(self), columns=order)
+        table = frame.pivot(index="label", columns="metric", values="value")
+        ordered: pd.DataFrame = table.reindex(index=list(self), columns=order)
+        return ordered
 
     def _difference(self, label: str, row: Mapping[str, Any]) -> tuple[float, float]:
         """Return what a number has over the baseline's, and the error of that."""
