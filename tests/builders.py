@@ -222,9 +222,13 @@ def by_layer() -> results.ByLayer[results.Eigenpairs]:
 
 def measurement() -> results.Measurement:
     row = {"value": 0.1 + 0.2, "uncertainty": math.nan, "converged": None, "meaning": "mean over the samples"}
-    ball = {"metric": "sharpness ρ=0.05", "value": 0.5, "converged": False, "meaning": "largest rise"}
+    ball = {"metric": "ball_sharpness@0.05", "value": 0.5, "converged": False, "meaning": "largest rise"}
     return results.Measurement(
-        rows=({"metric": "loss", **row}, row | ball, {"metric": "λ1", **row, "uncertainty": 1e-17, "converged": True}),
+        rows=(
+            {"metric": "loss", **row},
+            row | ball,
+            {"metric": "lambda_1", **row, "uncertainty": 1e-17, "converged": True},
+        ),
         results={"ball": built(results.BallSharpness), "layers": by_layer()},
         settings=SETTINGS,
     )

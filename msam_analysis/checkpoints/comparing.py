@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from msam_analysis.checkpoints.loading import Loaded, load
 from msam_analysis.checkpoints.naming import distinct_names, expand, numbered
 from msam_analysis.landscape.identity import identity
 from msam_analysis.measures.summary import DEFAULT_METRICS, MAX_HVPS, RADII, SIGMA, TOLERANCE, measure
+from msam_analysis.objective.batches import Batches
 from msam_analysis.objective.objective import Objective
-from msam_analysis.results import Comparison, Measurement, atomic_path
+from msam_analysis.results import BallSharpness, Comparison, Eigenpairs, Measurement, Result, atomic_path
 from msam_analysis.results import load as load_result
 from msam_analysis.results.fingerprint import fingerprint, of_tensors
 
@@ -28,7 +30,7 @@ VERSION = 1
 """Raised by hand when the numbers of a metric change: what was kept before is measured again."""
 
 _RECORD = "record.json"
-_FAILURES = (ValueError, TypeError, RuntimeError, OSError, AttributeError, KeyError, IndexError)
+_LONGEST = 100  # characters of a folder's name
 
 
 def compare(
@@ -49,6 +51,7 @@ def compare(
     prefix: str = "",
     ignore: Sequence[str] = (),
     out: str | os.PathLike[str] | None = None,
+    vectors: bool = False,
     tick: Callable[[str, str], None] | None = None,
     **options: Any,
 ) -> Comparison:
@@ -77,6 +80,9 @@ def compare(
     out
         Folder in which each metric is kept as soon as it is measured. The same call goes on from there; what is kept of
         other weights, data or settings is never touched. Default: nothing is written.
+    vectors
+        Keep eigenvectors and the displacements of balls, in the files of ``out``, or in memory if there is none: with
+        the default metrics 9 times the weights of each checkpoint. Default: left out, the tensors are empty.
     tick
         Called with label and metric before each is measured.
     **options
@@ -92,13 +98,28 @@ def compare(
     ------
     FileNotFoundError
         A file is missing, or a folder or pattern holds no checkpoint.
+    NotADirectoryError
+        ``out`` is a file.
+    TypeError
+        There is no factory for a file.
     ValueError
         There is no checkpoint, a metric or an option is out of range, or every checkpoint failed.
+
+    Warns
+    -----
+    UserWarning
+        A checkpoint failed and is left out.
     """
     named = _named(checkpoints)
     asked: dict[str, Any] = {"radii": radii, "sigma": sigma, "eigenvalues": eigenvalues, "tolerance": tolerance}
     asked |= {"max_hvps": max_hvps, "seed": seed}
-    one_by_one = _Measuring(factory, loss_fn, _held(data), options, samples, asked, (prefix, ignore), out)
+    if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
+        raise ValueError(f"samples must be a positive integer, or None for all; got {samples!r}")
+    if budget is not None and not budget > 0:
+        raise ValueError(f"budget must be a number of seconds above 0, or None; got {budget!r}")
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise NotADirectoryError(f"out must be a folder for results, and {out} is a file: choose another")
+    one_by_one = _Measuring(factory, loss_fn, data, options, samples, asked, (prefix, ignore), out, vectors)
     end = None if budget is None else time.perf_counter() + budget
     measurements: dict[str, Measurement] = {}
     sources: dict[str, Mapping[str, Any]] = {}
@@ -109,7 +130,7 @@ def compare(
             more["budget"] = max((end - time.perf_counter()) / (len(named) - number), 1e-3)
         try:
             measurements[label], sources[label] = one_by_one.measure(label, one, more)
-        except _FAILURES as error:
+        except Exception as error:  # whatever a user's model, loss or file raises concerns this checkpoint alone
             if len(named) == 1:
                 raise
             failures[label] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
@@ -139,23 +160,34 @@ class _Measuring:
     asked: Mapping[str, Any]
     names: tuple[str, Sequence[str]]
     out: str | os.PathLike[str] | None
+    vectors: bool
 
     def measure(self, label: str, one: Any, more: Mapping[str, Any]) -> tuple[Measurement, Mapping[str, Any]]:
         """Load and measure one checkpoint; what is kept of it is taken."""
         loaded = self._loaded(one)
-        objective = Objective(loaded.model, self.loss_fn, self.data, **self.options)
+        objective = self._objective(loaded.model)
+        source: dict[str, Any] = {"path": str(loaded.path), "taken": loaded.taken}
+        source |= {"step": loaded.step, "epoch": loaded.epoch, "weights": of_tensors([objective.point()])}
+        if self.out is None:
+            measured = measure(objective, **self.asked, **more)
+            return measured if self.vectors else _slim(measured), source
+        decides = identity(objective, [], {}, {**self.asked, "vectors": self.vectors, "version": VERSION})
+        kept = Kept(Path(self.out), label, source, decides)
+        keep = kept.keep if self.vectors else lambda name, part: kept.keep(name, _slim(part))
+        measured = measure(objective, **self.asked, **more, known=kept.known(), keep=keep)
+        return _slim(measured), {**source, "folder": kept.folder.name}
+
+    def _objective(self, model: nn.Module) -> Objective:
+        """Return the loss of a model; all share the data of the first, as they were read and chosen for it."""
+        objective = Objective(model, self.loss_fn, self.data, **self.options)
+        if isinstance(self.data, Batches):
+            return objective
         if self.samples is not None and self.samples < objective.samples:
             generator = torch.Generator().manual_seed(self.asked["seed"])
             chosen = torch.randperm(objective.samples, generator=generator)[: self.samples].sort().values
             objective = objective.with_samples(chosen)
-        source: dict[str, Any] = {"path": str(loaded.path), "taken": loaded.taken}
-        source |= {"step": loaded.step, "epoch": loaded.epoch, "weights": of_tensors([objective.point()])}
-        if self.out is None:
-            return measure(objective, **self.asked, **more), source
-        decides = identity(objective, [], {}, {**self.asked, "version": VERSION})
-        kept = Kept(Path(self.out), label, source, decides)
-        measured = measure(objective, **self.asked, **more, known=kept.known(), keep=kept.keep)
-        return measured, {**source, "folder": kept.folder.name}
+        self.data = objective.batches
+        return objective
 
     def _loaded(self, one: Any) -> Loaded:
         if isinstance(one, nn.Module):
@@ -175,23 +207,18 @@ class Kept:
 
     def __init__(self, root: Path, label: str, source: Mapping[str, Any], identity: Mapping[str, str]) -> None:
         self._key = fingerprint(dict(identity))
-        name = "".join(char if char.isalnum() or char in "-_.=+ " else "-" for char in label).strip(". ")
+        name = "".join(char if char.isalnum() or char in "-_.=+ " else "-" for char in label)[:_LONGEST].strip(". ")
         self.folder = next(folder for folder in numbered(root / (name or "checkpoint")) if self._free(folder))
         new = {"key": self._key, **source, "identity": dict(identity), "metrics": {}}
         self._record: dict[str, Any] = self._read(self.folder) or new
 
     def known(self) -> dict[str, Measurement]:
-        """Return the metrics that are there whole, and were not cut by a budget."""
+        """Return the metrics that are there whole."""
         found: dict[str, Measurement] = {}
         for name, part in self._record["metrics"].items():
-            files = {result: self.folder / f"{result}.safetensors" for result in part["results"]}
-            if part["settings"].get("cut") or not all(file.is_file() for file in files.values()):
-                continue
-            found[name] = Measurement(
-                rows=tuple(part["rows"]),
-                results={result: load_result(file) for result, file in files.items()},
-                settings=part["settings"],
-            )
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: measured again
+                results = {result: load_result(self.folder / f"{result}.safetensors") for result in part["results"]}
+                found[name] = Measurement(rows=tuple(part["rows"]), results=results, settings=part["settings"])
         return found
 
     def keep(self, name: str, part: Measurement) -> None:
@@ -217,7 +244,7 @@ class Kept:
             record: dict[str, Any] = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return record if {"key", "metrics"} <= record.keys() else None
+        return record if isinstance(record, dict) and {"key", "metrics"} <= record.keys() else None
 
 
 def _named(checkpoints: Any) -> dict[str, Any]:
@@ -231,6 +258,15 @@ def _named(checkpoints: Any) -> dict[str, Any]:
     return found
 
 
-def _held(data: Any) -> Any:
-    """Return the data in a form that is read once for all models: a loader's batches as a list."""
-    return list(data) if isinstance(data, torch.utils.data.DataLoader) else data
+def _slim(measured: Measurement) -> Measurement:
+    """Return a measurement without the vectors of the size of the weights."""
+    results = {name: _without_vectors(result) for name, result in measured.results.items()}
+    return replace(measured, results=results)
+
+
+def _without_vectors(result: Result) -> Result:
+    if isinstance(result, Eigenpairs):
+        return replace(result, vectors=result.vectors[:0].clone())
+    if isinstance(result, BallSharpness):
+        return replace(result, displacement=result.displacement[:0].clone())
+    return result

@@ -30,8 +30,8 @@ class Loaded:
     model
         The module with these weights.
     taken
-        What was taken, in a line: ``"'state_dict' of last.ckpt (torch.save file) of step 3000, without the prefix
-        'model.'"``.
+        What was taken, in a line: ``"last.ckpt (torch.save file), step 3000, without the prefix 'state_dict.model.', 62
+        tensors of float32"``.
     step, epoch
         How far the training was, from the checkpoint or its name; None where neither says so.
     """
@@ -170,7 +170,7 @@ def load(
     found = existing(path)
     if whole := _loader(factory):
         model = _module(whole(str(found)))
-        return Loaded(found, model, f"{found.name}, loaded by {getattr(factory, '__name__', factory)}")
+        return Loaded(found, model, f"{found}, loaded by {getattr(factory, '__name__', factory)}")
     content = folders.read(found)
     model = _module(factory())
     known = Model(model)
@@ -243,7 +243,7 @@ def _same(one: Fit, other: Fit, content: Content) -> bool:
 
 
 def _taken(path: Path, content: Content, fit: Fit) -> str:
-    said = [f"{path.name} ({content.kind})"]
+    said = [f"{path} ({content.kind})"]
     said += [f"{counter} {n}" for counter, n in (("step", content.step), ("epoch", content.epoch)) if n is not None]
     if fit.prefix:
         said.append(f"without the prefix {fit.prefix!r}")

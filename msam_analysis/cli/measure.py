@@ -8,10 +8,11 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
 import torch
@@ -23,9 +24,12 @@ from rich.text import Text
 from msam_analysis import plots, report
 from msam_analysis.checkpoints.comparing import compare
 from msam_analysis.checkpoints.naming import distinct_names, expand, numbered
-from msam_analysis.cli.factories import parts
+from msam_analysis.cli.factories import brief, parts
 from msam_analysis.measures.summary import DEFAULT_METRICS, MAX_HVPS, METRICS, RADII, TOLERANCE
 from msam_analysis.results import Comparison, atomic_path
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _FAILED = 1
@@ -58,6 +62,7 @@ def measure_command(
     dtype: Annotated[str | None, typer.Option(help=f"{', '.join(_PRECISIONS)}; default the model's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: where the model is.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of all random draws; the same draws for all checkpoints.")] = 0,
+    vectors: Annotated[bool, typer.Option("--vectors", help="Save eigenvectors and displacements, too.")] = False,
     examine: Annotated[bool, typer.Option(help="Examine model, loss and data before they are measured.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
@@ -74,12 +79,7 @@ def measure_command(
     if len(names) != len(paths) or len(set(names)) != len(names):
         raise ValueError(f"expected a --label for each of the {len(paths)} checkpoint(s), all different, got {names}")
     factory, batches, loss_fn = parts(model, data, loss, device)
-    progress = _Progress(names, quiet)
-    result = compare(
-        dict(zip(names, paths, strict=True)),
-        factory,
-        loss_fn,
-        batches,
+    options: dict[str, Any] = dict(
         metrics=chosen,
         radii=tuple(rho) if rho else RADII,
         eigenvalues=eigenvalues,
@@ -91,17 +91,37 @@ def measure_command(
         prefix=f"{key}." if key else prefix,
         ignore=ignore or (),
         out=out,
-        tick=progress.tick,
+        vectors=vectors,
         batchnorm=batchnorm,
         parameters=parameters,
         dtype=None if dtype is None else _PRECISIONS[dtype],
         device=device,
         examine=examine,
     )
-    progress.end()
+    with _Progress(names, quiet) as progress:
+        result = _compared(dict(zip(names, paths, strict=True)), factory, loss_fn, batches, progress.tick, options)
     show(result, write(result, out, _asked(model, data, loss)))
     if result.failures:
         raise typer.Exit(_FAILED)
+
+
+def _compared(
+    checkpoints: Mapping[str, Path],
+    factory: Any,
+    loss_fn: Any,
+    batches: Any,
+    tick: Callable[[str, str], None],
+    options: Mapping[str, Any],
+) -> Comparison:
+    """Measure; what a user's own functions raise becomes a sentence."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="compare: ")  # the failures are told at the end
+            return compare(checkpoints, factory, loss_fn, batches, tick=tick, **options)
+    except (ValueError, TypeError, RuntimeError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(f"model, data and loss do not work together: {brief(error)}") from error
 
 
 def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> Path:
@@ -120,7 +140,7 @@ def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> Path:
         "folders": folders,
         "checkpoints": {label: dict(source) for label, source in result.sources.items()},
         "failures": dict(result.failures),
-        "rows": json.loads(frame.to_json(orient="records", double_precision=15)),
+        "rows": [{name: _plain(value) for name, value in row.items()} for row in frame.to_dict("records")],
     }
     texts = {
         "csv": frame.to_csv(index=False, lineterminator="\n"),
@@ -137,9 +157,12 @@ def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> Path:
         items.append(
             report.Table(others[_DIFFERENCES], f"Differences from {result.baseline}: the same data and draws.")
         )
-    for metric in table.columns:
-        path = plots.save(plots.compare(result, metrics=[metric]), home / metric)[0]
-        items.append(report.Figure(path, f"{metric.replace('_', ' ')} of every checkpoint."))
+        for metric in table.columns:
+            path = plots.save(plots.compare(result, metrics=[metric]), home / metric, close=True)[0]
+            items.append(report.Figure(path, f"{metric.replace('_', ' ')} of every checkpoint."))
+    else:
+        path = plots.save(plots.measure(next(iter(result.values()))), home / _TABLE, close=True)[0]
+        items.append(report.Figure(path, "The metrics; bars are residuals or standard errors."))
     summary = f"{len(result)} checkpoint(s). {_settings(result)}."
     report.write(report.Report(f"Sharpness of {home.name}", summary, [report.Section("Metrics", "", items)]), home)
     return home
@@ -171,7 +194,7 @@ def show(result: Comparison, home: Path) -> None:
         console.print("± residual or standard error; * not converged", highlight=False)
     console.print(Text(_settings(result)), soft_wrap=True)
     for label, source in list(result.sources.items())[:_FEW]:
-        console.print(Text(f"{label}: {source['taken']}"), soft_wrap=True)
+        console.print(Text(source["taken"] if len(result) == 1 else f"{label}: {source['taken']}"), soft_wrap=True)
     for label, reason in result.failures.items():
         console.print(Text(f"FAILED {label}: {reason}"), soft_wrap=True)
     console.print(Text(f"saved in {home}: {_TABLE}.csv, .json, .md, .tex, report.html, pictures"), soft_wrap=True)
@@ -181,27 +204,39 @@ class _Progress:
     """Says which metric of which checkpoint is measured: on a terminal in one line, in a log every now and then."""
 
     def __init__(self, names: Sequence[str], quiet: bool) -> None:
-        self._names, self._quiet, self._said, self._begun = list(names), quiet, 0.0, time.monotonic()
+        self._names, self._quiet, self._begun = list(names), quiet, time.monotonic()
+        self._said = self._begun
         self._status = None if quiet or not sys.stderr.isatty() else Console(stderr=True).status("")
+
+    def __enter__(self) -> Self:
+        """Begin the line."""
         if self._status is not None:
             self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the terminal as it was."""
+        if self._status is not None:
+            self._status.stop()
 
     def tick(self, label: str, metric: str) -> None:
         """Say it."""
-        passed = time.monotonic() - self._begun
-        done = self._names.index(label)
+        now, done = time.monotonic(), self._names.index(label)
+        passed = now - self._begun
         left = f", about {passed / done * (len(self._names) - done):.0f} s left" if done else ""
         text = f"{label} ({done + 1} of {len(self._names)}): {metric}, {passed:.0f} s{left}"
         if self._status is not None:
             self._status.update(Text(text))
-        elif not self._quiet and (self._said == 0.0 or passed - self._said > _SILENT):
+        elif not self._quiet and now - self._said > _SILENT:
             typer.echo(text, err=True)
-            self._said = max(passed, 1e-9)
+            self._said = now
 
-    def end(self) -> None:
-        """Leave the terminal as it was."""
-        if self._status is not None:
-            self._status.stop()
+
+def _plain(value: Any) -> Any:
+    """Return a number of a table as JSON has it: null for what is missing or NaN, words for infinity."""
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def _asked(model: str, data: str, loss: str | None) -> dict[str, Any]:

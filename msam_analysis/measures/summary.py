@@ -6,29 +6,34 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from msam_analysis.measures.average import average_sharpness
+from msam_analysis.measures.average import average_sharpness, check_sigma
 from msam_analysis.measures.ball import ball_sharpness
+from msam_analysis.measures.geometry import check_radius
 from msam_analysis.measures.invariant import fisher_rao_norm, relative_flatness
 from msam_analysis.measures.minibatch import m_sharpness
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.vectors import gaussian
 from msam_analysis.results import Measurement, Result
-from msam_analysis.spectra.top import top_eigenvalues
+from msam_analysis.spectra.top import check_search, top_eigenvalues
 from msam_analysis.spectra.traces import trace
 
 RADII = (0.05, 0.5)
 SIGMA = 0.01
 TOLERANCE, MAX_HVPS = 1e-4, 200
 BATCH, FEW_BATCHES, FEW_SAMPLES = 128, 8, 200
-METRICS = ("loss", "average", "ball", "adaptive", "trace", "eigenvalues", "batches", "flatness", "fisher-rao")
+METRICS = ("loss", "average", "trace", "ball", "adaptive", "eigenvalues", "batches", "flatness", "fisher-rao")
 """What can be measured; in the order of price, which is that of the table."""
 DEFAULT_METRICS = METRICS[:6]
 
 _NAN = math.nan
-_DRAWS, _SIGNS, _GRADIENTS = 50, 30, 40  # the defaults of the measures: pairs of losses, random signs, gradients
-_PRODUCT = 2.5  # of a Hessian-vector product, in gradients
+_DRAWS, _SIGNS = 50, 30  # the defaults of the measures: pairs of losses, random signs
+_GRADIENTS, _HVPS = 40, 100  # and those of a ball
+_BASIS_BYTES = 2**31  # for the Krylov start of a ball, which keeps two vectors a product
+_PAIR, _PRODUCT, _STEP = 0.8, 2.5, 2.3  # prices in gradients: two losses, a product, a step in a ball with its products
 
 
 def measure(
@@ -74,7 +79,8 @@ def measure(
         Seconds after which no metric is begun, and to which draws, products and gradients are cut; default unlimited.
         What was cut says so, with its error; what was not begun is named in ``settings["not measured"]``.
     known
-        Metrics that were measured before, by name: they are taken as they are.
+        Metrics that were measured before, by name: they are taken as they are. One that a budget cut is measured again,
+        and stays where the new budget cuts it shorter.
     keep
         Called with the name and the rows of each metric as soon as it is measured, for storing.
     tick
@@ -98,21 +104,28 @@ def measure(
     if budget is not None and not budget > 0:
         raise ValueError(f"budget must be a number of seconds above 0, or None; got {budget!r}")
     ask = _Ask(tuple(radii), sigma, eigenvalues, tolerance, max_hvps, seed, start)
+    ask.check(objective, metrics)
     clock = _Clock(objective, math.inf if budget is None else time.perf_counter() + budget)
-    parts: dict[str, Measurement] = {name: part for name, part in (known or {}).items() if name in metrics}
-    left = [name for name in METRICS if name in metrics and name not in parts]
+    before = {name: part for name, part in (known or {}).items() if name in metrics}
+    parts = {name: part for name, part in before.items() if not part.settings.get("cut")}
     late: list[str] = []
-    for name in left:
-        if clock.left() <= 0:
-            late.append(name)
+    for name in METRICS:
+        if name not in metrics or name in parts:
             continue
-        if tick is not None:
-            tick(name)
-        sheet = _Sheet(objective, ask, clock)
-        _MEASUREMENTS[name](sheet)
-        parts[name] = Measurement(rows=tuple(sheet.rows), results=sheet.results, settings=sheet.settings())
-        if keep is not None:
-            keep(name, parts[name])
+        if clock.left() > 0:
+            if tick is not None:
+                tick(name)
+            sheet = _Sheet(objective, ask, clock)
+            _MEASUREMENTS[name](sheet)
+            parts[name] = sheet.measurement()
+            if name in before and 0 < _steps(parts[name]) <= _steps(before[name]):
+                parts[name] = before[name]
+            elif keep is not None:
+                keep(name, parts[name])
+        elif name in before:
+            parts[name] = before[name]
+        else:
+            late.append(name)
     ordered = [parts[name] for name in METRICS if name in parts]
     cut = [name for name in METRICS if name in parts and parts[name].settings.get("cut")]
     settings = dict(objective.settings)
@@ -136,31 +149,45 @@ class _Ask:
     seed: int
     start: Tensor | None
 
+    def check(self, objective: Objective, metrics: Sequence[str]) -> None:
+        """Refuse what is out of range before anything is measured, in the words of the measure that would."""
+        if not {"ball", "adaptive", "batches"}.isdisjoint(metrics):
+            for radius in self.radii:
+                check_radius(radius)
+        if "average" in metrics:
+            check_sigma(self.sigma)
+        if "eigenvalues" in metrics:
+            k = min(self.eigenvalues, objective.size)
+            check_search(objective.size, k, tolerance=self.tolerance, max_hvps=self.max_hvps, start=self.start)
+
 
 class _Clock:
     """The time left, and what it pays for."""
 
     def __init__(self, objective: Objective, end: float) -> None:
-        self._objective, self._end, self._gradient = objective, end, 0.0
+        self._objective, self._end = objective, end
+        self._prices: tuple[float, float] | None = None
 
     def left(self) -> float:
         """Return the seconds left."""
         return self._end - time.perf_counter()
 
-    def gradient(self) -> tuple[Tensor, Tensor]:
-        """Return loss and gradient, and time them."""
-        begun = time.perf_counter()
-        found = self._objective.loss_and_gradient()
-        self._gradient = time.perf_counter() - begun
-        return found
-
-    def affords(self, price: float, most: int) -> int:
-        """Return how many steps of ``price`` gradients the time left pays for, at most ``most``, at least 2."""
+    def affords(self, gradients: float, vectors: int, most: int) -> int:
+        """Return how many steps the time left pays for, at most ``most``; each costs gradients and random vectors."""
         if math.isinf(self._end):
             return most
-        if not self._gradient:
-            self.gradient()
-        return max(2, min(most, int(max(self.left(), 0.0) / (price * self._gradient))))
+        if self._prices is None:
+            self._objective.loss()  # examines the objective, which is no part of the price
+            times = [time.perf_counter()]
+            for priced in (self._objective.loss_and_gradient, self._vector):
+                priced()
+                times.append(time.perf_counter())
+            self._prices = (times[1] - times[0], times[2] - times[1])
+        price = gradients * self._prices[0] + vectors * self._prices[1]
+        return most if price <= 0 else min(most, int(max(self.left(), 0.0) / price))
+
+    def _vector(self) -> Tensor:
+        return gaussian(self._objective.size, 1, seed=0, like=self._objective.point())
 
 
 @dataclass
@@ -173,17 +200,20 @@ class _Sheet:
     rows: list[dict[str, object]] = field(default_factory=list)
     results: dict[str, Result] = field(default_factory=dict)
     cut: str = ""
+    steps: int = 0
+    short: bool = False
 
-    def afford(self, price: float, most: int, what: str, least: int = 2) -> int:
+    def afford(self, gradients: float, vectors: int, most: int, what: str, least: int = 2) -> int:
         """Return how many steps the budget pays for, and note it if these are fewer than ``most``."""
-        number = max(self.clock.affords(price, most), min(least, most))
-        if number < most:
-            self.cut = f"; the budget ended it after {number} of {most} {what}"
+        number = max(self.clock.affords(gradients, vectors, most), min(least, most))
+        self.cut = f"; the budget ended it after {number} of {most} {what}" if number < most else ""
+        self.steps += number
         return number
 
-    def settings(self) -> dict[str, str | int | float | bool | None]:
-        """Return what the metric was measured on, and whether the budget cut it."""
-        return {**self.objective.settings, **({"cut": True} if self.cut else {})}
+    def measurement(self) -> Measurement:
+        """Return the table, with the number of steps if the budget cut it."""
+        cut = {"cut": self.steps} if self.short else {}
+        return Measurement(rows=tuple(self.rows), results=self.results, settings={**self.objective.settings, **cut})
 
     def add(
         self,
@@ -196,19 +226,25 @@ class _Sheet:
     ) -> None:
         if abs(float(value)) < resolution:
             meaning += f"; below resolution ({resolution:.1e})"
+        self.short = self.short or bool(self.cut)
         row = {"metric": metric, "value": float(value), "uncertainty": uncertainty, "converged": converged}
         self.rows.append({**row, "meaning": meaning + self.cut})
 
 
+def _steps(part: Measurement) -> int:
+    """Return after how many steps the budget cut a metric; 0: it did not."""
+    return int(part.settings.get("cut") or 0)
+
+
 def _loss(sheet: _Sheet) -> None:
-    loss, gradient = sheet.clock.gradient()
+    loss, gradient = sheet.objective.loss_and_gradient()
     sheet.add("loss", loss, _NAN, "mean over the samples")
     sheet.add("gradient_norm", gradient.norm(), _NAN, "‖∇L(w)‖₂")
     sheet.add("weight_norm", sheet.objective.point().norm(), _NAN, "‖w‖₂")
 
 
 def _average(sheet: _Sheet) -> None:
-    sigma, draws = sheet.ask.sigma, sheet.afford(0.8, _DRAWS, "draws")
+    sigma, draws = sheet.ask.sigma, sheet.afford(_PAIR, 1, _DRAWS, "draws")
     average = average_sharpness(sheet.objective, sigma, adaptive=True, draws=draws, seed=sheet.ask.seed)
     sheet.results["average"] = average
     meaning = "mean loss rise under noise σ|w|; standard error"
@@ -224,8 +260,15 @@ def _average(sheet: _Sheet) -> None:
 def _balls(sheet: _Sheet, adaptive: bool = False) -> None:
     sign, prefix = ("e/|w|", "adaptive_") if adaptive else ("e", "")
     for radius in sheet.ask.radii:
-        iterations = sheet.afford(2.0, _GRADIENTS, "gradients", 5)
-        ball = ball_sharpness(sheet.objective, radius, adaptive=adaptive, iterations=iterations, seed=sheet.ask.seed)
+        iterations = sheet.afford(_STEP, 0, _GRADIENTS, "gradients", 5)
+        most = _BASIS_BYTES // (2 * sheet.objective.point().nbytes)
+        hvps = min(_HVPS, most, iterations // 2 if sheet.cut else _HVPS)
+        searched: dict[str, Any] = {"krylov_hvps": hvps} if hvps >= 2 else {"starts": ("gradient",)}
+        ball = ball_sharpness(
+            sheet.objective, radius, adaptive=adaptive, iterations=iterations, seed=sheet.ask.seed, **searched
+        )
+        if ball.converged:
+            sheet.cut = ""
         sheet.results[f"{prefix.replace('_', '-')}ball-{radius:g}"] = ball
         meaning = f"largest loss rise found in ‖{sign}‖₂ ≤ {radius:g}"
         name = f"{prefix}ball_sharpness@{radius:g}"
@@ -240,7 +283,7 @@ def _adaptive(sheet: _Sheet) -> None:
 
 
 def _trace(sheet: _Sheet) -> None:
-    draws = sheet.afford(_PRODUCT, _SIGNS, "products")
+    draws = sheet.afford(_PRODUCT, 1, _SIGNS, "products")
     traced = trace(sheet.objective, draws=draws, seed=sheet.ask.seed)
     sheet.results["trace"] = traced
     sheet.add("trace", traced.value, traced.standard_error, "Hessian trace (Hutchinson); standard error")
@@ -248,7 +291,7 @@ def _trace(sheet: _Sheet) -> None:
 
 def _eigenvalues(sheet: _Sheet) -> None:
     ask, k = sheet.ask, min(sheet.ask.eigenvalues, sheet.objective.size)
-    most = sheet.afford(_PRODUCT, max(ask.max_hvps, k), "products", k)
+    most = sheet.afford(_PRODUCT, 1, ask.max_hvps, "products", k)
     pairs = top_eigenvalues(sheet.objective, k, tolerance=ask.tolerance, max_hvps=most, seed=ask.seed, start=ask.start)
     if pairs.converged:
         sheet.cut = ""
@@ -260,8 +303,10 @@ def _eigenvalues(sheet: _Sheet) -> None:
 
 def _batches(sheet: _Sheet) -> None:
     m = min(BATCH, sheet.objective.samples)
-    batches = min(FEW_BATCHES, math.ceil(sheet.objective.samples / m))
+    most = min(FEW_BATCHES, math.ceil(sheet.objective.samples / m))
+    price = _STEP * _GRADIENTS * m / sheet.objective.samples
     for radius in sheet.ask.radii:
+        batches = sheet.afford(price, 0, most, "batches", 1)
         result = m_sharpness(sheet.objective, radius, m, batches=batches, seed=sheet.ask.seed)
         sheet.results[f"batches-{radius:g}"] = result
         meaning = f"mean of largest loss rises of batches of {m}, each in its ‖e‖₂ ≤ {radius:g}; standard error"
@@ -273,7 +318,8 @@ def _flatness(sheet: _Sheet) -> None:
     matrices = [name for name, p in sheet.objective.model.named_parameters() if p.ndim == 2]
     if not matrices:
         raise ValueError("flatness needs a weight matrix, and the model has none: leave it out of metrics")
-    flatness = relative_flatness(sheet.objective, matrices[-1], seed=sheet.ask.seed)
+    draws = sheet.afford(_PRODUCT, 0, _SIGNS, "products")
+    flatness = relative_flatness(sheet.objective, matrices[-1], draws=draws, seed=sheet.ask.seed)
     sheet.results["flatness"] = flatness
     meaning = f"Σ ⟨w_s, w_s'⟩ tr H_ss' of {matrices[-1]}; standard error"
     sheet.add("relative_flatness", flatness.value, flatness.standard_error, meaning)

@@ -50,8 +50,8 @@ class Objective:
         other kind. It returns a mean over the batch's samples, or a pair ``(sum, count)``, for example over tokens.
         If it is a module, its tensors follow ``device`` and ``dtype``.
     data
-        A loader that does not shuffle, a list of batches, or one batch; see
-        :class:`~msam_analysis.objective.batches.Batches`.
+        A loader that does not shuffle, a list of batches, one batch, or the ``batches`` of another objective, which
+        both then share; see :class:`~msam_analysis.objective.batches.Batches`.
     batchnorm
         ``"eval"`` (default: the running statistics), ``"batch"`` or ``"recalibrate"``;
         see :mod:`msam_analysis.objective.batchnorm`.
@@ -143,7 +143,7 @@ class Objective:
         placed = device_of(device, first.device)
         self._evaluation = Evaluation(
             original,
-            Batches(data, device=placed, dtype=dtype, cache_bytes=cache_bytes),
+            Batches.shared(data, device=placed, dtype=dtype, cache_bytes=cache_bytes),
             device=placed,
             cast=dtype,
             batchnorm=batchnorm,
