@@ -48,12 +48,10 @@ def main() -> None:
         _refuse(f"a function of yours ended the program (exit code {error.code}): expected it to return", told=True)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
-    if code == _INTERRUPTED:
-        if rank() == 0:
-            typer.echo(
-                "msam-analysis: interrupted; what is finished is kept, and the same command goes on from there",
-                err=True,
-            )
+    if code == _INTERRUPTED and rank() == 0:
+        typer.echo(
+            "msam-analysis: interrupted; what is finished is kept, and the same command goes on from there", err=True
+        )
     if isinstance(code, int) and code:
         raise SystemExit(code)
 

@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -138,7 +139,7 @@ def test_a_budget_that_is_over_leaves_out_what_was_not_begun(
 ) -> None:
     summary = sys.modules["msam_analysis.measures.summary"]
     ticks = iter(range(10**6))
-    monkeypatch.setattr(summary.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(summary, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     outcome = command(*GOOD, "--budget", 0.05)
     assert outcome.code == 0
     assert "not measured " in outcome.out
@@ -371,7 +372,7 @@ def test_results_are_saved_before_they_are_printed(where: str, bench: Path) -> N
 def test_progress_in_a_log_is_sparse(bench: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line every 20 seconds at most; none with --quiet."""
     clock = iter(range(0, 10**6, 7))
-    monkeypatch.setattr(cli_measure.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(cli_measure, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     said = command(*GOOD, "--metrics", "loss,average,trace,flatness,fisher-rao").err.splitlines()
     assert [line.partition(",")[0] for line in said] == ["run-checkpoint (1 of 1): trace"]
     assert command(*with_option("--out", "again"), *CHEAP, "--quiet").err == ""
@@ -380,7 +381,7 @@ def test_progress_in_a_log_is_sparse(bench: Path, command: Command, monkeypatch:
 def test_progress_says_how_much_is_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """After one of three checkpoints: twice as long as it has taken so far."""
     clock = iter([0.0, 5.0, 30.0])
-    monkeypatch.setattr(cli_measure.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(cli_measure, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with cli_measure._Progress(["a", "b[/b]", "c"], quiet=False) as progress:
         progress.tick("a", "loss")
         progress.tick("b[/b]", "loss")
