@@ -19,7 +19,7 @@ from torch import nn
 from msam_analysis.checkpoints.loading import Loaded, load
 from msam_analysis.checkpoints.naming import distinct_names, expand, numbered
 from msam_analysis.landscape.identity import identity
-from msam_analysis.measures.summary import DEFAULT_METRICS, MAX_HVPS, RADII, SIGMA, TOLERANCE, measure
+from msam_analysis.measures.summary import DEFAULT_METRICS, RADII, SIGMA, TOLERANCE, measure
 from msam_analysis.objective.batches import Batches
 from msam_analysis.objective.objective import Objective
 from msam_analysis.results import BallSharpness, Comparison, Eigenpairs, Measurement, Result, atomic_path
@@ -44,7 +44,7 @@ def compare(
     sigma: float = SIGMA,
     eigenvalues: int = 5,
     tolerance: float = TOLERANCE,
-    max_hvps: int = MAX_HVPS,
+    max_hvps: int | None = None,
     seed: int = 0,
     samples: int | None = None,
     budget: float | None = None,

@@ -50,7 +50,10 @@ def measure_command(
     rho: Annotated[list[float] | None, typer.Option(help="Radius of the balls; may be given several times.")] = None,
     eigenvalues: Annotated[int, typer.Option(help="Number of largest eigenvalues of the Hessian.")] = 5,
     tolerance: Annotated[float, typer.Option(help="Relative residual of the eigenvalues.")] = TOLERANCE,
-    max_hvps: Annotated[int, typer.Option(help="Most Hessian-vector products for the eigenvalues.")] = MAX_HVPS,
+    max_hvps: Annotated[
+        int | None,
+        typer.Option(help=f"Most products for the eigenvalues; default {MAX_HVPS}, for large networks fewer."),
+    ] = None,
     budget: Annotated[float | None, typer.Option(help="Minutes for all; what they end has its error.")] = None,
     samples: Annotated[int | None, typer.Option(help="Number of samples, drawn at random; default all.")] = None,
     labels: Annotated[list[str] | None, typer.Option("--label", help="Name of a checkpoint; one for each.")] = None,

@@ -241,7 +241,7 @@ def measure(result: Named[results.Measurement], axes: Axes | Sequence[Axes] | Ax
         draw_points(points, ax, unit, log=None, legend=False, grouped=True)
         if len(ax.get_xticks()) == 1:  # what it is stands beside the other axis
             ax.set_xticks([])
-        handles |= _handles(points)
+        handles |= handles_of(points)
     with style():
         name_curves(drawn if axes is None else drawn[:1], made=axes is None, handles=handles)
     return drawn
@@ -287,7 +287,7 @@ def draw_points(
             zero_line(ax)
         _name_ticks(ax, ticks if grouped or set(points) == {""} else list(points))
         ax.set_ylabel(wrapped(label, 0.8 * size_of(ax)[1]))
-        handles = _handles(points if grouped else {"": [row for rows in points.values() for row in rows]})
+        handles = handles_of(points if grouped else {"": [row for rows in points.values() for row in rows]})
         if dashes is not None:
             handles[dashes[0]] = Line2D([], [], marker="_", markersize=9, color=GREY, linestyle="none")
         if legend and handles:
@@ -325,7 +325,7 @@ def _name_ticks(ax: Axes, ticks: Sequence[str]) -> None:
     ax.grid(False, axis="x")
 
 
-def _handles(points: Mapping[str, Iterable[Point]]) -> dict[str, Line2D]:
+def handles_of(points: Mapping[str, Iterable[Point]]) -> dict[str, Line2D]:
     """Return what the markers stand for."""
     shapes: dict[str, Any] = {"linestyle": "none", "markersize": 5}
     looks = look(points)

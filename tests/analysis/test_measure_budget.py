@@ -263,3 +263,17 @@ def test_a_large_network_has_a_krylov_start_within_memory(
         monkeypatch.setattr(module, "_BASIS_BYTES", products * nbytes)
         found = measure(objective, metrics=("ball",), radii=(0.5,))
         assert row(found, "ball_sharpness@0.5")["value"] == ma.ball_sharpness(objective, 0.5, **options).sharpness  # type: ignore[arg-type]
+
+
+def test_a_large_network_has_fewer_draws(objective: ma.Objective, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number where it begins is set below this one's size."""
+    monkeypatch.setattr(sys.modules["msam_analysis.measures.summary"], "_LARGE", objective.size)
+    found = measure(objective, metrics=("average", "trace", "ball", "eigenvalues"), radii=(0.5,), tolerance=1e-12)
+    assert row(found, "average_sharpness@0.01")["value"] == (
+        ma.average_sharpness(objective, 0.01, adaptive=True, draws=16).value
+    )
+    assert row(found, "trace")["value"] == ma.trace(objective, draws=10).value
+    assert row(found, "ball_sharpness@0.5")["value"] == ma.ball_sharpness(objective, 0.5, iterations=20).sharpness
+    pairs = ma.top_eigenvalues(objective, 5, max_hvps=60, tolerance=1e-12)
+    assert row(found, "lambda_5")["uncertainty"] == float(pairs.residuals[4])
+    assert "cut" not in found.settings
