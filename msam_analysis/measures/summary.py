@@ -33,6 +33,7 @@ DEFAULT_METRICS = METRICS[:6]
 _NAN = math.nan
 _DRAWS, _SIGNS = 50, 30  # the defaults of the measures: pairs of losses, random signs
 _GRADIENTS, _HVPS = 40, 100  # and those of a ball
+_FEWEST_HVPS = 12  # products without which a Krylov start is no better than the gradient
 _LARGE = 10**7  # parameters from which on fewer draws say as much, and vectors cost more than passes
 _BASIS_BYTES = 2**29  # for the Krylov start of a ball, which keeps two vectors a product
 _PAIR, _PRODUCT, _STEP = 0.8, 2.5, 2.3  # prices in gradients: two losses, a product, a step in a ball with its products
@@ -58,8 +59,10 @@ def measure(
 
     Numbers of draws are those of the measures' own defaults. From 10 million parameters on vectors cost more than
     passes over a few samples, and random draws agree better: there are 16 draws of noise in place of 50, 10 of signs in
-    place of 30, and 20 gradients in a ball in place of 40. Memory: up to 4 GiB for the eigenvalues' basis (see
-    :func:`~msam_analysis.top_eigenvalues`), 0.5 GiB for that of a ball, 2 GiB for kept graphs, and the results.
+    place of 30, and 20 gradients in a ball in place of 40. Where the basis of 12 products does not fit into 0.5 GiB
+    (beyond 5.6 million parameters in float32) the ascent in a ball starts from the gradient alone. Memory: up to 4 GiB
+    for the eigenvalues' basis (see :func:`~msam_analysis.top_eigenvalues`), 0.5 GiB for that of a ball, 2 GiB for kept
+    graphs, and the results.
 
     Parameters
     ----------
@@ -277,7 +280,7 @@ def _balls(sheet: _Sheet, adaptive: bool = False) -> None:
         iterations = sheet.afford(_STEP, 0, sheet.usual(_GRADIENTS, 20), "gradients", 5)
         most = _BASIS_BYTES // (2 * sheet.objective.point().nbytes)
         hvps = min(_HVPS, most, iterations // 2 if sheet.cut else _HVPS)
-        searched: dict[str, Any] = {"krylov_hvps": hvps} if hvps >= 2 else {"starts": ("gradient",)}
+        searched: dict[str, Any] = {"starts": ("gradient",)} if most < _FEWEST_HVPS else {"krylov_hvps": max(2, hvps)}
         ball = ball_sharpness(
             sheet.objective, radius, adaptive=adaptive, iterations=iterations, seed=sheet.ask.seed, **searched
         )

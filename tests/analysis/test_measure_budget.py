@@ -256,10 +256,10 @@ def test_options_of_metrics_that_are_not_asked_for_do_not_matter(objective: ma.O
 def test_a_large_network_has_a_krylov_start_within_memory(
     objective: ma.Objective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its basis keeps two vectors a product; where not even two products fit, the gradient is the only start."""
+    """Its basis keeps two vectors a product; where not even twelve products fit, the gradient is the only start."""
     module = sys.modules["msam_analysis.measures.summary"]
     nbytes = 2 * objective.point().nbytes
-    for products, options in ((3, {"krylov_hvps": 3}), (1, {"starts": ("gradient",)})):
+    for products, options in ((13, {"krylov_hvps": 13}), (11, {"starts": ("gradient",)})):
         monkeypatch.setattr(module, "_BASIS_BYTES", products * nbytes)
         found = measure(objective, metrics=("ball",), radii=(0.5,))
         assert row(found, "ball_sharpness@0.5")["value"] == ma.ball_sharpness(objective, 0.5, **options).sharpness  # type: ignore[arg-type]
