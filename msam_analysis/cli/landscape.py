@@ -11,14 +11,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from msam_analysis import landscape
-from msam_analysis.checkpoints.naming import distinct_names
+from msam_analysis.checkpoints.naming import distinct_names, expand
 from msam_analysis.cli.factories import load_object, load_objectives
 from msam_analysis.cli.names import check_own
 from msam_analysis.cli.pictures import FORMATS, check_formats, write_all
 from msam_analysis.cli.processes import group, own_device, rank
-from msam_analysis.cli.views import AROUND, THROUGH, Course, View, open_trajectories, views
+from msam_analysis.cli.views import AROUND, THROUGH, Course, View, open_trajectories, passed, views
 from msam_analysis.landscape import trajectory
 from msam_analysis.objective.ranks import Ranks
 
@@ -31,7 +32,7 @@ METRICS: dict[str, Any] = {
 
 
 def landscape_command(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Saved weights: .safetensors or torch.save files.")],
+    checkpoints: Annotated[list[str], typer.Argument(help="Files, folders or patterns of saved weights.")],
     model: Annotated[str, typer.Option(help="package.module:factory, called without arguments; returns the module.")],
     data: Annotated[str, typer.Option(help="package.module:factory; returns batches, or (batches, loss_fn).")],
     loss: Annotated[str | None, typer.Option(help="package.module:factory of loss_fn; default cross-entropy.")] = None,
@@ -74,21 +75,23 @@ def landscape_command(
 
     Every checkpoint gets a slice along its own directions (--directions random, gradient or eigenvectors; the second
     axis of gradient is random), all in one picture on one scale. Or there is one slice: through two checkpoints
-    (interpolation), through three (plane), or through one in the plane of a recorded trajectory (pca).
+    (interpolation), through three (plane), or in the plane of a training (pca): of three or more of its checkpoints,
+    through the last of them, or of a recorded trajectory, through one.
 
     Slices are written to .safetensors files while they grow: the same command goes on where it was stopped.
 
     Several processes or GPUs: torchrun --nproc-per-node 2 -m msam_analysis landscape ...
     """
     course = Course(directions, dim, radius, points, normalize, one_d, seed, tuple(trajectories or ()))
-    course.check(len(checkpoints))
+    paths = [path for one in checkpoints for path in expand([one])]
+    course.check(len(paths))
     wanted = list(dict.fromkeys(_split(formats)))
     check_formats(wanted, course.axes, len(course.trajectories))
     measures = _metrics(metrics)
-    names = distinct_names(checkpoints)
+    names = distinct_names(paths)
     titles = _titles(labels, names)
     folder = out if out is not None else Path("results") / "landscape"
-    stems = names if course.kind in (*AROUND, "pca") else [course.kind]
+    stems = names if course.kind in AROUND or (course.kind == "pca" and len(names) == 1) else [course.kind]
     check_own(folder, [f"{stem}.safetensors" for stem in stems], "an earlier landscape of these checkpoints")
     along = open_trajectories(course.trajectories)
     policy = batchnorm or ("eval" if course.kind in AROUND and not along else "recalibrate")
@@ -96,9 +99,9 @@ def landscape_command(
     options: dict[str, Any] = {"metrics": measures, "refine": refine, "samples": samples, "seed": seed}
     options["progress"] = not quiet and rank() == 0 and sys.stderr.isatty()
     with group():
-        objectives = load_objectives(
-            checkpoints, model, data, loss, batchnorm=policy, device=device, parameters=parameters
-        )
+        objectives = load_objectives(paths, model, data, loss, batchnorm=policy, device=device, parameters=parameters)
+        if course.kind == "pca" and not along:
+            along = {"checkpoints": passed(objectives, paths)}
         looked = views(course, objectives, names, titles, along)
         measured = [(view, _measure(view, folder, options)) for view in looked]
     if rank() == 0:
@@ -156,7 +159,7 @@ def _print(measured: Sequence[tuple[View, Any]], written: Sequence[Path]) -> Non
         ends = (float(known.min()), float(known.max())) if known.numel() else (math.nan, math.nan)
         numbers = [f"{number:.5g}" for number in (result.center_loss, *ends)]
         evaluated = f"{result.evaluations} of {result.loss.numel()}"
-        table.add_row(view.title or view.name, *numbers, evaluated, f"{result.error:.2g}")
+        table.add_row(Text(view.title or view.name), *numbers, evaluated, f"{result.error:.2g}")
     console.print(table)
     for path in written:
-        console.print(f"written: {path}", highlight=False, soft_wrap=True)
+        console.print(Text(f"written: {path}"), soft_wrap=True)

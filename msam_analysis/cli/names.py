@@ -7,6 +7,10 @@ from pathlib import Path
 
 
 def check_own(folder: Path, names: Sequence[str], what: str) -> None:
-    """Raise ``FileExistsError`` if a folder has files but none of the names, which an earlier command wrote."""
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).is_file() for name in names):
+    """Raise ``FileExistsError`` if a folder has files but none of the names, which an earlier command wrote.
+
+    Hidden files do not count: a command that was killed while it wrote leaves one.
+    """
+    others = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+    if others and not any((folder / name).is_file() for name in names):
         raise FileExistsError(f"{folder} holds something else than {what}: choose another --out")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from msam_analysis.checkpoints.naming import distinct_names
+from msam_analysis.checkpoints.reading import counters
 from msam_analysis.landscape import between, directions, trajectory
 from msam_analysis.objective.direction import Direction
 from msam_analysis.objective.objective import Objective
@@ -16,7 +20,9 @@ from msam_analysis.results import Trajectory, load_trajectory
 AROUND = ("random", "gradient", "eigenvectors")
 """Kinds of directions that every checkpoint has for itself."""
 THROUGH = {"interpolation": 2, "plane": 3, "pca": 1}
-"""Kinds of lines and planes through several checkpoints, with their number."""
+"""Kinds of lines and planes through several checkpoints, with their number; of pca: with a recorded trajectory."""
+FEWEST = 3
+"""Checkpoints that stand for a trajectory in pca, at least."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,16 @@ class Course:
             )
 
     def _check_through(self, checkpoints: int) -> None:
-        if checkpoints != THROUGH[self.kind]:
+        if self.kind == "pca" and not self.trajectories:
+            if checkpoints < FEWEST:
+                raise ValueError(
+                    f"--directions pca is the plane of a training: expected at least {FEWEST} checkpoints of it, "
+                    f"or one (the centre) with --trajectory FOLDER; got {checkpoints}"
+                )
+        elif checkpoints != THROUGH[self.kind]:
             raise ValueError(
                 f"--directions {self.kind} takes {THROUGH[self.kind]} checkpoint(s), got {checkpoints}: "
-                "2 for interpolation, 3 for plane, 1 (the centre) for pca"
+                "2 for interpolation, 3 for plane, 1 (the centre) for pca with --trajectory"
             )
         if (self.axes == 1) != (self.kind == "interpolation"):
             raise ValueError(f"--directions {self.kind} has no --dim {self.axes}: leave --dim out")
@@ -74,8 +86,6 @@ class Course:
             raise ValueError(
                 f"--directions {self.kind} reaches as far as what it shows: leave out --radius, --normalize and --one-d"
             )
-        if self.kind == "pca" and not self.trajectories:
-            raise ValueError("--directions pca is the plane of a recorded trajectory: expected --trajectory FOLDER")
 
 
 @dataclass(frozen=True)
@@ -120,10 +130,11 @@ def views(
         marks = {title: tuple(point) for title, point in zip(titles, plane.points.tolist(), strict=True)}
         return [View("plane", "", first, lines, {"coordinates": plane.coordinates(course.points)}, marks)]
     if course.kind == "pca":
+        first = objectives[-1]  # the end of a training, or the only one
         found = trajectory.pca_plane(trajectories, center=first.point())
         projections = [trajectory.project(item, found) for item in trajectories.values()]
         grid = {"coordinates": trajectory.grid(projections, course.points)}
-        return [View(names[0], titles[0], first, found.directions, grid)]
+        return [View(names[0] if len(names) == 1 else "pca", titles[-1], first, found.directions, grid)]
     around: dict[str, Any] = {"radius": 1.0 if course.radius is None else course.radius, "points": course.points}
     return [
         View(name, title, objective, _around(course, objective), around)
@@ -145,6 +156,34 @@ def _around(course: Course, objective: Objective) -> tuple[Direction, ...]:
                 line = line.normalized(objective, normalize, one_d=course.one_d)
         found.append(line)
     return tuple(found)
+
+
+def passed(objectives: Sequence[Objective], paths: Sequence[Path]) -> Trajectory:
+    """Return checkpoints of one training as the trajectory that they are points of, in their order.
+
+    Steps are those that files or names say, if they increase; else they are counted from 0.
+
+    Raises ValueError: Parameters differ between them.
+    """
+    layouts = {(item.layout.names, tuple(map(tuple, item.layout.shapes))) for item in objectives}
+    if len(layouts) > 1:
+        raise ValueError("the checkpoints are of different parameters: expected those of one training")
+    known = [counters(path) for path in paths]
+    steps = next((found for name in known[0] if _increase(found := [one[name] for one in known])), range(len(paths)))
+    (names, shapes) = layouts.pop()
+    return Trajectory(
+        label="checkpoints",
+        steps=torch.tensor(steps),
+        points=torch.stack([item.point().cpu() for item in objectives]),
+        rounding=torch.zeros(len(paths), dtype=torch.float64),
+        names=tuple(names),
+        shapes=shapes,
+        settings=objectives[-1].settings,
+    )
+
+
+def _increase(numbers: Sequence[int | None]) -> bool:
+    return None not in numbers and all(a < b for a, b in itertools.pairwise(numbers))  # type: ignore[operator]
 
 
 def open_trajectories(folders: Sequence[Path]) -> dict[str, Trajectory]:

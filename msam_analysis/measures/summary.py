@@ -53,7 +53,6 @@ def measure(
     known: Mapping[str, Measurement] | None = None,
     keep: Callable[[str, Measurement], None] | None = None,
     tick: Callable[[str], None] | None = None,
-    start: Tensor | None = None,
 ) -> Measurement:
     """Measure sharpness metrics on the same data, mode and parameters, the cheapest first.
 
@@ -96,8 +95,6 @@ def measure(
         Called with the name and the rows of each metric as soon as it is measured, for storing.
     tick
         Called with the name of each metric before it is measured.
-    start
-        Where the eigenvalues' search begins, such as the eigenvectors of a similar network; shape ``(size, k)``.
 
     Returns
     -------
@@ -116,7 +113,7 @@ def measure(
         raise ValueError(f"budget must be a number of seconds above 0, or None; got {budget!r}")
     if max_hvps is None:
         max_hvps = max(MAX_HVPS if objective.size < _LARGE else MAX_HVPS_LARGE, eigenvalues)
-    ask = _Ask(tuple(radii), sigma, eigenvalues, tolerance, max_hvps, seed, start)
+    ask = _Ask(tuple(radii), sigma, eigenvalues, tolerance, max_hvps, seed)
     ask.check(objective, metrics)
     clock = _Clock(objective, math.inf if budget is None else time.perf_counter() + budget)
     before = {name: part for name, part in (known or {}).items() if name in metrics}
@@ -160,7 +157,6 @@ class _Ask:
     tolerance: float
     max_hvps: int
     seed: int
-    start: Tensor | None
 
     def check(self, objective: Objective, metrics: Sequence[str]) -> None:
         """Refuse what is out of range before anything is measured, in the words of the measure that would."""
@@ -171,7 +167,7 @@ class _Ask:
             check_sigma(self.sigma)
         if "eigenvalues" in metrics:
             k = min(self.eigenvalues, objective.size)
-            check_search(objective.size, k, tolerance=self.tolerance, max_hvps=self.max_hvps, start=self.start)
+            check_search(objective.size, k, tolerance=self.tolerance, max_hvps=self.max_hvps)
 
 
 class _Clock:
@@ -309,7 +305,7 @@ def _trace(sheet: _Sheet) -> None:
 def _eigenvalues(sheet: _Sheet) -> None:
     ask, k = sheet.ask, min(sheet.ask.eigenvalues, sheet.objective.size)
     most = sheet.afford(_PRODUCT, 1, ask.max_hvps, "products", k)
-    pairs = top_eigenvalues(sheet.objective, k, tolerance=ask.tolerance, max_hvps=most, seed=ask.seed, start=ask.start)
+    pairs = top_eigenvalues(sheet.objective, k, tolerance=ask.tolerance, max_hvps=most, seed=ask.seed)
     if pairs.converged:
         sheet.cut = ""
     sheet.results["eigenvalues"] = pairs

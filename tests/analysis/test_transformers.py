@@ -225,7 +225,7 @@ def test_the_own_loss_is_a_mean_over_label_tokens(library: Any) -> None:
 def test_the_command_knows_the_loss_of_transformers(
     library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder of save_pretrained, a class with from_pretrained, and --loss transformers: no line of code but the data."""
+    """A folder of save_pretrained, a class with from_pretrained, and --loss transformers: no code but the data's."""
     model = gpt2(library, "eager").float()
     model.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
