@@ -253,7 +253,9 @@ def _taken(path: Path, content: Content, fit: Fit) -> str:
         said.append(f"without {', '.join(map(repr, fit.dropped))} in names")
     dtypes = sorted({str(content.tensors[name].tensor.dtype).removeprefix("torch.") for name in fit.names.values()})
     said.append(f"{len(fit.names)} tensor{'s' * (len(fit.names) != 1)} of {' and '.join(dtypes)}")
-    for names, what in ((fit.tied, "tied to others"), (fit.own, "the model's own"), (fit.unused, "not used")):
+    unused = tuple(name for name in fit.unused if name not in fit.renamed)
+    kinds = ((fit.renamed, "renamed by the model"), (fit.tied, "tied to others"), (fit.own, "the model's own"))
+    for names, what in (*kinds, (unused, "not used")):
         if names:
             said.append(f"{len(names)} {what} ({_first(names)})")
     if content.unread:

@@ -27,6 +27,7 @@ class Fit:
     ``prefix``: What the checkpoint's names have before the model's; ``added``: what the model's have before those.
     ``dropped``: Parts of names that only one side has.
     ``unused``: Names of the same mapping, behind the same prefix, that the model does not know.
+    ``renamed``: Those of them that the model's own hooks rename.
     ``own``: Tensors that the model's constructor determines; ``tied``: those that a twin determines.
     ``problems``: What contradicts, in words.
     """
@@ -36,6 +37,7 @@ class Fit:
     added: str
     dropped: tuple[str, ...]
     unused: tuple[str, ...] = ()
+    renamed: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
@@ -142,8 +144,10 @@ def _judged(fit: Fit, tensors: Mapping[str, Entry], model: Model, partial: bool,
     holders = {tensors[name].holder for name in taken}
     unused = [n for n in tensors if n not in taken and n.startswith(fit.prefix) and tensors[n].holder in holders]
     unknown = [n for n in unused if not _known(n, fit, tensors, model, ignore)]
+    strange = unknown
     if (missing or unknown) and not fit.dropped and not fit.added:
         missing, unknown = _renamed(fit, tensors, model, missing, unknown, unused)
+    renamed = tuple(name for name in strange if name not in unknown)
     compared = {name: other for name, other in names.items() if not _any(name, ignore)}
     pairs = {name: (model.state[name], tensors[other].tensor) for name, other in compared.items()}
     reshaped = [name for name, (ours, theirs) in pairs.items() if not _lazy(ours) and ours.shape != theirs.shape]
@@ -155,7 +159,7 @@ def _judged(fit: Fit, tensors: Mapping[str, Entry], model: Model, partial: bool,
         and not torch.equal(tensors[names[name]].tensor, tensors[names[str(twin)]].tensor)
     ]
     problems = _problems(missing, unknown, reshaped, kinds, split, pairs)
-    return Fit(names, fit.prefix, fit.added, fit.dropped, tuple(unused), tuple(own), tuple(tied), problems)
+    return Fit(names, fit.prefix, fit.added, fit.dropped, tuple(unused), renamed, tuple(own), tuple(tied), problems)
 
 
 def _problems(

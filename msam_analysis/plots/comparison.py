@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -137,9 +138,9 @@ def _curve(ax: Axes, x: Sequence[float], points: Sequence[Point], appearance: Lo
     values = [point.value if math.isfinite(point.value) else math.nan for point in points]  # a hole
     errors = np.array([[point.value - point.low, point.high - point.value] for point in points]).T
     bars = np.where(np.isfinite(errors), errors, 0.0).reshape(2, -1)
-    shape = {"color": appearance.color, "linewidth": 1.2, "elinewidth": 1.2, "capsize": 3}
+    shape: dict[str, Any] = {"color": appearance.color, "linewidth": 1.2, "elinewidth": 1.2, "capsize": 3}
     ax.errorbar(x, values, bars, zorder=2, **shape)
     for place, value, point in zip(x, values, points, strict=True):
         face = appearance.color if point.converged else "white"
-        marker = {"marker": appearance.marker, "markersize": 4, "markerfacecolor": face}
+        marker: dict[str, Any] = {"marker": appearance.marker, "markersize": 4, "markerfacecolor": face}
         ax.plot(place, value, color=appearance.color, zorder=3, linestyle="none", **marker)

@@ -58,6 +58,13 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+def draws_of(measured: results.Measurement, name: str) -> Tensor:
+    found = measured.results[name]
+    assert isinstance(found, results.Estimate)
+    assert found.values is not None
+    return found.values
+
+
 def values(result: results.Comparison, label: str) -> dict[str, float]:
     return {row["metric"]: row["value"] for row in result[label].rows}
 
@@ -97,8 +104,8 @@ def test_modules_need_no_factory() -> None:
 
 
 def test_epochs_and_no_counter(tmp_path: Path) -> None:
-    for name, content in (("epoch=3.pt", {}), ("epoch=1.pt", {}), ("x.pt", {})):
-        torch.save({"net": network(0).state_dict(), **content}, tmp_path / name)
+    for name in ("epoch=3.pt", "epoch=1.pt", "x.pt"):
+        torch.save({"net": network(0).state_dict()}, tmp_path / name)
     result = compared([f"{tmp_path}/epoch=*.pt"], metrics=("loss",))
     assert result.steps == [1.0, 3.0]
     assert all(math.isnan(step) for step in compared([tmp_path], metrics=("loss",)).steps)
@@ -171,7 +178,7 @@ def test_differences_by_hand() -> None:
     result = compared({"a": network(1), "b": network(2)}, metrics=("loss", "average", "trace", "ball", "eigenvalues"))
     frame = result.to_frame().set_index(["label", "metric"])
     for metric, name in (("trace", "trace"), ("average_sharpness@0.01", "average")):
-        first, second = (result[label].results[name].values for label in ("a", "b"))  # type: ignore[union-attr]
+        first, second = (draws_of(result[label], name) for label in ("a", "b"))
         draws = [float(y - x) for x, y in zip(first, second, strict=True)]
         mean = sum(draws) / len(draws)
         error = math.sqrt(sum((draw - mean) ** 2 for draw in draws) / (len(draws) - 1) / len(draws))
@@ -223,7 +230,8 @@ def test_another_number_of_draws_is_paired_as_far_as_it_goes() -> None:
     few = ma.trace(ma.Objective(network(2), F.cross_entropy, batches()), draws=9)
     cut = results.Measurement(rows=second.rows, results={"trace": few})
     frame = results.Comparison(measurements={"a": first, "b": cut}, sources={}, baseline="a").to_frame()
-    draws = few.values - first.results["trace"].values[:9]  # type: ignore[union-attr,operator]
+    assert few.values is not None
+    draws = few.values - draws_of(first, "trace")[:9]
     assert frame["difference_uncertainty"].iloc[1] == pytest.approx(float(draws.std() / 3), rel=1e-12)
     alone_ = results.Comparison(measurements={"a": first, "b": cut}, sources={}, baseline="gone").to_frame()
     assert alone_["difference"].isna().all()
@@ -365,14 +373,15 @@ def test_nothing_kept_is_overwritten_by_something_else(what: str, run: Path, tmp
     out, metrics = tmp_path / "out", ("loss", "average", "ball")
     compared([run / "net-2.pt"], out=out, metrics=metrics)
     before = files(out)
-    options: dict[str, Any] = {
+    every: dict[str, dict[str, Any]] = {
         "data": {"data": [(X[:16], Y[:16])]},
         "seed": {"seed": 1},
         "radii": {"radii": (0.3,)},
         "samples": {"samples": 5},
         "dtype": {"dtype": torch.float32},
         "sigma": {"sigma": 0.02},
-    }.get(what, {})
+    }
+    options = every.get(what, {})
     if what == "weights":
         torch.save({"model": network(77).state_dict(), "step": 2}, run / "net-2.pt")
     if what == "loss":

@@ -262,7 +262,7 @@ def test_a_large_network_has_a_krylov_start_within_memory(
     for products, options in ((13, {"krylov_hvps": 13}), (11, {"starts": ("gradient",)})):
         monkeypatch.setattr(module, "_BASIS_BYTES", products * nbytes)
         found = measure(objective, metrics=("ball",), radii=(0.5,))
-        assert row(found, "ball_sharpness@0.5")["value"] == ma.ball_sharpness(objective, 0.5, **options).sharpness  # type: ignore[arg-type]
+        assert row(found, "ball_sharpness@0.5")["value"] == ma.ball_sharpness(objective, 0.5, **options).sharpness
 
 
 def test_a_large_network_has_fewer_draws(objective: ma.Objective, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,10 +211,11 @@ def test_a_comparison_is_a_mapping_with_a_tidy_table_and_a_wide_one() -> None:
 def test_steps_of_a_comparison() -> None:
     """Epochs where not all have a step; NaN where neither is known of all."""
     whole = comparison(2)
-    for sources, expected in (
+    cases: list[tuple[dict[str, dict[str, Any]], list[float]]] = [
         ({"<a> [b]": {"step": 1, "epoch": 3}, "net-1": {"step": None, "epoch": 4}}, [3.0, 4.0]),
         ({"<a> [b]": {"step": 1, "epoch": 3}}, [math.nan, math.nan]),
-    ):
+    ]
+    for sources, expected in cases:
         other = results.Comparison(measurements=whole.measurements, sources=sources, baseline="<a> [b]")
         assert repr(other.steps) == repr(expected)
 

@@ -203,7 +203,7 @@ def test_checkpoints_of_the_library(form: str, library: Any, tmp_path: Path) -> 
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, expected.state_dict()[name].float()), name
     assert ("tied to others (lm_head.weight)" in loaded.taken) is (form != "bin")
-    backbone = ma.checkpoints.load(path, lambda: library.GPT2Model(model.config).float()).model
+    backbone: Any = ma.checkpoints.load(path, lambda: library.GPT2Model(model.config).float()).model
     assert torch.equal(backbone.wte.weight, expected.transformer.wte.weight.float())
 
 

@@ -313,13 +313,13 @@ def renamed(change: Callable[[str], str], **extra: Any) -> Callable[[nn.Module, 
 
 
 def distributed(net: nn.Module, path: Path) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    dcp.save({"model": net.state_dict(), "step": 12, "optim": {"lr": 0.1}}, checkpoint_id=path)
+    save({"model": net.state_dict(), "step": 12, "optim": {"lr": 0.1}}, checkpoint_id=path)
 
 
 def deepspeed(net: nn.Module, path: Path) -> None:
-    state = {
+    state: dict[str, Any] = {
         "module": net.state_dict(),
         "buffer_names": [],
         "optimizer": None,

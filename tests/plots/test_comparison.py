@@ -15,7 +15,7 @@ from msam_analysis import plots, results
 from tests.builders import comparison
 
 
-def checkpoints(count: int, *, steps: bool = True, name: str = "net-{}", **changes: Any) -> results.Comparison:
+def checkpoints(count: int, *, steps: bool = True, name: str = "net-{}", changes: Any = None) -> results.Comparison:
     """λ1 with an error, the second not converged, and a rise without error; values are 1, 2, 3, ..."""
     measurements, sources = {}, {}
     for index in range(count):
@@ -23,7 +23,7 @@ def checkpoints(count: int, *, steps: bool = True, name: str = "net-{}", **chang
         known = {"value": 1.0 + index, "uncertainty": 0.25, "converged": index != 1, "meaning": ""}
         rise = {"value": 10.0**index, "uncertainty": math.nan, "converged": None, "meaning": ""}
         rows = (
-            {"metric": "lambda_1", **known, **changes.get(label, {})},
+            {"metric": "lambda_1", **known, **(changes or {}).get(label, {})},
             {"metric": "one_step_sharpness@0.05", **rise},
         )
         measurements[label] = results.Measurement(rows=rows, results={})
@@ -48,7 +48,7 @@ def ticks(ax: Axes) -> list[str]:
 def test_against_the_step() -> None:
     first, second = plots.compare(checkpoints(4))
     assert curve(first) == ([0.0, 100.0, 200.0, 300.0], [1.0, 2.0, 3.0, 4.0])
-    (bars,) = first.containers[0].lines[2]  # type: ignore[attr-defined]
+    (bars,) = first.containers[0].lines[2]
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[v - 0.25, v + 0.25] for v in (1, 2, 3, 4)]
     assert [face == "white" for face in faces(first)] == [False, True, False, False]
     assert (first.get_xlabel(), first.get_ylabel()) == ("step", "lambda 1")
@@ -60,11 +60,11 @@ def test_against_the_step() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_a_hole(value: float) -> None:
-    first = plots.compare(checkpoints(4, **{"net-2": {"value": value}}))[0]
+    first = plots.compare(checkpoints(4, changes={"net-2": {"value": value}}))[0]
     assert np.isnan(curve(first)[1]).tolist() == [False, False, True, False]
     all_of_them = {f"net-{index}": {"value": value} for index in range(3)}
-    plots.compare(checkpoints(3, **all_of_them))[0].figure.canvas.draw()
-    labelled = plots.compare(checkpoints(3, steps=False, **all_of_them))[0]
+    plots.compare(checkpoints(3, changes=all_of_them))[0].figure.canvas.draw()
+    labelled = plots.compare(checkpoints(3, steps=False, changes=all_of_them))[0]
     assert [text.get_text() for text in labelled.texts] == [f"{value:g}"] * 3
 
 
