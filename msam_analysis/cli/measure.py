@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pandas as pd
 import torch
@@ -178,7 +178,8 @@ def show(result: Comparison, home: Path) -> None:
     if len(result) == 1:
         table = Table(title=Text(next(iter(result))), title_justify="left")
         for name in ("metric", "value", "±", "what it is"):
-            table.add_column(name, justify="right" if name in ("value", "±") else "left")
+            justify: Literal["left", "right"] = "right" if name in ("value", "±") else "left"
+            table.add_column(name, justify=justify, no_wrap=name != "what it is")
         for row in frame.to_dict("records"):
             note = "; NOT converged" if row["converged"] is False else ""
             cells = (row["metric"], f"{row['value']:.5g}", _error(row), f"{row['meaning']}{note}")

@@ -31,9 +31,8 @@ def test_examples_run_in_their_order(
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "a_page"}
     monkeypatch.setitem(sys.modules, "a_page", type(sys)("a_page"))
-    with torch.random.fork_rng(devices=[]), pytest.MonkeyPatch.context() as patch:
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        patch.setenv("TORCHDYNAMO_DISABLE", "1")
         for example in EXAMPLES:
             exec(example, names)  # noqa: S102 - our own page
     plt.close("all")

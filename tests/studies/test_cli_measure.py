@@ -88,6 +88,15 @@ def test_the_json_has_what_is_needed_to_measure_again(bench: Path, command: Comm
     assert values["loss"]["uncertainty"] is None
 
 
+def test_names_are_whole_in_a_narrow_terminal(bench: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 80 columns: what a number is takes more lines, its name does not lose its radius."""
+    monkeypatch.setenv("COLUMNS", "80")
+    out = command(*GOOD, "--metrics", "adaptive").out
+    for name in ("adaptive_ball_sharpness@0.05", "adaptive_one_step_sharpness@0.5"):
+        assert f"│ {name} " in out
+    assert max(map(len, out.split("batchnorm")[0].splitlines())) <= 80
+
+
 def test_vectors_are_saved_where_they_are_asked_for(bench: Path, command: Command) -> None:
     command(*GOOD, "--metrics", "eigenvalues", "--vectors")
     pairs = results.load(folder(bench) / "eigenvalues.safetensors")
