@@ -187,13 +187,17 @@ def show(result: Comparison, home: Path) -> None:
         console.print(table)
     else:
         rows = {(row["label"], row["metric"]): row for row in frame.to_dict("records")}
-        for part in _fitting(list(dict.fromkeys(frame["metric"])), list(result), console.width):
+        columns = {
+            metric: [_heading(metric), *(_cell(rows.get((label, metric))) for label in result)]
+            for metric in dict.fromkeys(frame["metric"])
+        }
+        for part in _fitting(columns, list(result), console.width):
             table = Table()
             table.add_column("checkpoint", overflow="fold")
             for metric in part:
-                table.add_column(Text(metric.replace("_", " ").replace("@", " @")), justify="right", overflow="fold")
-            for label in result:
-                table.add_row(Text(label), *(Text(_cell(rows.get((label, metric)))) for metric in part))
+                table.add_column(Text(columns[metric][0]), justify="right", overflow="fold")
+            for label, *cells in zip(result, *(columns[metric][1:] for metric in part), strict=True):
+                table.add_row(Text(label), *map(Text, cells))
             console.print(table)
         console.print("± residual or standard error; * not converged", highlight=False)
     console.print(Text(_settings(result)), soft_wrap=True)
@@ -290,7 +294,19 @@ def _cell(row: Any) -> str:
     return f"{row['value']:.4g}" + (f" ±{error}" if error else "") + ("*" if row["converged"] is False else "")
 
 
-def _fitting(metrics: Sequence[str], labels: Sequence[str], width: int) -> list[list[str]]:
-    """Return the metrics in groups that fit beside one another."""
-    room = max(1, (width - min(max(map(len, labels)), 24) - 6) // 16)
-    return [list(metrics[n : n + room]) for n in range(0, len(metrics), room)]
+def _heading(metric: str) -> str:
+    return metric.replace("_", " ").replace("@", " @")
+
+
+def _fitting(columns: Mapping[str, Sequence[str]], labels: Sequence[str], width: int) -> list[list[str]]:
+    """Return the metrics in groups that fit beside one another and the labels: as wide as their cells and words."""
+    first = room = width - min(max(map(len, labels)), width // 2) - 4
+    groups: list[list[str]] = [[]]
+    for metric, (heading, *cells) in columns.items():
+        needed = max(map(len, [*heading.split(" "), *cells])) + 3
+        if groups[-1] and needed > room:
+            groups.append([])
+            room = first
+        groups[-1].append(metric)
+        room -= needed
+    return groups

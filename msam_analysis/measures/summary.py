@@ -310,7 +310,7 @@ def _eigenvalues(sheet: _Sheet) -> None:
         sheet.cut = ""
     sheet.results["eigenvalues"] = pairs
     for index, (value, residual) in enumerate(zip(pairs.values.tolist(), pairs.residuals.tolist(), strict=True), 1):
-        meaning = "Hessian eigenvalue; uncertainty is its residual ‖Hv − λv‖"
+        meaning = "Hessian eigenvalue; residual ‖Hv − λv‖"
         sheet.add(f"lambda_{index}", value, residual, meaning, pairs.converged)
 
 
