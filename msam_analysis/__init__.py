@@ -7,6 +7,7 @@ plain function of a result.
 
 from msam import normalization_layers
 from msam_analysis import checkpoints, plots, results
+from msam_analysis.checkpoints import compare
 from msam_analysis.landscape import (
     TrajectoryRecorder,
     directions,
@@ -57,6 +58,7 @@ __all__ = [
     "by_layer",
     "certify",
     "checkpoints",
+    "compare",
     "curvature_along",
     "data_interval",
     "directional_sharpness",

@@ -281,7 +281,7 @@ print(ended.stdout)
 
 # %%
 metrics = pd.read_csv(next(folder.glob("measured/**/metrics.csv"))).set_index("metric")
-assert abs(metrics.loc["λ1", "value"] - float(pairs["MSAM"].values[0])) < 1e-3
+assert abs(metrics.loc["lambda_1", "value"] - float(pairs["MSAM"].values[0])) < 1e-3
 
 # %% [markdown]
 # **Exercise.** Multiply the weights of the first convolution by 10. The BatchNorm behind it undoes that: with

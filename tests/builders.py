@@ -222,10 +222,37 @@ def by_layer() -> results.ByLayer[results.Eigenpairs]:
 
 def measurement() -> results.Measurement:
     row = {"value": 0.1 + 0.2, "uncertainty": math.nan, "converged": None, "meaning": "mean over the samples"}
-    ball = {"metric": "sharpness ρ=0.05", "value": 0.5, "converged": False, "meaning": "largest rise"}
+    ball = {"metric": "ball_sharpness@0.05", "value": 0.5, "converged": False, "meaning": "largest rise"}
     return results.Measurement(
-        rows=({"metric": "loss", **row}, row | ball, {"metric": "λ1", **row, "uncertainty": 1e-17, "converged": True}),
+        rows=(
+            {"metric": "loss", **row},
+            row | ball,
+            {"metric": "lambda_1", **row, "uncertainty": 1e-17, "converged": True},
+        ),
         results={"ball": built(results.BallSharpness), "layers": by_layer()},
+        settings=SETTINGS,
+    )
+
+
+def comparison(count: int = 2) -> results.Comparison:
+    """Checkpoints with metrics of every kind, one of them with a name that a page must escape; one failed."""
+    labels = ["<a> [b]", *(f"net-{step}" for step in range(1, count))]
+    base = measurement()
+    measurements = {}
+    for index, label in enumerate(labels):
+        draws = torch.linspace(0.0, 1.0, 5, dtype=torch.float64) * (1 + index)
+        mean = {"value": float(draws.mean()), "uncertainty": 0.1, "converged": None, "meaning": "trace"}
+        measurements[label] = results.Measurement(
+            rows=(*base.rows, {"metric": "trace", **mean}),
+            results={"trace": built(results.Estimate, values=draws), **base.results},
+            settings=SETTINGS,
+        )
+    sources = {label: {"path": "a/b.pt", "step": 10 * n, "epoch": None} for n, label in enumerate(labels)}
+    return results.Comparison(
+        measurements=measurements,
+        sources=sources,
+        baseline=labels[0],
+        failures={"net-x": "ValueError: <x> is empty"},
         settings=SETTINGS,
     )
 
@@ -235,6 +262,7 @@ KINDS: dict[str, Callable[[], results.Result]] = {
     "SpectralDensity": density,
     "ByLayer": by_layer,
     "Measurement": measurement,
+    "Comparison": comparison,
 }
 """A result of every kind."""
 
@@ -285,6 +313,13 @@ MEASURES: dict[str, Measure] = {
     "ball_sharpness": lambda o: ma.ball_sharpness(o, 0.1),
     "by_layer": lambda o: ma.by_layer(o, lambda part: ma.top_eigenvalues(part, 2)),
     "certify": lambda o: ma.certify(ma.ball_sharpness(o, 0.1), o),
+    "compare": lambda o: ma.compare(
+        {"a": o.model, "b": torch.nn.Sequential(*o.model.children())},
+        None,
+        o.loss_fn,
+        o.batches,
+        metrics=("loss", "trace"),
+    ),
     "curvature_along": lambda o: ma.curvature_along(o, ma.directions.gradient(o)),
     "data_interval": lambda o: ma.data_interval(o, lambda part: float(part.loss()), replicates=3),
     "directional_sharpness": lambda o: ma.directional_sharpness(o, ma.directions.random(o), 0.5, points=5),

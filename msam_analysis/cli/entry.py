@@ -35,25 +35,25 @@ def main() -> None:
     """Run the command; a user's mistake ends with one sentence and exit code 2, an interrupt with exit code 130."""
     if len(sys.argv) < 2:
         sys.argv.append("--help")
-    interrupted = False
+    code: Any = 0
     try:
-        # typer turns the interrupt key into this code, or into Abort.
-        interrupted = app(standalone_mode=False) == _INTERRUPTED
+        code = app(standalone_mode=False)  # typer turns the interrupt key into a code, or into Abort
     except _UsageError as error:
         _refuse(error.format_message())
     except RuntimeError as error:  # it may concern one process alone
         _refuse(str(error) or brief(error), told=True)
     except (ValueError, TypeError, ImportError, OSError) as error:
         _refuse(str(error) or brief(error))
+    except SystemExit as error:
+        _refuse(f"a function of yours ended the program (exit code {error.code}): expected it to return", told=True)
     except (KeyboardInterrupt, typer.Abort):
-        interrupted = True
-    if interrupted:
-        if rank() == 0:
-            typer.echo(
-                "msam-analysis: interrupted; what is finished is kept, and the same command goes on from there",
-                err=True,
-            )
-        raise SystemExit(_INTERRUPTED)
+        code = _INTERRUPTED
+    if code == _INTERRUPTED and rank() == 0:
+        typer.echo(
+            "msam-analysis: interrupted; what is finished is kept, and the same command goes on from there", err=True
+        )
+    if isinstance(code, int) and code:
+        raise SystemExit(code)
 
 
 def _refuse(sentence: str, *, told: bool = False) -> Never:

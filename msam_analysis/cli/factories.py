@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +30,7 @@ def load_objectives(
     ``model``, ``data``, ``loss``: References to factories: of the module; of batches, or ``(batches, loss_fn)``; and of
         ``loss_fn``.
     """
-    factory, batches = partial(make, model), make(data)
-    loss_fn: Any = nn.CrossEntropyLoss()
-    if isinstance(batches, tuple) and len(batches) == 2 and callable(batches[1]):
-        batches, loss_fn = batches
-    if loss is not None:
-        loss_fn = make(loss)
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {brief(error)}") from error
+    factory, batches, loss_fn = parts(model, data, loss, device)
     chosen: dict[str, Any] = {"batchnorm": batchnorm, "device": device, "parameters": parameters}
     objectives = [Objective(load_model(path, factory), loss_fn, batches, **chosen) for path in checkpoints]
     try:
@@ -49,6 +39,29 @@ def load_objectives(
     except Exception as error:
         raise ValueError(f"model, data and loss do not work together: {brief(error)}") from error
     return objectives
+
+
+def parts(model: str, data: str, loss: str | None, device: str | None) -> tuple[Callable[..., Any], Any, Any]:
+    """Return the model's factory, the batches and the loss that references name.
+
+    Raises TypeError, ValueError: A factory is missing or fails, or this machine does not have the device.
+    """
+    batches = make(data)
+    loss_fn: Any = nn.CrossEntropyLoss()
+    if isinstance(batches, tuple) and len(batches) == 2 and callable(batches[1]):
+        batches, loss_fn = batches
+    if loss is not None:
+        loss_fn = own_loss if loss == "transformers" else make(loss)
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device {device!r} cannot be used here: {brief(error)}") from error
+    return load_object(model), batches, loss_fn
+
+
+def own_loss(model: nn.Module, batch: Any) -> Any:
+    """Return the output of a model of transformers, which holds its loss: it is weighted by the labels that count."""
+    return model(**batch)
 
 
 def load_object(reference: str) -> Callable[[], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,13 +10,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from msam_analysis import landscape
+from msam_analysis.checkpoints.naming import distinct_names, expand
+from msam_analysis.checkpoints.reading import counters
 from msam_analysis.cli.factories import load_object, load_objectives
-from msam_analysis.cli.names import check_own, distinct_names, listed
+from msam_analysis.cli.names import check_own, listed
 from msam_analysis.cli.pictures import FORMATS, check_formats, write_all
 from msam_analysis.cli.processes import group, own_device, rank
 from msam_analysis.landscape import between, trajectory
@@ -26,8 +31,9 @@ from msam_analysis.objective.ranks import Ranks
 from msam_analysis.results import Trajectory, load_trajectory
 
 AROUND = ("random", "gradient", "eigenvectors")
-# Through several checkpoints, so many.
+# Through several checkpoints, so many; pca: with a recorded trajectory.
 THROUGH = {"interpolation": 2, "plane": 3, "pca": 1}
+FEWEST = 3  # checkpoints that stand for a trajectory in pca
 
 METRICS: dict[str, Any] = {
     "accuracy": landscape.metrics.accuracy,
@@ -69,10 +75,16 @@ class Course:
             )
 
     def _check_through(self, checkpoints: int) -> None:
-        if checkpoints != THROUGH[self.kind]:
+        if self.kind == "pca" and not self.trajectories:
+            if checkpoints < FEWEST:
+                raise ValueError(
+                    f"--directions pca is the plane of a training: expected at least {FEWEST} checkpoints of it, "
+                    f"or one (the centre) with --trajectory FOLDER; got {checkpoints}"
+                )
+        elif checkpoints != THROUGH[self.kind]:
             raise ValueError(
                 f"--directions {self.kind} takes {THROUGH[self.kind]} checkpoint(s), got {checkpoints}: "
-                "2 for interpolation, 3 for plane, 1 (the centre) for pca"
+                "2 for interpolation, 3 for plane, 1 (the centre) for pca with --trajectory"
             )
         if (self.axes == 1) != (self.kind == "interpolation"):
             raise ValueError(f"--directions {self.kind} has no --dim {self.axes}: leave --dim out")
@@ -80,8 +92,6 @@ class Course:
             raise ValueError(
                 f"--directions {self.kind} reaches as far as what it shows: leave out --radius, --normalize and --one-d"
             )
-        if self.kind == "pca" and not self.trajectories:
-            raise ValueError("--directions pca is the plane of a recorded trajectory: expected --trajectory FOLDER")
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class View:
 
 
 def landscape_command(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Saved weights: .safetensors or torch.save files.")],
+    checkpoints: Annotated[list[str], typer.Argument(help="Files, folders or patterns of saved weights.")],
     model: Annotated[str, typer.Option(help="package.module:factory, called without arguments; returns the module.")],
     data: Annotated[str, typer.Option(help="package.module:factory; returns batches, or (batches, loss_fn).")],
     loss: Annotated[str | None, typer.Option(help="package.module:factory of loss_fn; default cross-entropy.")] = None,
@@ -140,21 +150,23 @@ def landscape_command(
 
     Every checkpoint gets a slice along its own directions (--directions random, gradient or eigenvectors; the second
     axis of gradient is random), all in one picture on one scale. Or there is one slice: through two checkpoints
-    (interpolation), through three (plane), or through one in the plane of a recorded trajectory (pca).
+    (interpolation), through three (plane), or in the plane of a training (pca): of three or more of its checkpoints,
+    through the last of them, or of a recorded trajectory, through one.
 
     Slices are written to .safetensors files while they grow: the same command goes on where it was stopped.
 
     Several processes or GPUs: torchrun --nproc-per-node 2 -m msam_analysis landscape ...
     """
     course = Course(directions, dim, radius, points, normalize, one_d, seed, tuple(trajectories or ()))
-    course.check(len(checkpoints))
+    paths = [path for one in checkpoints for path in expand([one])]
+    course.check(len(paths))
     wanted = list(dict.fromkeys(listed(formats)))
     check_formats(wanted, course.axes, len(course.trajectories))
     measures = _metrics(metrics)
-    names = distinct_names(checkpoints)
+    names = distinct_names(paths)
     titles = _titles(labels, names)
     folder = out if out is not None else Path("results") / "landscape"
-    stems = names if course.kind in (*AROUND, "pca") else [course.kind]
+    stems = names if course.kind in AROUND or (course.kind == "pca" and len(names) == 1) else [course.kind]
     check_own(folder, [f"{stem}.safetensors" for stem in stems], "an earlier landscape of these checkpoints")
     along = _open_trajectories(course.trajectories)
     policy = batchnorm or ("eval" if course.kind in AROUND and not along else "recalibrate")
@@ -162,9 +174,9 @@ def landscape_command(
     options: dict[str, Any] = {"metrics": measures, "refine": refine, "samples": samples, "seed": seed}
     options["progress"] = not quiet and rank() == 0 and sys.stderr.isatty()
     with group():
-        objectives = load_objectives(
-            checkpoints, model, data, loss, batchnorm=policy, device=device, parameters=parameters
-        )
+        objectives = load_objectives(paths, model, data, loss, batchnorm=policy, device=device, parameters=parameters)
+        if course.kind == "pca" and not along:
+            along = {"checkpoints": _passed(objectives, paths)}
         looked = _views(course, objectives, names, titles, along)
         measured = [(view, _measure(view, folder, options)) for view in looked]
     if rank() == 0:
@@ -217,10 +229,10 @@ def _print(measured: Sequence[tuple[View, Any]], written: Sequence[Path]) -> Non
         ends = (float(known.min()), float(known.max())) if known.numel() else (math.nan, math.nan)
         numbers = [f"{number:.5g}" for number in (result.center_loss, *ends)]
         evaluated = f"{result.evaluations} of {result.loss.numel()}"
-        table.add_row(view.title or view.name, *numbers, evaluated, f"{result.error:.2g}")
+        table.add_row(Text(view.title or view.name), *numbers, evaluated, f"{result.error:.2g}")
     console.print(table)
     for path in written:
-        console.print(f"written: {path}", highlight=False, soft_wrap=True)
+        console.print(Text(f"written: {path}"), soft_wrap=True)
 
 
 def _views(
@@ -244,10 +256,11 @@ def _views(
         marks = {title: tuple(point) for title, point in zip(titles, plane.points.tolist(), strict=True)}
         return [View("plane", "", first, lines, {"coordinates": plane.coordinates(course.points)}, marks)]
     if course.kind == "pca":
+        first = objectives[-1]  # the end of a training, or the only one
         found = trajectory.pca_plane(trajectories, center=first.point())
         projections = [trajectory.project(item, found) for item in trajectories.values()]
         grid = {"coordinates": trajectory.grid(projections, course.points)}
-        return [View(names[0], titles[0], first, found.directions, grid)]
+        return [View(names[0] if len(names) == 1 else "pca", titles[-1], first, found.directions, grid)]
     around: dict[str, Any] = {"radius": 1.0 if course.radius is None else course.radius, "points": course.points}
     return [
         View(name, title, objective, _around(course, objective), around)
@@ -269,6 +282,34 @@ def _around(course: Course, objective: Objective) -> tuple[Direction, ...]:
                 line = line.normalized(objective, normalize, one_d=course.one_d)
         found.append(line)
     return tuple(found)
+
+
+def _passed(objectives: Sequence[Objective], paths: Sequence[Path]) -> Trajectory:
+    """Return checkpoints of one training as the trajectory that they are points of, in their order.
+
+    Steps are those that files or names say, if they increase; else they are counted from 0.
+
+    Raises ValueError: Parameters differ between them.
+    """
+    layouts = {(item.layout.names, tuple(map(tuple, item.layout.shapes))) for item in objectives}
+    if len(layouts) > 1:
+        raise ValueError("the checkpoints are of different parameters: expected those of one training")
+    known = [counters(path) for path in paths]
+    steps = next((found for name in known[0] if _increase(found := [one[name] for one in known])), range(len(paths)))
+    (names, shapes) = layouts.pop()
+    return Trajectory(
+        label="checkpoints",
+        steps=torch.tensor(steps),
+        points=torch.stack([item.point().cpu() for item in objectives]),
+        rounding=torch.zeros(len(paths), dtype=torch.float64),
+        names=tuple(names),
+        shapes=shapes,
+        settings=objectives[-1].settings,
+    )
+
+
+def _increase(numbers: Sequence[int | None]) -> bool:
+    return None not in numbers and all(a < b for a, b in itertools.pairwise(numbers))  # type: ignore[operator]
 
 
 def _open_trajectories(folders: Sequence[Path]) -> dict[str, Trajectory]:

@@ -2,74 +2,314 @@
 
 from __future__ import annotations
 
-import functools
+import json
 import math
+import os
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import pandas as pd
+import torch
 import typer
 from rich.console import Console
-from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
-from msam_analysis.cli.factories import load_objectives
-from msam_analysis.cli.names import check_own, distinct_names, listed
-from msam_analysis.measures.summary import DEFAULT_METRICS, METRICS, RADII, measure
-from msam_analysis.objective.objective import Objective
-from msam_analysis.results import Measurement, atomic_folder
+from msam_analysis import plots, report
+from msam_analysis.checkpoints.comparing import compare
+from msam_analysis.checkpoints.naming import distinct_names, expand, numbered
+from msam_analysis.cli.factories import brief, parts
+from msam_analysis.cli.names import listed
+from msam_analysis.measures.summary import DEFAULT_METRICS, MAX_HVPS, METRICS, RADII, TOLERANCE
+from msam_analysis.results import Comparison, atomic_path
 
-_METRICS = "metrics.csv"
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+_FAILED = 1
+_SILENT = 20.0  # seconds between two lines of a log
+_FEW = 3  # checkpoints of which is said what was taken; the JSON has all
+_TABLE = "metrics"
+_SHOWN = ["label", "step", "epoch", "metric", "value", "uncertainty", "converged", "meaning"]
+_DIFFERENCES = ["label", "metric", "difference", "difference_uncertainty"]
 
 
 def measure_command(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Saved weights: .safetensors or torch.save files.")],
-    model: Annotated[str, typer.Option(help="package.module:factory, called without arguments; returns the module.")],
+    checkpoints: Annotated[list[str], typer.Argument(help="Files, folders or patterns of saved weights.")],
+    model: Annotated[str, typer.Option(help="package.module:factory, called without arguments or with the path.")],
     data: Annotated[str, typer.Option(help="package.module:factory; returns batches, or (batches, loss_fn).")],
-    loss: Annotated[str | None, typer.Option(help="package.module:factory of loss_fn; default cross-entropy.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for metrics.csv and the full results.")] = None,
+    loss: Annotated[str | None, typer.Option(help="package.module:factory of loss_fn, or transformers.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of tables, pictures and full results.")] = Path("results/measure"),
     metrics: Annotated[str, typer.Option(help=f"Some of {', '.join(METRICS)}; or all.")] = ",".join(DEFAULT_METRICS),
-    rho: Annotated[list[float] | None, typer.Option(help="Radius of an L2 ball; may be given several times.")] = None,
+    rho: Annotated[list[float] | None, typer.Option(help="Radius of the balls; may be given several times.")] = None,
     eigenvalues: Annotated[int, typer.Option(help="Number of largest eigenvalues of the Hessian.")] = 5,
+    tolerance: Annotated[float, typer.Option(help="Relative residual of the eigenvalues.")] = TOLERANCE,
+    max_hvps: Annotated[
+        int | None,
+        typer.Option(help=f"Most products for the eigenvalues; default {MAX_HVPS}, for large networks fewer."),
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="Minutes for all; what they end has its error.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Number of samples, drawn at random; default all.")] = None,
+    labels: Annotated[list[str] | None, typer.Option("--label", help="Name of a checkpoint; one for each.")] = None,
+    prefix: Annotated[str, typer.Option(help="With what names begin in the file: 'state_dict.'.")] = "",
+    key: Annotated[str, typer.Option(help="Where in the file the weights lie: 'state_dict'.")] = "",
+    ignore: Annotated[list[str] | None, typer.Option(help="Pattern of names that need not fit.")] = None,
+    parameters: Annotated[list[str] | None, typer.Option(help="Pattern of parameters to measure.")] = None,
     batchnorm: Annotated[str, typer.Option(help="eval, batch or recalibrate.")] = "eval",
+    dtype: Annotated[str | None, typer.Option(help=f"{', '.join(_PRECISIONS)}; default the model's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: where the model is.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of random starts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random draws; the same draws for all checkpoints.")] = 0,
+    vectors: Annotated[bool, typer.Option("--vectors", help="Save eigenvectors and displacements, too.")] = False,
+    examine: Annotated[bool, typer.Option(help="Examine model, loss and data before they are measured.")] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
-    """Print and save sharpness metrics of checkpoints: loss, λ1..λ5, trace, largest rise in a ball, average rise."""
-    chosen = METRICS if metrics == "all" else listed(metrics)
-    root = out if out is not None else Path("results") / "measure"
-    folders = [root / name for name in distinct_names(checkpoints)]
-    for folder in folders:
-        check_own(folder, [_METRICS], "an earlier measurement")
-    objectives = load_objectives(checkpoints, model, data, loss, batchnorm=batchnorm, device=device)
-    console, progress = Console(), Console(stderr=True)
-    options: dict[str, Any] = {"radii": tuple(rho) if rho else RADII, "eigenvalues": eigenvalues, "seed": seed}
-    for path, folder, objective in zip(checkpoints, folders, objectives, strict=True):
-        with progress.status(f"{folder.name} ...") as status:
-            measured = measure(objective, metrics=chosen, tick=functools.partial(_show, status, folder.name), **options)
-        _print(console, str(path), objective, measured)
-        # In place of all that an earlier call wrote.
-        with atomic_folder(folder) as partial:
-            for name, result in measured.results.items():
-                result.save(partial / f"{name}.safetensors")
-            measured.to_frame().to_csv(partial / _METRICS, index=False, lineterminator="\n")
-        console.print(f"saved in {folder}", highlight=False, soft_wrap=True)
+    """Print, draw and save sharpness metrics of checkpoints, side by side on the same data with the same draws.
+
+    Each metric is kept when it is done: the same command goes on where it was stopped. Results of other weights, data
+    or settings are never touched.
+    """
+    chosen = list(METRICS) if metrics == "all" else listed(metrics)
+    if dtype is not None and dtype not in _PRECISIONS:
+        raise ValueError(f"dtype must be one of {', '.join(_PRECISIONS)}, got {dtype!r}")
+    paths = expand(checkpoints)
+    names = list(labels or distinct_names(paths))
+    if len(names) != len(paths) or len(set(names)) != len(names):
+        raise ValueError(f"expected a --label for each of the {len(paths)} checkpoint(s), all different, got {names}")
+    factory, batches, loss_fn = parts(model, data, loss, device)
+    options: dict[str, Any] = dict(
+        metrics=chosen,
+        radii=tuple(rho) if rho else RADII,
+        eigenvalues=eigenvalues,
+        tolerance=tolerance,
+        max_hvps=max_hvps,
+        seed=seed,
+        samples=samples,
+        budget=None if budget is None else 60 * budget,
+        prefix=f"{key}." if key else prefix,
+        ignore=ignore or (),
+        out=out,
+        vectors=vectors,
+        batchnorm=batchnorm,
+        parameters=parameters,
+        dtype=None if dtype is None else _PRECISIONS[dtype],
+        device=device,
+        examine=examine,
+    )
+    with _Progress(names, quiet) as progress:
+        result = _compared(dict(zip(names, paths, strict=True)), factory, loss_fn, batches, progress.tick, options)
+    show(result, write(result, out, _asked(model, data, loss)))
+    if result.failures:
+        raise typer.Exit(_FAILED)
 
 
-def _show(status: Status, name: str, what: str) -> None:
-    status.update(f"{name}: {what} ...")
+def _compared(
+    checkpoints: Mapping[str, Path],
+    factory: Any,
+    loss_fn: Any,
+    batches: Any,
+    tick: Callable[[str, str], None],
+    options: Mapping[str, Any],
+) -> Comparison:
+    """Measure; what a user's own functions raise becomes a sentence."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="compare: ")  # the failures are told at the end
+            return compare(checkpoints, factory, loss_fn, batches, tick=tick, **options)
+    except (ValueError, TypeError, RuntimeError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(f"model, data and loss do not work together: {brief(error)}") from error
 
 
-def _print(console: Console, title: str, objective: Objective, metrics: Measurement) -> None:
-    settings = ", ".join(f"{key} {value}" for key, value in objective.settings.items() if key != "examination")
-    settings = f"{metrics.settings['examination']}\n{settings}"
-    table = Table(title=title, caption=settings, title_justify="left", caption_justify="left")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("±", justify="right")
-    table.add_column("what it is")
-    for row in metrics.to_frame().to_dict("records"):
-        uncertainty = float(row["uncertainty"])
-        shown = "" if math.isnan(uncertainty) else f"{uncertainty:.2g}"
-        meaning = f"{row['meaning']}{'; NOT converged' if row['converged'] is False else ''}"
-        table.add_row(str(row["metric"]), f"{row['value']:.5g}", shown, meaning)
-    console.print(table)
+def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> Path:
+    """Write the table in four formats, a picture per metric and one page; return their folder.
+
+    One checkpoint's go to its results, those of several to a folder of their own for each set of checkpoints.
+    """
+    frame, table = result.to_frame(), result.to_table()
+    folders = [str(source["folder"]) for source in result.sources.values()]
+    home = (
+        out / folders[0] if len(folders) == 1 else next(it for it in numbered(out / "comparison") if _of(it, folders))
+    )
+    described = {
+        **asked,
+        "settings": dict(result.settings),
+        "folders": folders,
+        "checkpoints": {label: dict(source) for label, source in result.sources.items()},
+        "failures": dict(result.failures),
+        "rows": [{name: _plain(value) for name, value in row.items()} for row in frame.to_dict("records")],
+    }
+    texts = {
+        "csv": frame.to_csv(index=False, lineterminator="\n"),
+        "md": _markdown(table),
+        "tex": table.to_latex(float_format="%.5g", escape=True),
+        "json": json.dumps(described, indent=1, ensure_ascii=False) + "\n",
+    }
+    for ending, text in texts.items():
+        with atomic_path(home / f"{_TABLE}.{ending}") as partial:
+            partial.write_text(text, encoding="utf-8", newline="\n")
+    items: list[report.Figure | report.Table] = [report.Table(frame[_SHOWN], "Every number with its uncertainty.")]
+    if len(result) > 1:
+        others = frame[frame["label"] != result.baseline]
+        items.append(
+            report.Table(others[_DIFFERENCES], f"Differences from {result.baseline}: the same data and draws.")
+        )
+        for metric in table.columns:
+            path = plots.save(plots.compare(result, metrics=[metric]), home / metric, close=True)[0]
+            items.append(report.Figure(path, f"{metric.replace('_', ' ')} of every checkpoint."))
+    else:
+        path = plots.save(plots.measure(next(iter(result.values()))), home / _TABLE, close=True)[0]
+        items.append(report.Figure(path, "The metrics; bars are residuals or standard errors."))
+    summary = f"{len(result)} checkpoint(s). {_settings(result)}."
+    report.write(report.Report(f"Sharpness of {home.name}", summary, [report.Section("Metrics", "", items)]), home)
+    return home
+
+
+def show(result: Comparison, home: Path) -> None:
+    """Print the table: one checkpoint's with what each number is, several with metrics across."""
+    console = Console()
+    frame = result.to_frame()
+    if len(result) == 1:
+        table = Table(title=Text(next(iter(result))), title_justify="left")
+        for name in ("metric", "value", "±", "what it is"):
+            justify: Literal["left", "right"] = "right" if name in ("value", "±") else "left"
+            table.add_column(name, justify=justify, no_wrap=name != "what it is")
+        for row in frame.to_dict("records"):
+            note = "; NOT converged" if row["converged"] is False else ""
+            cells = (row["metric"], f"{row['value']:.5g}", _error(row), f"{row['meaning']}{note}")
+            table.add_row(*(Text(str(cell)) for cell in cells))
+        console.print(table)
+    else:
+        rows = {(row["label"], row["metric"]): row for row in frame.to_dict("records")}
+        columns = {
+            metric: [_heading(metric), *(_cell(rows.get((label, metric))) for label in result)]
+            for metric in result.metrics
+        }
+        for part in _fitting(columns, list(result), console.width):
+            table = Table()
+            table.add_column("checkpoint", overflow="fold")
+            for metric in part:
+                table.add_column(Text(columns[metric][0]), justify="right", overflow="fold")
+            for label, *cells in zip(result, *(columns[metric][1:] for metric in part), strict=True):
+                table.add_row(Text(label), *map(Text, cells))
+            console.print(table)
+        console.print("± residual or standard error; * not converged", highlight=False)
+    console.print(Text(_settings(result)), soft_wrap=True)
+    for label, source in list(result.sources.items())[:_FEW]:
+        console.print(Text(source["taken"] if len(result) == 1 else f"{label}: {source['taken']}"), soft_wrap=True)
+    for label, reason in result.failures.items():
+        console.print(Text(f"FAILED {label}: {reason}"), soft_wrap=True)
+    console.print(Text(f"saved in {home}: {_TABLE}.csv, .json, .md, .tex, report.html, pictures"), soft_wrap=True)
+
+
+class _Progress:
+    """Says which metric of which checkpoint is measured: on a terminal in one line, in a log every now and then."""
+
+    def __init__(self, names: Sequence[str], quiet: bool) -> None:
+        self._names, self._quiet, self._begun = list(names), quiet, time.monotonic()
+        self._said = self._begun
+        self._status = None if quiet or not sys.stderr.isatty() else Console(stderr=True).status("")
+
+    def __enter__(self) -> Self:
+        """Begin the line."""
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the terminal as it was."""
+        if self._status is not None:
+            self._status.stop()
+
+    def tick(self, label: str, metric: str) -> None:
+        """Say it."""
+        now, done = time.monotonic(), self._names.index(label)
+        passed = now - self._begun
+        left = f", about {passed / done * (len(self._names) - done):.0f} s left" if done else ""
+        text = f"{label} ({done + 1} of {len(self._names)}): {metric}, {passed:.0f} s{left}"
+        if self._status is not None:
+            self._status.update(Text(text))
+        elif not self._quiet and now - self._said > _SILENT:
+            typer.echo(text, err=True)
+            self._said = now
+
+
+def _plain(value: Any) -> Any:
+    """Return a number of a table as JSON has it: null for what is missing or NaN, words for infinity."""
+    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+        return None
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+def _asked(model: str, data: str, loss: str | None) -> dict[str, Any]:
+    """Return what is needed to run the command again."""
+    command = shlex.join(["msam-analysis", *sys.argv[1:]])
+    versions = {name: version(name) for name in ("msam-analysis", "torch")}
+    return {
+        "command": command,
+        "folder": os.fspath(Path.cwd()),
+        "versions": versions,
+        "model": model,
+        "data": data,
+        "loss": loss,
+    }
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    rows = [["checkpoint", *table.columns], ["---"] + ["---:"] * len(table.columns)]
+    rows += [[str(label), *(f"{value:.5g}" for value in values)] for label, *values in table.itertuples()]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in rows)
+
+
+def _of(folder: Path, folders: Sequence[str]) -> bool:
+    """Tell whether a folder is free, or holds the table of the same checkpoints."""
+    if not folder.exists():
+        return True
+    try:
+        found = json.loads((folder / f"{_TABLE}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return not any(folder.iterdir())
+    return isinstance(found, dict) and found.get("folders") == list(folders)
+
+
+def _settings(result: Comparison) -> str:
+    settings = dict(result.settings)
+    examined = settings.pop("examination", "")
+    return "; ".join(filter(None, [", ".join(f"{key} {value}" for key, value in settings.items()), str(examined)]))
+
+
+def _error(row: Any) -> str:
+    error = float(row["uncertainty"])
+    return "" if math.isnan(error) else f"{error:.2g}"
+
+
+def _cell(row: Any) -> str:
+    if row is None:
+        return "–"
+    error = _error(row)
+    return f"{row['value']:.4g}" + (f" ±{error}" if error else "") + ("*" if row["converged"] is False else "")
+
+
+def _heading(metric: str) -> str:
+    return metric.replace("_", " ").replace("@", " @")
+
+
+def _fitting(columns: Mapping[str, Sequence[str]], labels: Sequence[str], width: int) -> list[list[str]]:
+    """Return the metrics in groups that fit beside one another and the labels: as wide as their cells and words."""
+    first = room = width - min(max(map(len, labels)), width // 2) - 4
+    groups: list[list[str]] = [[]]
+    for metric, (heading, *cells) in columns.items():
+        needed = max(map(len, [*heading.split(" "), *cells])) + 3
+        if groups[-1] and needed > room:
+            groups.append([])
+            room = first
+        groups[-1].append(metric)
+        room -= needed
+    return groups

@@ -53,8 +53,7 @@ def average_sharpness(
     ApproximationWarning
         The value is below its resolution: it is rounding.
     """
-    if not (math.isfinite(sigma) and sigma >= 0):
-        raise ValueError(f"sigma must be a number >= 0, got {sigma!r}")
+    check_sigma(sigma)
     if draws < 2:
         raise ValueError(f"draws must be at least 2, so that an error can be given; got {draws}")
     center = objective.point()
@@ -76,4 +75,11 @@ def average_sharpness(
         evaluations=2 * draws + 1,
         settings={**objective.settings, "sigma": float(sigma)},
         resolution=limit,
+        values=sample,
     )
+
+
+def check_sigma(sigma: float) -> None:
+    """Raise ``ValueError`` unless ``sigma`` is the size of a noise."""
+    if not (isinstance(sigma, int | float) and math.isfinite(sigma) and sigma >= 0):
+        raise ValueError(f"sigma must be a number >= 0, got {sigma!r}")

@@ -62,6 +62,13 @@ class Batches:
             self._check_repeats(sums)
 
     @classmethod
+    def shared(cls, data: object, *, device: torch.device, dtype: torch.dtype | None, cache_bytes: int) -> Batches:
+        """Return ``data`` itself where it is batches on this device in this data type, else batches made of it."""
+        if isinstance(data, Batches) and (data._device, data._dtype) == (device, dtype):
+            return data
+        return cls(data, device=device, dtype=dtype, cache_bytes=cache_bytes)
+
+    @classmethod
     def of(cls, batches: Sequence[Batch], *, device: torch.device, dtype: torch.dtype | None) -> Batches:
         """Return these batches as they are, whatever they hold."""
         return cls(_Given(batches), device=device, dtype=dtype)

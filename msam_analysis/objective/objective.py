@@ -52,7 +52,8 @@ class Objective:
         If it is a module, its tensors follow ``device`` and ``dtype``.
     data
         A loader that does not shuffle, a list of batches, or a single batch: a tuple or list of tensors such as
-        ``(x, y)``, or a mapping or data class of tensors. Any other collection that can be read again also works.
+        ``(x, y)``, or a mapping or data class of tensors. Any other collection that can be read again also works, as do
+        the ``batches`` of another objective, which both then share.
     batchnorm
         ``"eval"`` (default: the running statistics), ``"batch"`` or ``"recalibrate"``;
         see :mod:`msam_analysis.objective.batchnorm`.
@@ -143,7 +144,7 @@ class Objective:
         placed = device_of(device, first.device)
         self._evaluation = Evaluation(
             original,
-            Batches(data, device=placed, dtype=dtype, cache_bytes=cache_bytes),
+            Batches.shared(data, device=placed, dtype=dtype, cache_bytes=cache_bytes),
             device=placed,
             cast=dtype,
             batchnorm=batchnorm,

@@ -33,6 +33,7 @@ converge. NaN and infinity are drawn as holes.
 """
 
 from msam_analysis.plots.animation import animate_trajectory
+from msam_analysis.plots.comparison import compare
 from msam_analysis.plots.curves import (
     directional_sharpness,
     feature_rank,
@@ -69,11 +70,11 @@ eigenvalues = top_eigenvalues
 
 __all__ = [
     "COLUMN_WIDTH", "PAGE_WIDTH", "LivePlot", "Look", "animate_trajectory", "average_sharpness", "ball_sharpness",
-    "by_layer", "certify", "curvature_along", "data_interval", "directional_sharpness", "eigenvalues", "feature_rank",
-    "fisher_rao_norm", "interactive_surface", "live", "look", "m_sharpness", "measure", "momentum_gradient_cosine",
-    "one_step_sharpness", "panels", "pca_plane", "project", "recorded", "relative_flatness", "robust_accuracy",
-    "sam_msam_angle", "save", "slice_1d", "slice_1d_panels", "slice_2d", "spectral_density", "style", "surface_3d",
-    "top_eigenvalues", "trace", "trajectory", "trajectory_losses", "trajectory_panels",
+    "by_layer", "certify", "compare", "curvature_along", "data_interval", "directional_sharpness", "eigenvalues",
+    "feature_rank", "fisher_rao_norm", "interactive_surface", "live", "look", "m_sharpness", "measure",
+    "momentum_gradient_cosine", "one_step_sharpness", "panels", "pca_plane", "project", "recorded", "relative_flatness",
+    "robust_accuracy", "sam_msam_angle", "save", "slice_1d", "slice_1d_panels", "slice_2d", "spectral_density", "style",
+    "surface_3d", "top_eigenvalues", "trace", "trajectory", "trajectory_losses", "trajectory_panels",
 ]  # fmt: skip
 
 

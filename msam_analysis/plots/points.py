@@ -20,13 +20,13 @@ _FEW = 6  # points that have their values written beside them
 _PER_INCH = 19  # characters of a tick label
 _CURVATURE = "(loss\u00a0/\u00a0distance²)"  # never in two lines
 _PANELS = {  # of the table of all metrics: what is in one unit, by how the names begin
-    f"eigenvalue {_CURVATURE}": ("λ",),
+    f"eigenvalue {_CURVATURE}": ("lambda",),
     f"trace {_CURVATURE}": ("trace",),
-    "rise of the loss": ("sharpness", "one-step", "average", "adaptive", "m-sharpness"),
-    "relative flatness (loss)": ("relative flatness",),
-    "Fisher-Rao norm (loss²)": ("Fisher-Rao",),
+    "rise of the loss": ("ball", "one_step", "average", "adaptive", "m_sharpness"),
+    "relative flatness (loss)": ("relative_flatness",),
+    "Fisher-Rao norm (loss²)": ("fisher_rao",),
     "loss": ("loss",),
-    "norm": ("gradient norm", "weight norm"),
+    "norm": ("gradient_norm", "weight_norm"),
 }
 _UNITS = {  # of a reading, by its name
     "eigenvalue": f"eigenvalue {_CURVATURE}",
@@ -210,7 +210,7 @@ def measure(result: Named[results.Measurement], axes: Places = None) -> AxesArra
         draw_points(points, ax, unit, log=None, legend=False, grouped=True)
         if len(ax.get_xticks()) == 1:  # what it is stands beside the other axis
             ax.set_xticks([])
-        handles |= _handles(points)
+        handles |= handles_of(points)
     with style():
         name_curves(drawn if axes is None else drawn[:1], made=axes is None, handles=handles)
     return drawn
@@ -255,7 +255,7 @@ def draw_points(
             zero_line(panel)
         _name_ticks(panel, ticks if grouped or set(points) == {""} else list(points))
         panel.set_ylabel(wrapped(label, 0.8 * size_of(panel)[1]))
-        handles |= _handles(points if grouped else {"": [row for rows in points.values() for row in rows]})
+        handles |= handles_of(points if grouped else {"": [row for rows in points.values() for row in rows]})
         if dashes is not None:
             handles[dashes[0]] = Line2D([], [], marker="_", markersize=9, color=GREY, linestyle="none")
     return panel
@@ -291,7 +291,7 @@ def _name_ticks(ax: Axes, ticks: Sequence[str]) -> None:
     ax.grid(False, axis="x")
 
 
-def _handles(points: Mapping[str, Iterable[Point]]) -> dict[str, Line2D]:
+def handles_of(points: Mapping[str, Iterable[Point]]) -> dict[str, Line2D]:
     """Return what the markers stand for."""
     shapes: dict[str, Any] = {"linestyle": "none", "markersize": 5}
     looks = look(points)

@@ -9,6 +9,7 @@ imports no other one.
 
 from msam_analysis.results.balls import BallSharpness, BatchSharpness, Certificate, DirectionalSharpness
 from msam_analysis.results.base import ApproximationWarning, ConvergenceWarning, Reading, Result, Settings, load
+from msam_analysis.results.comparison import Comparison
 from msam_analysis.results.curvature import Eigenpairs, Estimate, SpectralDensity
 from msam_analysis.results.files import atomic_folder, atomic_path
 from msam_analysis.results.intervals import DataInterval
@@ -20,10 +21,11 @@ from msam_analysis.results.together import ByLayer, Measurement, layer_frame
 from msam_analysis.results.trajectories import Projection, Trajectory
 
 __all__ = [
-    "ApproximationWarning", "BallSharpness", "BatchSharpness", "ByLayer", "Certificate", "ConvergenceWarning",
-    "Curvatures", "DataInterval", "DirectionalSharpness", "Eigenpairs", "Estimate", "FeatureRank", "Measurement",
-    "Projection", "Reading", "Result", "RobustAccuracy", "SamMsamAngle", "Scalar", "Settings", "Slice1D", "Slice2D",
-    "SpectralDensity", "Trajectory", "atomic_folder", "atomic_path", "layer_frame", "load", "load_trajectory",
+    "ApproximationWarning", "BallSharpness", "BatchSharpness", "ByLayer", "Certificate", "Comparison",
+    "ConvergenceWarning", "Curvatures", "DataInterval", "DirectionalSharpness", "Eigenpairs", "Estimate", "FeatureRank",
+    "Measurement", "Projection", "Reading", "Result", "RobustAccuracy", "SamMsamAngle", "Scalar", "Settings", "Slice1D",
+    "Slice2D", "SpectralDensity", "Trajectory", "atomic_folder", "atomic_path", "layer_frame", "load",
+    "load_trajectory",
 ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from msam_analysis.results.files import atomic_path
 
 Settings = Mapping[str, str | int | float | bool | None]
 
+_HEADER = "result"
 _INSIDE = "/"  # between a field's name and the key of a tensor in it
 _NESTED = "<results>"  # the key under which a file has the results that a field holds
 _COSTS = ("gradients", "hvps", "evaluations")  # fields that say what was spent
@@ -148,7 +149,8 @@ class Result(abc.ABC):
         """
         path = Path(path)
         tensors: dict[str, Tensor] = {}
-        header = {"kind": type(self).__name__, "fields": json.dumps(_packed(self, "", tensors))}
+        # one entry: safetensors writes several in any order, and the same result is to be the same bytes
+        header = {_HEADER: json.dumps({"kind": type(self).__name__, "fields": _packed(self, "", tensors)})}
         with atomic_path(path) as partial:
             save_file(tensors, partial, metadata=header)
         return path
@@ -179,22 +181,33 @@ def load(path: str | os.PathLike[str]) -> Result:
         raise FileNotFoundError(f"no result at {path}: expected a file written by Result.save()")
     try:
         with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+            header: dict[str, Any] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file ({error}); pass one that Result.save() wrote") from None
+    if _HEADER in header:
+        header = json.loads(header[_HEADER])
+    elif "fields" in header:  # written before version 1.1, with an entry each
+        header["fields"] = _parsed(header["fields"])
     kind = Result._kinds.get(header.get("kind", ""))
     if kind is None:
         raise ValueError(
             f"{path} holds {header.get('kind', 'no kind of result')!r}, expected one of {sorted(Result._kinds)}"
         )
     try:
-        return _unpacked(kind, json.loads(header["fields"]), tensors)
+        return _unpacked(kind, header["fields"], tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged: its header does not describe a {kind.__name__} ({type(error).__name__}: {error}); "
             "write it anew"
         ) from None
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _packed(result: Result, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -79,6 +79,9 @@ class Estimate(Result):
         Whether the precision that was asked for was reached; true where none was.
     resolution
         Size below which a difference of losses is rounding, ``2 ε |L(w)|``; NaN where the value is no difference.
+    values
+        The draws, float64, shape ``(draws,)``: of two networks with the same seed they are paired. None where the
+        estimate is not a mean of its draws.
     """
 
     quantity: str
@@ -88,6 +91,7 @@ class Estimate(Result):
     evaluations: int
     converged: bool = True
     resolution: float = math.nan
+    values: Tensor | None = None
 
     _asked: ClassVar = ("draws",)
 

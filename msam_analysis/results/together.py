@@ -77,6 +77,10 @@ class ByLayer(Result, Mapping[str, Measured], Generic[Measured]):
         return layer_frame(self)
 
 
+EXAMINATION = "examination"
+"""Name of the row that says what the objective's examination found: it is no metric."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement(Result):
     """The sharpness metrics of one objective, in one table, with the results behind it.
@@ -105,7 +109,9 @@ class Measurement(Result):
     def readings(self) -> list[Reading]:
         """Return the value of every metric with its uncertainty."""
         return [
-            Reading(row["metric"], row["value"], row["uncertainty"], row["converged"] is not False) for row in self.rows
+            Reading(row["metric"], row["value"], row["uncertainty"], row["converged"] is not False)
+            for row in self.rows
+            if row["metric"] != EXAMINATION
         ]
 
     def to_frame(self) -> pd.DataFrame:

@@ -129,7 +129,7 @@ def top_eigenvalues(
     """
     check_backend(backend)
     operator = as_operator(target)
-    _check(operator, k, method, which, tolerance, max_hvps, start)
+    check_search(operator.size, k, method, which, tolerance, max_hvps, start)
     goal = Goal(k, which, tolerance, rounding(operator))
     with no_autocast(operator.device):
         if backend == "pyhessian":
@@ -265,18 +265,19 @@ def _affordable(operator: SymmetricOperator, k: int, method: Method, memory_byte
     return vectors
 
 
-def _check(
-    operator: SymmetricOperator,
+def check_search(
+    size: int,
     k: int,
-    method: str,
-    which: str,
-    tolerance: float,
-    max_hvps: int | None,
-    start: Tensor | None,
+    method: str = "lanczos",
+    which: str = "largest",
+    tolerance: float = 1e-4,
+    max_hvps: int | None = None,
+    start: Tensor | None = None,
 ) -> None:
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= operator.size:
+    """Raise ``ValueError`` if an argument of :func:`top_eigenvalues` is out of range, for an operator of a size."""
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= size:
         raise ValueError(
-            f"k must be between 1 and the number of parameters ({operator.size}), got {k!r}: ask for fewer eigenvalues"
+            f"k must be between 1 and the number of parameters ({size}), got {k!r}: ask for fewer eigenvalues"
         )
     if method not in get_args(Method):
         raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
@@ -289,9 +290,7 @@ def _check(
     if max_hvps is not None and max_hvps < k:
         raise ValueError(f"max_hvps must be at least k = {k}, got {max_hvps}: each eigenvector needs one product")
     if start is not None:
-        if start.ndim not in (1, 2) or start.shape[0] != operator.size:
-            raise ValueError(
-                f"start must have shape ({operator.size},) or ({operator.size}, p), got {tuple(start.shape)}"
-            )
+        if start.ndim not in (1, 2) or start.shape[0] != size:
+            raise ValueError(f"start must have shape ({size},) or ({size}, p), got {tuple(start.shape)}")
         if not bool(torch.isfinite(start).all()):
             raise ValueError("start must be finite, got NaN or infinity in it: leave it out for a random start")

@@ -119,6 +119,7 @@ def trace(
         draws=len(sample),
         evaluations=draws if backend == "pyhessian" else operator.products - before,
         converged=reached,
+        values=sample if method == "hutchinson" else None,
         settings=operator.settings,
     )
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 import msam_analysis as ma
 from msam_analysis import results
-from tests.builders import KINDS, MEASURES, built, by_layer, measurement, objective
+from tests.builders import KINDS, MEASURES, built, by_layer, comparison, measurement, objective
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -181,6 +181,43 @@ def test_a_measurement_keeps_its_table() -> None:
     assert frame["converged"].isna().tolist() == [True, False, False]
     assert not measurement().converged
     pd.testing.assert_frame_equal(frame, measurement().table)
+
+
+def test_a_comparison_is_a_mapping_with_a_tidy_table_and_a_wide_one() -> None:
+    """One row per checkpoint and number with differences from the first; checkpoints down and metrics across."""
+    result = comparison(3)
+    assert list(result) == list(result.measurements) == ["<a> [b]", "net-1", "net-2"]
+    assert len(result) == 3
+    assert not result.converged
+    assert result.steps == [0.0, 10.0, 20.0]
+    frame = result.to_frame()
+    assert list(frame.columns) == [
+        *("label", "step", "epoch", "metric", "value", "uncertainty", "converged", "meaning"),
+        *("difference", "difference_uncertainty"),
+    ]
+    assert len(frame) == 12
+    assert frame["step"].tolist() == [step for step in (0, 10, 20) for _ in range(4)]
+    assert frame["epoch"].isna().all()
+    third = frame[(frame["label"] == "net-2") & (frame["metric"] == "trace")].iloc[0]
+    assert (third["value"], third["difference"]) == (1.5, 1.0)
+    assert third["difference_uncertainty"] == pytest.approx(float(np.std(np.linspace(0, 2, 5), ddof=1)) / math.sqrt(5))
+    table = result.to_table()
+    assert list(table.columns) == ["loss", "ball_sharpness@0.05", "lambda_1", "trace"]
+    assert list(table.index) == list(result)
+    assert table["trace"].tolist() == [0.5, 1.0, 1.5]
+    assert result.readings()[0].name == "<a> [b]: loss"
+
+
+def test_steps_of_a_comparison() -> None:
+    """Epochs where not all have a step; NaN where neither is known of all."""
+    whole = comparison(2)
+    cases: list[tuple[dict[str, dict[str, Any]], list[float]]] = [
+        ({"<a> [b]": {"step": 1, "epoch": 3}, "net-1": {"step": None, "epoch": 4}}, [3.0, 4.0]),
+        ({"<a> [b]": {"step": 1, "epoch": 3}}, [math.nan, math.nan]),
+    ]
+    for sources, expected in cases:
+        other = results.Comparison(measurements=whole.measurements, sources=sources, baseline="<a> [b]")
+        assert repr(other.steps) == repr(expected)
 
 
 @pytest.mark.parametrize("nested", [[["a", "NoSuchKind", {}]], [["a"]], [["a", "Estimate", {"no": 1}]]])

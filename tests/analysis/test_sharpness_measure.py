@@ -40,11 +40,11 @@ def test_the_further_metrics(everything: Measurement, objective: ma.Objective) -
     batches = ma.m_sharpness(objective, 0.3, 19)
     flatness, norm = ma.relative_flatness(objective, "3.weight"), ma.fisher_rao_norm(objective)
     for name, expected, error in (
-        ("adaptive ρ=0.3", ball.sharpness, None),
-        ("adaptive one-step ρ=0.3", ball.one_step, None),
-        ("m-sharpness ρ=0.3", batches.value, None),
-        ("relative flatness", flatness.value, flatness.standard_error),
-        ("Fisher-Rao", norm.value, norm.standard_error),
+        ("adaptive_ball_sharpness@0.3", ball.sharpness, None),
+        ("adaptive_one_step_sharpness@0.3", ball.one_step, None),
+        ("m_sharpness@0.3", batches.value, None),
+        ("relative_flatness", flatness.value, flatness.standard_error),
+        ("fisher_rao_norm", norm.value, norm.standard_error),
     ):
         assert value(everything, name) == expected
         if error is not None:
@@ -78,8 +78,8 @@ def test_many_samples_are_drawn_from(monkeypatch: pytest.MonkeyPatch, objective:
     for constant, size in (("BATCH", 4), ("FEW_BATCHES", 2), ("FEW_SAMPLES", 5)):
         monkeypatch.setattr(module, constant, size)
     few = measure(objective, metrics=("batches", "fisher-rao"), radii=(0.3,), seed=3)
-    assert value(few, "m-sharpness ρ=0.3") == ma.m_sharpness(objective, 0.3, 4, batches=2, seed=3).value
-    assert value(few, "Fisher-Rao") == ma.fisher_rao_norm(objective, samples=5, seed=3).value
+    assert value(few, "m_sharpness@0.3") == ma.m_sharpness(objective, 0.3, 4, batches=2, seed=3).value
+    assert value(few, "fisher_rao_norm") == ma.fisher_rao_norm(objective, samples=5, seed=3).value
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def data():
 @pytest.mark.parametrize(
     ("chosen", "expected"),
     [
-        ("loss, flatness", ["examination", "loss", "gradient norm", "weight norm", "relative flatness"]),
+        ("loss, flatness", ["examination", "loss", "gradient_norm", "weight_norm", "relative_flatness"]),
         ("all", None),
     ],
 )
@@ -135,4 +135,6 @@ def test_the_command_measures_what_is_named(
     cli.main()
     with next(tmp_path.rglob("metrics.csv")).open(encoding="utf-8") as file:
         rows = [row["metric"] for row in csv.DictReader(file)]
-    assert rows == expected or (expected is None and {"loss", "trace", "Fisher-Rao", "m-sharpness ρ=0.5"} <= set(rows))
+    assert rows == expected or (
+        expected is None and {"loss", "trace", "fisher_rao_norm", "m_sharpness@0.5"} <= set(rows)
+    )

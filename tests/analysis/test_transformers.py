@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import msam_analysis as ma
+from msam_analysis import cli
+from msam_analysis.cli.factories import own_loss as transformers_loss
 
 from .cases import normal
 
@@ -179,3 +183,70 @@ def test_some_samples_some_parameters_and_dropout(library: Any) -> None:
     v, step = normal(part.size, seed=312), 1e-6
     ahead, behind = (part.gradient(part.point() + sign * step * v) for sign in (1, -1))
     torch.testing.assert_close(part.hvp(v), (ahead - behind) / (2 * step), rtol=1e-4, atol=1e-6)
+
+
+# --- checkpoints, and the loss that a model has itself
+
+
+@pytest.mark.parametrize("form", ["folder", "shards", "file", "bin", "half"])
+def test_checkpoints_of_the_library(form: str, library: Any, tmp_path: Path) -> None:
+    """Tied weights, under one name in the file: by a factory, by the class, and into the backbone alone."""
+    model = gpt2(library, "eager").float()
+    expected = model
+    if form == "bin":
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    else:
+        expected = model.to(torch.bfloat16) if form == "half" else model
+        expected.save_pretrained(tmp_path, **({"max_shard_size": "1KB"} if form == "shards" else {}))
+    path = tmp_path / "model.safetensors" if form == "file" else tmp_path
+    loaded = ma.checkpoints.load(path, lambda: library.GPT2LMHeadModel(model.config).float())
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name].float()), name
+    assert ("tied to others (lm_head.weight)" in loaded.taken) is (form != "bin")
+    backbone: Any = ma.checkpoints.load(path, lambda: library.GPT2Model(model.config).float()).model
+    assert torch.equal(backbone.wte.weight, expected.transformer.wte.weight.float())
+
+
+def test_the_own_loss_is_a_mean_over_label_tokens(library: Any) -> None:
+    """``--loss transformers``: the same number whatever the batches, though -100 hides labels unequally."""
+    model = gpt2(library, "eager")
+    ids = torch.randint(11, (6, 7), generator=torch.Generator().manual_seed(5))
+    shown = (torch.arange(7) < torch.tensor([7, 2, 5, 3, 7, 2])[:, None]).long()
+    whole = {"input_ids": ids, "attention_mask": shown, "labels": ids.masked_fill(shown == 0, -100)}
+    logits = model.eval()(input_ids=ids, attention_mask=shown).logits[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, whole["labels"][:, 1:].flatten()).item()
+    for size in (6, 4, 1):
+        parts = [
+            dict(zip(whole, rows, strict=True)) for rows in zip(*(x.split(size) for x in whole.values()), strict=True)
+        ]
+        assert float(ma.Objective(model, transformers_loss, parts).loss()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_command_knows_the_loss_of_transformers(
+    library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of save_pretrained, a class with from_pretrained, and --loss transformers: no code but the data's."""
+    model = gpt2(library, "eager").float()
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    Path("words.py").write_text(WORDS, encoding="utf-8")
+    monkeypatch.delitem(sys.modules, "words", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    options = ["--model", "transformers:GPT2LMHeadModel", "--data", "words:data", "--loss", "transformers"]
+    monkeypatch.setattr(sys, "argv", ["msam-analysis", "measure", "model", *options, "--metrics", "loss"])
+    cli.main()
+    table = pd.read_csv(next((tmp_path / "results").rglob("metrics.csv"))).set_index("metric")
+    ids = torch.arange(10).reshape(2, 5)
+    logits = model.eval()(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, ids[:, 1:].flatten()).item()
+    assert table.loc["loss", "value"] == pytest.approx(expected, rel=1e-5)
+
+
+WORDS = """
+import torch
+
+
+def data():
+    ids = torch.arange(10).reshape(2, 5)
+    return [{"input_ids": ids[:1], "labels": ids[:1]}, {"input_ids": ids[1:], "labels": ids[1:]}]
+"""

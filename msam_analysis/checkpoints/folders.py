@@ -1,0 +1,165 @@
+"""Folders that hold a checkpoint: save_pretrained, shards, adapters, sentence-transformers, torch.distributed."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import importlib
+import json
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msam_analysis.checkpoints import files
+from msam_analysis.checkpoints.reading import Content, Entry, counted, existing, read_file
+
+_INDICES = ("*.safetensors.index.json", "*.bin.index.json")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
+_ENDINGS = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.pth")
+_DESCRIPTIONS = ("torch", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_LAYOUTS = {str(layout): layout for layout in (torch.strided, torch.sparse_coo, torch.sparse_csr)}
+
+
+def read(path: Path) -> Content:
+    """Read a file or a folder.
+
+    Raises FileNotFoundError, ValueError: Nothing is there, or what is there cannot be read as weights.
+    """
+    path = existing(path)
+    if not path.is_dir():
+        return read_file(path)
+    if (path / ".metadata").is_file():
+        return counted(_distributed(path))
+    if (path / "modules.json").is_file():
+        content = _sentence(path)
+    elif (path / "latest").is_file() and (path / (path / "latest").read_text().strip()).is_dir():
+        return read(path / (path / "latest").read_text().strip())  # a folder of DeepSpeed, which names its newest one
+    else:
+        content = _one(path)
+    return counted(content, _json(path / "trainer_state.json"))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Tell whether a folder is one checkpoint, and not a place with several."""
+    marks = (".metadata", "modules.json", "adapter_config.json", "latest", *_WEIGHTS)
+    return any((path / mark).is_file() for mark in marks) or any(next(path.glob(it), None) for it in _INDICES)
+
+
+def within(path: Path) -> list[Path]:
+    """Return the files of weights and the folders that are checkpoints, straight in a folder."""
+    found = {file for pattern in _ENDINGS for file in path.glob(pattern) if file.is_file()}
+    return sorted(found | {one for one in path.iterdir() if one.is_dir() and is_checkpoint(one)})
+
+
+def _one(path: Path) -> Content:
+    """Read the weights that lie straight in a folder: shards behind an index, or one file."""
+    for pattern in _INDICES:
+        for index in sorted(path.glob(pattern)):
+            return _shards(path, index)
+    adapter = (path / "adapter_config.json").is_file()
+    for name in _WEIGHTS:
+        if (path / name).is_file() and name.startswith("adapter") == adapter:
+            content = read_file(path / name)
+            return dataclasses.replace(content, path=path, kind=f"folder with {name}", partial=adapter)
+    for pattern in _ENDINGS:
+        found = sorted(path.glob(pattern))
+        if len(found) == 1:
+            return dataclasses.replace(read_file(found[0]), path=path, kind=f"folder with {found[0].name}")
+        if found:
+            names = ", ".join(file.name for file in found[:6])
+            raise ValueError(f"{path} holds {len(found)} files of weights ({names}): expected one; pass the file meant")
+    raise FileNotFoundError(
+        f"no checkpoint at {path}: {files.EXPECTED}, or a folder of save_pretrained; this folder holds no weights"
+    )
+
+
+def _shards(path: Path, index: Path) -> Content:
+    places = (_json(index) or {}).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index} is no index of shards: expected names of tensors to files; fetch it again")
+    tensors: dict[str, Entry] = {}
+    shards = sorted(set(places.values()))
+    for name in shards:
+        if not (path / name).is_file():
+            raise ValueError(f"{path} lacks the shard {name}, which {index.name} names: fetch it, too")
+        tensors |= read_file(path / name).tensors
+    lacking = [name for name in places if name not in tensors]
+    if lacking:
+        raise ValueError(
+            f"{path}: {len(lacking)} tensors of {index.name} are in no shard (first: {lacking[0]!r}); fetch it again"
+        )
+    return Content(path, f"folder of {len(shards)} shards", tensors)
+
+
+def _sentence(path: Path) -> Content:
+    """Read the modules of a sentence-transformers folder, each under the name that the model gives it."""
+    tensors: dict[str, Entry] = {}
+    for module in json.loads((path / "modules.json").read_text()):
+        folder = path / module["path"]
+        if not any(next(folder.glob(pattern), None) for pattern in (*_INDICES, *_ENDINGS)):
+            continue  # a pooling layer has no weights
+        name = str(module["name"])
+        tensors |= {f"{name}.{key}": Entry(entry.tensor, ()) for key, entry in _one(folder).tensors.items()}
+    return Content(path, "folder of sentence-transformers", tensors)
+
+
+def _distributed(path: Path) -> Content:
+    """Read a folder of torch.distributed.checkpoint in one process; its description is read without running it."""
+    from torch.distributed.checkpoint.filesystem import FileSystemReader  # imports much
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    try:
+        with (path / ".metadata").open("rb") as stream:
+            metadata = _Descriptions(stream).load()
+        sizes: Mapping[str, Any] = metadata.state_dict_metadata
+        wanted = {
+            name: torch.empty(one.size, dtype=one.properties.dtype)
+            for name, one in sizes.items()
+            if hasattr(one, "properties")
+        }
+        reader = FileSystemReader(path)
+        reader.read_metadata = lambda *_args, **_options: metadata  # type: ignore[method-assign]  # its own runs the pickle
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one process is what is meant
+            load(wanted, storage_reader=reader)
+    except Exception as error:  # noqa: BLE001 -- whatever torch says of what is damaged
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of torch.distributed ({reason}): expected .metadata and the "
+            "files that it names; fetch it again, or convert it by torch.distributed.checkpoint.format_utils"
+        ) from None
+    return Content(path, "folder of torch.distributed.checkpoint", {n: _entry(n, t) for n, t in wanted.items()})
+
+
+def _entry(name: str, tensor: Tensor) -> Entry:
+    return Entry(tensor, (name.split(".", 1)[0],))
+
+
+class _Descriptions(pickle.Unpickler):
+    """Reads the description of a distributed checkpoint: makes its dataclasses, and calls nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class of torch that only describes.
+
+        Raises pickle.UnpicklingError: It is another one.
+        """
+        if module == "pathlib":
+            return PurePosixPath
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return _LAYOUTS.get
+        found = getattr(importlib.import_module(module), name, None) if module in _DESCRIPTIONS else None
+        if dataclasses.is_dataclass(found) or isinstance(found, (enum.EnumMeta, torch.dtype)) or found is torch.Size:
+            return found
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which only running it could restore")
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
