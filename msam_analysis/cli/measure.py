@@ -183,8 +183,8 @@ def show(result: Comparison, home: Path) -> None:
             table.add_column(name, justify=justify, no_wrap=name != "what it is")
         for row in frame.to_dict("records"):
             note = "; NOT converged" if row["converged"] is False else ""
-            cells = (row["metric"], f"{row['value']:.5g}", _error(row), f"{row['meaning']}{note}")
-            table.add_row(*(Text(str(cell)) for cell in cells))
+            texts = (row["metric"], f"{row['value']:.5g}", _error(row), f"{row['meaning']}{note}")
+            table.add_row(*(Text(str(text)) for text in texts))
         console.print(table)
     else:
         rows = {(row["label"], row["metric"]): row for row in frame.to_dict("records")}
