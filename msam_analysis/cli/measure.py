@@ -196,8 +196,8 @@ def show(result: Comparison, home: Path) -> None:
             table.add_column("checkpoint", overflow="fold", no_wrap=max(map(len, result)) <= console.width // 2)
             for metric in part:
                 table.add_column(Text(columns[metric][0]), justify="right", overflow="fold")
-            for label, *cells in zip(result, *(columns[metric][1:] for metric in part), strict=True):
-                table.add_row(Text(label), *map(Text, cells))
+            for label, *found in zip(result, *(columns[metric][1:] for metric in part), strict=True):
+                table.add_row(Text(label), *map(Text, found))
             console.print(table)
         console.print("± residual or standard error; * not converged", highlight=False)
     console.print(Text(_settings(result)), soft_wrap=True)
