@@ -44,8 +44,6 @@ def main() -> None:
         _refuse(str(error) or brief(error), told=True)
     except (ValueError, TypeError, ImportError, OSError) as error:
         _refuse(str(error) or brief(error))
-    except SystemExit as error:
-        _refuse(f"a function of yours ended the program (exit code {error.code}): expected it to return", told=True)
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     if code == _INTERRUPTED and rank() == 0:

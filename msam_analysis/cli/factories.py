@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,12 @@ def load_objectives(
     """
     factory, batches, loss_fn = parts(model, data, loss, device)
     chosen: dict[str, Any] = {"batchnorm": batchnorm, "device": device, "parameters": parameters}
-    objectives = [Objective(load_model(path, factory), loss_fn, batches, **chosen) for path in checkpoints]
+    with returning():
+        objectives = [Objective(load_model(path, factory), loss_fn, batches, **chosen) for path in checkpoints]
     try:
-        for objective in objectives:
-            objective.loss()
+        with returning():
+            for objective in objectives:
+                objective.loss()
     except Exception as error:
         raise ValueError(f"model, data and loss do not work together: {brief(error)}") from error
     return objectives
@@ -59,6 +62,17 @@ def parts(model: str, data: str, loss: str | None, device: str | None) -> tuple[
     return load_object(model), batches, loss_fn
 
 
+@contextlib.contextmanager
+def returning() -> Iterator[None]:
+    """Raise ``ValueError`` where a user's function ends the program in place of returning."""
+    try:
+        yield
+    except SystemExit as error:
+        raise ValueError(
+            f"a function of yours ended the program (exit code {error.code}): expected it to return"
+        ) from error
+
+
 def own_loss(model: nn.Module, batch: Any) -> Any:
     """Return the output of a model of transformers, which holds its loss: it is weighted by the labels that count."""
     return model(**batch)
@@ -72,7 +86,8 @@ def load_object(reference: str) -> Callable[[], Any]:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found: Any = importlib.import_module(module_name)
+        with returning():
+            found: Any = importlib.import_module(module_name)
     except Exception as error:
         raise ValueError(
             f"cannot import {module_name!r} ({brief(error)}): check the name, the folder you are in and the module"
@@ -90,7 +105,8 @@ def make(reference: str) -> Any:
     """Call the factory of a reference."""
     factory = load_object(reference)
     try:
-        return factory()
+        with returning():
+            return factory()
     except Exception as error:
         raise ValueError(f"{reference} failed with {brief(error)}") from error
 

@@ -24,7 +24,7 @@ from rich.text import Text
 from msam_analysis import plots, report
 from msam_analysis.checkpoints.comparing import compare
 from msam_analysis.checkpoints.naming import distinct_names, expand, numbered
-from msam_analysis.cli.factories import brief, parts
+from msam_analysis.cli.factories import brief, parts, returning
 from msam_analysis.cli.names import listed
 from msam_analysis.measures.summary import DEFAULT_METRICS, MAX_HVPS, METRICS, RADII, TOLERANCE
 from msam_analysis.results import Comparison, atomic_path
@@ -119,7 +119,7 @@ def _compared(
 ) -> Comparison:
     """Measure; what a user's own functions raise becomes a sentence."""
     try:
-        with warnings.catch_warnings():
+        with returning(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="compare: ")  # the failures are told at the end
             return compare(checkpoints, factory, loss_fn, batches, tick=tick, **options)
     except (ValueError, TypeError, RuntimeError, OSError):
@@ -194,11 +194,11 @@ def show(result: Comparison, home: Path) -> None:
         }
         for part in _fitting(columns, list(result), console.width):
             table = Table()
-            table.add_column("checkpoint", overflow="fold")
+            table.add_column("checkpoint", overflow="fold", no_wrap=max(map(len, result)) <= console.width // 2)
             for metric in part:
                 table.add_column(Text(columns[metric][0]), justify="right", overflow="fold")
-            for label, *cells in zip(result, *(columns[metric][1:] for metric in part), strict=True):
-                table.add_row(Text(label), *map(Text, cells))
+            for label, *found in zip(result, *(columns[metric][1:] for metric in part), strict=True):
+                table.add_row(Text(label), *map(Text, found))
             console.print(table)
         console.print("± residual or standard error; * not converged", highlight=False)
     console.print(Text(_settings(result)), soft_wrap=True)

@@ -232,7 +232,9 @@ def test_another_number_of_draws_is_paired_as_far_as_it_goes() -> None:
     frame = results.Comparison(measurements={"a": first, "b": cut}, sources={}, baseline="a").to_frame()
     assert few.values is not None
     draws = few.values - draws_of(first, "trace")[:9]
-    assert frame[frame["metric"] == "trace"]["difference_uncertainty"].iloc[1] == pytest.approx(float(draws.std() / 3), rel=1e-12)
+    assert frame[frame["metric"] == "trace"]["difference_uncertainty"].iloc[1] == pytest.approx(
+        float(draws.std() / 3), rel=1e-12
+    )
     alone_ = results.Comparison(measurements={"a": first, "b": cut}, sources={}, baseline="gone").to_frame()
     assert alone_["difference"].isna().all()
 

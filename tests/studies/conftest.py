@@ -59,6 +59,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / f"{MODULE}.py").write_text(SOURCE)
     (tmp_path / "broken.py").write_text("def model(:\n")
     (tmp_path / "raising.py").write_text("raise RuntimeError('this module cannot be imported')\n")
+    (tmp_path / "leaving.py").write_text("raise SystemExit(3)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])

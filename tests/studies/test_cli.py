@@ -41,6 +41,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         r"ended the program \(exit code 0\)",
     ),
     "data that end the program": (with_option("--data", f"{MODULE}:leaves"), r"ended the program"),
+    "a module that ends the program": (with_option("--model", "leaving:model"), r"ended the program \(exit code 3\)"),
     "no samples": (with_option("--samples", "0"), r"samples must be a positive integer.*0"),
     "no budget": (with_option("--budget", "0"), r"budget must be a number of seconds above 0"),
     "a metric that is none": (with_option("--metrics", "loss,sharp"), r"metrics must be of .*'sharp'"),

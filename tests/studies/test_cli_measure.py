@@ -376,6 +376,7 @@ def test_results_are_saved_before_they_are_printed(where: str, bench: Path) -> N
     outcome = ended(["sh", "-c", line], bench, {**variables, **ascii_only})
     assert (bench / "out" / "run-checkpoint" / "metrics.csv").is_file(), outcome.err
     assert "Traceback" not in outcome.err
+    assert "yours" not in outcome.err
 
 
 def test_progress_in_a_log_is_sparse(bench: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
