@@ -131,7 +131,7 @@ def test_further_options(bench: Path, command: Command) -> None:
     options = ("--samples", 7, "--dtype", "float64", "--parameters", "0.*", "--no-examine", "--quiet")
     outcome = command(*GOOD, "--metrics", "loss,eigenvalues", "--eigenvalues", 1, "--tolerance", 1e-8, *options)
     assert outcome.code == 0, outcome.err
-    for words in ("samples 7", "dtype float64", "parameters 25", "examination left out"):
+    for words in ("samples 7", "dtype float64", "parameters 25", "not examined"):
         assert words in outcome.out
     chosen = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:7].sort().values
     whole = ma.Objective(
