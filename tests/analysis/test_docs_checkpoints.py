@@ -27,8 +27,10 @@ def test_examples_run_in_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)
-    pytest.importorskip("transformers")
+    library = pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
+    shape = {"n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 11, "bos_token_id": 0, "eos_token_id": 0}
+    library.GPT2LMHeadModel(library.GPT2Config(**shape)).save_pretrained("gpt", max_shard_size="2KB")
     names: dict[str, Any] = {"__name__": "a_page"}
     monkeypatch.setitem(sys.modules, "a_page", type(sys)("a_page"))
     with torch.random.fork_rng(devices=[]):
@@ -45,7 +47,7 @@ def test_examples_run_in_their_order(
         "'state_dict.model.'",
     ):
         assert words in said, words
-    assert "tied to others (lm_head.weight)" in said or "loaded by GPT2LMHeadModel" in said
+    assert "gpt, loaded by GPT2LMHeadModel" in said
     assert list(names["result"]) == ["first", "other"]
     assert {path.name for path in (tmp_path / "kept").iterdir()} == {"first", "other"}
 
@@ -53,7 +55,8 @@ def test_examples_run_in_their_order(
 def test_a_format_takes_three_lines_at_most() -> None:
     formats = EXAMPLES[1:-1]
     assert len(formats) >= 8
-    assert all(len(example.strip().splitlines()) <= 3 for example in formats)
+    lines = [[line for line in example.splitlines() if line.strip()] for example in formats]
+    assert max(map(len, lines)) <= 3
 
 
 def test_options_exist() -> None:
