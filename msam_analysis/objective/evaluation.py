@@ -329,14 +329,27 @@ class Evaluation:
             if skip:
                 skip -= 1
                 continue
-            cutting: contextlib.AbstractContextManager[list[tuple[Tensor, Tensor]]]
-            cutting = self.copy.cut_outputs() if cut else contextlib.nullcontext([])
-            with ALONE, cutting as pairs:
-                # Every batch has its own seed: none sees what another drew.
-                stream.restart(self.seed + index)
-                self.settle(point, constants)
-                evaluated = self.evaluate(batch, weight)
-            yield BatchLoss(*evaluated, *zip(*pairs, strict=True))
+            yield self._batch_loss(index, batch, weight, point, constants, stream, cut=cut)  # held by nothing here
+
+    def _batch_loss(
+        self,
+        index: int,
+        batch: Batch,
+        weight: float,
+        point: dict[str, Tensor],
+        constants: dict[str, Tensor],
+        stream: RandomStream,
+        *,
+        cut: bool,
+    ) -> BatchLoss:
+        cutting: contextlib.AbstractContextManager[list[tuple[Tensor, Tensor]]]
+        cutting = self.copy.cut_outputs() if cut else contextlib.nullcontext([])
+        with ALONE, cutting as pairs:
+            # Every batch has its own seed: none sees what another drew.
+            stream.restart(self.seed + index)
+            self.settle(point, constants)
+            evaluated = self.evaluate(batch, weight)
+        return BatchLoss(*evaluated, *zip(*pairs, strict=True))
 
     def evaluate(self, batch: Batch, weight: float) -> tuple[Tensor, float]:
         """Return the mean loss of a batch and its weight, at the tensors in place."""

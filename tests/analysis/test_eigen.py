@@ -555,9 +555,7 @@ def test_a_graph_that_is_not_kept_is_gone_before_the_next() -> None:
     with torch.random.fork_rng(devices=[]):
         model = torch.nn.Sequential(torch.nn.Linear(3, 2), Watched()).double()
     for graph_bytes, most in ((0, 0), (2**20, 3)):
-        objective = ma.Objective(model, torch.nn.MSELoss(), data, graph_bytes=graph_bytes)
-        objective.examine()  # holds graphs of its own
-        hessian = objective.hessian()
+        hessian = ma.Objective(model, torch.nn.MSELoss(), data, graph_bytes=graph_bytes).hessian()
         Watched.graphs.clear()
         Watched.alive.clear()
         hessian.matvec(normal(8, seed=1))
