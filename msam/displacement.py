@@ -6,7 +6,7 @@ import hashlib
 import math
 import warnings
 import weakref
-from itertools import chain
+from itertools import chain, islice
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -24,7 +24,7 @@ __all__ = ["BOOKKEEPING", "COPIES", "Displacement", "Move", "Restore"]
 
 Restore = Literal["auto", "subtract", "copy"]
 
-_PARAMS = itemgetter("params")
+_PARAMS, _LR = itemgetter("params"), itemgetter("lr")
 _EXACT = (torch.float32, torch.float64)  # dtypes in which "auto" adds and subtracts, and loses no digit that matters
 
 BOOKKEEPING: dict[str, Any] = {"standing": None, "applied": None}
@@ -191,7 +191,9 @@ class Displacement:
     def notice_writes(self) -> None:
         """Let what others wrote to displaced parameters be their true weights: their ε is dropped, with a warning."""
         groups = self._owner.param_groups
-        written = self._watch.written(list(chain.from_iterable(map(_PARAMS, groups)))) if groups[0]["training"] else []
+        if not (self._watch.versions and groups[0]["training"]):
+            return
+        written = self._watch.written(list(chain.from_iterable(map(_PARAMS, groups))))
         if not any(written):
             return
         flags, count = iter(written), 0
@@ -255,6 +257,8 @@ class Displacement:
 
     def take_back(self, group: dict[str, Any]) -> None:
         """Return a group to the true weights for good, by taking away exactly what was applied."""
+        if group["standing"] is None:
+            return
         copied, subtracted = self.copied_and_subtracted(group)
         if copied:
             parts = parted(copied)
@@ -332,21 +336,21 @@ class Displacement:
         groups, perturbation = self._owner.param_groups, self.perturbation
         if perturbation is None:
             return []
-        rhos = [self._rho(group) for group in groups]
+        rhos = [*map(self._rho, groups)]
         if all(not isinstance(rho, Tensor) and rho == 0 for rho in rhos):
             return [Move(group, [], [], torch.zeros(())) for group in groups] if self.climbs else []
-        members = [self._movable(group) for group in groups]
-        flat = [p for some in members for p in some]
+        members = [*map(self._movable, groups)]
+        flat = [*chain.from_iterable(members)]
         directions = self._directions(flat)
         norm = self.norm = perturbation.norm(directions, flat, self.among)
         if not WHOLE.issuperset(map(type, flat)):
             directions, flat = here(directions), here(flat)
-        factors = perturbation.factors(directions, flat, rhos, [group["lr"] for group in groups], norm)
+        factors = perturbation.factors(directions, flat, rhos, [*map(_LR, groups)], norm)
         shaped = iter(perturbation.shaped(directions, flat))
         moves = []
         for group, some, factor in zip(groups, members, factors, strict=True):
             negated = group["maximize"] and perturbation.direction in ("gradient", "last_gradient")
-            moves.append(Move(group, some, [next(shaped) for _ in some], -factor if negated else factor))
+            moves.append(Move(group, some, [*islice(shaped, len(some))], -factor if negated else factor))
         return moves
 
     def _rho(self, group: dict[str, Any]) -> Number:
