@@ -7,7 +7,7 @@ import math
 import warnings
 import weakref
 from itertools import chain, islice
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -25,6 +25,7 @@ __all__ = ["BOOKKEEPING", "COPIES", "Displacement", "Move", "Restore"]
 Restore = Literal["auto", "subtract", "copy"]
 
 _PARAMS, _LR = itemgetter("params"), itemgetter("lr")
+_LAYOUT = attrgetter("shape", "dtype", "is_cpu")
 _EXACT = (torch.float32, torch.float64)  # dtypes in which "auto" adds and subtracts, and loses no digit that matters
 
 BOOKKEEPING: dict[str, Any] = {"standing": None, "applied": None}
@@ -103,6 +104,7 @@ class Displacement:
         # where the direction lies in a parameter's state; gradient and noise are not there
         self.key = {"momentum": momentum_key, "last_gradient": "last_gradient"}.get(str(direction))
         self._watch = Watch()
+        self._spare: dict[Tensor, Tensor] = {}  # SAM's copies on the CPU, where new memory costs as much as the rest
         # dtypes that come back by subtraction; None where all do
         self._subtracted = None if restore == "subtract" else _EXACT if restore == "auto" and lasts else ()
         self._owner: Any = weakref.proxy(optimizer)  # no cycle: an optimizer is freed with its last reference
@@ -322,12 +324,25 @@ class Displacement:
         self.look()
 
     def _keep_copies(self, members: list[Tensor]) -> None:
+        """Copy weights, in place where there is a copy, so that a captured graph finds it again."""
+        kept = []
         for p in members:
-            state = self._owner.state[p]
+            state, spare = self._owner.state[p], self._spare.get(p)
+            if "true_weight" not in state and spare is not None and _LAYOUT(spare) == _LAYOUT(p):
+                state["true_weight"] = spare
             if "true_weight" in state:
-                state["true_weight"].copy_(p)  # in place, for captured graphs
-            else:
-                state["true_weight"] = p.detach().clone()
+                kept.append(p)
+                continue
+            state["true_weight"] = p.detach().clone()
+            if self.climbs and p.is_cpu and type(p) in WHOLE and not torch.compiler.is_compiling():
+                self._spare[p] = state["true_weight"]
+        if kept:
+            parts = parted(kept)
+            torch._foreach_copy_(parts(self.copies(kept)), parts(kept))
+
+    def hand_out(self) -> None:
+        """Write no more to the copies that are there, because somebody else has them now."""
+        self._spare.clear()
 
     # ---------------------------------------------------------------- which way, and how far
 
