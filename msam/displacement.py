@@ -312,14 +312,13 @@ class Displacement:
             elif copied:
                 self._keep_copies(copied)
                 add_scaled_(copied, self._shaped(copied), group["applied"])
-            if subtracted:
-                kept = [self._owner.state[p].pop("perturbed_weight") for p in subtracted]
-                were = [before.clone() for before in kept]
-                add_scaled_(were, self._directions(subtracted), -group["applied"])
-                unchanged = [p == w for p, w in zip(subtracted, were, strict=True)]
-                add_scaled_(subtracted, self._directions(subtracted), group["applied"])
-                for p, same, before in zip(subtracted, unchanged, kept, strict=True):
-                    p.copy_(torch.where(same, before, p))
+            for p in subtracted:  # one after the other, so that the same few pages serve all
+                before, along = self._owner.state[p].pop("perturbed_weight"), self._directions([p])
+                was = before.clone()
+                add_scaled_([was], along, -group["applied"])
+                unchanged = p == was
+                add_scaled_([p], along, group["applied"])
+                p.copy_(torch.where(unchanged, before, p))
         self._owner.param_groups[0]["training"] = True
         self.look()
 
