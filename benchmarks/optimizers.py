@@ -1,24 +1,31 @@
 """What a step of the optimizers costs, in time, traffic and memory; docs/optimizers.md says how to read it.
 
-``python benchmarks/optimizers.py`` takes under four minutes on one core. ``--device cuda`` times the same table on a
-GPU, eager and replayed from a captured graph, and checks that no step waits for the device; no figures of it are kept
-here yet. ``pytorch_optimizer`` is compared with if it is installed; davda54/sam is not on PyPI.
+``python benchmarks/optimizers.py`` takes under four minutes on one core; two processes take part where it is FSDP2.
+``--device cuda`` times the same table on a GPU, eager and replayed from a captured graph, and checks that no step waits
+for the device; no figures of it are kept here yet. ``pytorch_optimizer`` is compared with if it is installed;
+davda54/sam is not on PyPI.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import importlib.util
 import json
+import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from common import Action, interleaved, machine, quartiles, ratio, save
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy, relu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -267,15 +274,57 @@ def time_training(options: argparse.Namespace, repetitions: int) -> list[dict[st
     return table
 
 
+# ---------------------------------------------------------------- divided parameters
+
+SHARDED: dict[str, tuple[Maker, str]] = {  # torch's fused SGD refuses parameters that are divided
+    "SGD, not fused": (lambda p: torch.optim.SGD(p, **SGD).step, "SGD, not fused"),
+    "MSAM, not fused": (STEPS["MSAM, not fused"][0], "SGD, not fused"),
+    "MSAM": (STEPS["MSAM"][0], "SGD, not fused"),
+    "SAM, both steps": (STEPS["SAM, both steps"][0], "SGD, not fused"),
+    "AdamW": (STEPS["AdamW"][0], "AdamW"),
+    "AdamWMSAM": (STEPS["AdamWMSAM"][0], "AdamW"),
+}
+
+
+def sharded(rank: int, folder: str, repetitions: int) -> None:
+    """One of the processes that hold WRN-16-4 together; the first one writes its times."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    actions: dict[str, Action] = {}
+    for name, (make, _) in SHARDED.items():
+        model = fully_shard(wrn(), mesh=mesh)
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.01)
+        actions[name] = make(list(model.parameters()))
+    times = interleaved(actions, repetitions, "cpu", "cpu")
+    if rank == 0:
+        Path(folder, "times.json").write_text(json.dumps(times), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def time_sharded(repetitions: int) -> list[dict[str, Any]]:
+    """One step of WRN-16-4 under FSDP2 in two processes: each one's own time, without what it waits for the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(sharded, args=(folder, repetitions), nprocs=2)  # type: ignore[no-untyped-call]
+        times = json.loads(Path(folder, "times.json").read_text(encoding="utf-8"))
+    table = []
+    for name, values in times.items():
+        base = SHARDED[name][1]
+        table.append({"optimizer": name, **quartiles(values), "base": base, **ratio(values, times[base])})
+        print(row_of(table[-1]))
+    return table
+
+
 # ---------------------------------------------------------------- memory
 
 
 class Allocations(TorchDispatchMode):
     """Counts the bytes of tensors made inside it: how many were alive at once."""
 
-    def __init__(self, known: list[Tensor]) -> None:
+    def __init__(self, known: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.seen = {t.untyped_storage()._cdata for t in known}
+        self.seen = set(known)
         self.live = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -306,31 +355,42 @@ MEMORY: dict[str, Callable[[list[nn.Parameter]], Any]] = {
 }
 
 
+def storages() -> dict[int, int]:
+    """Bytes of every tensor that is alive, by storage."""
+    alive = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter)]
+    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in alive}
+
+
+def memory_of(name: str, make: Callable[[list[nn.Parameter]], Any], shapes: Shapes, device: str) -> dict[str, Any]:
+    """Bytes of all that lives on between steps, and of temporary tensors at most, as multiples of the parameters'."""
+    ps = parameters(shapes, device)
+    size, before = sum(p.numel() * p.element_size() for p in ps), storages()
+    optimizer = make(ps)
+    act = both(optimizer) if name == "SAM" else optimizer.step
+    act()
+    act()
+    after = storages()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        act()
+        peak = torch.cuda.max_memory_allocated() - allocated
+    else:
+        with Allocations(set(after)) as allocations:
+            act()
+        peak = allocations.peak
+    lasting = sum(after[key] for key in after.keys() - before.keys())
+    return {"optimizer": name, "lasting_per_parameter": lasting / size, "temporary_per_parameter": peak / size}
+
+
 def measure_memory(shapes: Shapes, device: str) -> list[dict[str, Any]]:
-    """Bytes kept between steps, and temporary ones at most within a step, as multiples of the parameters' size."""
+    """A row for each optimizer."""
     table = []
     for name, make in MEMORY.items():
-        ps = parameters(shapes, device)
-        size = sum(p.numel() * p.element_size() for p in ps)
-        optimizer = make(ps)
-        act = both(optimizer) if name == "SAM" else optimizer.step
-        act()
-        act()
-        kept = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            act()
-            peak = torch.cuda.max_memory_allocated() - before
-        else:
-            with Allocations([*ps, *(p.grad for p in ps if p.grad is not None), *kept]) as allocations:
-                act()
-            peak = allocations.peak
-        lasting = sum(t.numel() * t.element_size() for t in kept)
-        table.append(
-            {"optimizer": name, "lasting_per_parameter": lasting / size, "temporary_per_parameter": peak / size}
-        )
-        print(f"  {name:20s} lasting {lasting / size:6.3f}   temporary, at most {peak / size:6.3f}   of the parameters")
+        gc.collect()
+        table.append(memory_of(name, make, shapes, device))
+        lasting, peak = table[-1]["lasting_per_parameter"], table[-1]["temporary_per_parameter"]
+        print(f"  {name:20s} lasting {lasting:6.3f}   temporary, at most {peak:6.3f}   of the parameters")
     return table
 
 
@@ -338,6 +398,7 @@ def markdown(results: dict[str, Any]) -> str:
     """The figures as the Markdown table in ``docs/optimizers.md``."""
     lines = ["| what | optimizer | median, ms (quartiles) | of its base (quartiles) | floor |", "|---|---|---|---|---|"]
     tables = {f"step, {name}": part["table"] for name, part in results["steps"].items()}
+    tables["step, WRN-16-4, FSDP2 in two processes"] = results["sharded"]["table"]
     tables[f"training step, WRN-16-4, batch {results['options']['batch']}"] = results["training"]["table"]
     for what, table in tables.items():
         for row in table:
@@ -385,6 +446,8 @@ def main() -> None:
             "repetitions": repetitions,
             "table": time_steps(shapes, options, repetitions),
         }
+    print("one step, WRN-16-4, FSDP2 in two processes, each one's own time")
+    results["sharded"] = {"clock": "cpu", "processes": 2, "table": time_sharded(options.repetitions)}
     print(f"one training step, WRN-16-4, batch {options.batch}")
     results["training"] = {"repetitions": options.training, "table": time_training(options, options.training)}
     print("memory of a step, WRN-16-4")

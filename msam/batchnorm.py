@@ -24,7 +24,8 @@ class _Pause:
         self._layers: list[tuple[_NormBase, str, Any]] = []
         self._seen: set[int] = set()
 
-    def add(self, model: nn.Module) -> None:
+    def add(self, model: nn.Module, _: Any = None) -> None:
+        """Pause the layers of a model; as a hook, of one that is about to run."""
         if id(model) in self._seen:
             return
         for module in model.modules():
@@ -66,7 +67,7 @@ def frozen_batchnorm_statistics(model: nn.Module) -> Iterator[None]:
 def frozen_statistics_of_whatever_runs() -> Iterator[None]:
     """Let every module that is called inside the block run without collecting running statistics."""
     pause = _Pause()
-    handle = register_module_forward_pre_hook(lambda module, _: pause.add(module))
+    handle = register_module_forward_pre_hook(pause.add)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .shards import here
+from .shards import parted
 
 __all__ = ["Closure", "evaluate_anew", "without_base"]
 
@@ -46,14 +46,17 @@ def evaluate_anew(closure: Closure, parameters: list[Tensor]) -> Any:
     RuntimeError
         If the mark stays: the closure adds to what was there.
     """
-    left = min((p for p in parameters if p.grad is not None and here([p])[0].numel()), key=Tensor.numel, default=None)
-    if left is None:
+    given, parts = [p for p in parameters if p.grad is not None], parted(parameters)
+    sizes = list(map(Tensor.numel, parts(given)))
+    smallest = min(filter(None, sizes), default=None)  # one without elements here holds no mark
+    if smallest is None:
         return closure()
+    left = given[sizes.index(smallest)]
     kept, mark = left.grad, torch.full_like(left, math.nan)
     left.grad = mark
     try:
         loss = closure()
-        if left.grad is mark and here([mark])[0].isnan().all():
+        if left.grad is mark and parts([mark])[0].isnan().all():
             raise RuntimeError(
                 "expected a closure that clears the gradients before it computes its own, got one that adds to those "
                 "that were there; call zero_grad() first in the closure, or before step(closure), and for an "

@@ -6,8 +6,8 @@ import hashlib
 import math
 import warnings
 import weakref
-from itertools import chain
-from operator import itemgetter
+from itertools import chain, islice
+from operator import attrgetter, itemgetter
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -24,7 +24,8 @@ __all__ = ["BOOKKEEPING", "COPIES", "Displacement", "Move", "Restore"]
 
 Restore = Literal["auto", "subtract", "copy"]
 
-_PARAMS = itemgetter("params")
+_PARAMS, _LR = itemgetter("params"), itemgetter("lr")
+_LAYOUT = attrgetter("shape", "dtype", "is_cpu")
 _EXACT = (torch.float32, torch.float64)  # dtypes in which "auto" adds and subtracts, and loses no digit that matters
 
 BOOKKEEPING: dict[str, Any] = {"standing": None, "applied": None}
@@ -103,6 +104,7 @@ class Displacement:
         # where the direction lies in a parameter's state; gradient and noise are not there
         self.key = {"momentum": momentum_key, "last_gradient": "last_gradient"}.get(str(direction))
         self._watch = Watch()
+        self._spare: dict[Tensor, Tensor] = {}  # SAM's copies on the CPU, where new memory costs as much as the rest
         # dtypes that come back by subtraction; None where all do
         self._subtracted = None if restore == "subtract" else _EXACT if restore == "auto" and lasts else ()
         self._owner: Any = weakref.proxy(optimizer)  # no cycle: an optimizer is freed with its last reference
@@ -191,7 +193,9 @@ class Displacement:
     def notice_writes(self) -> None:
         """Let what others wrote to displaced parameters be their true weights: their ε is dropped, with a warning."""
         groups = self._owner.param_groups
-        written = self._watch.written(list(chain.from_iterable(map(_PARAMS, groups)))) if groups[0]["training"] else []
+        if not (self._watch.versions and groups[0]["training"]):
+            return
+        written = self._watch.written(list(chain.from_iterable(map(_PARAMS, groups))))
         if not any(written):
             return
         flags, count = iter(written), 0
@@ -255,6 +259,8 @@ class Displacement:
 
     def take_back(self, group: dict[str, Any]) -> None:
         """Return a group to the true weights for good, by taking away exactly what was applied."""
+        if group["standing"] is None:
+            return
         copied, subtracted = self.copied_and_subtracted(group)
         if copied:
             parts = parted(copied)
@@ -306,24 +312,36 @@ class Displacement:
             elif copied:
                 self._keep_copies(copied)
                 add_scaled_(copied, self._shaped(copied), group["applied"])
-            if subtracted:
-                kept = [self._owner.state[p].pop("perturbed_weight") for p in subtracted]
-                were = [before.clone() for before in kept]
-                add_scaled_(were, self._directions(subtracted), -group["applied"])
-                unchanged = [p == w for p, w in zip(subtracted, were, strict=True)]
-                add_scaled_(subtracted, self._directions(subtracted), group["applied"])
-                for p, same, before in zip(subtracted, unchanged, kept, strict=True):
-                    p.copy_(torch.where(same, before, p))
+            for p in subtracted:  # one after the other, so that the same few pages serve all
+                before, along = self._owner.state[p].pop("perturbed_weight"), self._directions([p])
+                was = before.clone()
+                add_scaled_([was], along, -group["applied"])
+                unchanged = p == was
+                add_scaled_([p], along, group["applied"])
+                p.copy_(torch.where(unchanged, before, p))
         self._owner.param_groups[0]["training"] = True
         self.look()
 
     def _keep_copies(self, members: list[Tensor]) -> None:
+        """Copy weights, in place where there is a copy, so that a captured graph finds it again."""
+        kept = []
         for p in members:
-            state = self._owner.state[p]
+            state, spare = self._owner.state[p], self._spare.get(p)
+            if "true_weight" not in state and spare is not None and _LAYOUT(spare) == _LAYOUT(p):
+                state["true_weight"] = spare
             if "true_weight" in state:
-                state["true_weight"].copy_(p)  # in place, for captured graphs
-            else:
-                state["true_weight"] = p.detach().clone()
+                kept.append(p)
+                continue
+            state["true_weight"] = p.detach().clone()
+            if self.climbs and p.is_cpu and type(p) in WHOLE and not torch.compiler.is_compiling():
+                self._spare[p] = state["true_weight"]
+        if kept:
+            parts = parted(kept)
+            torch._foreach_copy_(parts(self.copies(kept)), parts(kept))
+
+    def hand_out(self) -> None:
+        """Write no more to the copies that are there, because somebody else has them now."""
+        self._spare.clear()
 
     # ---------------------------------------------------------------- which way, and how far
 
@@ -332,21 +350,21 @@ class Displacement:
         groups, perturbation = self._owner.param_groups, self.perturbation
         if perturbation is None:
             return []
-        rhos = [self._rho(group) for group in groups]
+        rhos = [*map(self._rho, groups)]
         if all(not isinstance(rho, Tensor) and rho == 0 for rho in rhos):
             return [Move(group, [], [], torch.zeros(())) for group in groups] if self.climbs else []
-        members = [self._movable(group) for group in groups]
-        flat = [p for some in members for p in some]
+        members = [*map(self._movable, groups)]
+        flat = [*chain.from_iterable(members)]
         directions = self._directions(flat)
         norm = self.norm = perturbation.norm(directions, flat, self.among)
         if not WHOLE.issuperset(map(type, flat)):
             directions, flat = here(directions), here(flat)
-        factors = perturbation.factors(directions, flat, rhos, [group["lr"] for group in groups], norm)
+        factors = perturbation.factors(directions, flat, rhos, [*map(_LR, groups)], norm)
         shaped = iter(perturbation.shaped(directions, flat))
         moves = []
         for group, some, factor in zip(groups, members, factors, strict=True):
             negated = group["maximize"] and perturbation.direction in ("gradient", "last_gradient")
-            moves.append(Move(group, some, [next(shaped) for _ in some], -factor if negated else factor))
+            moves.append(Move(group, some, [*islice(shaped, len(some))], -factor if negated else factor))
         return moves
 
     def _rho(self, group: dict[str, Any]) -> Number:

@@ -462,6 +462,7 @@ class PerturbedOptimizer(Optimizer, ABC):
         It belongs to the model's weights as they are now, displaced or not: save the two together.
         """
         self._displacement.notice_writes()
+        self._displacement.hand_out()
         state = super().state_dict()
         for group in state["param_groups"]:
             if isinstance(group["rho"], Schedule):

@@ -22,7 +22,7 @@ Direction = Literal["momentum", "gradient", "last_gradient", "random"]
 Normalization = Literal["l2", "none", "lr"]
 Scale = Literal["none", "adaptive", "relative"]
 
-_IS_CPU = attrgetter("is_cpu")
+_IS_CPU, _DTYPE = attrgetter("is_cpu"), attrgetter("dtype")
 _SMALL = 1e-10  # down to this norm, squares of float32 that underflow are less than its rounding
 _PIECE = 1 << 17  # elements a sum in float32 may run over on the CPU before it loses digits
 
@@ -266,7 +266,7 @@ def along_gradient(rho: float | Schedule, adaptive: bool, subset: Subset) -> Per
 
 def widest_dtype(tensors: list[Tensor]) -> torch.dtype:
     """Return the dtype of scalars that belong to all the tensors: float64 if one of them has it, else float32."""
-    return torch.float64 if torch.float64 in [tensor.dtype for tensor in tensors] else torch.float32
+    return torch.float64 if torch.float64 in map(_DTYPE, tensors) else torch.float32
 
 
 def global_norm(tensors: list[Tensor], groups: Groups = ()) -> Tensor:

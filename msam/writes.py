@@ -27,7 +27,7 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self._versions: list[int] = []
+        self.versions: list[int] = []  # empty while nothing is remembered
         self._places: list[int] = []
         self._held: list[Tensor] = []  # the same memory under another name
 
@@ -36,23 +36,23 @@ class Watch:
         if torch.compiler.is_compiling():
             self.forget()
             return
-        self._versions, places = _marks(tensors)
+        self.versions, places = _marks(tensors)
         if places != self._places:
             self._places, self._held = places, [t.data for t in here(tensors)]
 
     def forget(self) -> None:
         """Remember nothing, so that nothing counts as written."""
-        self._versions = []
+        self.versions = []
 
     def written(self, tensors: list[Tensor]) -> list[bool]:
         """Return for each tensor whether it was written; empty if none was. Tensors added since were not."""
-        if torch.compiler.is_compiling() or not self._versions:
+        if torch.compiler.is_compiling() or not self.versions:
             return []
-        known = tensors[: len(self._versions)]
+        known = tensors[: len(self.versions)]
         versions, places = _marks(known)
-        if versions == self._versions and places == self._places:
+        if versions == self.versions and places == self._places:
             return []
-        now, before = zip(versions, places, strict=True), zip(self._versions, self._places, self._held, strict=True)
+        now, before = zip(versions, places, strict=True), zip(self.versions, self._places, self._held, strict=True)
         return [
             version != old_version or (place != old_place and not _holds(held, t))
             for t, (version, place), (old_version, old_place, held) in zip(here(known), now, before, strict=True)

@@ -163,6 +163,57 @@ def test_no_copy_lasts_where_none_is_needed(name: str) -> None:
     assert not any("true_weight" in state for state in opt.state.values())
 
 
+def climb(model: nn.Module, opt: Any, step: int) -> list[torch.Tensor]:
+    """SAM's first pass; the copies of the true weights that stand after it."""
+    opt.zero_grad()
+    backward(loss(model, step))
+    opt.first_step(zero_grad=True)
+    return [opt.state[p]["true_weight"] for p in model.parameters()]
+
+
+def test_copies_of_sam_lie_where_they_lay() -> None:
+    """New memory in every step would cost as much time as the rest of it."""
+    model = network(torch.float32)
+    opt = BY_NAME["SAM"].make(model.parameters())
+    places = []
+    for step in range(3):
+        places.append([copy.data_ptr() for copy in climb(model, opt, step)])
+        backward(loss(model, step))
+        opt.second_step()
+    assert places[0] == places[1] == places[2]
+
+
+def test_copies_that_were_handed_out_are_not_written() -> None:
+    """Another optimizer that took a state between the two passes returns to the true weights of then."""
+    model, other = network(torch.float32), network(torch.float32)
+    opt, taker = BY_NAME["SAM"].make(model.parameters()), BY_NAME["SAM"].make(other.parameters())
+    before = snapshot(climb(model, opt, 0))
+    other.load_state_dict(saved_state(model))
+    taker.load_state_dict(opt.state_dict())
+    for step in range(3):
+        backward(loss(model, step))
+        opt.second_step()
+        climb(model, opt, step)
+    assert same(true_weights(taker), before)
+
+
+def test_copies_follow_the_precision() -> None:
+    """``model.to(dtype)`` between two steps: the copy of before does not fit."""
+    model = network(torch.float64)
+    opt = BY_NAME["SAM"].make(model.parameters())
+    climb(model, opt, 0)
+    backward(loss(model, 0))
+    opt.second_step()
+    model.to(torch.float32)
+    opt.zero_grad()
+    true = snapshot(model.parameters())
+    copies = climb(model, opt, 1)
+    assert {copy.dtype for copy in copies} == {torch.float32}
+    assert same(copies, true)
+    opt.eval()
+    assert same(model.parameters(), true)
+
+
 @pytest.mark.parametrize("scale", ["none", "relative"])
 def test_copies_last_only_while_the_weights_are_displaced(scale: str) -> None:
     """The last gradient is subtracted; scaled by weights it is copied, until eval mode puts the copy in place."""
