@@ -181,7 +181,7 @@ def show(result: Comparison, home: Path) -> None:
         for name in ("metric", "value", "±", "what it is"):
             justify: Literal["left", "right"] = "right" if name in ("value", "±") else "left"
             table.add_column(name, justify=justify, no_wrap=name != "what it is")
-        for row in frame.to_dict("records"):
+        for row in frame[frame["metric"].isin(result.metrics)].to_dict("records"):
             note = "; NOT converged" if row["converged"] is False else ""
             texts = (row["metric"], f"{row['value']:.5g}", _error(row), f"{row['meaning']}{note}")
             table.add_row(*(Text(str(text)) for text in texts))

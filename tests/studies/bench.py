@@ -189,8 +189,10 @@ def objective(loss_fn: Callable[..., torch.Tensor] | None = None, **options: str
 
 
 def check_numbers(table: pd.DataFrame, out: str) -> None:
-    """Every metric is printed, in a line of its own, with its value."""
-    for row in table.to_dict("records"):
+    """Every metric is printed, in a line of its own, with its value; so is what the examination found."""
+    examined = table["metric"] == "examination"
+    assert all(words in " ".join(out.split()) for words in table[examined]["meaning"])
+    for row in table[~examined].to_dict("records"):
         lines = [line for line in out.splitlines() if re.search(rf"(?<!\S){re.escape(row['metric'])}(?!\S)", line)]
         values = [float(n) for line in lines for n in re.findall(r"(?<![\w.=])-?\d+\.?\d*(?:e[-+]\d+)?(?![\w.])", line)]
         assert any(math.isclose(value, row["value"], rel_tol=1e-3) for value in values), (row, lines)
