@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from common import Action, interleaved, machine, quartiles, ratio, save
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy, relu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -293,7 +293,8 @@ def sharded(rank: int, folder: str, repetitions: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
     actions: dict[str, Action] = {}
     for name, (make, _) in SHARDED.items():
-        model = fully_shard(wrn(), mesh=mesh)
+        model = wrn()
+        fully_shard(model, mesh=mesh)
         for p in model.parameters():
             p.grad = torch.full_like(p, 0.01)
         actions[name] = make(list(model.parameters()))
@@ -306,7 +307,7 @@ def sharded(rank: int, folder: str, repetitions: int) -> None:
 def time_sharded(repetitions: int) -> list[dict[str, Any]]:
     """One step of WRN-16-4 under FSDP2 in two processes: each one's own time, without what it waits for the other."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(sharded, args=(folder, repetitions), nprocs=2)  # type: ignore[no-untyped-call]
+        spawn(sharded, args=(folder, repetitions), nprocs=2)
         times = json.loads(Path(folder, "times.json").read_text(encoding="utf-8"))
     table = []
     for name, values in times.items():
