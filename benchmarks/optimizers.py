@@ -381,7 +381,8 @@ def memory_of(name: str, make: Callable[[list[nn.Parameter]], Any], shapes: Shap
             act()
         peak = allocations.peak
     lasting = sum(after[key] for key in after.keys() - before.keys())
-    return {"optimizer": name, "lasting_per_parameter": lasting / size, "temporary_per_parameter": peak / size}
+    kept, most = round(lasting / size, 4), round(peak / size, 4)
+    return {"optimizer": name, "lasting_per_parameter": kept, "temporary_per_parameter": most}
 
 
 def measure_memory(shapes: Shapes, device: str) -> list[dict[str, Any]]:

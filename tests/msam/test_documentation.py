@@ -48,6 +48,7 @@ def test_figures_keep_what_they_promise(model: str) -> None:
     assert training["SAM"] == pytest.approx(2, abs=0.1)
     memory = {row["optimizer"]: row for row in FIGURES["memory"]}
     assert memory["MSAM"]["lasting_per_parameter"] == memory["SGD"]["lasting_per_parameter"]
+    assert memory["SAM"]["lasting_per_parameter"] == memory["SGD"]["lasting_per_parameter"] + 1
     assert memory["MSAM, not fused"]["temporary_per_parameter"] <= 1
 
 
