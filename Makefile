@@ -83,7 +83,7 @@ tests: $(STAMP)  ## pytest, one thread per worker (PYTEST_ARGS="-k name" to choo
 integrations: $(STAMP)  ## install the trackers too, and run the tests inside other people's frameworks (some minutes)
 	@echo "== integrations"
 	@$(PIP) -c constraints.txt -e '.[recipes,tracking]' expecttest
-	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -m integrations tests/integrations \
+	@MSAM_INTEGRATIONS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -m integrations tests/integrations \
 	    --ignore-glob '*/test_torch_*' $(PYTEST_ARGS)
 	@MSAM_INTEGRATIONS=1 OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m integrations \
 	    $(wildcard tests/integrations/test_torch_*.py) $(PYTEST_ARGS)

@@ -143,12 +143,18 @@ class PerturbationCallback(Callback):
                 loss = closure()
                 self._displace()
                 return args, {**kwargs, "closure": lambda: loss}
+            # of the earlier parts: SAM asks for a closure that adds to nothing, and this one adds to them itself
+            held = [(p, p.grad) for group in optimizer.param_groups for p in group["params"] if self._parts[:-1]]
+            for p, _ in held:
+                p.grad = None
             first = True
 
             def again() -> Any:
                 nonlocal first
                 if first:
                     first = False
+                    for p, gradient in held:
+                        p.grad = gradient
                     return closure()
                 with _silent(module):
                     self._earlier_parts(trainer, module, optimizer)
