@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from msam_analysis.checkpoints.loading import Loaded, load
@@ -22,6 +21,7 @@ from msam_analysis.landscape.identity import identity
 from msam_analysis.measures.summary import DEFAULT_METRICS, RADII, SIGMA, TOLERANCE, measure
 from msam_analysis.objective.batches import Batches
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.randomness import drawn_indices
 from msam_analysis.results import BallSharpness, Comparison, Eigenpairs, Measurement, Result, atomic_path
 from msam_analysis.results import load as load_result
 from msam_analysis.results.fingerprint import fingerprint, of_tensors
@@ -167,11 +167,13 @@ class _Measuring:
         loaded = self._loaded(one)
         objective = self._objective(loaded.model)
         source: dict[str, Any] = {"path": str(loaded.path), "taken": loaded.taken}
-        source |= {"step": loaded.step, "epoch": loaded.epoch, "weights": of_tensors([objective.point()])}
+        source |= {"step": loaded.step, "epoch": loaded.epoch}
         if self.out is None:
+            source["weights"] = of_tensors([objective.point()])
             measured = measure(objective, **self.asked, **more)
             return measured if self.vectors else _slim(measured), source
         decides = identity(objective, [], {}, {**self.asked, "vectors": self.vectors, "version": VERSION})
+        source["weights"] = decides["weights"]
         kept = Kept(Path(self.out), label, source, decides)
         keep = kept.keep if self.vectors else lambda name, part: kept.keep(name, _slim(part))
         measured = measure(objective, **self.asked, **more, known=kept.known(), keep=keep)
@@ -183,9 +185,7 @@ class _Measuring:
         if isinstance(self.data, Batches):
             return objective
         if self.samples is not None and self.samples < objective.samples:
-            generator = torch.Generator().manual_seed(self.asked["seed"])
-            chosen = torch.randperm(objective.samples, generator=generator)[: self.samples].sort().values
-            objective = objective.with_samples(chosen)
+            objective = objective.with_samples(drawn_indices(objective.samples, self.samples, self.asked["seed"]))
         self.data = objective.batches
         return objective
 

@@ -37,12 +37,10 @@ _KINDS_OF_NODES = {
 def kind_of(path: Path) -> str:
     """Return ``SAFETENSORS``, ``ARCHIVE``, ``TORCHSCRIPT`` or ``LEGACY``.
 
-    Raises FileNotFoundError: There is no such file.
     Raises ValueError: It is something else; the message says what, and what to do.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}: {EXPECTED}, or a folder of save_pretrained; check the path")
-    mode, size = path.stat().st_mode, path.stat().st_size
+    found = path.stat()
+    mode, size = found.st_mode, found.st_size
     if node := next((name for holds, name in _KINDS_OF_NODES.items() if holds(mode)), None):
         raise refusal(path, f"is {node}", "save its content to a file first")
     if size == 0:

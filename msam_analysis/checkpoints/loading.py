@@ -72,7 +72,7 @@ def load_weights(path: str | os.PathLike[str], *, key: str | None = None) -> dic
         It is no checkpoint (a git-lfs pointer, a web page, an index, ...) or damaged; it cannot be read safely; it
         holds no state dict, or several between which only ``key`` can choose.
     """
-    content = folders.read(existing(path))
+    content = folders.read(Path(path))
     sets: dict[tuple[str, ...], dict[str, Tensor]] = {}
     for name, (tensor, holder) in content.tensors.items():
         sets.setdefault(holder, {})[name[len(".".join(holder)) + bool(holder) :]] = tensor

@@ -150,7 +150,7 @@ def _judged(fit: Fit, tensors: Mapping[str, Entry], model: Model, partial: bool,
     renamed = tuple(name for name in strange if name not in unknown)
     compared = {name: other for name, other in names.items() if not _any(name, ignore)}
     pairs = {name: (model.state[name], tensors[other].tensor) for name, other in compared.items()}
-    reshaped = [name for name, (ours, theirs) in pairs.items() if not _lazy(ours) and ours.shape != theirs.shape]
+    reshaped = [name for name, (ours, theirs) in pairs.items() if not is_lazy(ours) and ours.shape != theirs.shape]
     kinds = [name for name, (ours, theirs) in pairs.items() if not _castable(theirs, ours)]
     split = [
         name
@@ -219,10 +219,6 @@ def _castable(theirs: Tensor, ours: Tensor) -> bool:
     if ours.is_complex():
         return theirs.is_complex()
     return not theirs.is_floating_point() and not theirs.is_complex()
-
-
-def _lazy(tensor: Tensor) -> bool:
-    return bool(is_lazy(tensor))
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -61,7 +61,7 @@ class Content:
 def read_file(path: Path) -> Content:
     """Read one file.
 
-    Raises FileNotFoundError, ValueError: As :func:`files.kind_of`; the file is damaged or cannot be read safely.
+    Raises ValueError: As :func:`files.kind_of`; the file is damaged or cannot be read safely.
     """
     kind = files.kind_of(path)
     try:

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.private import LossFunction
+from msam_analysis.objective.randomness import drawn_indices
 from msam_analysis.objective.weighing import with_reduction
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -29,8 +29,7 @@ def drawn(objective: Objective, samples: int, seed: int) -> Objective:
             f"samples must be an integer from 2 to the {objective.samples} that there are, got {samples!r}: "
             "leave it out to use all"
         )
-    generator = torch.Generator().manual_seed(seed)
-    return objective.with_samples(torch.randperm(objective.samples, generator=generator)[:samples].sort().values)
+    return objective.with_samples(drawn_indices(objective.samples, samples, seed))
 
 
 def per_sample(loss_fn: LossFunction) -> Criterion | None:

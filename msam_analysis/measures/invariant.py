@@ -14,6 +14,7 @@ from torch import Tensor
 
 from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.randomness import drawn_indices
 from msam_analysis.results import Estimate
 
 _NO_NORMALIZATION = "no BatchNorm"
@@ -112,8 +113,7 @@ def fisher_rao_norm(objective: Objective, *, samples: int | None = None, seed: i
     if samples is not None and not 2 <= samples <= objective.samples:
         raise ValueError(f"samples must be between 2 and {objective.samples}, got {samples}")
     count = objective.samples if samples is None else samples
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(objective.samples, generator=generator)[:count].sort().values
+    chosen = drawn_indices(objective.samples, count, seed)
     point = objective.point()
     squares = torch.empty(count, dtype=torch.float64)
     for number, index in enumerate(chosen):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,6 +39,12 @@ def same_state(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
         and all(np.array_equal(x, y) for x, y in zip(*numpy, strict=True))
         and all(torch.equal(x, y) for x, y in tensors)
     )
+
+
+def drawn_indices(available: int, count: int, seed: int) -> Tensor:
+    """Return ``count`` of the numbers below ``available``, drawn without replacement, in increasing order."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(available, generator=generator)[:count].sort().values
 
 
 def _cuda() -> bool:

@@ -147,8 +147,13 @@ class Outcome:
 Command = Callable[..., Outcome]
 
 
-def call(arguments: tuple[object, ...], capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> Outcome:
-    """Call the command with arguments, as the installed script does."""
+def call(
+    arguments: tuple[object, ...],
+    capsys: pytest.CaptureFixture[str],
+    patch: pytest.MonkeyPatch,
+    module: str = MODULE,
+) -> Outcome:
+    """Call the command with arguments, as the installed script does; the bench's module is forgotten afterwards."""
     patch.setattr(sys, "argv", ["msam-analysis", *map(str, arguments)])
     capsys.readouterr()
     try:
@@ -156,7 +161,7 @@ def call(arguments: tuple[object, ...], capsys: pytest.CaptureFixture[str], patc
     except SystemExit as stop:
         code = stop.code
     finally:
-        sys.modules.pop(MODULE, None)
+        sys.modules.pop(module, None)
     captured = capsys.readouterr()
     return Outcome(code if isinstance(code, int) else 0 if code is None else 1, captured.out, captured.err)
 

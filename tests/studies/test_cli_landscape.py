@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 import msam_analysis as ma
-from msam_analysis import cli, results
+from msam_analysis import results
 from msam_analysis.cli import landscape as cli_landscape
 from msam_analysis.cli.processes import own_device
 from msam_analysis.landscape.trajectory import TrajectoryRecorder
 from msam_analysis.results import Result, Slice1D, Slice2D
 from tests.programs import script_ended
+
+from .bench import Command, Outcome, call
 
 MODULE = "lookout"
 SOURCE = '''
@@ -60,18 +62,6 @@ def counted(objective, w):
 '''
 FACTORIES = ("--model", f"{MODULE}:model", "--data", f"{MODULE}:data")
 PATHS = ("a.pt", "b.pt", "c.pt")
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a command came to."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Outcome]
 
 
 def network(seed: int) -> nn.Module:
@@ -128,21 +118,12 @@ def recorded(bench: Path) -> Path:
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bench: Path) -> Command:
     """Call ``msam-analysis landscape`` with arguments and the bench's factories, as the installed script does."""
 
-    def call(*arguments: object) -> Outcome:
+    def called(*arguments: object) -> Outcome:
         given = [str(argument) for argument in arguments]
         rest = [] if "--model" in given or "--help" in given else list(FACTORIES)
-        monkeypatch.setattr(sys, "argv", ["msam-analysis", "landscape", *given, *rest])
-        capsys.readouterr()
-        try:
-            code: object = cli.main()  # type: ignore[func-returns-value]  # None, as a script that ended well
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            sys.modules.pop(MODULE, None)
-        captured = capsys.readouterr()
-        return Outcome(code if isinstance(code, int) else 0 if code is None else 1, captured.out, captured.err)
+        return call(("landscape", *given, *rest), capsys, monkeypatch, MODULE)
 
-    return call
+    return called
 
 
 def files(folder: Path) -> set[str]:
