@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msam_analysis.objective.space import Space
 from msam_analysis.objective.vectors import no_autocast
 from msam_analysis.results import Settings
 
@@ -27,6 +28,8 @@ class SymmetricOperator(abc.ABC):
     ----------
     size
         Number of rows and columns.
+    space
+        Where vectors lie. By default every process has whole ones, ``space.here`` is ``size``.
     dtype, device
         Data type and device of the vectors that it takes and returns.
     products
@@ -36,9 +39,15 @@ class SymmetricOperator(abc.ABC):
     """
 
     def __init__(
-        self, size: int, *, dtype: torch.dtype, device: torch.device, settings: Settings | None = None
+        self,
+        size: int | Space,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        settings: Settings | None = None,
     ) -> None:
-        self.size = size
+        self.space = size if isinstance(size, Space) else Space(size)
+        self.size = self.space.size
         self.dtype = dtype
         self.device = device
         self.products = 0
@@ -70,8 +79,9 @@ class SymmetricOperator(abc.ABC):
         ValueError
             The vector has another shape.
         """
-        if vector.shape != (self.size,):
-            raise ValueError(f"expected a vector of shape ({self.size},), got {tuple(vector.shape)}: flatten it first")
+        here = self.space.here
+        if vector.shape != (here,):
+            raise ValueError(f"expected a vector of shape ({here},), got {tuple(vector.shape)}: flatten it first")
         self.products += 1
         return self._apply(vector.to(dtype=self.dtype, device=self.device))
 
@@ -80,9 +90,9 @@ class SymmetricOperator(abc.ABC):
 
         Never slower than one product after another, and faster where they can share what is costly.
         """
-        if matrix.ndim != 2 or matrix.shape[0] != self.size:
+        if matrix.ndim != 2 or matrix.shape[0] != self.space.here:
             raise ValueError(
-                f"expected a matrix of shape ({self.size}, p), got {tuple(matrix.shape)}: vectors are columns"
+                f"expected a matrix of shape ({self.space.here}, p), got {tuple(matrix.shape)}: vectors are columns"
             )
         self.products += matrix.shape[1]
         matrix = matrix.to(dtype=self.dtype, device=self.device)
@@ -145,7 +155,7 @@ class ScaledOperator(SymmetricOperator):
     """``D A D`` for a diagonal ``D`` of shape ``(size,)``: the Hessian in coordinates ``e = D z``."""
 
     def __init__(self, operator: SymmetricOperator, diagonal: Tensor) -> None:
-        super().__init__(operator.size, dtype=operator.dtype, device=operator.device)
+        super().__init__(operator.space, dtype=operator.dtype, device=operator.device)
         self.settings = operator.settings  # the same, which it may complete at its first product
         self.operator = operator
         self.diagonal = diagonal

@@ -1,0 +1,140 @@
+"""Where flat vectors lie: whole in every process, or in parts, one in each process of a group.
+
+A solver works on its process's part alone; whatever sums over entries goes through its :class:`Space`, so that every
+process gets the same numbers and takes the same decisions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from msam_analysis.objective.vectors import gaussian, orthonormalize
+
+
+class Space:
+    """The space of flat vectors with ``size`` entries, all of which every process has.
+
+    Attributes
+    ----------
+    size
+        Number of entries of a whole vector.
+    here
+        Number of entries that this process has; a vector or a column has this length.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = self.here = size
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Return the sum over the processes of a small tensor that each summed over its own entries."""
+        return part
+
+    def largest(self, part: Tensor) -> Tensor:
+        """Return the entrywise maximum over the processes of a small tensor."""
+        return part
+
+    def part(self, whole: Tensor) -> Tensor:
+        """Return this process's entries of a whole vector, or rows of a whole matrix."""
+        return whole
+
+    def dot(self, one: Tensor, two: Tensor) -> Tensor:
+        """Return the inner product of two vectors, 0-dimensional."""
+        return self.sum(one.dot(two))
+
+    def product(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return ``rows @ columns``, summed over entries: shape ``(p, here)`` by ``(here, q)`` or ``(here,)``."""
+        return self.sum(rows @ columns)
+
+    def norm(self, vectors: Tensor, dim: int | None = None) -> Tensor:
+        """Return the Euclidean norm of a vector, or of every vector along the dimension ``dim`` of a matrix."""
+        length: Tensor = vectors.norm() if dim is None else vectors.norm(dim=dim)
+        return length
+
+    def gaussian(self, columns: int, *, seed: int, like: Tensor, use: str = "") -> Tensor:
+        """Return standard Gaussian columns, shape ``(here, columns)``; see :func:`.vectors.gaussian`.
+
+        The whole vectors are the same, however they are divided.
+        """
+        return self.part(gaussian(self.size, columns, seed=seed, like=like, use=use))
+
+    def orthonormalize(self, vectors: Tensor, against: Tensor | None = None) -> Tensor:
+        """Return an orthonormal basis of columns, cleared of their parts in another, as :func:`.orthonormalize`."""
+        return orthonormalize(vectors, against)
+
+
+class DividedSpace(Space):
+    """The space of vectors of which every process of a group has some entries, and no entry is in two processes.
+
+    Parameters
+    ----------
+    size
+        Number of entries of a whole vector.
+    pieces
+        The entries that this process has, as slices of a whole vector, in the order in which its part holds them.
+    group
+        The process group; default: all processes.
+    """
+
+    def __init__(self, size: int, pieces: Sequence[slice], group: Any = None) -> None:
+        super().__init__(size)
+        self.here = sum(piece.stop - piece.start for piece in pieces)
+        self._pieces = tuple(pieces)
+        self._group = group
+
+    def sum(self, part: Tensor) -> Tensor:
+        """Return the sum over the processes of a small tensor that each summed over its own entries."""
+        total = part.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self._group)
+        return total
+
+    def largest(self, part: Tensor) -> Tensor:
+        """Return the entrywise maximum over the processes of a small tensor."""
+        most = part.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group)
+        return most
+
+    def part(self, whole: Tensor) -> Tensor:
+        """Return this process's entries of a whole vector, or rows of a whole matrix."""
+        return torch.cat([whole[piece] for piece in self._pieces]) if self._pieces else whole[:0]
+
+    def norm(self, vectors: Tensor, dim: int | None = None) -> Tensor:
+        """Return the Euclidean norm of a vector, or of every vector along the dimension ``dim`` of a matrix."""
+        own = super().norm(vectors, dim)
+        # A common scale keeps squares from overflow.
+        scale = self.largest(own).clamp_min(torch.finfo(own.dtype).tiny)
+        return scale * self.sum((own / scale).square()).sqrt()
+
+    def orthonormalize(self, vectors: Tensor, against: Tensor | None = None) -> Tensor:
+        """Return an orthonormal basis of columns, cleared of their parts in another, as :func:`.orthonormalize`."""
+        scale = self.norm(vectors, dim=0)
+        vectors = vectors[:, scale > 0] / scale[scale > 0]
+        known = vectors[:, :0] if against is None else against
+        for _ in range(2 if known.shape[1] else 0):
+            vectors = vectors - known @ self.product(known.T, vectors)
+        if vectors.shape[1] == 0:
+            return vectors
+        q, r = self._qr(vectors)
+        left, singular, _ = torch.linalg.svd(r, full_matrices=False)
+        q, keep = q @ left, singular > 100 * torch.finfo(vectors.dtype).eps
+        if known.shape[1]:
+            q = q - known @ self.product(known.T, q)
+            q = q / self.norm(q, dim=0).clamp_min(torch.finfo(q.dtype).tiny)
+        kept: Tensor = q[:, keep]
+        return kept
+
+    def _qr(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the QR decomposition of a tall matrix from those of its parts (Demmel et al. 2012, TSQR)."""
+        count, width = dist.get_world_size(self._group), vectors.shape[1]
+        # A part of fewer rows than columns is filled up with zeros, so that all factors are alike.
+        missing = max(width - len(vectors), 0)
+        own, factor = torch.linalg.qr(torch.cat([vectors, vectors.new_zeros(missing, width)]))
+        factors = [torch.empty_like(factor) for _ in range(count)]
+        dist.all_gather(factors, factor.contiguous(), group=self._group)
+        joined, r = torch.linalg.qr(torch.cat(factors))
+        first = dist.get_rank(self._group) * width
+        return (own @ joined[first : first + width])[: len(vectors)], r
