@@ -6,10 +6,10 @@ import contextlib
 import copy
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class BatchLoss(NamedTuple):
     weight: float  # the weight of the batch in the mean over all
     outputs: tuple[Tensor, ...] = ()  # if asked for: the tensors that the model put out
     cuts: tuple[Tensor, ...] = ()  # the leaves that took their place in the loss
+    number: int = 0  # of the batch, among all
+    batch: Batch = None
 
 
 @dataclass
@@ -349,15 +351,18 @@ class Evaluation:
             stream.restart(self.seed + index)
             self.settle(point, constants)
             evaluated = self.evaluate(batch, weight)
-        return BatchLoss(*evaluated, *zip(*pairs, strict=True))
+        outputs, cuts = zip(*pairs, strict=True) if pairs else ((), ())
+        return BatchLoss(*evaluated, outputs, cuts, index, batch if cut else None)
 
-    def evaluate(self, batch: Batch, weight: float) -> tuple[Tensor, float]:
-        """Return the mean loss of a batch and its weight, at the tensors in place."""
+    def evaluate(
+        self, batch: Batch, weight: float, forward: Callable[[Batch], Any] | None = None
+    ) -> tuple[Tensor, float]:
+        """Return the mean loss of a batch and its weight, at the tensors in place, or by another forward pass."""
         half = self.autocast
         # Without its cache, which would tie the graphs of batches to each other.
         cast = torch.autocast(self.device.type, dtype=half, cache_enabled=False) if half else contextlib.nullcontext()
         with cast, explained(batch):
-            return mean_and_weight(self.copy(batch), weight, sums=self.findings.weighing.sums)
+            return mean_and_weight((forward or self.copy)(batch), weight, sums=self.findings.weighing.sums)
 
     # ----------------------------------------------------------------------------------------------------- the contexts
 

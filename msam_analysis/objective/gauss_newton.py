@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,9 @@ from msam_analysis.objective.evaluation import BatchLoss, Evaluation
 from msam_analysis.objective.graphs import GraphOperator, Product, loss_gradients, pull_back
 from msam_analysis.objective.second_derivatives import MissingDerivativeError, missing_derivatives
 from msam_analysis.results import Settings
+
+Bend = Callable[[list[Tensor], bool], list[Tensor]]
+"""``J v`` of the outputs that the loss uses, of many vectors or not, to ``H J v``."""
 
 
 class GaussNewtonOperator(GraphOperator):
@@ -37,8 +42,8 @@ class GaussNewtonOperator(GraphOperator):
 
     def _product(self, loss: BatchLoss) -> Product:
         leaves = list(self._leaves.values())
-        used, slopes = self._opened(loss)
-        outputs, cuts = [loss.outputs[index] for index in used], [loss.cuts[index] for index in used]
+        used, bend = self._middle(loss)
+        outputs = [loss.outputs[index] for index in used]
         # Jᵀu is linear in u, so that its derivative is J at any u.
         cotangents = [torch.zeros_like(output, requires_grad=True) for output in outputs]
         pulled = torch.autograd.grad(outputs, [*leaves, *loss.cuts], cotangents, create_graph=True, allow_unused=True)
@@ -51,10 +56,19 @@ class GaussNewtonOperator(GraphOperator):
 
         def product(pieces: list[Tensor], together: bool, keep: bool) -> list[Tensor]:
             pushed = pull_back(ends, cotangents, pieces, together=together)
-            bent = pull_back(slopes, cuts, pushed, together=together)
-            return pull_back(outputs, leaves, bent, together=together, keep=keep)
+            return pull_back(outputs, leaves, bend(pushed, together), together=together, keep=keep)
 
         return product
+
+    def _middle(self, loss: BatchLoss) -> tuple[list[int], Bend]:
+        """Return which outputs the loss uses, and products with its Hessian in them."""
+        slopes = self._opened(loss)
+        cuts = [loss.cuts[index] for index in slopes]
+
+        def bend(pushed: list[Tensor], together: bool) -> list[Tensor]:
+            return pull_back(list(slopes.values()), cuts, pushed, together=together)
+
+        return list(slopes), bend
 
     def _difference(self, ahead: Tensor, behind: Tensor) -> Tensor:
         leaves = list(self._leaves.values())
@@ -65,20 +79,23 @@ class GaussNewtonOperator(GraphOperator):
                 for point in (self._leaves, self._loss.leaves(ahead), self._loss.leaves(behind))
             )
             for loss, plus, minus in zip(here, first, second, strict=True):
-                used, slopes = self._opened(loss)
+                used, bend = self._middle(loss)
                 pushed = [(plus.outputs[index] - minus.outputs[index]).detach() for index in used]
-                bent = self._bent(slopes, [loss.cuts[index] for index in used], pushed)
-                pulled = pull_back([loss.outputs[index] for index in used], leaves, bent, together=False)
+                outputs = [loss.outputs[index] for index in used]
+                pulled = pull_back(outputs, leaves, self._bent(bend, pushed), together=False)
                 total.add_(self._loss.layout.flatten(pulled), alpha=loss.weight)
                 weight_sum += loss.weight
         return total / weight_sum
 
-    def _opened(self, loss: BatchLoss) -> tuple[list[int], list[Tensor]]:
-        """Return which outputs the loss uses and its derivatives in them; ``ValueError`` if it uses anything else."""
+    def _opened(self, loss: BatchLoss, *, curved: bool = True) -> dict[int, Tensor]:
+        """Return the derivatives of the loss in the outputs that it uses; ``ValueError`` if it uses anything else.
+
+        ``curved``: they can be differentiated again, and ``ValueError`` where there is nothing to differentiate.
+        """
         if not loss.value.requires_grad:
             loss_gradients(loss.value, self._leaves)  # raises and says why
         inputs = [*loss.cuts, *self._leaves.values()]
-        found = torch.autograd.grad(loss.value, inputs, create_graph=True, allow_unused=True)
+        found = torch.autograd.grad(loss.value, inputs, create_graph=curved, retain_graph=True, allow_unused=True)
         if any(gradient is not None for gradient in found[len(loss.cuts) :]):
             raise ValueError(
                 "the loss uses the parameters beside the model's output: expected loss_fn to call the model itself, "
@@ -87,18 +104,18 @@ class GaussNewtonOperator(GraphOperator):
             )
         slopes = {index: slope for index, slope in enumerate(found[: len(loss.cuts)]) if slope is not None}
         linear = [loss.cuts[index].ndim for index, slope in slopes.items() if not slope.requires_grad]
-        if 0 in linear or len(linear) == len(slopes):
+        if curved and (0 in linear or len(linear) == len(slopes)):
             raise ValueError(
                 "the loss is linear in what the model puts out, so that the Gauss-Newton matrix says nothing: expected "
                 "predictions and a loss_fn that compares them with targets; if the model computes the loss itself, "
                 "compute it in loss_fn from its logits"
             )
-        return list(slopes), list(slopes.values())
+        return slopes
 
-    def _bent(self, slopes: list[Tensor], cuts: list[Tensor], pushed: list[Tensor]) -> list[Tensor]:
+    def _bent(self, bend: Bend, pushed: list[Tensor]) -> list[Tensor]:
         try:
             with missing_derivatives():
-                return pull_back(slopes, cuts, pushed, together=False)
+                return bend(pushed, False)
         except MissingDerivativeError as missing:
             raise ValueError(
                 f"the loss has no second derivative in the model's output ({missing}): expected one that has; use "

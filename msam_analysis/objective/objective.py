@@ -20,6 +20,7 @@ from msam_analysis.objective.batchnorm import Policy, check_policy
 from msam_analysis.objective.evaluation import Evaluation
 from msam_analysis.objective.examination import NOT_EXAMINED, Examination
 from msam_analysis.objective.examine import examine as examination_of
+from msam_analysis.objective.fisher import DrawLabels, FisherOperator, Kind
 from msam_analysis.objective.gauss_newton import GaussNewtonOperator
 from msam_analysis.objective.graphs import mean_gradient
 from msam_analysis.objective.handing_on import examine_once
@@ -496,3 +497,49 @@ class Objective:
             see :class:`~msam_analysis.objective.gauss_newton.GaussNewtonOperator`.
         """
         return GaussNewtonOperator(self.evaluation, w, keep_bytes=self._graph_bytes, settings=self.settings)
+
+    def fisher(
+        self,
+        w: Tensor | None = None,
+        *,
+        kind: Kind = "empirical",
+        draws: int = 1,
+        draw: DrawLabels | None = None,
+        seed: int = 0,
+    ) -> FisherOperator:
+        """Return the empirical or the sampled Fisher matrix at ``w`` as an operator; otherwise as :meth:`hessian`.
+
+        Parameters
+        ----------
+        w
+            Shape ``(size,)``; default: the current weights.
+        kind
+            ``"empirical"`` (default): with the data's labels; ``"sampled"``: with labels drawn from the predictions.
+        draws
+            Labels drawn for each sample.
+        draw
+            ``draw(output, target, generator)`` returns drawn targets. Default: known for cross-entropy, binary
+            cross-entropy with logits and squared error.
+        seed
+            Seed of the labels; the same at every product.
+
+        Returns
+        -------
+        FisherOperator
+            See :class:`~msam_analysis.objective.fisher.FisherOperator`.
+
+        Raises
+        ------
+        ValueError
+            An argument is out of range, or it is not known how labels are drawn for ``loss_fn``.
+        """
+        return FisherOperator(
+            self.evaluation,
+            w,
+            kind=kind,
+            draws=draws,
+            draw=draw,
+            seed=seed,
+            keep_bytes=self._graph_bytes,
+            settings=self.settings,
+        )
