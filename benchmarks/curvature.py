@@ -104,7 +104,7 @@ def ours(method: Any = "lanczos") -> Callable[[Case], Answer]:
     return run
 
 
-def pyhessian(tolerance: float = 1e-3, iterations: int = 100) -> Callable[[Case], Answer]:
+def pyhessian(tolerance: float = 1e-3, iterations: int = 100, values: int = VALUES) -> Callable[[Case], Answer]:
     """PyHessian: power iteration with deflation. It draws from the global generator and fills the gradients."""
 
     def run(of: Case) -> Answer:
@@ -120,12 +120,12 @@ def pyhessian(tolerance: float = 1e-3, iterations: int = 100) -> Callable[[Case]
             counted = Counted(original)
             setattr(owner, name, counted)
             try:
-                values, _ = computed.eigenvalues(top_n=VALUES, tol=tolerance, maxIter=iterations)
+                found, _ = computed.eigenvalues(top_n=values, tol=tolerance, maxIter=iterations)
             finally:
                 setattr(owner, name, original)
                 of.model.zero_grad(set_to_none=True)
-        every = counted.calls == iterations * VALUES
-        return Answer(torch.tensor(values, dtype=torch.float64), counted.calls, at_its_end=every)
+        every = counted.calls == iterations * values
+        return Answer(torch.tensor(found, dtype=torch.float64), counted.calls, at_its_end=every)
 
     return run
 
@@ -147,18 +147,18 @@ def curvlinops(check_deterministic: bool = True, tolerance: float = 0.0) -> Call
     return run
 
 
-def eigenthings(tolerance: float | None = None) -> Callable[[Case], Answer]:
+def eigenthings(tolerance: float | None = None, values: int = VALUES) -> Callable[[Case], Answer]:
     """hessian-eigenthings' Lanczos; its steps are a fixed number, doubled here until it says that it has converged."""
 
     def run(of: Case) -> Answer:
         package = importlib.import_module("hessian_eigenthings")
         operator = package.HessianOperator(of.model, of.batches, package.supervised_loss(of.criterion))
         if tolerance is None:
-            found = package.lanczos(operator, k=VALUES, seed=0)
+            found = package.lanczos(operator, k=values, seed=0)
             return Answer(found.eigenvalues, found.iterations)
-        steps = products = 2 * VALUES
+        steps = products = 2 * values
         while True:
-            found = package.lanczos(operator, k=VALUES, max_iter=steps, tol=tolerance, which="LA", seed=0)
+            found = package.lanczos(operator, k=values, max_iter=steps, tol=tolerance, which="LA", seed=0)
             if bool(found.converged.all()) or 2 * steps > operator.size:
                 return Answer(found.eigenvalues, products)
             steps *= 2
