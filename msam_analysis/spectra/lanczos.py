@@ -33,12 +33,16 @@ class LanczosSearch:
         Start vectors, shape ``(size, p)``.
     draw
         Draws fresh random vectors.
+    half
+        Whether the basis is stored in float16.
     """
 
-    def __init__(self, operator: SymmetricOperator, goal: Goal, capacity: int, start: Tensor, draw: Draw) -> None:
+    def __init__(
+        self, operator: SymmetricOperator, goal: Goal, capacity: int, start: Tensor, draw: Draw, *, half: bool = False
+    ) -> None:
         self.goal = goal
         self.draw = draw
-        self.basis = Subspace(operator, capacity)
+        self.basis = Subspace(operator, capacity, half)
         self.norm = 0.0
         self._lead = torch.zeros(0, 0, dtype=torch.float64)  # coefficients of the wanted vectors
         self._krylov = self.basis.expand(start[:, :capacity]) == 1  # whether `remainder` gives every residual
@@ -66,7 +70,7 @@ class LanczosSearch:
             self._krylov = ahead is not None
             done = ahead is None and len(wanted) == k and bool((norms <= limits).all())
             if done or over:
-                return Found(wanted, norms, done or whole, whole)
+                return Found(wanted, norms, done or (whole and not basis.half), whole)
             worst = int((norms - limits).argmax())
             target = lead[:, worst : worst + 1]
             direction: Tensor | Look
@@ -87,7 +91,7 @@ class LanczosSearch:
 
     def vectors(self) -> Tensor:
         """Return the wanted vectors in the order of the goal, shape ``(size, k)``."""
-        return self.basis.q @ self._lead.to(self.basis.q)
+        return self.basis.combined(self._lead)
 
     def inside(self) -> Inside:
         """Cut the basis to the pairs that were found, and return them for a look beyond."""

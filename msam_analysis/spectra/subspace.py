@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +12,17 @@ from torch import Tensor
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.space import Space
 from msam_analysis.spectra.goal import Which, ordering
+from msam_analysis.spectra.rows import ROUNDED, Rows
 
-_BLOCK_ROWS = 2**20  # rows in which tall matrices are combined, so that results need no second copy
 _NEW = 100  # times eps: below this length the part of a unit vector outside of the basis is no new direction
 _CLEAN = 0.5  # a pass of Gram-Schmidt that leaves more than this of a vector need not be repeated
+
+
+class Basis(NamedTuple):
+    """The first of some stored rows."""
+
+    rows: Rows
+    columns: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,17 +53,21 @@ class Subspace:
         The symmetric operator ``A``.
     capacity
         Largest number of columns that is held.
+    half
+        Whether they are stored in float16. What this takes from ``A Q`` is part of the residuals.
     """
 
     operator: SymmetricOperator
     capacity: int
+    half: bool = False
 
     def __post_init__(self) -> None:
         """Reserve the memory once, one row for each vector, since vectors are read as a whole."""
         self.space = self.operator.space
-        shape = (self.capacity, self.space.here)
-        self._q = torch.empty(shape, dtype=wide(self.operator), device=self.operator.device)
-        self._aq = torch.empty_like(self._q)
+        dtype, device = wide(self.operator), self.operator.device
+        self._q, self._aq = (
+            Rows(self.capacity, self.space.here, dtype=dtype, device=device, half=self.half) for _ in range(2)
+        )
         self.projection: Tensor = torch.zeros(0, 0, dtype=torch.float64)
 
     @property
@@ -66,16 +78,16 @@ class Subspace:
     @property
     def q(self) -> Tensor:
         """``Q``, shape ``(size, columns)``."""
-        return self._q[: self.columns].T
+        return self._q.piece(0, self.columns).T
 
     @property
     def aq(self) -> Tensor:
         """``A Q``, shape ``(size, columns)``."""
-        return self._aq[: self.columns].T
+        return self._aq.piece(0, self.columns).T
 
     def look(self, vector: Tensor) -> Look:
         """Look at a vector, which costs one read of the device."""
-        basis = [self._q[: self.columns]] if self.columns else []
+        basis = [Basis(self._q, self.columns)] if self.columns else []
         ((part, left, length),) = cleared(self.space, [vector], [basis], unit=True)
         return Look(vector, length, part, left)
 
@@ -89,11 +101,11 @@ class Subspace:
         count, old = fresh.shape[1], self.columns
         if count == 0:
             return 0
-        self._q[old : old + count] = fresh.T
-        self._aq[old : old + count] = self.operator.matmat(fresh).T
+        stored = self._q.write(old, fresh.T)
+        products = self._aq.write(old, self.operator.matmat(stored.T if self.half else fresh).T.to(self._q.dtype))
         grown = torch.zeros(old + count, old + count, dtype=torch.float64)
         grown[:old, :old] = self.projection
-        block = self.space.product(self._q[: old + count], self._aq[old : old + count].T).cpu().double()
+        block = self.space.sum(self._q.times(old + count, products.T)).cpu().double()
         grown[:, old:] = block
         grown[old:, :old] = block[:old].T
         self.projection = (grown + grown.T) / 2
@@ -104,15 +116,22 @@ class Subspace:
 
         In a Krylov space every Ritz residual is this vector times the last of the Ritz vector's coefficients.
         """
-        known = self.projection[:, -1].to(self._q)
-        return self._aq[self.columns - 1] - known @ self._q[: self.columns]
+        return self._aq.piece(self.columns - 1, self.columns)[0] - self._q.combined(self._small(self.projection[:, -1]))
+
+    def combined(self, coefficients: Tensor) -> Tensor:
+        """Return ``Q S`` for coefficients ``S`` of shape ``(columns, p)``."""
+        if not self.half:
+            return self.q @ self._small(coefficients)
+        return self._q.combined(self._small(coefficients.T)).T
+
+    def _small(self, coefficients: Tensor) -> Tensor:
+        return coefficients.to(dtype=self._q.dtype, device=self.operator.device)
 
     def compress(self, coefficients: Tensor) -> None:
         """Keep only the span of ``Q S`` for orthonormal coefficients ``S`` of shape ``(columns, p)``."""
-        small, count = coefficients.T.to(self._q), coefficients.shape[1]
-        for rows in self._blocks():
-            self._q[:count, rows] = small @ self._q[: self.columns, rows]
-            self._aq[:count, rows] = small @ self._aq[: self.columns, rows]
+        small = self._small(coefficients.T)
+        for rows in (self._q, self._aq):
+            rows.replace(small)
         self.projection = coefficients.T @ self.projection @ coefficients
 
     def pairs(self, which: Which) -> tuple[Tensor, Tensor]:
@@ -123,18 +142,24 @@ class Subspace:
 
     def residuals(self, values: Tensor, coefficients: Tensor) -> Tensor:
         """Return ``A v − θ v`` for Ritz pairs ``θ``, ``v = Q s``; shape ``(size, p)`` for ``p`` columns ``s``."""
-        small = coefficients.to(self._q)
-        return self.aq @ small - (self.q @ small) * values.to(self._q)
+        if not self.half:
+            small = self._small(coefficients)
+            return self.aq @ small - (self.q @ small) * self._small(values)
+        turned = self._small(coefficients.T)
+        return (self._aq.combined(turned) - self._q.combined(turned) * self._small(values).reshape(-1, 1)).T
 
     def residual_norms(self, values: Tensor, coefficients: Tensor) -> Tensor:
         """Return the norms of :meth:`residuals`, float64 on the CPU, without memory for the vectors."""
-        small, levels = coefficients.T.to(self._q), values.to(self._q)[:, None]
-        q, aq = self._q[: self.columns], self._aq[: self.columns]
-        pieces = [(small @ aq[:, rows] - levels * (small @ q[:, rows])).norm(dim=1) for rows in self._blocks()]
-        return self.space.norm(torch.stack(pieces), dim=0).cpu().double()
-
-    def _blocks(self) -> Iterator[slice]:
-        return (slice(first, first + _BLOCK_ROWS) for first in range(0, max(self.space.here, 1), _BLOCK_ROWS))
+        small, levels = self._small(coefficients.T), self._small(values)[:, None]
+        pieces = []
+        for rows in self._q.blocks():
+            q, aq = (whole.piece(0, self.columns, rows) for whole in (self._q, self._aq))
+            pieces.append((small @ aq - levels * (small @ q)).norm(dim=1))
+        norms = self.space.norm(torch.stack(pieces), dim=0)
+        if self.half:
+            lost = small.square() @ self.space.sum(self._aq.squared_lengths(self.columns))
+            norms = torch.hypot(norms, ROUNDED * lost.sqrt())
+        return norms.cpu().double()
 
 
 def _unit(look: Look) -> Tensor:
@@ -144,7 +169,7 @@ def _unit(look: Look) -> Tensor:
 
 
 def cleared(
-    space: Space, vectors: Sequence[Tensor], bases: Sequence[Sequence[Tensor]], *, unit: bool = False
+    space: Space, vectors: Sequence[Tensor], bases: Sequence[Sequence[Tensor | Basis]], *, unit: bool = False
 ) -> list[tuple[Tensor, float, float]]:
     """Return the parts of vectors outside of some bases, their lengths, and the lengths of the vectors.
 
@@ -184,10 +209,13 @@ def cleared(
     return list(zip(parts, after, known, strict=True))
 
 
-def _outside(space: Space, vector: Tensor, bases: Sequence[Tensor]) -> Tensor:
+def _outside(space: Space, vector: Tensor, bases: Sequence[Tensor | Basis]) -> Tensor:
     """Return a vector after one pass of Gram-Schmidt against the rows of each basis."""
     for basis in bases:
-        vector = vector - space.product(basis, vector) @ basis
+        if isinstance(basis, Tensor):
+            vector = vector - space.product(basis, vector) @ basis
+        else:
+            vector = vector - basis.rows.combined(space.sum(basis.rows.times(basis.columns, vector)))
     return vector
 
 

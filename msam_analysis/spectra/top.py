@@ -51,6 +51,7 @@ def top_eigenvalues(
     start: Tensor | None = None,
     confirm: bool = True,
     memory_bytes: int | None = None,
+    basis_dtype: torch.dtype | None = None,
     backend: Backend = "native",
     seed: int = 0,
 ) -> Eigenpairs:
@@ -99,6 +100,11 @@ def top_eigenvalues(
         4 k + 120``; with fewer columns it restarts, and takes few products more on most Hessians (λ₁ of the digits
         network: 21 with 64 columns, 31 with 3). It needs at least ``k + 2`` columns, that is ``3 k + 10`` vectors (52
         GB for λ₁ of 10⁹ parameters in float32). Default 4 GiB, or the least where that is more.
+    basis_dtype
+        ``torch.float16`` stores the basis of Lanczos in half the memory of float32: ``c + k + 6`` vectors. What it
+        takes from the products is part of every residual, which is then at least about ``5e-4 ‖A v‖``: ask for a
+        ``tolerance`` of 1e-3 or more. On the digits network it takes the same number of products, and λ₁ is right to
+        1e-5. Default: the operator's precision, at least float32.
     backend
         ``"native"`` (default), or ``"pyhessian"``: PyHessian's power iteration with ``tol=tolerance`` and at most
         ``max_hvps // k`` iterations a vector (by default its own 100). Its pairs are sorted, and their residuals come
@@ -130,6 +136,7 @@ def top_eigenvalues(
     check_backend(backend)
     operator = as_operator(target)
     check_search(operator.size, k, method, which, tolerance, max_hvps)
+    half = _is_half(operator, basis_dtype, method, backend)
     _check_start(operator, start)
     goal = Goal(k, which, tolerance, rounding(operator))
     with no_autocast(operator.device):
@@ -138,7 +145,15 @@ def top_eigenvalues(
         else:
             before = operator.products
             search, found, margin = search_for(
-                operator, goal, method, max_hvps, start, confirm=confirm, memory_bytes=memory_bytes, seed=seed
+                operator,
+                goal,
+                method,
+                max_hvps,
+                start,
+                confirm=confirm,
+                memory_bytes=memory_bytes,
+                half=half,
+                seed=seed,
             )
             order = torch.arange(k)
             if which == "ends":  # the two ends alternate
@@ -177,6 +192,7 @@ def search_for(
     *,
     confirm: bool = True,
     memory_bytes: int | None = None,
+    half: bool = False,
     seed: int = 0,
 ) -> tuple[LanczosSearch | PowerSearch, Found, float]:
     """Search, look beyond, and go on from a value that was missed, until none is left or the budget ends.
@@ -187,7 +203,7 @@ def search_for(
         The search as it stands, the wanted pairs (the two ends alternate), and the margin; margin and arguments are
         those of :func:`top_eigenvalues`.
     """
-    vectors = _affordable(operator, goal.k, method, memory_bytes)
+    vectors = _affordable(operator, goal.k, method, memory_bytes, half=half)
     budget = max_hvps if max_hvps is not None else (40 * goal.k + 400) * (1 if method == "lanczos" else 10)
     stop = operator.products + budget
     like = torch.empty(0, dtype=wide(operator), device=operator.device)
@@ -195,8 +211,9 @@ def search_for(
     guess = draw(1) if start is None else start.detach().reshape(operator.space.here, -1).to(like)[:, :budget]
     search: LanczosSearch | PowerSearch
     if method == "lanczos":
-        capacity = min(max(goal.k + 2, min(4 * goal.k + 120, (vectors - goal.k - 6) // 2)), operator.size)
-        search = LanczosSearch(operator, goal, capacity, guess, draw)
+        columns = (vectors - goal.k - 6) // (1 if half else 2)
+        capacity = min(max(goal.k + 2, min(4 * goal.k + 120, columns)), operator.size)
+        search = LanczosSearch(operator, goal, capacity, guess, draw, half=half)
     else:
         width = min(goal.k + max(goal.k, 4) + guess.shape[1] - 1, operator.size, budget)
         search = PowerSearch(operator, goal, max(goal.k, min(width, (vectors - goal.k - 6) // 8)), guess, draw)
@@ -251,10 +268,24 @@ def rounding(operator: SymmetricOperator) -> float:
     return 30 * torch.finfo(operator.dtype).eps
 
 
-def _affordable(operator: SymmetricOperator, k: int, method: Method, memory_bytes: int | None) -> int:
+def _is_half(operator: SymmetricOperator, basis_dtype: torch.dtype | None, method: Method, backend: Backend) -> bool:
+    """Return whether the basis is stored in float16; ``ValueError`` for what cannot be."""
+    if basis_dtype is None or basis_dtype == wide(operator):
+        return False
+    if basis_dtype != torch.float16 or method != "lanczos" or backend != "native":
+        raise ValueError(
+            f"basis_dtype must be torch.float16, for the basis of Lanczos, got {basis_dtype} with method={method!r}, "
+            f"backend={backend!r}: leave it out for the operator's own precision"
+        )
+    return True
+
+
+def _affordable(
+    operator: SymmetricOperator, k: int, method: Method, memory_bytes: int | None, *, half: bool = False
+) -> int:
     """Return how many vectors fit into the memory; raise ``ValueError`` if the solver needs more."""
     vector = operator.space.most * torch.finfo(wide(operator)).bits // 8
-    least = 3 * k + 10 if method == "lanczos" else 9 * k + 6
+    least = (2 * k + 8 if half else 3 * k + 10) if method == "lanczos" else 9 * k + 6
     vectors = (MEMORY_BYTES if memory_bytes is None else memory_bytes) // vector
     # No basis is larger than the space.
     if memory_bytes is not None and vectors < min(least, 3 * operator.size + 6):
