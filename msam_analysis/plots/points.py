@@ -242,7 +242,7 @@ def draw_points(
     finite = [point for rows in points.values() for point in rows if math.isfinite(point.value)]
     known = np.array([point.value for point in finite])
     if log is None:  # a bar that reaches 0 has no end on a logarithmic axis
-        certain = known.size > 0 and not any(min(point.low, point.value) <= 0 for point in finite)
+        certain = known.size > 0 and not any(point.low <= 0 or point.value <= 0 for point in finite)
         log = bool(certain and known.max() >= LARGE_RANGE * known.min())
     handles: dict[str, Line2D] = {}
     written = known.size <= _FEW and not grouped
