@@ -20,9 +20,11 @@ from msam_analysis.results.balls import Crossing
 WIDTH = 1 / 16  # of the paper
 
 _BRACKETED = ("one crossing", "several crossings")
-_BEGIN = 2.0**-5  # length of the first step over that of the weights
-_SMALL = -8  # power of two of the step that shows the slope where no gradient is known
+_BEGIN = 2.0**-10  # length of the first step over that of the weights
+_BEFORE = 2.0**-4  # first step over the one that is expected
 _MOST, _LEAST = 24, -64  # powers of two between which steps are tried
+_STRIDE, _FARTHEST = 4, 6  # powers by which steps become larger, without a parabola and with one
+_GUESSES = 5  # by parabolas, while steps become larger: along a loss that levels off each would only double the step
 
 
 @numbers
@@ -42,9 +44,10 @@ def critical_sharpness(
     ``η_c``. Source: Kalra et al., *A Scalable Measure of Loss Landscape Curvature for Analyzing the Training Dynamics
     of LLMs* (arXiv 2601.16979), definitions 2.1 and 4.1.
 
-    The search goes over powers of two times ``start``: a parabola through the first losses says which power comes
-    next. Bisection then halves the bracket. The smallest crossing is that between the powers that were tried: a rise
-    that begins and ends between two of them is not seen.
+    The search goes over powers of two times a small first step: by factors of 16, or to where a parabola through two
+    losses comes back, until one power is above ``L(w)`` and the one before it is not. Bisection then halves this
+    bracket. The smallest crossing is the smallest that the powers tried show: a rise that begins and ends between two
+    of them, or before the first, is not seen. One power beyond the crossing is tried as well.
 
     Parameters
     ----------
@@ -58,8 +61,8 @@ def critical_sharpness(
     w
         The weights, shape ``(size,)``; default: the current ones.
     start
-        First step ``η`` of the search, such as a learning rate or the ``step`` of a result before. Default: the step of
-        length ``‖w‖/32`` (1/32 at ``w = 0``).
+        Where ``η_c`` is expected, such as the learning rate or the ``step`` of a result before: the first step tried is
+        1/16 of it. Default: the first step has the length ``‖w‖/1024`` (1/1024 at ``w = 0``).
     width
         Bisection ends at ``1 − low/high ≤ width`` for the bracket of ``η_c``. Default 1/16, as in the paper.
 
@@ -84,9 +87,9 @@ def critical_sharpness(
 
     Notes
     -----
-    It costs forward passes over the data, 8 to 10 for most networks; with the default direction, or another objective,
-    one gradient more. Memory: the weights, the direction and a point. With ``batchnorm="recalibrate"`` every loss reads
-    the data once more.
+    It costs 8 to 13 forward passes over the data for most networks; the default direction, or another objective, costs
+    one gradient. Memory: the weights, the direction, a copy of unit length, and a point. With
+    ``batchnorm="recalibrate"`` every loss reads the data once more.
     """
     _check(width, start)
     if w is not None:
@@ -101,7 +104,7 @@ def critical_sharpness(
         status = "zero direction"
     else:
         far = float(torch.linalg.vector_norm(center, dtype=widest(center.device)))
-        search.unit = (_BEGIN * (far or 1.0) / length) if start is None else float(start)
+        search.unit = _BEGIN * (far or 1.0) / length if start is None else _BEFORE * float(start)
         status = search.run(width)
     value, bracket = _value(search, status)
     (low, high), steps = search.bracket(), sorted(search.rises)
@@ -110,7 +113,7 @@ def critical_sharpness(
         bracket=bracket,
         status=status,
         crossings=search.crossings(),
-        converged=status in _BRACKETED and 1 - low / high <= width,
+        converged=1 - low / high <= width if status in _BRACKETED else status in ("no crossing", "rises at once"),
         steps=torch.tensor(steps, dtype=torch.float64),
         rises=torch.tensor([search.rises[step] for step in steps], dtype=torch.float64),
         resolution=search.resolution,
@@ -122,7 +125,7 @@ def critical_sharpness(
         gradients=gradients,
         settings=objective.settings,
     )
-    if status == "rounding" or (status in _BRACKETED and not found.converged):
+    if not found.converged and status in (*_BRACKETED, "rounding"):
         _warn(found)
     return found
 
@@ -179,10 +182,7 @@ class _Search:
 
     def run(self, width: float) -> Crossing:
         """Try steps until the crossing is bracketed as narrowly as asked for; return what was found."""
-        if math.isnan(self._slope):
-            self._try(_SMALL)
-        if 1 not in self._powers.values():
-            self._try(0)
+        self._try(0)
         self._bracket_powers()
         above = self._lowest_above()
         if above is None:
@@ -226,40 +226,45 @@ class _Search:
 
     def _bracket_powers(self) -> None:
         """Try powers of two until one is above and the one before it is not, or there are no more."""
-        stride, parabola = 1, True
+        fall, rising, parabola = 1, 0, True
         while True:
             above = self._lowest_above()
             low = max((power for power in self._powers if above is None or power < above), default=None)
             if above is None:
-                first, last, power = max(self._powers) + 1, _MOST, max(self._powers) + stride
+                first, last = max(self._powers) + 1, min(max(self._powers) + _FARTHEST, _MOST)
+                power = first - 1 + _STRIDE
             elif low is None:
-                first, last, power = _LEAST, above - 1, above - stride
+                first, last, power = _LEAST, above - 1, above - fall
             else:
                 first, last, power = low + 1, above - 1, (low + above) // 2
             if first > last:
                 return
             guess = self._guess() if parabola else None
-            parabola = guess is None  # every other one halves the bracket whatever the loss is like
+            rising += above is None
+            # Between two powers every other try halves the gap, whatever the loss is like.
+            parabola = guess is None or (above is None and rising < _GUESSES)
             if guess is not None:
                 power = guess
-            else:
-                stride *= 2
+            elif low is None:
+                fall *= 2
             self._try(min(max(power, first), last))
 
     def _guess(self) -> int | None:
         """Return the power of two below the crossing of the parabola through two losses; None where it has none."""
         # Along a parabola the rise over the step is a straight line; the crossing is its zero.
-        points = [(0.0, -self._slope)] if self._slope > 0 else []
-        points += [(step, self.rises[step] / step) for step in sorted(self.rises) if self._side(step)]
-        below = [point for point in points if point[1] < 0]
-        above = [point for point in points if point[1] > 0 and math.isfinite(point[1])]
-        if not below or len(points) < 2:
+        high = self.bracket()[1]
+        below = [(0.0, -self._slope)] if self._slope > 0 else []
+        below += [
+            (step, self.rises[step] / step) for step in sorted(self.rises) if self._side(step) < 0 and step < high
+        ]
+        ends = below[-2:] if math.isinf(high) else [*below[-1:], (high, self.rises[high] / high)]
+        if len(ends) < 2 or not math.isfinite(ends[1][1]):
             return None
-        (a, low), (b, high) = below[0], above[0] if above else below[-1]
-        if not high > low or b < a:
+        (a, low), (b, end) = ends
+        rounding = self.resolution / b + (self.resolution / a if a else 0.0)
+        if end - low <= rounding:
             return None
-        zero = a - low * (b - a) / (high - low)
-        return math.floor(math.log2(zero / self.unit)) if 0 < zero < math.inf else None
+        return math.floor(math.log2((a - low * (b - a) / (end - low)) / self.unit))
 
     def _bisect(self, low: float, high: float, width: float) -> None:
         """Halve the bracket until it is narrow enough, or rounding hides on which side its middle is."""

@@ -273,7 +273,7 @@ def _critical(sheet: _Sheet) -> None:
     sheet.results["critical_sharpness"] = critical
     found = "" if critical.status == "one crossing" else f"; {critical.status}"
     meaning = f"2/η where the step −η∇L first raises L; bracket{found}"
-    known = None if math.isnan(critical.error) else critical.converged
+    known = critical.converged if len(critical.steps) else None
     sheet.add("critical_sharpness", critical.value, critical.error, meaning, known)
 
 

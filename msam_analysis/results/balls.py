@@ -215,7 +215,7 @@ class CriticalSharpness(Result):
     crossings
         How often the loss crosses ``L(w)`` at the steps tried, after the first of them.
     converged
-        The bracket is as narrow as asked for; false wherever there is no crossing.
+        The bracket is as narrow as asked for, or it is known that there is no crossing.
     steps, rises
         Shape ``(steps tried,)``, float64: every step ``η`` in increasing order, and ``L(w − η d) − L(w)`` there.
     resolution
@@ -254,9 +254,9 @@ class CriticalSharpness(Result):
 
     @property
     def error(self) -> float:
-        """Distance from the value to the farther end of the bracket; NaN without a crossing."""
+        """Distance from the value to the farther end of the bracket; NaN where that is infinite or not known."""
         low, high = self.bracket
-        return max(self.value - low, high - self.value) if math.isfinite(high - low) and self.value else math.nan
+        return max(self.value - low, high - self.value) if math.isfinite(high) else math.nan
 
     def readings(self) -> list[Reading]:
         """Return the value with the farther end of its bracket, and what was found."""

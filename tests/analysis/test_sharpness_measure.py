@@ -107,8 +107,8 @@ def test_the_row_says_what_was_found(curvature: float, slope: float, value_: flo
     (row,) = [dict(one) for one in found.rows if one["metric"] == "critical_sharpness"]
     assert row["value"] == pytest.approx(value_, nan_ok=True)
     assert row["meaning"].endswith(words)
-    assert row["converged"] is (True if curvature else None)
-    assert math.isnan(row["uncertainty"]) is not bool(curvature)
+    assert row["converged"] is (True if slope else None)
+    assert math.isnan(row["uncertainty"]) is not bool(slope)
 
 
 def test_a_model_without_a_matrix_has_no_relative_flatness() -> None:

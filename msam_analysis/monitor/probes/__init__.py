@@ -14,7 +14,7 @@ probe                           columns                                    costs
 :class:`PerturbationRise`       ``loss_before``, ``loss_after``, ``rise``, 2 losses
                                 ``epsilon_norm``
 :class:`LossAlongMomentum`      ``loss_along/<offset>``                    a loss for each offset
-:class:`CriticalSharpness`      ``critical_sharpness_<direction>``,        7 to 10 losses
+:class:`CriticalSharpness`      ``critical_sharpness_<direction>``,        8 to 11 losses
                                 ``..._low``, ``..._high``,
                                 ``..._crossings``
 :class:`HeldOutCosine`          ``held_out_cosine``                        1 gradient
