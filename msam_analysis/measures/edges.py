@@ -6,8 +6,8 @@ and the momentum buffer ``v``. All optimizers here take their gradient at a disp
     v ← (μ − s λ κ) v + s (λ + d) w,   w ← w − η v
 
 with the learning rate η, the momentum μ, ``s = 1 −`` dampening, the weight decay d, and the displacement ``−κ v``. It
-is stable while both roots of ``z² − (1 + m − η a) z + m``, with ``m = μ − s λ κ`` and ``a = s (λ + d)``, lie in the unit
-circle.
+is stable while both roots of ``z² − (1 + m − η a) z + m``, with ``m = μ − s λ κ`` and ``a = s (λ + d)``, lie in the
+unit circle.
 """
 
 from __future__ import annotations
