@@ -26,6 +26,7 @@ from msam_analysis.measures import (
     curvature_along,
     data_interval,
     directional_sharpness,
+    edge_of_stability,
     feature_rank,
     fisher_rao_norm,
     layer_frame,
@@ -36,6 +37,7 @@ from msam_analysis.measures import (
     relative_flatness,
     robust_accuracy,
     sam_msam_angle,
+    stability_edge,
 )
 from msam_analysis.monitor import Monitor, loggers, probes
 from msam_analysis.objective import Examination, ExaminationError, MatrixOperator, Objective, SymmetricOperator
@@ -65,6 +67,7 @@ __all__ = [
     "data_interval",
     "directional_sharpness",
     "directions",
+    "edge_of_stability",
     "export",
     "feature_rank",
     "fisher_rao_norm",
@@ -86,6 +89,7 @@ __all__ = [
     "slice_1d",
     "slice_2d",
     "spectral_density",
+    "stability_edge",
     "top_eigenvalues",
     "trace",
     "trajectory",

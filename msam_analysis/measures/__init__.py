@@ -11,6 +11,7 @@ from msam_analysis.measures.average import average_sharpness
 from msam_analysis.measures.ball import ball_sharpness
 from msam_analysis.measures.certificate import certify
 from msam_analysis.measures.critical import critical_sharpness
+from msam_analysis.measures.edges import edge_of_stability, stability_edge
 from msam_analysis.measures.features import feature_rank
 from msam_analysis.measures.invariant import fisher_rao_norm, relative_flatness
 from msam_analysis.measures.layers import by_layer
@@ -30,6 +31,7 @@ __all__ = [
     "curvature_along",
     "data_interval",
     "directional_sharpness",
+    "edge_of_stability",
     "feature_rank",
     "fisher_rao_norm",
     "layer_frame",
@@ -40,4 +42,5 @@ __all__ = [
     "relative_flatness",
     "robust_accuracy",
     "sam_msam_angle",
+    "stability_edge",
 ]

@@ -22,10 +22,13 @@ probe                           columns                                    costs
 :class:`Curvature`              ``curvature_momentum``, ``_gradient``,     3 Hessian-vector products
                                 ``_random``
 :class:`TopEigenvalues`         ``lambda_1``, ..., ``lambda_residual``     about 20 Hessian-vector products, tracked 3
+:class:`EdgeOfStability`        ``edge``, ``edge_lambda``,                 about 20 Hessian-vector products, tracked 3
+                                ``edge_residual``, ``edge_ratio``
 =============================== ========================================== ============================================
 """
 
 from msam_analysis.monitor.probes.base import By, Every, Finish, Probe, StepProbe
+from msam_analysis.monitor.probes.edge import EdgeOfStability
 from msam_analysis.monitor.probes.gradients import HeldOutCosine, SamAngle
 from msam_analysis.monitor.probes.hessian import Curvature, TopEigenvalues
 from msam_analysis.monitor.probes.losses import CriticalSharpness, LossAlongMomentum, PerturbationRise
@@ -35,6 +38,7 @@ __all__ = [
     "By",
     "CriticalSharpness",
     "Curvature",
+    "EdgeOfStability",
     "Every",
     "Finish",
     "HeldOutCosine",
