@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from msam_analysis.checkpoints import folders
-from msam_analysis.checkpoints.reading import counters, existing
+from msam_analysis.checkpoints.reading import existing
 
 
 def expand(given: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -38,7 +38,7 @@ def expand(given: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 def in_order(paths: Sequence[Path]) -> list[Path]:
     """Return the checkpoints by step, else by epoch, else by name with its numbers as numbers."""
-    known = {path: counters(path) for path in paths}
+    known = {path: folders.counters(path) for path in paths}
     for counter in ("step", "epoch"):
         if paths and all(known[path][counter] is not None for path in paths):
             return sorted(paths, key=lambda path: (known[path][counter], _natural(path)))

@@ -20,6 +20,8 @@ from torch import Tensor
 from msam_analysis.checkpoints import files, stand_ins
 
 _COUNTERS = {"step": ("global_step", "step", "steps", "iteration", "iter", "num_updates"), "epoch": ("epoch",)}
+COUNTERS = {name for names in _COUNTERS.values() for name in names}
+"""What a number is called that says how far the training was."""
 _IN_NAMES = {
     "step": r"(?:global_?step|checkpoint|step|iter(?:ation)?)[=_-]?(\d+)",
     "epoch": r"(?:epoch|ep)[=_-]?(\d+)",
@@ -88,7 +90,7 @@ def counted(content: Content, found: Any = None) -> Content:
     return replace(content, step=known["step"], epoch=known["epoch"])
 
 
-def counters(path: Path) -> dict[str, int | None]:
+def counters_of_file(path: Path) -> dict[str, int | None]:
     """Return step and epoch as the file says them, else its name; None for what neither says."""
     try:
         found = _saved(path, files.ARCHIVE) if path.is_file() and files.kind_of(path) == files.ARCHIVE else None

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import msam_analysis as ma
+from msam_analysis.checkpoints import folders
+from msam_analysis.checkpoints.naming import expand
 
 State = dict[str, Tensor]
 
@@ -168,11 +170,16 @@ def test_torchscript(trace: bool, net: Net, tmp_path: Path) -> None:
     assert "TorchScript" in loaded.taken
 
 
-def test_distributed_checkpoint(net: Net, tmp_path: Path) -> None:
+def distributed(state: dict[str, Any], folder: Path) -> None:
+    """Save by torch.distributed.checkpoint, in one process."""
     from torch.distributed.checkpoint.state_dict_saver import save
 
     with pytest.warns(UserWarning, match="single process"):
-        save({"model": net.state_dict(), "lr": 0.1}, checkpoint_id=tmp_path / "step-12")
+        save(state, checkpoint_id=folder)
+
+
+def test_distributed_checkpoint(net: Net, tmp_path: Path) -> None:
+    distributed({"model": net.state_dict(), "lr": 0.1}, tmp_path / "step-12")
     loaded = ma.checkpoints.load(tmp_path / "step-12", Net)
     check(loaded.model, net)
     assert loaded.step == 12
@@ -190,6 +197,47 @@ def test_a_distributed_checkpoint_runs_nothing(net: Net, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"folder cannot be read.*posix\.mkdir.*expected \.metadata"):
         ma.checkpoints.load(tmp_path / "folder", Net)
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "step", "epoch"),
+    [
+        ({"step": 70, "epoch": 3}, 70, 3),
+        ({"train_state": {"step": torch.tensor(71), "words": "some"}}, 71, None),
+        ({"optimizer": {"state": {"step": torch.tensor(5)}}, "trainer": {"loop": {"global_step": 72}}}, 72, None),
+        ({"trainer": {"epoch": 8}, "epoch": 9.0}, None, 9),
+        ({"optimizer": {"step": 5}}, None, None),
+        ({"step": argparse.Namespace(count=1), "epoch": "x" * 2**17}, None, None),
+        ({"step": torch.arange(3)}, None, None),
+    ],
+)
+def test_counters_of_distributed_checkpoints(
+    more: dict[str, Any], step: int | None, epoch: int | None, net: Net, tmp_path: Path
+) -> None:
+    """A number or a tensor with one; not the optimizer's, and nothing that only running it could restore."""
+    distributed({"model": net.state_dict(), **more}, tmp_path / "saved")
+    loaded = ma.checkpoints.load(tmp_path / "saved", Net)
+    assert (loaded.step, loaded.epoch) == (step, epoch)
+    assert folders.counters(tmp_path / "saved") == {"step": step, "epoch": epoch}
+
+
+def test_folders_of_distributed_checkpoints_are_in_order(net: Net, tmp_path: Path) -> None:
+    """Their names say nothing; a damaged one is named when it is loaded."""
+    for name, step in (("a", 300), ("b", 20), ("c", 100)):
+        distributed({"model": net.state_dict(), "step": step}, tmp_path / name)
+    assert [path.name for path in expand([tmp_path])] == ["b", "c", "a"]
+    (tmp_path / "c" / ".metadata").write_bytes(b"damaged")
+    assert [path.name for path in expand([tmp_path])] == ["a", "b", "c"]
+
+
+def test_a_distributed_checkpoint_reads_its_own_files_only(net: Net, tmp_path: Path) -> None:
+    distributed({"model": net.state_dict(), "step": 7}, tmp_path / "inside")
+    described = folders._description(tmp_path / "inside")
+    (place,) = (one for index, one in described.storage_data.items() if index.fqn == "step")
+    (tmp_path / place.relative_path).write_bytes((tmp_path / "inside" / place.relative_path).read_bytes())
+    assert folders._stored(tmp_path / "inside", described, "step") == 7
+    place.relative_path = f"../{place.relative_path}"
+    assert folders._stored(tmp_path / "inside", described, "step") is None
 
 
 # --- tied weights, constants, adapters

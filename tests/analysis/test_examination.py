@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 import threading
@@ -60,9 +61,11 @@ class Doubled(torch.autograd.Function):
 def test_a_line_says_what_holds() -> None:
     found = ma.Objective(network(), nn.CrossEntropyLoss(), [points()]).examine()
     assert isinstance(found, ma.Examination)
-    assert found.line == f"{HELD} (largest difference {found.largest:.0e})"
     assert 0 <= found.largest < 1e-6
     assert found.largest == max(c.apart for c in found.checks if not math.isnan(c.apart))
+    for apart, words in ((0.0, "no difference beyond rounding"), (3e-9, "largest difference 3e-09")):
+        checks = tuple(dataclasses.replace(check, apart=apart) for check in found.checks)
+        assert dataclasses.replace(found, checks=checks).line == f"{HELD} ({words})"
 
 
 @pytest.mark.parametrize(
