@@ -21,7 +21,7 @@ from msam_analysis.landscape.identity import identity
 from msam_analysis.measures.summary import DEFAULT_METRICS, RADII, SIGMA, TOLERANCE, measure
 from msam_analysis.objective.batches import Batches
 from msam_analysis.objective.objective import Objective
-from msam_analysis.objective.progress import Bar
+from msam_analysis.objective.progress import LINE, Bar
 from msam_analysis.objective.randomness import drawn_indices
 from msam_analysis.results import BallSharpness, Comparison, Eigenpairs, Measurement, Result, atomic_path
 from msam_analysis.results import load as load_result
@@ -31,8 +31,7 @@ VERSION = 1
 """Raised by hand when the numbers of a metric change: what was kept before is measured again."""
 
 _RECORD = "record.json"
-_LINE = "{desc}{postfix} [{elapsed}]"
-_SHORT = 20  # characters of a label on the line of progress
+_OTHERS = 70  # characters on the line of progress that are no label's
 _LONGEST = 100  # characters of a folder's name
 
 
@@ -131,7 +130,7 @@ def compare(
     measurements: dict[str, Measurement] = {}
     sources: dict[str, Mapping[str, Any]] = {}
     failures: dict[str, str] = {}
-    with Bar(len(named), "measuring", shown=progress, form=_LINE, leave=False) as bar:
+    with Bar(len(named), "measuring", shown=progress, form=LINE, leave=False) as bar:
         line = _Line(list(named), bar, tick)
         for number, (label, one) in enumerate(named.items()):
             more: dict[str, Any] = {"metrics": metrics, "tick": partial(line.tick, label)}
@@ -219,9 +218,10 @@ class _Line:
         """Say which metric of which checkpoint is begun."""
         number, count, now = self._labels.index(label), len(self._labels), time.monotonic()
         first, begun = self._first = self._first or (number, now)
-        left = f", {(now - begun) / (number - first) * (count - number):.0f} s left" if number > first else ""
-        short = label if len(label) <= _SHORT else f"…{label[1 - _SHORT :]}"
-        self._bar.say(f"{short} ({number + 1}/{count}{left}): {metric}")
+        left = f"{(now - begun) / (number - first) * (count - number):.0f} s left" if number > first else ""
+        room = max(self._bar.width - _OTHERS, 10)
+        short = label if len(label) <= room else f"…{label[1 - room :]}"
+        self._bar.say(f"{short} {number + 1}/{count}: {metric}", left)
         if self._tell is not None:
             self._tell(label, metric)
 

@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
 from msam_analysis import plots, report
 from msam_analysis.checkpoints.comparing import compare
@@ -115,11 +116,17 @@ def _compared(
     try:
         with returning(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="compare: ")  # the failures are told at the end
+            warnings.showwarning = _warn
             return compare(checkpoints, factory, loss_fn, batches, **options)
     except (ValueError, TypeError, RuntimeError, OSError):
         raise
     except Exception as error:
         raise ValueError(f"model, data and loss do not work together: {brief(error)}") from error
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """Say a warning in one line, beside the line of progress; where it comes from in the sources helps no user."""
+    tqdm.write(f"msam-analysis: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> Path:
@@ -149,16 +156,19 @@ def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> Path:
     for ending, text in texts.items():
         with atomic_path(home / f"{_TABLE}.{ending}") as partial:
             partial.write_text(text, encoding="utf-8", newline="\n")
-    items: list[report.Figure | report.Table] = [report.Table(frame[_SHOWN], "Every number with its uncertainty.")]
-    if len(result) > 1:
+    items: list[report.Figure | report.Table] = []
+    every = report.Table(frame[_SHOWN], "Every number with its uncertainty.")
+    if len(result) > 1:  # pictures first: the tables are long
+        for metric in table.columns:
+            path = plots.save(plots.compare(result, metrics=[metric]), home / metric, close=True)[0]
+            items.append(report.Figure(path, f"{metric.replace('_', ' ')} of every checkpoint."))
         others = frame[frame["label"] != result.baseline]
         items.append(
             report.Table(others[_DIFFERENCES], f"Differences from {result.baseline}: the same data and draws.")
         )
-        for metric in table.columns:
-            path = plots.save(plots.compare(result, metrics=[metric]), home / metric, close=True)[0]
-            items.append(report.Figure(path, f"{metric.replace('_', ' ')} of every checkpoint."))
+        items.append(every)
     else:
+        items.append(every)
         path = plots.save(plots.measure(next(iter(result.values()))), home / _TABLE, close=True)[0]
         items.append(report.Figure(path, "The metrics; bars are residuals or standard errors."))
     summary = f"{len(result)} checkpoint(s). {_settings(result)}."

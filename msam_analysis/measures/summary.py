@@ -17,7 +17,7 @@ from msam_analysis.measures.invariant import fisher_rao_norm, relative_flatness
 from msam_analysis.measures.minibatch import m_sharpness
 from msam_analysis.objective.examination import NOT_EXAMINED
 from msam_analysis.objective.objective import Objective
-from msam_analysis.objective.progress import Bar, Step, listening
+from msam_analysis.objective.progress import LINE, Bar, Step, listening
 from msam_analysis.objective.vectors import gaussian
 from msam_analysis.results import Measurement, Result
 from msam_analysis.results.together import EXAMINATION
@@ -34,7 +34,6 @@ METRICS = ("loss", "average", "trace", "ball", "adaptive", "eigenvalues", "batch
 DEFAULT_METRICS = METRICS[:6]
 
 _NAN = math.nan
-_LINE = "{desc}{postfix} [{elapsed}]"
 _DRAWS, _SIGNS = 50, 30  # the defaults of the measures: pairs of losses, random signs
 _GRADIENTS, _HVPS = 40, 100  # and those of a ball
 _FEWEST_HVPS = 12  # products without which a Krylov start is no better than the gradient
@@ -140,7 +139,7 @@ def measure(
             if tick is not None:
                 tick(name)
             sheet = _Sheet(objective, ask, clock)
-            with Bar(None, name, shown=progress, form=_LINE, leave=False), listening(clock.over):
+            with Bar(None, name, shown=progress, form=LINE, leave=False), listening(clock.over):
                 _MEASUREMENTS[name](sheet)
             parts[name] = sheet.measurement()
             if name in before and 0 < _steps(parts[name]) <= _steps(before[name]):

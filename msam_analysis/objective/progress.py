@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+LINE = "{desc} [{elapsed}{postfix}]"
+"""Form of a line that counts nothing itself."""
 _INTERVAL = 0.1  # least seconds between two looks of a live line
 _FIRST, _GROWTH = 20.0, 0.25  # seconds of silence in a log at first, and later as a part of the time passed
 
@@ -101,19 +104,23 @@ class Bar:
         self._shown, self._leave, self._live = shown, leave, False
         self._options: dict[str, Any] = dict(total=total, initial=done, desc=what, unit=unit, bar_format=form)
         self._bar: Any = None
+        self._what = what
         self._begun = self._said = 0.0
 
     def __enter__(self) -> Self:
         """Begin the line, and listen to the solvers."""
         if not self._shown:
             return self
-        self._live = sys.stderr.isatty() or "ipykernel" in sys.modules
+        notebook = "ipykernel" in sys.modules
+        self._live = notebook or sys.stderr.isatty()
         self._options |= {"miniters": 0, "smoothing": 0, "leave": self._leave}
         if self._live:
             # Imported where it is used: in a notebook without widgets the import alone warns.
             from tqdm.auto import tqdm
 
-            self._bar = tqdm(**self._options, mininterval=_INTERVAL, dynamic_ncols=True)
+            # A terminal of no known height would hide tqdm's line: its size is asked for here.
+            size = {"dynamic_ncols": True} if notebook else {"ncols": self.width, "nrows": 20}
+            self._bar = tqdm(**self._options, **size, mininterval=_INTERVAL)
         else:
             from tqdm.std import tqdm as lines
 
@@ -138,15 +145,21 @@ class Bar:
             self._bar.update(amount)
             self._show()
 
+    @property
+    def width(self) -> int:
+        """Characters that a live line may have; in a log it may be long."""
+        return shutil.get_terminal_size().columns if self._live else 200
+
     def say(self, what: str, more: str = "") -> None:
         """Say what is done now, and more about it behind the numbers."""
         if self._bar is not None:
+            self._what = what
             self._bar.set_description_str(what, refresh=False)
             self._bar.set_postfix_str(more, refresh=False)
             self._show()
 
     def _hear(self, step: Step) -> bool:
-        self._bar.set_postfix_str(str(step), refresh=False)
+        self._bar.set_description_str(f"{self._what}, {step}", refresh=False)
         self._show()
         return False
 
@@ -191,5 +204,5 @@ def progress(what: str = "measuring") -> Iterator[None]:
     ...     float(ma.top_eigenvalues(ma.MatrixOperator(torch.diag(torch.tensor([1.0, 2.0]))), 1).values)
     2.0
     """
-    with Bar(None, what, form="{desc}{postfix} [{elapsed}]", leave=False):
+    with Bar(None, what, form=LINE, leave=False):
         yield

@@ -277,7 +277,7 @@ def test_a_terminal_shows_products_and_residual(
     else:
         with ma.progress("eigenvalues"):
             ma.top_eigenvalues(objective)
-    begin = "net (1/1): eigenvalues" if how == "compare" else "eigenvalues"
+    begin = "net 1/1: eigenvalues" if how == "compare" else "eigenvalues"
     assert re.search(rf"\r{re.escape(begin)}, \d+/\d+ products, residual \de[-+]\d\d \[00:00\]", terminal.text)
     assert "looking beyond" in terminal.text
     assert not terminal.text.rpartition("\r")[2].strip(), "the line is cleared"
@@ -289,17 +289,28 @@ def test_the_time_left_counts_only_what_is_measured_now(
     """Two of five were kept before: they say nothing about the time of the others."""
     monkeypatch.setattr(comparing, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
     heard: list[tuple[str, str]] = []
-    with Bar(5, "measuring", form="{desc}", leave=False) as bar:
+    with Bar(5, "measuring", form="{desc}{postfix}", leave=False) as bar:
         line = comparing._Line(["a", "b", "c" * 30, "d[/b]", "e"], bar, lambda *one: heard.append(one))
         for label, at in (("c" * 30, 100.0), ("d[/b]", 140.0), ("e", 200.0)):
             seconds[0] = at
             line.tick(label, "loss")
     assert capsys.readouterr().err.splitlines() == [
-        f"…{'c' * 19} (3/5): loss",
-        "d[/b] (4/5, 80 s left): loss",
-        "e (5/5, 50 s left): loss",
+        f"{'c' * 30} 3/5: loss",
+        "d[/b] 4/5: loss, 80 s left",
+        "e 5/5: loss, 50 s left",
     ]
     assert heard == [("c" * 30, "loss"), ("d[/b]", "loss"), ("e", "loss")]
+
+
+def test_a_label_is_cut_where_a_terminal_is_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end tells checkpoints apart; what the solver says stays on the line."""
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal = on_terminal(monkeypatch)
+    with Bar(20, "measuring", form=progress.LINE, leave=False) as bar:
+        line = comparing._Line([f"checkpoints-epoch=0-step={number}" for number in range(20)], bar, None)
+        line.tick("checkpoints-epoch=0-step=15", "eigenvalues")
+        told("products", 100, 200, 1e-3)
+    assert "\r…0-step=15 16/20: eigenvalues, 100/200 products, residual 1e-03 [00:00]" in terminal.text
 
 
 def test_the_line_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

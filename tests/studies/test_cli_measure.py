@@ -387,5 +387,5 @@ def test_progress_in_a_log_is_sparse(bench: Path, command: Command, monkeypatch:
     said = command(*GOOD, "--metrics", "loss,average,trace,flatness,fisher-rao").err.splitlines()
     looks = next(clock) // 7
     assert 5 < len(said) < looks / 5
-    assert re.fullmatch(r"run-checkpoint \(1/1\): average, \d+/50 draws \[.*\]", said[0])
+    assert re.fullmatch(r"run-checkpoint 1/1: average, \d+/50 draws \[.*\]", said[0])
     assert command(*with_option("--out", "again"), *CHEAP, "--quiet").err == ""
