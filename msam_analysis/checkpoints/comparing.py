@@ -7,6 +7,7 @@ import json
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -153,7 +154,7 @@ def compare(
         sources=sources,
         baseline=baseline,
         failures=failures,
-        settings=measurements[baseline].settings,
+        settings={**measurements[baseline].settings, **_budgeted(list(measurements.values()))},
     )
 
 
@@ -284,6 +285,17 @@ def _named(checkpoints: Any) -> dict[str, Any]:
     if not found:
         raise ValueError("there is no checkpoint to measure: expected a file, a folder or a module for each label")
     return found
+
+
+def _budgeted(measured: Sequence[Measurement]) -> dict[str, str]:
+    """Return which metrics a budget cut or left out, with the number of checkpoints where it is not all of them."""
+    said: dict[str, str] = {}
+    for what in ("cut", "not measured"):
+        counts = Counter(name for one in measured for name in str(one.settings.get(what) or "").split(", ") if name)
+        if counts:
+            parts = (name if n == len(measured) else f"{name} ({n} of {len(measured)})" for name, n in counts.items())
+            said[what] = ", ".join(parts)
+    return said
 
 
 def _slim(measured: Measurement) -> Measurement:

@@ -31,7 +31,10 @@ def expand(given: Sequence[str | os.PathLike[str]]) -> list[Path]:
             several = in_order([Path(name) for name in glob.glob(os.fspath(one), recursive=True)])  # noqa: PTH207
             what = "the pattern" if re.search(r"[*?\[]", os.fspath(one)) else ""
         if not several and what:
-            raise FileNotFoundError(f"{what} {one} holds no checkpoint: expected files of weights; check the path")
+            raise FileNotFoundError(
+                f"{what} {one} holds no checkpoint: expected files of weights straight in a folder; check the path, or "
+                "pass the folders inside, or a pattern such as 'runs/**/*.ckpt'"
+            )
         found |= dict.fromkeys(several or [existing(path)])
     return list(found)
 

@@ -204,7 +204,7 @@ def show(result: Comparison, home: Path) -> None:
             for label, *found in zip(result, *(columns[metric][1:] for metric in part), strict=True):
                 table.add_row(Text(label), *map(Text, found))
             console.print(table)
-        console.print("± residual or standard error; * not converged", highlight=False)
+        console.print("± residual or standard error; * not converged; † ended by the budget", highlight=False)
     console.print(Text(_settings(result)), soft_wrap=True)
     for label, source in list(result.sources.items())[:_FEW]:
         console.print(Text(source["taken"] if len(result) == 1 else f"{label}: {source['taken']}"), soft_wrap=True)
@@ -266,7 +266,8 @@ def _cell(row: Any) -> str:
     if row is None:
         return "–"
     error = _error(row)
-    return f"{row['value']:.4g}" + (f" ±{error}" if error else "") + ("*" if row["converged"] is False else "")
+    marks = "*" * (row["converged"] is False) + "†" * ("the budget ended it" in row["meaning"])
+    return f"{row['value']:.4g}" + (f" ±{error}" if error else "") + marks
 
 
 def _heading(metric: str) -> str:

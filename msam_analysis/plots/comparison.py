@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -45,6 +47,7 @@ def compare(
     numpy.ndarray
         The axes, shape ``(panels,)``: against the step where all have one, else against the epoch, else the label; bars
         are residuals or standard errors, open markers did not converge, what is NaN or infinite is a hole in a curve.
+        Checkpoints of several folders with the same steps are several runs: one curve for each.
 
     Raises
     ------
@@ -53,7 +56,7 @@ def compare(
     TypeError
         Something that is not the result of the measure.
     """
-    several = require_some(result, results.Comparison)
+    several = require_some(_runs(result) if isinstance(result, results.Comparison) else result, results.Comparison)
     frames = {name: item.to_frame() for name, item in several.items()}
     known = list(dict.fromkeys(metric for item in several.values() for metric in item.metrics))
     missing = [name for name in metrics if name not in known]
@@ -80,6 +83,24 @@ def compare(
     with style():
         name_curves(drawn if axes is None else drawn[:1], made=axes is None, handles=handles)
     return drawn
+
+
+def _runs(result: results.Comparison) -> results.Comparison | dict[str, results.Comparison]:
+    """Return a comparison for each folder, where the steps of all together begin anew and those of each do not."""
+    if _in_order(result.steps):
+        return result
+    folders: dict[str, list[str]] = {}
+    for label, source in result.sources.items():
+        folders.setdefault(os.path.dirname(str(source.get("path", ""))), []).append(label)  # noqa: PTH120
+    runs: dict[str, results.Comparison] = {}
+    for folder, labels in folders.items():
+        part = {label: result.measurements[label] for label in labels if label in result.measurements}
+        sources = {label: result.sources[label] for label in part}
+        runs[folder] = dataclasses.replace(result, measurements=part, sources=sources)
+    if len(runs) < 2 or not all(_in_order(run.steps) for run in runs.values()):
+        return result
+    names = _shortened(list(runs))
+    return {names[folder]: run for folder, run in runs.items()}
 
 
 def _points(frame: pd.DataFrame, metric: str) -> list[Point]:

@@ -240,6 +240,64 @@ def test_a_distributed_checkpoint_reads_its_own_files_only(net: Net, tmp_path: P
     assert folders._stored(tmp_path / "inside", described, "step") is None
 
 
+# --- what others write around a state dict
+
+
+AROUND: dict[str, tuple[Callable[[State], Any], str]] = {
+    "mmengine": (
+        lambda state: {"meta": {"epoch": 3, "iter": 120, "cfg": "a = 1"}, "state_dict": state, "message_hub": {}},
+        "step 120, epoch 3, without the prefix 'state_dict.'",
+    ),
+    "ignite": (lambda state: {"model": state, "trainer": {"iteration": 30}}, "step 30, without the prefix 'model.'"),
+    "fairseq": (
+        lambda state: {
+            "cfg": argparse.Namespace(arch="x"),
+            "model": state,
+            "extra_state": {"train_iterator": {"epoch": 4}},
+            "last_optimizer_state": {"state": {0: {"step": 5}}},
+        },
+        "epoch 4, without the prefix 'model.'",
+    ),
+    "Megatron": (
+        lambda state: {"iteration": 500, "model": {"language_model": {"encoder": state}}, "rng_state": [{"a": (1,)}]},
+        "step 500, without the prefix 'model.language_model.encoder.'",
+    ),
+    "a list": (lambda state: [state, {"state": {}, "param_groups": []}, 7], "without the prefix '0.'"),
+    "a pair": (lambda state: ({"epoch": 3}, {"net": state}), "without the prefix '1.net.'"),
+    "a generator": (lambda state: {"generator": state, "discriminator": {"0.weight": torch.ones(1)}}, "'generator.'"),
+    "a list of averages": (
+        lambda state: {"state_dict": state, "callbacks": {"EMA": {"step": 1, "weights": list(state.values())}}},
+        "without the prefix 'state_dict.'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_what_stands_around_a_state_dict(name: str, net: Net, tmp_path: Path) -> None:
+    wrap, says = AROUND[name]
+    torch.save(wrap(net.state_dict()), tmp_path / "saved.pt")
+    loaded = ma.checkpoints.load(tmp_path / "saved.pt", Net)
+    check(loaded.model, net)
+    assert says in loaded.taken
+    assert ("step" in loaded.taken, "epoch" in loaded.taken) == ("step" in says, "epoch" in says)
+
+
+@pytest.mark.parametrize(
+    ("found", "name", "step"),
+    [
+        ({"step": 1, "trainer": {"global_step": 2}}, "step=3", 1),
+        ({"trainer": {"global_step": 2}}, "step=3", 3),
+        ({"trainer": {"global_step": 2, "inner": {"step": 1}}}, "saved", 2),
+        ({"optimizer": {"step": 2}, "model_ema": {"step": 3}, "scaler": {"step": 4}}, "saved", None),
+        ({"a": {"b": {"c": {"step": 2}}}}, "saved", None),
+    ],
+)
+def test_the_outermost_counter_counts(found: dict[str, Any], name: str, step: int | None, tmp_path: Path) -> None:
+    """First what the file says of itself, then its name, then what lies deeper; not what others count."""
+    torch.save(found, tmp_path / f"{name}.pt")
+    assert folders.counters(tmp_path / f"{name}.pt")["step"] == step
+
+
 # --- tied weights, constants, adapters
 
 

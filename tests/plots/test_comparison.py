@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -120,3 +121,20 @@ def test_epochs_and_steps_that_are_the_same() -> None:
     same = {label: {"step": 3, "epoch": None} for label in whole}
     by_label = results.Comparison(measurements=whole.measurements, sources=same, baseline="net-0")
     assert ticks(plots.compare(by_label)[0]) == ["0", "1", "2"]
+
+
+def test_the_runs_of_several_folders_are_curves() -> None:
+    """Steps that begin anew in each folder; labels take their place where one folder's do not rise."""
+    whole = checkpoints(4)
+    for paths, names in ((["a/x", "a/y", "b/x", "b/y"], ["a", "b"]), (["a/x", "b/y", "b/z", "b/w"], [])):
+        sources = {
+            label: {"step": 100 * (index % 2), "epoch": None, "path": path}
+            for index, (label, path) in enumerate(zip(whole, paths, strict=True))
+        }
+        first, _ = plots.compare(dataclasses.replace(whole, sources=sources))
+        figure: Any = first.figure
+        drawn = [text.get_text() for item in figure.legends for text in item.get_texts()]
+        assert drawn == [*names, "not converged"]
+        lines = [np.asarray(line.get_ydata()).tolist() for line in first.lines if line.get_linestyle() == "-"]
+        assert lines == ([[1.0, 2.0], [3.0, 4.0]] if names else [])
+        assert first.get_xlabel() == ("step" if names else "")

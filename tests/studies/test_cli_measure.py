@@ -22,6 +22,7 @@ from torch import nn
 import msam_analysis as ma
 from msam_analysis import results
 from msam_analysis.checkpoints.naming import distinct_names
+from msam_analysis.cli.measure import show
 from msam_analysis.measures.summary import RADII, measure
 from msam_analysis.objective import progress as bar
 from msam_analysis.results import Result
@@ -389,3 +390,16 @@ def test_progress_in_a_log_is_sparse(bench: Path, command: Command, monkeypatch:
     assert 5 < len(said) < looks / 5
     assert re.fullmatch(r"run-checkpoint 1/1: average, \d+/50 draws \[.*\]", said[0])
     assert command(*with_option("--out", "again"), *CHEAP, "--quiet").err == ""
+
+
+def test_what_a_budget_ended_is_marked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """In the table of many, where what a number is has no room."""
+    row = {"metric": "trace", "value": 2.0, "uncertainty": 0.5, "converged": None, "meaning": "a trace"}
+    rows = {"whole": row, "cut": {**row, "meaning": "a trace; the budget ended it after 3 of 30 products"}}
+    measured = {label: results.Measurement(rows=(one,), results={}) for label, one in rows.items()}
+    sources = {label: {"folder": label, "taken": "weights"} for label in rows}
+    show(results.Comparison(measurements=measured, sources=sources, baseline="whole"), tmp_path)
+    said = capsys.readouterr().out
+    assert re.search(r"whole +│ +2 ±0\.5 │", said)
+    assert re.search(r"cut +│ +2 ±0\.5† │", said)
+    assert "† ended by the budget" in said
