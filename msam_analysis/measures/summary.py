@@ -312,6 +312,7 @@ def _balls(sheet: _Sheet, adaptive: bool = False) -> None:
         meaning = f"largest loss rise found in ‖{sign}‖₂ ≤ {radius:g}"
         name = f"{prefix}ball_sharpness@{radius:g}"
         sheet.add(name, ball.sharpness, _NAN, meaning, ball.converged, ball.resolution)
+        sheet.cut = ""  # a single step is whole
         meaning = f"loss rise after {'ASAM' if adaptive else 'SAM'}'s single ascent step"
         name = f"{prefix}one_step_sharpness@{radius:g}"
         sheet.add(name, ball.one_step, _NAN, meaning, resolution=ball.resolution)

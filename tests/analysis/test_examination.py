@@ -8,7 +8,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -345,3 +345,19 @@ def test_what_batches_weigh_is_found_anew(count: list[object]) -> None:
     assert [objective.examine().verdict for objective in found] == ["passed", "a mean over samples: adapted"]
     expected = F.cross_entropy(model(x), ignored)
     torch.testing.assert_close(found[1].loss(), expected.detach().double(), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_loss_in_float32_is_compared_at_long_steps(seed: int, right: bool) -> None:
+    """Also where the model is in float64, as language models do it: rounding is no fault, and a wrong gradient is."""
+    torch.manual_seed(seed)
+
+    def loss_fn(output: Tensor, y: Tensor) -> Tensor:
+        loss = F.cross_entropy(output, y).float() + 30.0
+        return loss if right else cast(Tensor, applied(Doubled, loss))
+
+    checks = ma.Objective(network(), loss_fn, [points()]).examine().checks
+    (gradient,) = [check for check in checks if check.topic == "gradient"]
+    assert gradient.verdict == ("holds" if right else "refused")
+    assert math.isfinite(gradient.apart)
