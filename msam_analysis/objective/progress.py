@@ -201,8 +201,9 @@ def progress(what: str = "measuring") -> Iterator[None]:
     --------
     >>> import torch, msam_analysis as ma
     >>> with ma.progress():
-    ...     float(ma.top_eigenvalues(ma.MatrixOperator(torch.diag(torch.tensor([1.0, 2.0]))), 1).values)
-    2.0
+    ...     pairs = ma.top_eigenvalues(ma.MatrixOperator(torch.diag(torch.tensor([1.0, 2.0]))), 1)
+    >>> pairs.converged
+    True
     """
     with Bar(None, what, form=LINE, leave=False):
         yield
