@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -91,7 +91,7 @@ def _runs(result: results.Comparison) -> results.Comparison | dict[str, results.
         return result
     folders: dict[str, list[str]] = {}
     for label, source in result.sources.items():
-        folders.setdefault(os.path.dirname(str(source.get("path", ""))), []).append(label)  # noqa: PTH120
+        folders.setdefault(str(PurePath(str(source.get("path", ""))).parent), []).append(label)
     runs: dict[str, results.Comparison] = {}
     for folder, labels in folders.items():
         part = {label: result.measurements[label] for label in labels if label in result.measurements}
@@ -99,8 +99,11 @@ def _runs(result: results.Comparison) -> results.Comparison | dict[str, results.
         runs[folder] = dataclasses.replace(result, measurements=part, sources=sources)
     if len(runs) < 2 or not all(_in_order(run.steps) for run in runs.values()):
         return result
-    names = _shortened(list(runs))
-    return {names[folder]: run for folder, run in runs.items()}
+    parts = [PurePath(folder).parts for folder in runs]
+    same = _alike(parts)
+    behind = _alike([list(reversed(one[same:])) for one in parts])
+    names = ["/".join(one[same : len(one) - behind]) or "." for one in parts]
+    return dict(zip(names, runs.values(), strict=True))
 
 
 def _points(frame: pd.DataFrame, metric: str) -> list[Point]:
@@ -160,7 +163,7 @@ def _curve(ax: Axes, x: Sequence[float], points: Sequence[Point], appearance: Lo
     errors = np.array([[point.value - point.low, point.high - point.value] for point in points]).T
     bars = np.where(np.isfinite(errors), errors, 0.0).reshape(2, -1)
     shape: dict[str, Any] = {"color": appearance.color, "linewidth": 1.2, "elinewidth": 1.2, "capsize": 3}
-    ax.errorbar(x, values, bars, zorder=2, **shape)
+    ax.errorbar(x, values, bars if np.isfinite(errors).any() else None, zorder=2, **shape)
     for place, value, point in zip(x, values, points, strict=True):
         face = appearance.color if point.converged else "white"
         marker: dict[str, Any] = {"marker": appearance.marker, "markersize": 4, "markerfacecolor": face}

@@ -48,6 +48,7 @@ def ticks(ax: Axes) -> list[str]:
 
 def test_against_the_step() -> None:
     first, second = plots.compare(checkpoints(4))
+    assert not second.containers[0].has_yerr, "no cap where nothing is uncertain"
     assert curve(first) == ([0.0, 100.0, 200.0, 300.0], [1.0, 2.0, 3.0, 4.0])
     (bars,) = first.containers[0].lines[2]
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[v - 0.25, v + 0.25] for v in (1, 2, 3, 4)]
@@ -126,7 +127,10 @@ def test_epochs_and_steps_that_are_the_same() -> None:
 def test_the_runs_of_several_folders_are_curves() -> None:
     """Steps that begin anew in each folder; labels take their place where one folder's do not rise."""
     whole = checkpoints(4)
-    for paths, names in ((["a/x", "a/y", "b/x", "b/y"], ["a", "b"]), (["a/x", "b/y", "b/z", "b/w"], [])):
+    for paths, names in (
+        (["runs/v_0/last/x", "runs/v_0/last/y", "runs/v_1/last/x", "runs/v_1/last/y"], ["v_0", "v_1"]),
+        (["a/x", "b/y", "b/z", "b/w"], []),
+    ):
         sources = {
             label: {"step": 100 * (index % 2), "epoch": None, "path": path}
             for index, (label, path) in enumerate(zip(whole, paths, strict=True))
