@@ -42,6 +42,7 @@ from msam_analysis.measures import (
 from msam_analysis.monitor import Monitor, loggers, probes
 from msam_analysis.objective import Examination, ExaminationError, MatrixOperator, Objective, SymmetricOperator
 from msam_analysis.objective.direction import Direction
+from msam_analysis.objective.progress import progress
 from msam_analysis.results import ApproximationWarning, ConvergenceWarning, export
 from msam_analysis.spectra import spectral_density, top_eigenvalues, trace
 
@@ -81,6 +82,7 @@ __all__ = [
     "pca_plane",
     "plots",
     "probes",
+    "progress",
     "project",
     "relative_flatness",
     "results",

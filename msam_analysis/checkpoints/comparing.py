@@ -7,6 +7,7 @@ import json
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ from msam_analysis.landscape.identity import identity
 from msam_analysis.measures.summary import DEFAULT_METRICS, RADII, SIGMA, TOLERANCE, measure
 from msam_analysis.objective.batches import Batches
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.progress import LINE, Bar
 from msam_analysis.objective.randomness import drawn_indices
 from msam_analysis.results import BallSharpness, Comparison, Eigenpairs, Measurement, Result, atomic_path
 from msam_analysis.results import load as load_result
@@ -30,6 +32,7 @@ VERSION = 1
 """Raised by hand when the numbers of a metric change: what was kept before is measured again."""
 
 _RECORD = "record.json"
+_OTHERS = 70  # characters on the line of progress that are no label's
 _LONGEST = 100  # characters of a folder's name
 
 
@@ -53,6 +56,7 @@ def compare(
     out: str | os.PathLike[str] | None = None,
     vectors: bool = False,
     tick: Callable[[str, str], None] | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> Comparison:
     """Measure many checkpoints on the same data with the same draws, one after the other.
@@ -85,6 +89,9 @@ def compare(
         the default metrics 9 times the weights of each checkpoint. Default: left out, the tensors are empty.
     tick
         Called with label and metric before each is measured.
+    progress
+        Show on one line the checkpoint, the metric, how far its solver is, the residual or standard error so far, and
+        the time left.
     **options
         Further arguments of :class:`~msam_analysis.Objective`: ``batchnorm``, ``parameters``, ``device``, ``dtype``,
         ``examine``, ...
@@ -124,17 +131,20 @@ def compare(
     measurements: dict[str, Measurement] = {}
     sources: dict[str, Mapping[str, Any]] = {}
     failures: dict[str, str] = {}
-    for number, (label, one) in enumerate(named.items()):
-        more: dict[str, Any] = {"metrics": metrics, "tick": None if tick is None else partial(tick, label)}
-        if end is not None:  # in equal parts; what one leaves goes to the others
-            more["budget"] = max((end - time.perf_counter()) / (len(named) - number), 1e-3)
-        try:
-            measurements[label], sources[label] = one_by_one.measure(label, one, more)
-        except Exception as error:  # whatever a user's model, loss or file raises concerns this checkpoint alone
-            if len(named) == 1:
-                raise
-            failures[label] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
-            warnings.warn(f"compare: {label} failed and is left out: {failures[label]}", UserWarning, stacklevel=2)
+    with Bar(len(named), "measuring", shown=progress, form=LINE, leave=False) as bar:
+        line = _Line(list(named), bar, tick)
+        for number, (label, one) in enumerate(named.items()):
+            more: dict[str, Any] = {"metrics": metrics, "tick": partial(line.tick, label)}
+            if end is not None:  # in equal parts; what one leaves goes to the others
+                more["budget"] = max((end - time.perf_counter()) / (len(named) - number), 1e-3)
+            try:
+                measurements[label], sources[label] = one_by_one.measure(label, one, more)
+            except Exception as error:  # whatever a user's model, loss or file raises concerns this checkpoint alone
+                if len(named) == 1:
+                    raise
+                failures[label] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+                warnings.warn(f"compare: {label} failed and is left out: {failures[label]}", UserWarning, stacklevel=2)
+            bar.advance()
     if not measurements:
         first, reason = next(iter(failures.items()))
         raise ValueError(f"all {len(named)} checkpoints failed; {first}: {reason}")
@@ -144,7 +154,7 @@ def compare(
         sources=sources,
         baseline=baseline,
         failures=failures,
-        settings=measurements[baseline].settings,
+        settings={**measurements[baseline].settings, **_budgeted(list(measurements.values()))},
     )
 
 
@@ -196,6 +206,25 @@ class _Measuring:
             raise TypeError(f"expected a factory for the checkpoint {one}, got None: pass what builds its model")
         prefix, ignore = self.names
         return load(one, self.factory, prefix=prefix, ignore=ignore)
+
+
+class _Line:
+    """What the line of progress says: which checkpoint, which metric, and how much time is left."""
+
+    def __init__(self, labels: Sequence[str], bar: Bar, tick: Callable[[str, str], None] | None) -> None:
+        self._labels, self._bar, self._tell = list(labels), bar, tick
+        self._first: tuple[int, float] | None = None  # the first checkpoint that is measured now, and when it began
+
+    def tick(self, label: str, metric: str) -> None:
+        """Say which metric of which checkpoint is begun."""
+        number, count, now = self._labels.index(label), len(self._labels), time.monotonic()
+        first, begun = self._first = self._first or (number, now)
+        left = f"{(now - begun) / (number - first) * (count - number):.0f} s left" if number > first else ""
+        room = max(self._bar.width - _OTHERS, 10)
+        short = label if len(label) <= room else f"…{label[1 - room :]}"
+        self._bar.say(f"{short} {number + 1}/{count}: {metric}", left)
+        if self._tell is not None:
+            self._tell(label, metric)
 
 
 class Kept:
@@ -256,6 +285,17 @@ def _named(checkpoints: Any) -> dict[str, Any]:
     if not found:
         raise ValueError("there is no checkpoint to measure: expected a file, a folder or a module for each label")
     return found
+
+
+def _budgeted(measured: Sequence[Measurement]) -> dict[str, str]:
+    """Return which metrics a budget cut or left out, with the number of checkpoints where it is not all of them."""
+    said: dict[str, str] = {}
+    for what in ("cut", "not measured"):
+        counts = Counter(name for one in measured for name in str(one.settings.get(what) or "").split(", ") if name)
+        if counts:
+            parts = (name if n == len(measured) else f"{name} ({n} of {len(measured)})" for name, n in counts.items())
+            said[what] = ", ".join(parts)
+    return said
 
 
 def _slim(measured: Measurement) -> Measurement:

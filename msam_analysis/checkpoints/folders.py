@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import importlib
+import io
 import json
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,12 +18,13 @@ import torch
 from torch import Tensor
 
 from msam_analysis.checkpoints import files
-from msam_analysis.checkpoints.reading import Content, Entry, counted, existing, read_file
+from msam_analysis.checkpoints.reading import COUNTERS, Content, Entry, counted, counters_of_file, existing, read_file
 
 _INDICES = ("*.safetensors.index.json", "*.bin.index.json")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
 _ENDINGS = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.pth")
 _DESCRIPTIONS = ("torch", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+_SMALL = 2**16  # bytes of a stored number
 _LAYOUTS = {str(layout): layout for layout in (torch.strided, torch.sparse_coo, torch.sparse_csr)}
 
 
@@ -34,7 +37,7 @@ def read(path: Path) -> Content:
     if not path.is_dir():
         return read_file(path)
     if (path / ".metadata").is_file():
-        return counted(_distributed(path))
+        return counted(*_distributed(path))
     if (path / "modules.json").is_file():
         content = _sentence(path)
     elif (path / "latest").is_file() and (path / (path / "latest").read_text().strip()).is_dir():
@@ -42,6 +45,18 @@ def read(path: Path) -> Content:
     else:
         content = _one(path)
     return counted(content, _json(path / "trainer_state.json"))
+
+
+def counters(path: Path) -> dict[str, int | None]:
+    """Return step and epoch as a checkpoint says them, else its name; None for what neither says."""
+    if not path.is_dir():
+        return counters_of_file(path)
+    found = _json(path / "trainer_state.json")
+    if (path / ".metadata").is_file():
+        with contextlib.suppress(Exception):  # damaged: said when it is loaded
+            found = _numbers(path, _description(path))
+    said = counted(Content(path, "", {}), found)
+    return {"step": said.step, "epoch": said.epoch}
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -108,36 +123,68 @@ def _sentence(path: Path) -> Content:
     return Content(path, "folder of sentence-transformers", tensors)
 
 
-def _distributed(path: Path) -> Content:
-    """Read a folder of torch.distributed.checkpoint in one process; its description is read without running it."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader  # imports much
-    from torch.distributed.checkpoint.state_dict_loader import load
-
+def _distributed(path: Path) -> tuple[Content, dict[str, Any]]:
+    """Read a folder of torch.distributed.checkpoint in one process, and its counters; nothing in it is run."""
     try:
-        with (path / ".metadata").open("rb") as stream:
-            metadata = _Descriptions(stream).load()
-        sizes: Mapping[str, Any] = metadata.state_dict_metadata
-        wanted = {
-            name: torch.empty(one.size, dtype=one.properties.dtype)
-            for name, one in sizes.items()
-            if hasattr(one, "properties")
-        }
-        reader = FileSystemReader(path)
-        reader.read_metadata = lambda *_args, **_options: metadata  # type: ignore[method-assign]  # its own runs the pickle
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # one process is what is meant
-            load(wanted, storage_reader=reader)
+        metadata = _description(path)
+        names = [name for name, one in metadata.state_dict_metadata.items() if hasattr(one, "properties")]
+        wanted, known = _tensors(path, metadata, names), _numbers(path, metadata)
     except Exception as error:  # noqa: BLE001 -- whatever torch says of what is damaged
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"{path} cannot be read as a checkpoint of torch.distributed ({reason}): expected .metadata and the "
             "files that it names; fetch it again, or convert it by torch.distributed.checkpoint.format_utils"
         ) from None
-    return Content(path, "folder of torch.distributed.checkpoint", {n: _entry(n, t) for n, t in wanted.items()})
+    tensors = {name: Entry(tensor, (name.split(".", 1)[0],)) for name, tensor in wanted.items()}
+    return Content(path, "folder of torch.distributed.checkpoint", tensors), known
 
 
-def _entry(name: str, tensor: Tensor) -> Entry:
-    return Entry(tensor, (name.split(".", 1)[0],))
+def _description(path: Path) -> Any:
+    with (path / ".metadata").open("rb") as stream:
+        return _Descriptions(stream).load()
+
+
+def _tensors(path: Path, metadata: Any, names: Sequence[str]) -> dict[str, Tensor]:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader  # imports much
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    sizes = {name: metadata.state_dict_metadata[name] for name in names}
+    wanted = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in sizes.items()}
+    reader = FileSystemReader(path)
+    reader.read_metadata = lambda *_args, **_options: metadata  # type: ignore[method-assign]  # its own runs the pickle
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one process is what is meant
+        load(wanted, storage_reader=reader)
+    return wanted
+
+
+def _numbers(path: Path, metadata: Any) -> dict[str, Any]:
+    """Return the counters of the training, the outermost of each name; an optimizer's own are others."""
+    found: dict[str, Any] = {}
+    described: Mapping[str, Any] = metadata.state_dict_metadata
+    for name in sorted(described, key=lambda name: name.count(".")):
+        *outer, last = name.split(".")
+        if last in found or last not in COUNTERS or any("optim" in part.lower() for part in outer):
+            continue
+        one = described[name]
+        if not hasattr(one, "properties"):
+            found[last] = _stored(path, metadata, name)
+        elif one.size.numel() == 1:
+            found[last] = _tensors(path, metadata, [name])[name]
+    return found
+
+
+def _stored(path: Path, metadata: Any, name: str) -> Any:
+    """Return an object that is small and safe to read, from its place in one of the folder's files."""
+    place = next((one for index, one in metadata.storage_data.items() if index.fqn == name), None)
+    if place is None or place.length > _SMALL or (path / place.relative_path).parent != path:
+        return None
+    with (path / place.relative_path).open("rb") as stream:
+        stream.seek(place.offset)
+        try:
+            return torch.load(io.BytesIO(stream.read(place.length)), weights_only=True)
+        except Exception:  # noqa: BLE001 -- a class of somebody's, or packed in a way of their own: no number
+            return None
 
 
 class _Descriptions(pickle.Unpickler):

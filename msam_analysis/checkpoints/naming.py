@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from msam_analysis.checkpoints import folders
-from msam_analysis.checkpoints.reading import counters, existing
+from msam_analysis.checkpoints.reading import existing
 
 
 def expand(given: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -31,14 +31,17 @@ def expand(given: Sequence[str | os.PathLike[str]]) -> list[Path]:
             several = in_order([Path(name) for name in glob.glob(os.fspath(one), recursive=True)])  # noqa: PTH207
             what = "the pattern" if re.search(r"[*?\[]", os.fspath(one)) else ""
         if not several and what:
-            raise FileNotFoundError(f"{what} {one} holds no checkpoint: expected files of weights; check the path")
+            raise FileNotFoundError(
+                f"{what} {one} holds no checkpoint: expected files of weights straight in a folder; check the path, or "
+                "pass the folders inside, or a pattern such as 'runs/**/*.ckpt'"
+            )
         found |= dict.fromkeys(several or [existing(path)])
     return list(found)
 
 
 def in_order(paths: Sequence[Path]) -> list[Path]:
     """Return the checkpoints by step, else by epoch, else by name with its numbers as numbers."""
-    known = {path: counters(path) for path in paths}
+    known = {path: folders.counters(path) for path in paths}
     for counter in ("step", "epoch"):
         if paths and all(known[path][counter] is not None for path in paths):
             return sorted(paths, key=lambda path: (known[path][counter], _natural(path)))

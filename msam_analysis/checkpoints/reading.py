@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pickle
 import re
@@ -20,10 +21,14 @@ from torch import Tensor
 from msam_analysis.checkpoints import files, stand_ins
 
 _COUNTERS = {"step": ("global_step", "step", "steps", "iteration", "iter", "num_updates"), "epoch": ("epoch",)}
+COUNTERS = {name for names in _COUNTERS.values() for name in names}
+"""What a number is called that says how far the training was."""
 _IN_NAMES = {
     "step": r"(?:global_?step|checkpoint|step|iter(?:ation)?)[=_-]?(\d+)",
     "epoch": r"(?:epoch|ep)[=_-]?(\d+)",
 }
+_DEPTH = 3
+_APART = ("optim", "sched", "scaler", "ema", "model", "net", "state_dict", "callbacks")
 _DAMAGED = (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, IndexError)
 _BROKEN = (ArithmeticError, AttributeError, AssertionError, UnicodeError, MemoryError, struct.error, zipfile.BadZipFile)
 
@@ -88,7 +93,7 @@ def counted(content: Content, found: Any = None) -> Content:
     return replace(content, step=known["step"], epoch=known["epoch"])
 
 
-def counters(path: Path) -> dict[str, int | None]:
+def counters_of_file(path: Path) -> dict[str, int | None]:
     """Return step and epoch as the file says them, else its name; None for what neither says."""
     try:
         found = _saved(path, files.ARCHIVE) if path.is_file() and files.kind_of(path) == files.ARCHIVE else None
@@ -98,11 +103,22 @@ def counters(path: Path) -> dict[str, int | None]:
 
 
 def _counter(counter: str, path: Path, found: Any) -> int | None:
-    values = [_number(found.get(key)) for key in _COUNTERS[counter]] if isinstance(found, Mapping) else []
+    outer, *inner = ([_number(one.get(key)) for one in level for key in _COUNTERS[counter]] for level in _levels(found))
+    values = list(outer)
     for name in (path.name, path.parent.name):
         match = re.search(rf"(?<![a-z]){_IN_NAMES[counter]}", name.lower())
         values.append(int(match.group(1)) if match else None)
+    values += itertools.chain.from_iterable(inner)
     return next((value for value in values if value is not None), None)
+
+
+def _levels(found: Any) -> Iterator[list[Mapping[Any, Any]]]:
+    """Yield the mappings of the outermost three levels, but for those of weights and of what counts for itself."""
+    level = [found] if isinstance(found, Mapping) else []
+    for _ in range(_DEPTH):
+        yield level
+        inner = ((str(key).lower(), value) for one in level for key, value in one.items())
+        level = [v for key, v in inner if isinstance(v, Mapping) and not any(it in key for it in _APART)]
 
 
 def _number(value: Any) -> int | None:
@@ -148,7 +164,8 @@ def _unsafe(path: Path, kind: str, message: str) -> ValueError:
 def _entries(found: Any, path: tuple[str, ...] = (), holder: tuple[str, ...] | None = None) -> Iterator[Place]:
     """Yield every tensor in mappings and in modules that were saved whole: its path, itself, what holds it.
 
-    All tensors of such a module lie in one: as in a state dict, its own names have dots.
+    All tensors of such a module lie in one: as in a state dict, its own names have dots. Lists may hold mappings; a
+    tensor straight in a list has no name.
     """
     if isinstance(found, Tensor):
         yield path or ("tensor",), Entry(found, path[:-1] if holder is None else holder)
@@ -164,6 +181,10 @@ def _entries(found: Any, path: tuple[str, ...] = (), holder: tuple[str, ...] | N
         for key, value in found.items():
             if isinstance(key, (str, int)):
                 yield from _entries(value, (*path, str(key)), holder)
+    elif isinstance(found, (list, tuple)):
+        for number, value in enumerate(found):
+            if not isinstance(value, Tensor):  # which has no name
+                yield from _entries(value, (*path, str(number)), holder)
 
 
 def existing(path: str | os.PathLike[str]) -> Path:

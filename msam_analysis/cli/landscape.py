@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from msam_analysis import landscape
+from msam_analysis.checkpoints.folders import counters
 from msam_analysis.checkpoints.naming import distinct_names, expand
-from msam_analysis.checkpoints.reading import counters
 from msam_analysis.cli.factories import load_object, load_objectives
 from msam_analysis.cli.names import check_own, listed
 from msam_analysis.cli.pictures import FORMATS, check_formats, write_all

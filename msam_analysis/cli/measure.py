@@ -7,12 +7,11 @@ import math
 import os
 import shlex
 import sys
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import torch
@@ -20,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
 from msam_analysis import plots, report
 from msam_analysis.checkpoints.comparing import compare
@@ -29,12 +29,8 @@ from msam_analysis.cli.names import listed
 from msam_analysis.measures.summary import DEFAULT_METRICS, MAX_HVPS, METRICS, RADII, TOLERANCE
 from msam_analysis.results import Comparison, atomic_path
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _FAILED = 1
-_SILENT = 20.0  # seconds between two lines of a log
 _FEW = 3  # checkpoints of which is said what was taken; the JSON has all
 _TABLE = "metrics"
 _SHOWN = ["label", "step", "epoch", "metric", "value", "uncertainty", "converged", "meaning"]
@@ -101,9 +97,9 @@ def measure_command(
         dtype=None if dtype is None else _PRECISIONS[dtype],
         device=device,
         examine=examine,
+        progress=not quiet,
     )
-    with _Progress(names, quiet) as progress:
-        result = _compared(dict(zip(names, paths, strict=True)), factory, loss_fn, batches, progress.tick, options)
+    result = _compared(dict(zip(names, paths, strict=True)), factory, loss_fn, batches, options)
     show(result, write(result, out, _asked(model, data, loss)))
     if result.failures:
         raise typer.Exit(_FAILED)
@@ -114,18 +110,23 @@ def _compared(
     factory: Any,
     loss_fn: Any,
     batches: Any,
-    tick: Callable[[str, str], None],
     options: Mapping[str, Any],
 ) -> Comparison:
     """Measure; what a user's own functions raise becomes a sentence."""
     try:
         with returning(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="compare: ")  # the failures are told at the end
-            return compare(checkpoints, factory, loss_fn, batches, tick=tick, **options)
+            warnings.showwarning = _warn
+            return compare(checkpoints, factory, loss_fn, batches, **options)
     except (ValueError, TypeError, RuntimeError, OSError):
         raise
     except Exception as error:
         raise ValueError(f"model, data and loss do not work together: {brief(error)}") from error
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """Say a warning in one line, beside the line of progress; where it comes from in the sources helps no user."""
+    tqdm.write(f"msam-analysis: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> Path:
@@ -155,16 +156,19 @@ def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> Path:
     for ending, text in texts.items():
         with atomic_path(home / f"{_TABLE}.{ending}") as partial:
             partial.write_text(text, encoding="utf-8", newline="\n")
-    items: list[report.Figure | report.Table] = [report.Table(frame[_SHOWN], "Every number with its uncertainty.")]
-    if len(result) > 1:
+    items: list[report.Figure | report.Table] = []
+    every = report.Table(frame[_SHOWN], "Every number with its uncertainty.")
+    if len(result) > 1:  # pictures first: the tables are long
+        for metric in table.columns:
+            path = plots.save(plots.compare(result, metrics=[metric]), home / metric, close=True)[0]
+            items.append(report.Figure(path, f"{metric.replace('_', ' ')} of every checkpoint."))
         others = frame[frame["label"] != result.baseline]
         items.append(
             report.Table(others[_DIFFERENCES], f"Differences from {result.baseline}: the same data and draws.")
         )
-        for metric in table.columns:
-            path = plots.save(plots.compare(result, metrics=[metric]), home / metric, close=True)[0]
-            items.append(report.Figure(path, f"{metric.replace('_', ' ')} of every checkpoint."))
+        items.append(every)
     else:
+        items.append(every)
         path = plots.save(plots.measure(next(iter(result.values()))), home / _TABLE, close=True)[0]
         items.append(report.Figure(path, "The metrics; bars are residuals, brackets or standard errors."))
     summary = f"{len(result)} checkpoint(s). {_settings(result)}."
@@ -200,45 +204,13 @@ def show(result: Comparison, home: Path) -> None:
             for label, *found in zip(result, *(columns[metric][1:] for metric in part), strict=True):
                 table.add_row(Text(label), *map(Text, found))
             console.print(table)
-        console.print("± residual, bracket or standard error; * not converged", highlight=False)
+        console.print("± residual, bracket or standard error; * not converged; † ended by the budget", highlight=False)
     console.print(Text(_settings(result)), soft_wrap=True)
     for label, source in list(result.sources.items())[:_FEW]:
         console.print(Text(source["taken"] if len(result) == 1 else f"{label}: {source['taken']}"), soft_wrap=True)
     for label, reason in result.failures.items():
         console.print(Text(f"FAILED {label}: {reason}"), soft_wrap=True)
     console.print(Text(f"saved in {home}: {_TABLE}.csv, .json, .md, .tex, report.html, pictures"), soft_wrap=True)
-
-
-class _Progress:
-    """Says which metric of which checkpoint is measured: on a terminal in one line, in a log every now and then."""
-
-    def __init__(self, names: Sequence[str], quiet: bool) -> None:
-        self._names, self._quiet, self._begun = list(names), quiet, time.monotonic()
-        self._said = self._begun
-        self._status = None if quiet or not sys.stderr.isatty() else Console(stderr=True).status("")
-
-    def __enter__(self) -> Self:
-        """Begin the line."""
-        if self._status is not None:
-            self._status.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Leave the terminal as it was."""
-        if self._status is not None:
-            self._status.stop()
-
-    def tick(self, label: str, metric: str) -> None:
-        """Say it."""
-        now, done = time.monotonic(), self._names.index(label)
-        passed = now - self._begun
-        left = f", about {passed / done * (len(self._names) - done):.0f} s left" if done else ""
-        text = f"{label} ({done + 1} of {len(self._names)}): {metric}, {passed:.0f} s{left}"
-        if self._status is not None:
-            self._status.update(Text(text))
-        elif not self._quiet and now - self._said > _SILENT:
-            typer.echo(text, err=True)
-            self._said = now
 
 
 def _plain(value: Any) -> Any:
@@ -294,7 +266,8 @@ def _cell(row: Any) -> str:
     if row is None:
         return "–"
     error = _error(row)
-    return f"{row['value']:.4g}" + (f" ±{error}" if error else "") + ("*" if row["converged"] is False else "")
+    marks = "*" * (row["converged"] is False) + "†" * ("the budget ended it" in row["meaning"])
+    return f"{row['value']:.4g}" + (f" ±{error}" if error else "") + marks
 
 
 def _heading(metric: str) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from msam_analysis.objective.progress import Bar
 from msam_analysis.objective.ranks import Ranks
 
 _BLOCK_SECONDS = (0.2, 0.8)  # least and most time for a block of points: the file is up to date, and writing is cheap
@@ -63,7 +63,7 @@ class PointTable:
         self._written = written
         # Groups of `size` points for each process in a block.
         self._groups = max(1, int(_BLOCK_SECONDS[0] / max(ranks.slowest(seconds) * size, 1e-6)))
-        self.bar: Any = None
+        self.bar: Bar | None = None
 
     def measure(self, points: Sequence[int]) -> None:
         """Measure those of some points, given by their index, that are not measured yet."""
@@ -85,17 +85,12 @@ class PointTable:
                 self._groups = max(1, self._groups // 2)
             self._written()
             if self.bar is not None:
-                self.bar.update(len(block))
+                self.bar.advance(len(block))
 
     @contextmanager
     def shown(self, *, progress: bool, total: int | None) -> Iterator[None]:
         """Show a progress bar inside; its rate counts the points measured now, not those from a file."""
-        if not progress or self._ranks.rank:
-            yield
-            return
-        # Imported where it is used: in a notebook without widgets the import alone warns.
-        from tqdm.auto import tqdm
-
-        with tqdm(total=total, initial=int(self.measured.sum()), desc="loss slice", unit="point") as self.bar:
+        shown = progress and not self._ranks.rank
+        with Bar(total, "loss slice", "point", done=int(self.measured.sum()), shown=shown) as self.bar:
             yield
         self.bar = None

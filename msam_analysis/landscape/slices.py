@@ -380,7 +380,7 @@ class _Measurement:
         loss = surfaces["loss"]
         if self.table.bar is not None and loss.range > 0 and math.isfinite(loss.relative):
             wanted = self.refine or 0.0
-            self.table.bar.set_postfix_str(f"error {loss.relative:.2%} of the range, {wanted:.2%} wanted")
+            self.table.bar.say("loss slice", f"error {loss.relative:.2%} of the range, {wanted:.2%} wanted")
         self.journal.write(self._snapshot)
 
     # ---------------------------------------------------------------------------------------------------------- results

@@ -60,7 +60,9 @@ class Ascent:
 
     def run(self, steps: int, tolerance: float) -> None:
         """Make at most ``steps`` steps within the budget of gradients; for ``tolerance`` see :func:`ball_sharpness`."""
-        for _ in range(min(steps, self.ball_loss.left)):
+        for _ in range(steps):
+            if not self.ball_loss.left:
+                return
             length = euclidean(self.at.slope)
             if math.isinf(self.at.rise) or length == 0 or not math.isfinite(length):
                 self.finished = True

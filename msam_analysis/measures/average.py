@@ -9,6 +9,7 @@ import torch
 from msam_analysis.measures.geometry import Adaptive, adaptive_scale
 from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.progress import told
 from msam_analysis.objective.rounding import resolution, warn_if_below
 from msam_analysis.objective.vectors import gaussian
 from msam_analysis.results import Estimate
@@ -64,15 +65,17 @@ def average_sharpness(
         noise = sigma * gaussian(objective.size, 1, seed=seed, like=center, use=f"noise {draw}")[:, 0]
         step = noise if scale is None else scale * noise
         rises.append((float(objective.loss(center + step)) + float(objective.loss(center - step))) / 2 - base)
+        if told("draws", draw + 1, draws) and draw > 0:
+            break
     sample = torch.tensor(rises, dtype=torch.float64)
     value, limit = float(sample.mean()), resolution(objective, base)
     warn_if_below("average_sharpness", value, limit)
     return Estimate(
         quantity="average sharpness (adaptive)" if adaptive else "average sharpness",
         value=value,
-        standard_error=float(sample.std() / math.sqrt(draws)),
-        draws=draws,
-        evaluations=2 * draws + 1,
+        standard_error=float(sample.std() / math.sqrt(len(sample))),
+        draws=len(sample),
+        evaluations=2 * len(sample) + 1,
         settings={**objective.settings, "sigma": float(sigma)},
         resolution=limit,
         values=sample,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from msam_analysis.measures.geometry import Ball, euclidean
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.progress import told
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,8 @@ class BallLoss:
         """Return the rise and the slope at a point, at one gradient."""
         loss, gradient = self.objective.loss_and_gradient(self.center + self.ball.displacement(z))
         self.gradients += 1
+        if told("gradients", self.gradients, self.budget):
+            self.budget = self.gradients
         rise, slope = float(loss) - self.base, self.ball.displacement(gradient)
         # Where the loss is infinite the gradient does not matter.
         if math.isnan(rise) or (math.isfinite(rise) and not bool(torch.isfinite(slope).all())):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.progress import told
 from msam_analysis.objective.randomness import drawn_indices
 from msam_analysis.results import Estimate
 
@@ -72,7 +73,9 @@ def relative_flatness(objective: Objective, layer: str, *, draws: int = 30, seed
         signs = 2 * torch.randint(2, (factor.shape[1], weight.shape[1]), generator=generator) - 1
         mixed = (factor @ signs.to(factor)).reshape(-1)
         sample[draw] = float(mixed.dot(hessian.matvec(mixed).to(mixed)))
-    return _estimate("relative flatness", sample, objective, layer=layer)
+        if told("products", draw + 1, draws) and draw > 0:
+            break
+    return _estimate("relative flatness", sample[: draw + 1], objective, layer=layer)
 
 
 @numbers
@@ -119,7 +122,9 @@ def fisher_rao_norm(objective: Objective, *, samples: int | None = None, seed: i
     for number, index in enumerate(chosen):
         loss, gradient = objective.with_samples(index[None], batch_size=1).loss_and_gradient(point)
         squares[number] = float(point.double().dot(gradient.double())) ** 2 if bool(loss.isfinite()) else math.nan
-    return _estimate("squared Fisher-Rao norm", squares, objective)
+        if told("samples", number + 1, count) and number > 0:
+            break
+    return _estimate("squared Fisher-Rao norm", squares[: number + 1], objective)
 
 
 def _estimate(quantity: str, sample: Tensor, objective: Objective, **labels: str) -> Estimate:

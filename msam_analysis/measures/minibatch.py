@@ -15,6 +15,7 @@ from msam_analysis.measures.geometry import Adaptive, Norm
 from msam_analysis.measures.starts import Start
 from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.progress import told
 from msam_analysis.objective.rounding import warn_if_below
 from msam_analysis.results import ApproximationWarning, BatchSharpness, ConvergenceWarning
 
@@ -90,6 +91,8 @@ def m_sharpness(
             part = objective.with_samples(parts[int(index)], batch_size=m)
             balls.append(sharpness(part, rho, tolerance=tolerance, seed=seed))
             sizes.append(part.samples)
+            if told("batches", len(sizes), len(order)):
+                break
     unconverged = sum(not ball.converged for ball in balls)
     if unconverged:
         warnings.warn(

@@ -41,7 +41,7 @@ from __future__ import annotations
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol, get_args
 
 import numpy as np
@@ -49,6 +49,7 @@ import torch
 from torch import Tensor
 
 from msam_analysis.objective.arguments import numbers
+from msam_analysis.objective.progress import counted
 from msam_analysis.results import (
     BallSharpness,
     ConvergenceWarning,
@@ -179,7 +180,7 @@ def data_interval(
     complaints: list[str] = []
     value = _measure(metric, used, complaints)
     measured = []
-    for draw in _shown(_resamples(method, len(numbers), count, seed), progress):
+    for draw in counted(_resamples(method, len(numbers), count, seed), "resamples", "resample", shown=progress):
         measured.append(_measure(metric, [one.with_samples(numbers[draw]) for one in everything], complaints))
         if measured[-1].shape != value.shape:
             raise ValueError(
@@ -283,16 +284,6 @@ def _numbers(returned: object) -> Tensor:
             f"the metric returned {type(returned).__name__}: expected a number, an array of numbers, or one of "
             f"{known}; return a number from it"
         ) from None
-
-
-def _shown(draws: list[Tensor], progress: bool) -> Iterable[Tensor]:
-    if not progress:
-        return draws
-    # Imported where it is used: in a notebook without widgets the import alone warns.
-    from tqdm.auto import tqdm
-
-    shown: Iterable[Tensor] = tqdm(draws, desc="resamples", unit="resample")
-    return shown
 
 
 def _warn(complaints: list[str], failed: int, count: int, small: bool, samples: int) -> None:

@@ -13,6 +13,7 @@ from msam_analysis.measures.ball_loss import BallLoss
 from msam_analysis.measures.geometry import euclidean
 from msam_analysis.measures.trust_region import maximize_quadratic
 from msam_analysis.objective.operators import ScaledOperator, SymmetricOperator
+from msam_analysis.objective.progress import told
 from msam_analysis.objective.vectors import gaussian
 from msam_analysis.spectra.subspace import Subspace
 
@@ -90,9 +91,11 @@ def _krylov(ball_loss: BallLoss, budget: int, seed: int) -> tuple[Tensor, Tensor
             residual = basis.aq @ small + slope - multiplier * step
             level = max(multiplier * radius, euclidean(slope))
             enough = _enough(basis, interior=multiplier == 0)
-            settled = float(residual.norm()) <= enough * level
+            length = float(residual.norm())
+            settled = length <= enough * level
             settled = settled and float(top_residual.norm()) <= max(enough, _ROUGH) * float(values.abs().max())
-            if settled or not basis.expand(torch.cat([residual[:, None], top_residual], dim=1)):
+            ended = told("products", operator.products, basis.capacity, length / level if level else math.nan)
+            if settled or ended or not basis.expand(torch.cat([residual[:, None], top_residual], dim=1)):
                 return step, basis.q @ coefficients[:, :_EIGENVECTORS].to(basis.q)
     finally:
         ball_loss.hvps += operator.products

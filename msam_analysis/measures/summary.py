@@ -18,6 +18,7 @@ from msam_analysis.measures.invariant import fisher_rao_norm, relative_flatness
 from msam_analysis.measures.minibatch import m_sharpness
 from msam_analysis.objective.examination import NOT_EXAMINED
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.progress import LINE, Bar, Step, listening
 from msam_analysis.objective.vectors import gaussian
 from msam_analysis.results import Measurement, Result
 from msam_analysis.results.together import EXAMINATION
@@ -59,6 +60,7 @@ def measure(
     known: Mapping[str, Measurement] | None = None,
     keep: Callable[[str, Measurement], None] | None = None,
     tick: Callable[[str], None] | None = None,
+    progress: bool = False,
 ) -> Measurement:
     """Measure sharpness metrics on the same data, mode and parameters, the cheapest first.
 
@@ -93,8 +95,10 @@ def measure(
     seed
         Seed of all random draws.
     budget
-        Seconds after which no metric is begun, and to which draws, products and gradients are cut; default unlimited.
-        What was cut says so, with its error; what was not begun is named in ``settings["not measured"]``.
+        Seconds after which no metric is begun; default unlimited. Draws, products and gradients are cut to what it pays
+        for by the price of a gradient, and end with it: after the product, draw or sample that runs then, and at least
+        2 draws, 5 gradients of a ball, and a product for each eigenvalue. What was cut says so, with its error; what
+        was not begun is named in ``settings["not measured"]``.
     known
         Metrics that were measured before, by name: they are taken as they are. One that a budget cut is measured again,
         and stays where the new budget cuts it shorter.
@@ -102,6 +106,8 @@ def measure(
         Called with the name and the rows of each metric as soon as it is measured, for storing.
     tick
         Called with the name of each metric before it is measured.
+    progress
+        Show on one line the metric, how far its solver is, and the residual or standard error so far.
 
     Returns
     -------
@@ -138,7 +144,8 @@ def measure(
             if tick is not None:
                 tick(name)
             sheet = _Sheet(objective, ask, clock)
-            _MEASUREMENTS[name](sheet)
+            with Bar(None, name, shown=progress, form=LINE, leave=False), listening(clock.over):
+                _MEASUREMENTS[name](sheet)
             parts[name] = sheet.measurement()
             if name in before and 0 < _steps(parts[name]) <= _steps(before[name]):
                 parts[name] = before[name]
@@ -188,10 +195,16 @@ class _Clock:
     def __init__(self, objective: Objective, end: float) -> None:
         self._objective, self._end = objective, end
         self._prices: tuple[float, float] | None = None
+        self.ended = False
 
     def left(self) -> float:
         """Return the seconds left."""
         return self._end - time.perf_counter()
+
+    def over(self, _: Step) -> bool:
+        """Tell whether a solver must end, since no time is left."""
+        self.ended = self.ended or (self._end < math.inf and self.left() <= 0)
+        return self.ended
 
     def affords(self, gradients: float, vectors: int, most: int) -> int:
         """Return how many steps the time left pays for, at most ``most``; each costs gradients and random vectors."""
@@ -223,13 +236,19 @@ class _Sheet:
     cut: str = ""
     steps: int = 0
     short: bool = False
+    most: int = 0
+    paid: int = 0
 
-    def afford(self, gradients: float, vectors: int, most: int, what: str, least: int = 2) -> int:
-        """Return how many steps the budget pays for, and note it if these are fewer than ``most``."""
-        number = max(self.clock.affords(gradients, vectors, most), min(least, most))
-        self.cut = f"; the budget ended it after {number} of {most} {what}" if number < most else ""
+    def afford(self, gradients: float, vectors: int, most: int, least: int = 2) -> int:
+        """Return how many steps the budget pays for, at most ``most``."""
+        self.most, self.paid = most, max(self.clock.affords(gradients, vectors, most), min(least, most))
+        return self.paid
+
+    def made(self, number: int, what: str, converged: bool = False) -> None:
+        """Note after how many steps the budget ended them, if it did."""
+        ended = not converged and number < self.most and (self.paid < self.most or self.clock.ended)
+        self.cut = f"; the budget ended it after {number} of {self.most} {what}" if ended else ""
         self.steps += number
-        return number
 
     def usual(self, number: int, large: int) -> int:
         """Return how many steps there are without a budget, for a network of this size."""
@@ -278,8 +297,9 @@ def _critical(sheet: _Sheet) -> None:
 
 
 def _average(sheet: _Sheet) -> None:
-    sigma, draws = sheet.ask.sigma, sheet.afford(_PAIR, 1, sheet.usual(_DRAWS, 16), "draws")
+    sigma, draws = sheet.ask.sigma, sheet.afford(_PAIR, 1, sheet.usual(_DRAWS, 16))
     average = average_sharpness(sheet.objective, sigma, adaptive=True, draws=draws, seed=sheet.ask.seed)
+    sheet.made(average.draws, "draws")
     sheet.results["average"] = average
     meaning = "mean loss rise under noise σ|w|; standard error"
     sheet.add(
@@ -294,19 +314,19 @@ def _average(sheet: _Sheet) -> None:
 def _balls(sheet: _Sheet, adaptive: bool = False) -> None:
     sign, prefix = ("e/|w|", "adaptive_") if adaptive else ("e", "")
     for radius in sheet.ask.radii:
-        iterations = sheet.afford(_STEP, 0, sheet.usual(_GRADIENTS, 20), "gradients", 5)
+        iterations = sheet.afford(_STEP, 0, sheet.usual(_GRADIENTS, 20), 5)
         most = _BASIS_BYTES // (2 * sheet.objective.point().nbytes)
-        hvps = min(_HVPS, most, iterations // 2 if sheet.cut else _HVPS)
+        hvps = min(_HVPS, most, iterations // 2 if sheet.paid < sheet.most else _HVPS)
         searched: dict[str, Any] = {"starts": ("gradient",)} if most < _FEWEST_HVPS else {"krylov_hvps": max(2, hvps)}
         ball = ball_sharpness(
             sheet.objective, radius, adaptive=adaptive, iterations=iterations, seed=sheet.ask.seed, **searched
         )
-        if ball.converged:
-            sheet.cut = ""
+        sheet.made(ball.gradients, "gradients", ball.converged)
         sheet.results[f"{prefix.replace('_', '-')}ball-{radius:g}"] = ball
         meaning = f"largest loss rise found in ‖{sign}‖₂ ≤ {radius:g}"
         name = f"{prefix}ball_sharpness@{radius:g}"
         sheet.add(name, ball.sharpness, _NAN, meaning, ball.converged, ball.resolution)
+        sheet.cut = ""  # a single step is whole
         meaning = f"loss rise after {'ASAM' if adaptive else 'SAM'}'s single ascent step"
         name = f"{prefix}one_step_sharpness@{radius:g}"
         sheet.add(name, ball.one_step, _NAN, meaning, resolution=ball.resolution)
@@ -317,18 +337,18 @@ def _adaptive(sheet: _Sheet) -> None:
 
 
 def _trace(sheet: _Sheet) -> None:
-    draws = sheet.afford(_PRODUCT, 1, sheet.usual(_SIGNS, 10), "products")
+    draws = sheet.afford(_PRODUCT, 1, sheet.usual(_SIGNS, 10))
     traced = trace(sheet.objective, draws=draws, seed=sheet.ask.seed)
+    sheet.made(traced.draws, "products")
     sheet.results["trace"] = traced
     sheet.add("trace", traced.value, traced.standard_error, "Hessian trace (Hutchinson); standard error")
 
 
 def _eigenvalues(sheet: _Sheet) -> None:
     ask, k = sheet.ask, min(sheet.ask.eigenvalues, sheet.objective.size)
-    most = sheet.afford(_PRODUCT, 1, ask.max_hvps, "products", k)
+    most = sheet.afford(_PRODUCT, 1, ask.max_hvps, k)
     pairs = top_eigenvalues(sheet.objective, k, tolerance=ask.tolerance, max_hvps=most, seed=ask.seed)
-    if pairs.converged:
-        sheet.cut = ""
+    sheet.made(pairs.hvps, "products", pairs.converged)
     sheet.results["eigenvalues"] = pairs
     for index, (value, residual) in enumerate(zip(pairs.values.tolist(), pairs.residuals.tolist(), strict=True), 1):
         meaning = "Hessian eigenvalue; residual ‖Hv − λv‖"
@@ -340,8 +360,9 @@ def _batches(sheet: _Sheet) -> None:
     most = min(FEW_BATCHES, math.ceil(sheet.objective.samples / m))
     price = _STEP * _GRADIENTS * m / sheet.objective.samples
     for radius in sheet.ask.radii:
-        batches = sheet.afford(price, 0, most, "batches", 1)
+        batches = sheet.afford(price, 0, most, 1)
         result = m_sharpness(sheet.objective, radius, m, batches=batches, seed=sheet.ask.seed)
+        sheet.made(len(result.rises), "batches")
         sheet.results[f"batches-{radius:g}"] = result
         meaning = f"mean of largest loss rises of batches of {m}, each in its ‖e‖₂ ≤ {radius:g}; standard error"
         name = f"m_sharpness@{radius:g}"
@@ -352,16 +373,20 @@ def _flatness(sheet: _Sheet) -> None:
     matrices = [name for name, p in sheet.objective.model.named_parameters() if p.ndim == 2]
     if not matrices:
         raise ValueError("flatness needs a weight matrix, and the model has none: leave it out of metrics")
-    draws = sheet.afford(_PRODUCT, 0, _SIGNS, "products")
+    draws = sheet.afford(_PRODUCT, 0, _SIGNS)
     flatness = relative_flatness(sheet.objective, matrices[-1], draws=draws, seed=sheet.ask.seed)
+    sheet.made(flatness.draws, "products")
     sheet.results["flatness"] = flatness
     meaning = f"Σ ⟨w_s, w_s'⟩ tr H_ss' of {matrices[-1]}; standard error"
     sheet.add("relative_flatness", flatness.value, flatness.standard_error, meaning)
 
 
 def _fisher_rao(sheet: _Sheet) -> None:
-    samples = FEW_SAMPLES if sheet.objective.samples > FEW_SAMPLES else None
-    norm = fisher_rao_norm(sheet.objective, samples=samples, seed=sheet.ask.seed)
+    samples = min(FEW_SAMPLES, sheet.objective.samples)
+    sheet.afford(0, 0, samples)  # what a gradient of one sample costs is not known before
+    few = samples if samples < sheet.objective.samples else None
+    norm = fisher_rao_norm(sheet.objective, samples=few, seed=sheet.ask.seed)
+    sheet.made(norm.draws, "samples")
     sheet.results["fisher-rao"] = norm
     sheet.add(
         "fisher_rao_norm", norm.value, norm.standard_error, "squared norm wᵀFw over single samples; standard error"

@@ -25,6 +25,7 @@ _DOUBLE = 32 * 10**6  # parameters up to which derivatives are compared in float
 # Relative steps of differences in float64: short ones meet few kinks, long ones serve losses in float32. Then the
 # relative difference that neither truncation nor rounding explains. In float32 both are coarse.
 _FINE: tuple[Sequence[float], float] = (1e-6, 1e-8, 1e-4, 1e-3), 1e-3
+_LONG = 1e-2, 1e-3  # steps for a loss that its model computes in float32, also in float64: short ones are rounding
 _COARSE: tuple[Sequence[float], float] = (1e-3, 3e-3), 0.3
 
 
@@ -67,18 +68,21 @@ def _unchecked(why: str) -> Check:
 
 
 class _Exact(NamedTuple):
-    """The gradient, two vectors, the exact products with them, and why there are none."""
+    """The gradient, two vectors, the exact products with them, why there are none, and the loss's relative rounding."""
 
     gradient: Tensor
     vectors: list[Tensor]
     products: list[Tensor]
     reason: str = ""
+    rounding: float = 0.0
 
 
 def _compared(wide: Evaluation, steps: Sequence[float], wrong: float) -> tuple[list[Check], str, str]:
     """Compare along random vectors, at one step after the other until it fits; say what is refused and doubted."""
     leaves, constants = wide.leaves(), wide.constants()
     exact = _exact(wide, leaves, constants)
+    if wide.precision == torch.float64 and exact.rounding > torch.finfo(torch.float64).eps:
+        steps = _LONG
     point = wide.layout.flatten(leaf.detach() for leaf in leaves.values())
     slope = product = math.inf
     for step in steps:
@@ -88,7 +92,7 @@ def _compared(wide: Evaluation, steps: Sequence[float], wrong: float) -> tuple[l
             break
     if slope > wrong:
         refusal = (
-            f"the gradient differs from differences of the loss by {slope:.0%} of itself: expected the derivative "
+            f"the gradient differs from differences of the loss by {slope:.2g} of itself: expected the derivative "
             "of what forward computes; a checkpoint with use_reentrant=True, a straight-through estimator, weights "
             "that forward changes or detaches may be why: use_reentrant=False, or measure values only"
         )
@@ -121,7 +125,8 @@ def _distances(
     wide: Evaluation, exact: _Exact, point: Tensor, constants: dict[str, Tensor], step: float
 ) -> tuple[float, float]:
     """Return how far slope and product along the first vector are from differences, beyond rounding, relatively."""
-    vector, rounding = exact.vectors[0], 64 * torch.finfo(wide.dtype).eps / step
+    eps = torch.finfo(wide.dtype).eps
+    vector, rounding = exact.vectors[0], (64 * eps if exact.rounding <= eps else 2 * exact.rounding) / step
     tiny = torch.finfo(wide.dtype).tiny
     (ahead, g_ahead), (behind, g_behind) = (
         mean_gradient(wide, wide.leaves(point + sign * step * vector), constants) for sign in (1, -1)
@@ -146,8 +151,9 @@ def _exact(wide: Evaluation, leaves: dict[str, Tensor], constants: dict[str, Ten
         flat = layout.flatten(gradient.detach() for gradient in gradients)
         moves = layout.flatten(_moving(g.detach()) * size for g, size in zip(gradients, sizes, strict=True))
         vectors = [gaussian(layout.size, 1, seed=seed, like=flat)[:, 0] * moves for seed in (1, 2)]
+        rounding = torch.finfo(loss.dtype).eps
         if wide.second_derivatives.central:
-            return _Exact(flat, vectors, [])
+            return _Exact(flat, vectors, [], rounding=rounding)
         try:
             with missing_derivatives():
                 check_twice_differentiable([loss])
@@ -156,10 +162,11 @@ def _exact(wide: Evaluation, leaves: dict[str, Tensor], constants: dict[str, Ten
                     for vector in vectors
                 ]
         except MissingDerivativeError:  # the operators find it, too, each in its own way
-            return _Exact(flat, vectors, [])
+            return _Exact(flat, vectors, [], rounding=rounding)
         except RuntimeError as error:
-            return _Exact(flat, vectors, [], str(error).split("\n", maxsplit=1)[0])
-    return _Exact(flat, vectors, found if all(bool(product.isfinite().all()) for product in found) else [])
+            return _Exact(flat, vectors, [], str(error).split("\n", maxsplit=1)[0], rounding)
+    products = found if all(bool(product.isfinite().all()) for product in found) else []
+    return _Exact(flat, vectors, products, rounding=rounding)
 
 
 def _moving(gradient: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ class Examination:
         others = [check for check in self.checks if check.verdict != "holds"]
         topics = dict.fromkeys(check.topic for check in self.checks)
         held = [topic for topic in topics if topic not in {check.topic for check in others}]
-        apart = "" if self.largest != self.largest else f" (largest difference {self.largest:.0e})"
+        found = f"largest difference {self.largest:.0e}" if self.largest else "no difference beyond rounding"
+        apart = "" if self.largest != self.largest else f" ({found})"
         said = [f"{c.topic} {c.verdict}" + f": {c.follows}" * bool(c.follows) for c in others]
         return "; ".join([f"examined: {', '.join(held)}{apart}", *dict.fromkeys(said)])
 

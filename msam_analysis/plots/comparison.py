@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -45,7 +47,7 @@ def compare(
     numpy.ndarray
         The axes, shape ``(panels,)``: against the step where all have one, else against the epoch, else the label; bars
         are residuals, brackets or standard errors, open markers did not converge, what is NaN or infinite is a hole in
-        a curve.
+        a curve. Checkpoints of several folders with the same steps are several runs: one curve for each.
 
     Raises
     ------
@@ -54,7 +56,7 @@ def compare(
     TypeError
         Something that is not the result of the measure.
     """
-    several = require_some(result, results.Comparison)
+    several = require_some(_runs(result) if isinstance(result, results.Comparison) else result, results.Comparison)
     frames = {name: item.to_frame() for name, item in several.items()}
     known = list(dict.fromkeys(metric for item in several.values() for metric in item.metrics))
     missing = [name for name in metrics if name not in known]
@@ -81,6 +83,27 @@ def compare(
     with style():
         name_curves(drawn if axes is None else drawn[:1], made=axes is None, handles=handles)
     return drawn
+
+
+def _runs(result: results.Comparison) -> results.Comparison | dict[str, results.Comparison]:
+    """Return a comparison for each folder, where the steps of all together begin anew and those of each do not."""
+    if _in_order(result.steps):
+        return result
+    folders: dict[str, list[str]] = {}
+    for label, source in result.sources.items():
+        folders.setdefault(str(PurePath(str(source.get("path", ""))).parent), []).append(label)
+    runs: dict[str, results.Comparison] = {}
+    for folder, labels in folders.items():
+        part = {label: result.measurements[label] for label in labels if label in result.measurements}
+        sources = {label: result.sources[label] for label in part}
+        runs[folder] = dataclasses.replace(result, measurements=part, sources=sources)
+    if len(runs) < 2 or not all(_in_order(run.steps) for run in runs.values()):
+        return result
+    parts = [PurePath(folder).parts for folder in runs]
+    same = _alike(parts)
+    behind = _alike([list(reversed(one[same:])) for one in parts])
+    names = ["/".join(one[same : len(one) - behind]) or "." for one in parts]
+    return dict(zip(names, runs.values(), strict=True))
 
 
 def _points(frame: pd.DataFrame, metric: str) -> list[Point]:
@@ -140,7 +163,7 @@ def _curve(ax: Axes, x: Sequence[float], points: Sequence[Point], appearance: Lo
     errors = np.array([[point.value - point.low, point.high - point.value] for point in points]).T
     bars = np.where(np.isfinite(errors), errors, 0.0).reshape(2, -1)
     shape: dict[str, Any] = {"color": appearance.color, "linewidth": 1.2, "elinewidth": 1.2, "capsize": 3}
-    ax.errorbar(x, values, bars, zorder=2, **shape)
+    ax.errorbar(x, values, bars if np.isfinite(errors).any() else None, zorder=2, **shape)
     for place, value, point in zip(x, values, points, strict=True):
         face = appearance.color if point.converged else "white"
         marker: dict[str, Any] = {"marker": appearance.marker, "markersize": 4, "markerfacecolor": face}

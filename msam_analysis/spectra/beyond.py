@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from msam_analysis.objective.operators import SymmetricOperator
+from msam_analysis.objective.progress import told
 from msam_analysis.spectra.chain import Chain
 from msam_analysis.spectra.goal import Goal
 
@@ -116,7 +117,7 @@ def look_beyond(
     enough = 2 * (operator.size - len(inside.values)) / math.pi / _FAILURE**2
     chain = Chain(start, inside.vectors, norm=inside.norm, space=operator.space)
     while not chain.exhausted:
-        if operator.products >= stop:
+        if operator.products >= stop or told("products, looking beyond", operator.products, stop):
             return math.inf, None
         chain.advance(operator.matvec(chain.current))
         levels = chain.ritz_values()
@@ -156,7 +157,7 @@ def _ritz_vector(
     for index, share in enumerate(coefficients.tolist()):
         vector += share * chain.current
         if index + 1 < len(coefficients):
-            if operator.products >= stop:
+            if operator.products >= stop or told("products, looking beyond", operator.products, stop):
                 return None
             chain.advance(operator.matvec(chain.current))
     return vector

@@ -12,6 +12,7 @@ import torch
 from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import SymmetricOperator
+from msam_analysis.objective.progress import told
 from msam_analysis.objective.vectors import no_autocast
 from msam_analysis.results import ApproximationWarning, ConvergenceWarning, SpectralDensity
 from msam_analysis.spectra.beyond import Inside, require_finite
@@ -182,22 +183,24 @@ def _chains(
     group = max(1, min(_TOGETHER, room // (remember + 4)))
     norm = float(exact.values.abs().max()) if len(exact.values) else 0.0
     chains: list[Chain] = []
+    most = operator.products + probes * steps
     for first in range(0, probes, group):
         numbers = range(first, min(first + group, probes))
         starts = [operator.space.gaussian(1, seed=seed, like=known, use=f"density {number}") for number in numbers]
         started = [Chain(start[:, 0], known, norm=norm, remember=remember, space=operator.space) for start in starts]
-        _run(operator, started, steps)
+        _run(operator, started, steps, most)
         chains += started
     return chains, remember > 0
 
 
-def _run(operator: SymmetricOperator, chains: Sequence[Chain], steps: int) -> None:
-    """Advance all chains by ``steps`` products, made together, and let go of their vectors."""
+def _run(operator: SymmetricOperator, chains: Sequence[Chain], steps: int, most: int) -> None:
+    """Advance all chains by ``steps`` products, of ``most`` in all, made together; let go of their vectors."""
     for _ in range(steps):
         going = [chain for chain in chains if not chain.exhausted]
         if not going:
             break
         products = operator.matmat(torch.stack([chain.current for chain in going], dim=1))
+        told("products", operator.products, most)  # no budget ends a density
         advance(going, products.unbind(1))
         require_finite(torch.tensor([chain.last for chain in going]))
     for chain in chains:

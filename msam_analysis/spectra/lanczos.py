@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from msam_analysis.objective.operators import SymmetricOperator
+from msam_analysis.objective.progress import told
 from msam_analysis.objective.vectors import orthonormalize
 from msam_analysis.spectra.beyond import Inside, require_finite, set_aside
 from msam_analysis.spectra.goal import Draw, Found, Goal
@@ -53,6 +56,7 @@ class LanczosSearch:
         """Grow the space until the wanted pairs have converged or ``operator.products`` reaches ``stop``."""
         basis, k = self.basis, self.goal.k
         before: Tensor | None = None
+        residual = math.nan
         while True:
             require_finite(basis.projection)
             values, coefficients = basis.pairs(self.goal.which)
@@ -60,7 +64,8 @@ class LanczosSearch:
             self.norm = max(self.norm, float(values.abs().max()))
             limits = self.goal.limits(wanted, self.norm)
             whole = basis.columns == basis.operator.size
-            over = whole or basis.operator.products >= stop
+            ended = told("products", basis.operator.products, stop, residual) and basis.columns >= k
+            over = whole or ended or basis.operator.products >= stop
             self._lead = lead
             ahead = basis.look(basis.remainder()) if self._krylov and not over else None
             norms = basis.residual_norms(wanted, lead) if ahead is None else ahead.length * lead[-1].abs()
@@ -68,6 +73,7 @@ class LanczosSearch:
                 # The recurrence only predicts these norms: compute them before they count.
                 ahead, norms = None, basis.residual_norms(wanted, lead)
             self._krylov = ahead is not None
+            residual = float((norms / wanted.abs()).max())
             done = ahead is None and len(wanted) == k and bool((norms <= limits).all())
             if done or over:
                 return Found(wanted, norms, done or (whole and not basis.half), whole)

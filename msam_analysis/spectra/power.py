@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from msam_analysis.objective.operators import SymmetricOperator
+from msam_analysis.objective.progress import told
 from msam_analysis.spectra.beyond import Inside, require_finite
 from msam_analysis.spectra.goal import Draw, Found, Goal, ordering
 from msam_analysis.spectra.subspace import Subspace
@@ -62,7 +63,9 @@ class PowerSearch:
             vectors = basis.q @ coefficients.to(basis.q)
             ready = int((norms[:wanted] <= limits).long().cumprod(0).sum())
             done = ready == wanted
-            if done or self.operator.products + basis.columns - ready > stop:
+            residual = float((norms[:wanted] / values[:wanted].abs()).max())
+            ended = told("products", self.operator.products, stop, residual)
+            if done or ended or self.operator.products + basis.columns - ready > stop:
                 return self._finish(values, vectors, norms, done)
             self.locked = torch.cat([self.locked, vectors[:, :ready]], dim=1)
             self.locked_values = torch.cat([self.locked_values, values[:ready]])

@@ -12,6 +12,7 @@ from torch import Tensor
 from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import SymmetricOperator
+from msam_analysis.objective.progress import told
 from msam_analysis.objective.vectors import no_autocast
 from msam_analysis.results import ConvergenceWarning, Estimate
 from msam_analysis.spectra.peers import Backend, check_backend, pyhessian_trace
@@ -172,8 +173,11 @@ def _sample(
         values = operator.space.sum((vectors * operator.matmat(vectors)).sum(dim=0))
         sample = torch.cat([sample, values.cpu().double()])
         wanted = first - len(sample)
+        value, error = _mean(sample, known) if len(sample) > 1 else (math.nan, math.nan)
+        products = operator.products
+        if told("products", products, products + max(wanted, 0), error, "standard error") and len(sample) > 1:
+            break
         if wanted <= 0 and target_error is not None:
-            value, error = _mean(sample, known)
             # A NaN stays NaN, however many draws there are.
             wanted = min(signs.group, stop - operator.products) if error > target_error * abs(value) else 0
     return sample

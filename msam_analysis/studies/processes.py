@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -18,8 +17,8 @@ import joblib
 import torch
 import torch.distributed as dist
 from joblib.externals.loky import get_reusable_executor
-from tqdm.auto import tqdm
 
+from msam_analysis.objective.progress import Bar
 from msam_analysis.studies.jobs import Job
 from msam_analysis.studies.training import Tick
 
@@ -61,20 +60,9 @@ def _make_all(jobs: Sequence[Job], processes: int, cluster: str | None, done: in
     if not jobs:
         return
     total = done + len(jobs)
-    # Into a log, every redraw is a line. The mean rate over the whole study: a recent one would jump between phases.
-    shown = tqdm(
-        total=sum(job.cost for job in jobs),
-        desc=f"{done}/{total} runs",
-        disable=not bar,
-        bar_format="{desc} {percentage:3.0f}%|{bar:30}| {elapsed} passed, {remaining} left",
-        mininterval=0.2 if sys.stderr.isatty() else 20,
-        smoothing=0,
-    )
-
-    def tick(amount: float) -> None:
-        shown.update(amount)
-
-    with shown:
+    form = "{desc} {percentage:3.0f}%|{bar:30}| {elapsed} passed, {remaining} left{postfix}"
+    with Bar(sum(job.cost for job in jobs), f"{done}/{total} runs", form=form, shown=bar) as shown:
+        tick = shown.advance
         if cluster is not None:
             ended = _on_cluster(jobs, cluster, tick)
         elif min(processes, len(jobs)) == 1:
@@ -82,8 +70,7 @@ def _make_all(jobs: Sequence[Job], processes: int, cluster: str | None, done: in
         else:
             ended = _in_workers(jobs, min(processes, len(jobs)), tick)
         for number, _ in enumerate(ended, done + 1):
-            # The bar says when it is time to draw it.
-            shown.set_description_str(f"{number}/{total} runs", refresh=False)
+            shown.say(f"{number}/{total} runs")
     for job in jobs if cluster is not None else ():
         if not job.finished:
             raise FileNotFoundError(

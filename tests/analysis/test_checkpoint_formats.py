@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import msam_analysis as ma
+from msam_analysis.checkpoints import folders
+from msam_analysis.checkpoints.naming import expand
 
 State = dict[str, Tensor]
 
@@ -168,11 +170,16 @@ def test_torchscript(trace: bool, net: Net, tmp_path: Path) -> None:
     assert "TorchScript" in loaded.taken
 
 
-def test_distributed_checkpoint(net: Net, tmp_path: Path) -> None:
+def distributed(state: dict[str, Any], folder: Path) -> None:
+    """Save by torch.distributed.checkpoint, in one process."""
     from torch.distributed.checkpoint.state_dict_saver import save
 
     with pytest.warns(UserWarning, match="single process"):
-        save({"model": net.state_dict(), "lr": 0.1}, checkpoint_id=tmp_path / "step-12")
+        save(state, checkpoint_id=folder)
+
+
+def test_distributed_checkpoint(net: Net, tmp_path: Path) -> None:
+    distributed({"model": net.state_dict(), "lr": 0.1}, tmp_path / "step-12")
     loaded = ma.checkpoints.load(tmp_path / "step-12", Net)
     check(loaded.model, net)
     assert loaded.step == 12
@@ -190,6 +197,105 @@ def test_a_distributed_checkpoint_runs_nothing(net: Net, tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"folder cannot be read.*posix\.mkdir.*expected \.metadata"):
         ma.checkpoints.load(tmp_path / "folder", Net)
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "step", "epoch"),
+    [
+        ({"step": 70, "epoch": 3}, 70, 3),
+        ({"train_state": {"step": torch.tensor(71), "words": "some"}}, 71, None),
+        ({"optimizer": {"state": {"step": torch.tensor(5)}}, "trainer": {"loop": {"global_step": 72}}}, 72, None),
+        ({"trainer": {"epoch": 8}, "epoch": 9.0}, None, 9),
+        ({"optimizer": {"step": 5}}, None, None),
+        ({"step": argparse.Namespace(count=1), "epoch": "x" * 2**17}, None, None),
+        ({"step": torch.arange(3)}, None, None),
+    ],
+)
+def test_counters_of_distributed_checkpoints(
+    more: dict[str, Any], step: int | None, epoch: int | None, net: Net, tmp_path: Path
+) -> None:
+    """A number or a tensor with one; not the optimizer's, and nothing that only running it could restore."""
+    distributed({"model": net.state_dict(), **more}, tmp_path / "saved")
+    loaded = ma.checkpoints.load(tmp_path / "saved", Net)
+    assert (loaded.step, loaded.epoch) == (step, epoch)
+    assert folders.counters(tmp_path / "saved") == {"step": step, "epoch": epoch}
+
+
+def test_folders_of_distributed_checkpoints_are_in_order(net: Net, tmp_path: Path) -> None:
+    """Their names say nothing; a damaged one is named when it is loaded."""
+    for name, step in (("a", 300), ("b", 20), ("c", 100)):
+        distributed({"model": net.state_dict(), "step": step}, tmp_path / name)
+    assert [path.name for path in expand([tmp_path])] == ["b", "c", "a"]
+    (tmp_path / "c" / ".metadata").write_bytes(b"damaged")
+    assert [path.name for path in expand([tmp_path])] == ["a", "b", "c"]
+
+
+def test_a_distributed_checkpoint_reads_its_own_files_only(net: Net, tmp_path: Path) -> None:
+    distributed({"model": net.state_dict(), "step": 7}, tmp_path / "inside")
+    described = folders._description(tmp_path / "inside")
+    (place,) = (one for index, one in described.storage_data.items() if index.fqn == "step")
+    (tmp_path / place.relative_path).write_bytes((tmp_path / "inside" / place.relative_path).read_bytes())
+    assert folders._stored(tmp_path / "inside", described, "step") == 7
+    place.relative_path = f"../{place.relative_path}"
+    assert folders._stored(tmp_path / "inside", described, "step") is None
+
+
+# --- what others write around a state dict
+
+
+AROUND: dict[str, tuple[Callable[[State], Any], str]] = {
+    "mmengine": (
+        lambda state: {"meta": {"epoch": 3, "iter": 120, "cfg": "a = 1"}, "state_dict": state, "message_hub": {}},
+        "step 120, epoch 3, without the prefix 'state_dict.'",
+    ),
+    "ignite": (lambda state: {"model": state, "trainer": {"iteration": 30}}, "step 30, without the prefix 'model.'"),
+    "fairseq": (
+        lambda state: {
+            "cfg": argparse.Namespace(arch="x"),
+            "model": state,
+            "extra_state": {"train_iterator": {"epoch": 4}},
+            "last_optimizer_state": {"state": {0: {"step": 5}}},
+        },
+        "epoch 4, without the prefix 'model.'",
+    ),
+    "Megatron": (
+        lambda state: {"iteration": 500, "model": {"language_model": {"encoder": state}}, "rng_state": [{"a": (1,)}]},
+        "step 500, without the prefix 'model.language_model.encoder.'",
+    ),
+    "a list": (lambda state: [state, {"state": {}, "param_groups": []}, 7], "without the prefix '0.'"),
+    "a pair": (lambda state: ({"epoch": 3}, {"net": state}), "without the prefix '1.net.'"),
+    "a generator": (lambda state: {"generator": state, "discriminator": {"0.weight": torch.ones(1)}}, "'generator.'"),
+    "a list of averages": (
+        lambda state: {"state_dict": state, "callbacks": {"EMA": {"step": 1, "weights": list(state.values())}}},
+        "without the prefix 'state_dict.'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_what_stands_around_a_state_dict(name: str, net: Net, tmp_path: Path) -> None:
+    wrap, says = AROUND[name]
+    torch.save(wrap(net.state_dict()), tmp_path / "saved.pt")
+    loaded = ma.checkpoints.load(tmp_path / "saved.pt", Net)
+    check(loaded.model, net)
+    assert says in loaded.taken
+    assert ("step" in loaded.taken, "epoch" in loaded.taken) == ("step" in says, "epoch" in says)
+
+
+@pytest.mark.parametrize(
+    ("found", "name", "step"),
+    [
+        ({"step": 1, "trainer": {"global_step": 2}}, "step=3", 1),
+        ({"trainer": {"global_step": 2}}, "step=3", 3),
+        ({"trainer": {"global_step": 2, "inner": {"step": 1}}}, "saved", 2),
+        ({"optimizer": {"step": 2}, "model_ema": {"step": 3}, "scaler": {"step": 4}}, "saved", None),
+        ({"a": {"b": {"c": {"step": 2}}}}, "saved", None),
+    ],
+)
+def test_the_outermost_counter_counts(found: dict[str, Any], name: str, step: int | None, tmp_path: Path) -> None:
+    """First what the file says of itself, then its name, then what lies deeper; not what others count."""
+    torch.save(found, tmp_path / f"{name}.pt")
+    assert folders.counters(tmp_path / f"{name}.pt")["step"] == step
 
 
 # --- tied weights, constants, adapters

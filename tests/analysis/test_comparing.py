@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 import sys
@@ -485,3 +486,20 @@ def test_a_budget_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "measure", measure)
     compared({label: network(1) for label in "abc"}, budget=90.0)
     assert given == [30.0, 40.0, 30.0]
+
+
+def test_what_a_budget_cut_is_said_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each metric with the number of checkpoints; without one where it is all of them."""
+    module: Any = sys.modules["msam_analysis.checkpoints.comparing"]
+    said = iter([{"cut": "trace", "not measured": "ball, eigenvalues"}, {"not measured": "ball"}, {"cut": "trace"}])
+
+    def measure(*_: Any, **__: Any) -> results.Measurement:
+        return dataclasses.replace(found, settings={**found.settings, **next(said)})
+
+    found = alone(1, metrics=("loss",))
+    monkeypatch.setattr(module, "measure", measure)
+    settings = compared({label: network(1) for label in "abc"}).settings
+    assert settings["cut"] == "trace (2 of 3)"
+    assert settings["not measured"] == "ball (2 of 3), eigenvalues (1 of 3)"
+    said = iter(2 * [{"cut": "trace"}])
+    assert compared({label: network(1) for label in "ab"}).settings["cut"] == "trace"

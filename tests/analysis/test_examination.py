@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import math
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -60,9 +61,11 @@ class Doubled(torch.autograd.Function):
 def test_a_line_says_what_holds() -> None:
     found = ma.Objective(network(), nn.CrossEntropyLoss(), [points()]).examine()
     assert isinstance(found, ma.Examination)
-    assert found.line == f"{HELD} (largest difference {found.largest:.0e})"
     assert 0 <= found.largest < 1e-6
     assert found.largest == max(c.apart for c in found.checks if not math.isnan(c.apart))
+    for apart, words in ((0.0, "no difference beyond rounding"), (3e-9, "largest difference 3e-09")):
+        checks = tuple(dataclasses.replace(check, apart=apart) for check in found.checks)
+        assert dataclasses.replace(found, checks=checks).line == f"{HELD} ({words})"
 
 
 @pytest.mark.parametrize(
@@ -342,3 +345,19 @@ def test_what_batches_weigh_is_found_anew(count: list[object]) -> None:
     assert [objective.examine().verdict for objective in found] == ["passed", "a mean over samples: adapted"]
     expected = F.cross_entropy(model(x), ignored)
     torch.testing.assert_close(found[1].loss(), expected.detach().double(), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_loss_in_float32_is_compared_at_long_steps(seed: int, right: bool) -> None:
+    """Also where the model is in float64, as language models do it: rounding is no fault, and a wrong gradient is."""
+    torch.manual_seed(seed)
+
+    def loss_fn(output: Tensor, y: Tensor) -> Tensor:
+        loss = F.cross_entropy(output, y).float() + 30.0
+        return loss if right else cast(Tensor, applied(Doubled, loss))
+
+    checks = ma.Objective(network(), loss_fn, [points()]).examine().checks
+    (gradient,) = [check for check in checks if check.topic == "gradient"]
+    assert gradient.verdict == ("holds" if right else "refused")
+    assert math.isfinite(gradient.apart)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -47,6 +48,7 @@ def ticks(ax: Axes) -> list[str]:
 
 def test_against_the_step() -> None:
     first, second = plots.compare(checkpoints(4))
+    assert not second.containers[0].has_yerr, "no cap where nothing is uncertain"
     assert curve(first) == ([0.0, 100.0, 200.0, 300.0], [1.0, 2.0, 3.0, 4.0])
     (bars,) = first.containers[0].lines[2]
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[v - 0.25, v + 0.25] for v in (1, 2, 3, 4)]
@@ -120,3 +122,23 @@ def test_epochs_and_steps_that_are_the_same() -> None:
     same = {label: {"step": 3, "epoch": None} for label in whole}
     by_label = results.Comparison(measurements=whole.measurements, sources=same, baseline="net-0")
     assert ticks(plots.compare(by_label)[0]) == ["0", "1", "2"]
+
+
+def test_the_runs_of_several_folders_are_curves() -> None:
+    """Steps that begin anew in each folder; labels take their place where one folder's do not rise."""
+    whole = checkpoints(4)
+    for paths, names in (
+        (["runs/v_0/last/x", "runs/v_0/last/y", "runs/v_1/last/x", "runs/v_1/last/y"], ["v_0", "v_1"]),
+        (["a/x", "b/y", "b/z", "b/w"], []),
+    ):
+        sources = {
+            label: {"step": 100 * (index % 2), "epoch": None, "path": path}
+            for index, (label, path) in enumerate(zip(whole, paths, strict=True))
+        }
+        first, _ = plots.compare(dataclasses.replace(whole, sources=sources))
+        figure: Any = first.figure
+        drawn = [text.get_text() for item in figure.legends for text in item.get_texts()]
+        assert drawn == [*names, "not converged"]
+        lines = [np.asarray(line.get_ydata()).tolist() for line in first.lines if line.get_linestyle() == "-"]
+        assert lines == ([[1.0, 2.0], [3.0, 4.0]] if names else [])
+        assert first.get_xlabel() == ("step" if names else "")

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -21,8 +22,9 @@ from torch import nn
 import msam_analysis as ma
 from msam_analysis import results
 from msam_analysis.checkpoints.naming import distinct_names
-from msam_analysis.cli import measure as cli_measure
+from msam_analysis.cli.measure import show
 from msam_analysis.measures.summary import RADII, measure
+from msam_analysis.objective import progress as bar
 from msam_analysis.results import Result
 from tests.programs import ended
 
@@ -380,19 +382,24 @@ def test_results_are_saved_before_they_are_printed(where: str, bench: Path) -> N
 
 
 def test_progress_in_a_log_is_sparse(bench: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line every 20 seconds at most; none with --quiet."""
+    """With a clock of seven seconds a look there are few lines, with what the solver has told; none with --quiet."""
     clock = iter(range(0, 10**6, 7))
-    monkeypatch.setattr(cli_measure, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(bar, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     said = command(*GOOD, "--metrics", "loss,average,trace,flatness,fisher-rao").err.splitlines()
-    assert [line.partition(",")[0] for line in said] == ["run-checkpoint (1 of 1): trace"]
+    looks = next(clock) // 7
+    assert 5 < len(said) < looks / 5
+    assert re.fullmatch(r"run-checkpoint 1/1: average, \d+/50 draws \[.*\]", said[0])
     assert command(*with_option("--out", "again"), *CHEAP, "--quiet").err == ""
 
 
-def test_progress_says_how_much_is_left(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """After one of three checkpoints: twice as long as it has taken so far."""
-    clock = iter([0.0, 5.0, 30.0])
-    monkeypatch.setattr(cli_measure, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with cli_measure._Progress(["a", "b[/b]", "c"], quiet=False) as progress:
-        progress.tick("a", "loss")
-        progress.tick("b[/b]", "loss")
-    assert capsys.readouterr().err == "b[/b] (2 of 3): loss, 30 s, about 60 s left\n"
+def test_what_a_budget_ended_is_marked(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """In the table of many, where what a number is has no room."""
+    row = {"metric": "trace", "value": 2.0, "uncertainty": 0.5, "converged": None, "meaning": "a trace"}
+    rows = {"whole": row, "cut": {**row, "meaning": "a trace; the budget ended it after 3 of 30 products"}}
+    measured = {label: results.Measurement(rows=(one,), results={}) for label, one in rows.items()}
+    sources = {label: {"folder": label, "taken": "weights"} for label in rows}
+    show(results.Comparison(measurements=measured, sources=sources, baseline="whole"), tmp_path)
+    said = capsys.readouterr().out
+    assert re.search(r"whole +│ +2 ±0\.5 │", said)
+    assert re.search(r"cut +│ +2 ±0\.5† │", said)
+    assert "† ended by the budget" in said

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from msam_analysis.objective.direction import Direction
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.progress import counted
 from msam_analysis.objective.statistics import warn_of_statistics
 from msam_analysis.results import Projection, Reading, Result, Settings, Trajectory
 
@@ -300,13 +301,7 @@ def _project_one(
 
 
 def _each(trajectory: Trajectory, progress: bool) -> Iterator[Tensor]:
-    indices: Iterable[int] = range(len(trajectory))
-    if progress:
-        # Imported where it is used: in a notebook without widgets the import alone warns.
-        from tqdm.auto import tqdm
-
-        indices = tqdm(indices, desc=f"projecting {trajectory.label}", unit="point")
-    for index in indices:
+    for index in counted(range(len(trajectory)), f"projecting {trajectory.label}", "point", shown=progress):
         yield trajectory.points[index]
 
 
