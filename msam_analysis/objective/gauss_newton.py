@@ -59,7 +59,8 @@ class GaussNewtonOperator(GraphOperator):
     def _difference(self, ahead: Tensor, behind: Tensor) -> Tensor:
         leaves = list(self._leaves.values())
         total, weight_sum = torch.zeros_like(ahead), 0.0
-        with self._loss.deriving() as stream:
+        with self._loss.ranks.apart("a Gauss-Newton product by differences") as alike, self._loss.deriving() as stream:
+            alike.extend((ahead, behind))
             here, first, second = (
                 self._loss.batch_losses(point, self._constants, stream, cut=True)
                 for point in (self._leaves, self._loss.leaves(ahead), self._loss.leaves(behind))
@@ -71,7 +72,8 @@ class GaussNewtonOperator(GraphOperator):
                 pulled = pull_back([loss.outputs[index] for index in used], leaves, bent, together=False)
                 total.add_(self._loss.layout.flatten(pulled), alpha=loss.weight)
                 weight_sum += loss.weight
-        return total / weight_sum
+        (mean,) = self._loss.ranks.mean(weight_sum, total)
+        return mean
 
     def _opened(self, loss: BatchLoss) -> tuple[list[int], list[Tensor]]:
         """Return which outputs the loss uses and its derivatives in them; ``ValueError`` if it uses anything else."""
