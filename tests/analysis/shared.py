@@ -283,6 +283,7 @@ def refusals(rank: int) -> dict[str, str]:
         "trace": said(lambda: ma.trace(same, draws=3, seed=rank)),
         "unlike samples": said(lambda: numbered(rank).with_samples(torch.tensor([0, 3]))),
         "batches": said(lambda: ma.Objective(MLP.model(), MLP.loss_fn, same.batches)),
+        "shared batches": said(lambda: ma.robust_accuracy(same.model, same.batches, "fgsm", [0.1])),
         "PyHessian": said(lambda: ma.trace(same, draws=3, backend="pyhessian")),
         "gradient": failing(lambda: ValueError("class 1 is unwell"), "gradient"),
         "loss": failing(lambda: PeculiarError("this", "that"), "loss"),
