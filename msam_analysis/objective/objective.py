@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from msam_analysis.objective.arguments import check_autocast, device_of
 from msam_analysis.objective.batches import CACHE_BYTES, Batches
-from msam_analysis.objective.batchnorm import Policy, check_policy
+from msam_analysis.objective.batchnorm import Policy
 from msam_analysis.objective.evaluation import Evaluation
 from msam_analysis.objective.examination import NOT_EXAMINED, Examination
 from msam_analysis.objective.examine import examine as examination_of
@@ -24,18 +23,15 @@ from msam_analysis.objective.gauss_newton import GaussNewtonOperator
 from msam_analysis.objective.graphs import mean_gradient
 from msam_analysis.objective.handing_on import examine_once
 from msam_analysis.objective.hessian import HessianOperator
-from msam_analysis.objective.private import LossFunction, LossModule, unwrap
-from msam_analysis.objective.ranks import Ranks
-from msam_analysis.objective.second_derivatives import SecondDerivatives, Wish
+from msam_analysis.objective.making import evaluation_of
+from msam_analysis.objective.private import LossFunction
+from msam_analysis.objective.ranks import Sharing
+from msam_analysis.objective.second_derivatives import Wish
 from msam_analysis.objective.statistics import warn_of_statistics
-from msam_analysis.objective.vectors import Layout, Selection, select, widest
+from msam_analysis.objective.vectors import Layout, Selection, widest
 from msam_analysis.results import Settings
-from msam_analysis.results.fingerprint import fingerprint
 
 _GRAPH_BYTES = 2 * 2**30
-
-Sharing = Literal[False, True, "split"]
-"""How processes share the batches."""
 
 
 class Objective:
@@ -94,11 +90,9 @@ class Objective:
     examine
         Whether the loss is examined at its first use; see :meth:`examine`. Default: it is. Without it results say so.
     ranks
-        Whether the processes of :mod:`torch.distributed` share the batches. Default ``False``: this process measures
-        alone. ``True``: all processes have the same ``data``, and take its batches in turn. ``"split"``: each has other
-        data, as from a loader with a ``DistributedSampler``; these come one after the other, in the order of the
-        processes. In both cases every process makes the same calls in the same order, and gets the whole result. A
-        process that measures alone waits for the others for ever. See Notes.
+        Whether the processes of :mod:`torch.distributed` share the batches. Default ``False``: this one measures alone.
+        ``True``: all have the same ``data`` and take its batches in turn. ``"split"``: each has other data, as from a
+        ``DistributedSampler``. In both cases all make the same calls in the same order; else they wait. See Notes.
 
     Attributes
     ----------
@@ -121,10 +115,8 @@ class Objective:
     the weights rounding takes more than a tenth warns. ``dtype=torch.float32`` measures the smooth function through
     the same weights, and is the way to measure a bfloat16 checkpoint.
 
-    With ``ranks``, losses, gradients, products and statistics are summed over the processes, and everything else is
-    done by all of them alike. Results differ from those of one process by rounding. Samples are counted over the data
-    of all; buffers are those of the first process, as in ``DistributedDataParallel``. What one process raises is raised
-    by all. Without an initialised process group there is one process.
+    With ``ranks`` every process gets the result of one, but for rounding. Samples count over the data of all; buffers
+    are those of the first process, as in ``DistributedDataParallel``. What one raises is raised by all.
     """
 
     def __init__(
@@ -146,48 +138,22 @@ class Objective:
         examine: bool = True,
         ranks: Sharing = False,
     ) -> None:
-        if not (isinstance(ranks, bool) or ranks == "split"):
-            raise ValueError(f"ranks must be False, True or 'split', got {ranks!r}")
         self.loss_fn = loss_fn
         self._examines = examine
         self._graph_bytes = graph_bytes
-        processes = Ranks(together=bool(ranks))
-        with processes.apart("making an objective") as alike:
-            self._check(model, loss_fn, dtype)
-            check_policy(batchnorm)
-            original = LossModule(unwrap(model), unwrap(loss_fn))
-            named = select(original.model, parameters)
-            placed = device_of(device, next(iter(named.values())).device)
-            shapes = {name: tuple(parameter.shape) for name, parameter in original.named_parameters()}
-            chosen = (batchnorm, dtype, autocast, dropout, second_derivatives, seed, examine, ranks, placed.type)
-            arguments = fingerprint(*map(str, chosen), list(named))
-            processes.check_alike({"the network": fingerprint(shapes), "arguments": arguments})
-            data = Batches.shared(
-                data, device=placed, dtype=dtype, cache_bytes=cache_bytes, ranks=processes, split=ranks == "split"
-            )
-            self._evaluation = Evaluation(
-                original,
-                data,
-                device=placed,
-                cast=dtype,
-                batchnorm=batchnorm,
-                autocast=autocast,
-                dropout=dropout,
-                seed=seed,
-                second_derivatives=SecondDerivatives(second_derivatives),
-            )
-            self._evaluation.choose(parameters)
-            check_autocast(autocast, self.dtype)
-            alike.extend(original.parameters())
-
-    @staticmethod
-    def _check(model: object, loss_fn: object, dtype: object) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: pass the network itself")
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}: pass e.g. nn.CrossEntropyLoss()")
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}: pass e.g. torch.float64")
+        self._evaluation = evaluation_of(
+            model,
+            loss_fn,
+            data,
+            parameters=parameters,
+            device=device,
+            cast=dtype,
+            cache_bytes=cache_bytes,
+            examine=examine,
+            ranks=ranks,
+            second_derivatives=second_derivatives,
+            options={"batchnorm": batchnorm, "autocast": autocast, "dropout": dropout, "seed": seed},
+        )
 
     def with_parameters(self, selection: Selection) -> Objective:
         """Return the same loss on the same data as a function of other parameters; all others are constants.

@@ -147,6 +147,11 @@ def test_what_is_wrong_is_told_by_all(name: str, folder: Path) -> None:
     assert float(first["goes on"]) == pytest.approx(float(second["goes on"]))
 
 
+def test_a_process_that_has_ended_is_told(folder: Path) -> None:
+    told = torch.load(folder / "told0.pt", weights_only=True)["left alone"]
+    assert told.startswith("RuntimeError: a process has ended while this one waited for it (")
+
+
 # --- one process
 
 
