@@ -138,9 +138,7 @@ class Objective:
         examine: bool = True,
         ranks: Sharing = False,
     ) -> None:
-        self.loss_fn = loss_fn
-        self._examines = examine
-        self._graph_bytes = graph_bytes
+        self.loss_fn, self._examines, self._graph_bytes = loss_fn, examine, graph_bytes
         self._evaluation = evaluation_of(
             model,
             loss_fn,
@@ -435,9 +433,9 @@ class Objective:
         ValueError
             Also if the loss depends on none of the selected parameters.
         """
-        evaluation = self.evaluation
-        with evaluation.ranks.apart("a gradient at a point"):
-            return mean_gradient(evaluation, evaluation.leaves(w), evaluation.constants(w))
+        loss = self.evaluation
+        with loss.ranks.apart("a gradient at a point"):
+            return mean_gradient(loss, loss.leaves(w), loss.constants(w))
 
     def hvp(self, v: Tensor, w: Tensor | None = None) -> Tensor:
         """Return the Hessian-vector product ``∇²L(w) v``.

@@ -158,7 +158,7 @@ def test_a_process_that_has_ended_is_told(folder: Path) -> None:
 def test_without_a_group_there_is_one_process() -> None:
     alone = ma.Objective(MLP.model(), MLP.loss_fn, MLP.data())
     for ranks in (True, "split"):
-        o = ma.Objective(MLP.model(), MLP.loss_fn, MLP.data(), ranks=ranks)  # type: ignore[arg-type]
+        o = ma.Objective(MLP.model(), MLP.loss_fn, MLP.data(), ranks=ranks)
         assert torch.equal(o.gradient(), alone.gradient())
         assert o.settings == alone.settings
 
