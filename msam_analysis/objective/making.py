@@ -43,7 +43,8 @@ def evaluation_of(
         original = LossModule(unwrap(model), unwrap(loss_fn))
         named = select(original.model, parameters)
         placed = device_of(device, next(iter(named.values())).device)
-        shapes = {name: tuple(parameter.shape) for name, parameter in original.named_parameters()}
+        tensors = dict(original.named_parameters()) | dict(original.named_buffers())
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         chosen = [cast, examine, ranks, placed.type, second_derivatives, *options.values()]
         arguments = fingerprint(*map(str, chosen), list(named))
         processes.check_alike({"the network": fingerprint(shapes), "arguments": arguments})

@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 Sharing = Literal[False, True, "split"]
 """How processes share the batches of an objective."""
 
-_TOLD = "_told_to_all_processes"  # the mark of an error that all processes know of
+_TOLD = "_told_at_meeting"  # the mark of an error that all processes know of: the number of the meeting
 _ALIKE = 1e-6  # of their norm: as much may sums differ that processes of unlike hardware take over one vector
 
 
@@ -36,14 +36,16 @@ def _exchanging() -> Iterator[None]:
         if isinstance(error, RuntimeError) and not known_to_all(error):  # of the backend
             first = (str(error).splitlines() or [""])[0]
             lost = RuntimeError(f"a process has ended while this one waited for it ({first}): see what it said last")
-            setattr(lost, _TOLD, True)
-            raise lost from error
-        setattr(error, _TOLD, True)
+            raise _told(lost) from error
+        _told(error)
         raise
 
 
 class Ranks:
     """The processes that measure together: those of the default group, or this one alone."""
+
+    meetings = 0
+    """How often processes have told one another how it went."""
 
     def __init__(self, *, together: bool = True) -> None:
         together = together and dist.is_available() and dist.is_initialized()
@@ -183,6 +185,7 @@ class Ranks:
     @_exchanging()
     def _meet(self, what: str, alike: Iterable[Tensor], error: BaseException | None) -> None:
         """Tell the others how it went; raise where another process failed, or does something else."""
+        Ranks.meetings += 1
         doing, (mark, size) = float(zlib.crc32(what.encode())), (0.0, 0.0) if error else _mark(alike)
         told = torch.tensor([error is not None, doing, -doing, mark, -mark, size], dtype=torch.float64)
         failed, most, least, high, low, largest = self._reduced(told, dist.ReduceOp.MAX).tolist()
@@ -207,7 +210,7 @@ class Ranks:
         told = None if error is None else (kind.__module__, kind.__qualname__, str(error))
         theirs = self._swapped(told)
         if error is not None:
-            setattr(error, _TOLD, True)
+            _told(error)
             return
         rank, (module, name, text) = next((rank, one) for rank, one in enumerate(theirs) if one is not None)
         found = getattr(sys.modules.get(module), name, None)
@@ -215,13 +218,17 @@ class Ranks:
         with contextlib.suppress(TypeError):  # a class that wants other arguments
             if isinstance(found, type) and issubclass(found, BaseException):
                 made = found(f"process {rank}: {text}")
-        setattr(made, _TOLD, True)
-        raise made
+        raise _told(made)
 
 
 def known_to_all(error: BaseException) -> bool:
-    """Return whether there is no use in telling the other processes of an error."""
-    return hasattr(error, _TOLD)
+    """Return whether there is no use in telling the other processes of an error, as on its way out of nested parts."""
+    return getattr(error, _TOLD, None) == Ranks.meetings  # the same object may be raised again, later
+
+
+def _told(error: BaseException) -> BaseException:
+    setattr(error, _TOLD, Ranks.meetings)
+    return error
 
 
 def _mark(tensors: Iterable[Tensor]) -> tuple[float, float]:

@@ -201,6 +201,9 @@ class PeculiarError(Exception):
         super().__init__(f"{one} and {two}")
 
 
+ONE_ERROR = ArithmeticError("this again")
+
+
 def failing(make: Callable[[], BaseException] | None, at: str) -> str:
     """One process has the batch that fails; both must hear of it, and both can go on."""
     ill = [False]
@@ -288,6 +291,8 @@ def refusals(rank: int) -> dict[str, str]:
         "gradient": failing(lambda: ValueError("class 1 is unwell"), "gradient"),
         "loss": failing(lambda: PeculiarError("this", "that"), "loss"),
         "product": failing(lambda: torch.OutOfMemoryError("no room"), "hvp"),
+        "one error": failing(lambda: ONE_ERROR, "loss"),
+        "the same again": failing(lambda: ONE_ERROR, "gradient"),
         "interrupt": failing(KeyboardInterrupt, "loss"),
         "nobody fails": failing(None, "loss"),
         "not finite": not_finite(),

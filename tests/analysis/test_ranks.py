@@ -124,6 +124,8 @@ TOLD = {
     "gradient": "class 1 is unwell after which it goes on",
     "loss": "this and that after which it goes on",
     "product": "no room after which it goes on",
+    "one error": "this again after which it goes on",
+    "the same again": "this again after which it goes on",
     "interrupt": "KeyboardInterrupt",
     "nobody fails": "nothing after which it goes on",
     "not finite": "the loss is NaN or infinite at these weights: expected a finite one, which has derivatives; look",
@@ -133,7 +135,18 @@ TOLD = {
     "checkpoint": "['good'] {'lost': ",
 }
 """Sentences that both processes get; of what only the second knows, the first says so."""
-ONLY_SECOND = ("bad argument", "length", "no sample", "gradient", "loss", "product", "metric", "shared points")
+ONLY_SECOND = (
+    "bad argument",
+    "length",
+    "no sample",
+    "gradient",
+    "loss",
+    "product",
+    "one error",
+    "the same again",
+    "metric",
+    "shared points",
+)
 
 
 @pytest.mark.parametrize("name", TOLD)
