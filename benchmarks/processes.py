@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -112,6 +113,7 @@ def main() -> None:
     options = parser.parse_args()
     repetitions, size = (2, 1) if options.tiny else (options.repetitions, options.size)
     torch.set_num_threads(1)
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         spawn(work, args=(folder, repetitions, size), nprocs=PROCESSES)
         found = json.loads((Path(folder) / "found.json").read_text(encoding="utf-8"))
@@ -129,7 +131,16 @@ def main() -> None:
     for name, row in found["exchange"].items():
         print(f"{name:28} {row['median_ms']:.3f} ms ({row['q1_ms']:.3f} to {row['q3_ms']:.3f})")
     setup = {"processes": PROCESSES, "batches": BATCHES, "images in a batch": size, "parameters": found["parameters"]}
-    save({"machine": machine("cpu"), **setup, "rows": rows, "exchange": found["exchange"]}, options.out)
+    save(
+        {
+            "machine": machine("cpu"),
+            "programs at work before": load,
+            **setup,
+            "rows": rows,
+            "exchange": found["exchange"],
+        },
+        options.out,
+    )
 
 
 if __name__ == "__main__":
