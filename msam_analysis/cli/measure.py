@@ -26,7 +26,9 @@ from msam_analysis.checkpoints.comparing import compare
 from msam_analysis.checkpoints.naming import distinct_names, expand, numbered
 from msam_analysis.cli.factories import brief, parts, returning
 from msam_analysis.cli.names import listed
+from msam_analysis.cli.processes import group, own_device, rank
 from msam_analysis.measures.summary import DEFAULT_METRICS, MAX_HVPS, METRICS, RADII, TOLERANCE
+from msam_analysis.objective.ranks import Ranks
 from msam_analysis.results import Comparison, atomic_path
 
 _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -70,6 +72,8 @@ def measure_command(
 
     Each metric is kept when it is done: the same command goes on where it was stopped. Results of other weights, data
     or settings are never touched.
+
+    Several processes or GPUs: torchrun --nproc-per-node 2 -m msam_analysis measure ...
     """
     chosen = list(METRICS) if metrics == "all" else listed(metrics)
     if dtype is not None and dtype not in _PRECISIONS:
@@ -78,7 +82,7 @@ def measure_command(
     names = list(labels or distinct_names(paths))
     if len(names) != len(paths) or len(set(names)) != len(names):
         raise ValueError(f"expected a --label for each of the {len(paths)} checkpoint(s), all different, got {names}")
-    factory, batches, loss_fn = parts(model, data, loss, device)
+    device = own_device(device)
     options: dict[str, Any] = dict(
         metrics=chosen,
         radii=tuple(rho) if rho else RADII,
@@ -97,10 +101,14 @@ def measure_command(
         dtype=None if dtype is None else _PRECISIONS[dtype],
         device=device,
         examine=examine,
-        progress=not quiet,
     )
-    result = _compared(dict(zip(names, paths, strict=True)), factory, loss_fn, batches, options)
-    show(result, write(result, out, _asked(model, data, loss)))
+    with group() as several:
+        options |= {"ranks": several, "progress": not quiet and rank() == 0}
+        with Ranks().apart("calling the functions of model, data and loss"):
+            factory, batches, loss_fn = parts(model, data, loss, device)
+        result = _compared(dict(zip(names, paths, strict=True)), factory, loss_fn, batches, options)
+    if rank() == 0:
+        show(result, write(result, out, _asked(model, data, loss)))
     if result.failures:
         raise typer.Exit(_FAILED)
 
@@ -116,6 +124,8 @@ def _compared(
     try:
         with returning(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="compare: ")  # the failures are told at the end
+            if rank():
+                warnings.simplefilter("ignore")  # the first process says them
             warnings.showwarning = _warn
             return compare(checkpoints, factory, loss_fn, batches, **options)
     except (ValueError, TypeError, RuntimeError, OSError):

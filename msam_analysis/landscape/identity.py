@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from msam_analysis.objective.direction import Direction
-from msam_analysis.objective.nested import tensors_of
 from msam_analysis.objective.objective import Objective
 from msam_analysis.results.fingerprint import fingerprint, of_tensors
 
@@ -33,16 +32,17 @@ def identity(
     """
     selected = set(objective.layout.names)
     frozen = [tensor for name, tensor in objective.model.named_parameters() if name not in selected]
+    buffers = objective.batches.ranks.tensors_of_first(dict(objective.model.named_buffers()))
     criterion = objective.loss_fn
     tensors = [*criterion.parameters(), *criterion.buffers()] if isinstance(criterion, nn.Module) else []
     return {
         "kind of slice": f"{len(axes)}-D",
         "weights": of_tensors([objective.point()]),
-        "frozen parameters and buffers": of_tensors([*frozen, *objective.model.buffers(), *tensors]),
+        "frozen parameters and buffers": of_tensors([*frozen, *buffers.values(), *tensors]),
         "parameter names": fingerprint(objective.layout.names),
         "network": fingerprint(objective.model),
         "loss function": fingerprint(criterion),
-        "data": of_tensors(tensor for batch in objective.batches for tensor in tensors_of(batch)),
+        "data": objective.batches.fingerprint(),
         **{f"direction {name}": of_tensors([line.vector]) for name, line in zip(axes, directions, strict=True)},
         **{f"coordinates of {name}": of_tensors([axis]) for name, axis in axes.items()},
         **{n: str(value) for n, value in {**objective.settings, **settings}.items() if n != "examination"},

@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from msam_analysis.objective.batches import Batches
 from msam_analysis.objective.batchnorm import (
     Policy,
+    averaged_statistics,
     blank_statistics,
     collect_statistics,
     describe_policy,
@@ -28,6 +29,7 @@ from msam_analysis.objective.explaining import explained
 from msam_analysis.objective.nested import Batch
 from msam_analysis.objective.private import Attributes, LossModule, use_randomness
 from msam_analysis.objective.randomness import RandomStream
+from msam_analysis.objective.ranks import Ranks
 from msam_analysis.objective.second_derivatives import SecondDerivatives
 from msam_analysis.objective.vectors import Layout, Selection, no_autocast, select
 from msam_analysis.objective.weighing import SAMPLES, Weighing, counted, mean_and_weight, with_reduction
@@ -114,6 +116,11 @@ class Evaluation:
             other._attributes = Attributes(other.original)
         return other
 
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the batches; whatever is a sum over batches is a sum over them."""
+        return self.batches.ranks
+
     # ------------------------------------------------------------------------------------------------ the private copy
 
     def renew(self) -> None:
@@ -191,9 +198,10 @@ class Evaluation:
             "autocast": str(self.autocast or "").removeprefix("torch."),
             "dropout": self.dropout and random,
             "hooks left out": hooks,
-            "weighed by": findings.weighing is not SAMPLES and findings.weighing.counts,
+            "weighed by": findings.weighing != SAMPLES and findings.weighing.counts,
             "values": findings.with_gradients and "with gradients enabled",
             "statistics": self.foreign and "of other weights",
+            "processes": self.ranks.count > 1 and self.ranks.count,
             "examination": findings.examination and findings.examination.verdict,
         }
         return {
@@ -249,11 +257,13 @@ class Evaluation:
         """Return all else that the loss depends on at a point, by its name in the private copy.
 
         It is the other parameters, those of the criterion, and buffers. The policy ``"recalibrate"`` reads the data
-        once for the statistics of BatchNorm at ``w``.
+        once for the statistics of BatchNorm at ``w``. Several processes all take the buffers of the first, as
+        ``DistributedDataParallel`` does: in training each has its own running statistics.
         """
         selected = {f"model.{name}" for name in self.layout.names}
         fixed = {name: self.converted(p) for name, p in self.original.named_parameters() if name not in selected}
         buffers = {name: self.converted(buffer) for name, buffer in self.original.named_buffers()}
+        buffers = self.ranks.tensors_of_first(buffers)
         if self.batchnorm == "recalibrate":
             pieces = {f"model.{name}": piece for name, piece in self.pieces(w).items()}
             buffers = self._recalibrated(pieces | fixed, buffers)
@@ -266,11 +276,11 @@ class Evaluation:
 
     def _recalibrated(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         fresh = blank_statistics(self.copy, {name: tensor.clone() for name, tensor in buffers.items()})
-        seen = 0.0
+        batches, seen = self.batches, 0.0
         try:
-            with ALONE, self.evaluating() as stream:
+            with self.ranks.apart("statistics of BatchNorm"), ALONE, self.evaluating() as stream:
                 self.place(parameters | fresh)
-                for index, (batch, weight) in enumerate(zip(self.batches, self.batches.sizes, strict=True)):
+                for index, batch, weight in zip(batches.own, batches, batches.own_sizes, strict=True):
                     stream.restart(self.seed + index)
                     seen += weight
                     collect_statistics(self.copy, share=weight / seen if seen else 0.0)
@@ -278,22 +288,25 @@ class Evaluation:
         finally:
             collect_statistics(self.copy, share=None)
         # A layer may have put another tensor in place of the one that it was given.
-        return {name: self._slots[name][0][0][self._slots[name][0][1]].detach() for name in fresh}
+        found = {name: self._slots[name][0][0][self._slots[name][0][1]].detach() for name in fresh}
+        return averaged_statistics(self.copy, found, seen, self.ranks)
 
     # ------------------------------------------------------------------------------------------------------ the batches
 
     @property
     def weights(self) -> list[float]:
-        """Weight of every batch in the mean."""
+        """Weight of every batch of this process in the mean."""
         if self._weights is None:
             weighing = self.findings.weighing
-            if weighing is SAMPLES:
-                self._weights = [float(size) for size in self.batches.sizes]
-            elif weighing.count is not None:
-                self._weights = [weighing.count(batch) for batch in self.batches]
-            else:
-                self._weights = self.criterion_counts()
-            if not sum(self._weights) > 0:
+            with self.ranks.apart("weighing batches"):
+                if weighing == SAMPLES:
+                    weights = [float(size) for size in self.batches.own_sizes]
+                elif weighing.count is not None:
+                    weights = [weighing.count(batch) for batch in self.batches]
+                else:
+                    weights = self.criterion_counts()
+            self._weights = weights
+            if not float(self.ranks.sum(torch.tensor(sum(weights), dtype=torch.float64))) > 0:
                 raise ValueError(
                     f"no batch holds anything that the loss counts ({weighing.counts}): expected at least one; "
                     "check the labels"
@@ -301,12 +314,12 @@ class Evaluation:
         return self._weights
 
     def criterion_counts(self) -> list[float]:
-        """Return what the criterion counts on every batch: its sum over its mean, at the current weights."""
+        """Return what the criterion counts on this process's batches: its sum over its mean, at the current weights."""
         total, mean = (with_reduction(self.copy.loss_fn, reduction) for reduction in ("sum", "mean"))
         counts = []
-        with self.evaluating() as stream:
+        with self.ranks.apart("counting what the criterion counts"), self.evaluating() as stream:
             self.settle(self.pieces(), self.constants())
-            for index, batch in enumerate(self.batches):
+            for index, batch in zip(self.batches.own, self.batches, strict=True):
                 stream.restart(self.seed + index)
                 output = self.copy.model(batch[0])
                 counts.append(counted(*(float(c(output, batch[1])) for c in (mean, total) if c is not None)))
@@ -321,11 +334,11 @@ class Evaluation:
         skip: int = 0,
         cut: bool = False,
     ) -> Iterator[BatchLoss]:
-        """Yield the loss of every batch that weighs anything, after the first ``skip`` of them.
+        """Yield the loss of every batch of this process that weighs anything, after the first ``skip`` of them.
 
         With ``cut`` the loss is cut off from the parameters where the model puts out its tensors; both ends come, too.
         """
-        for index, (batch, weight) in enumerate(zip(self.batches, self.weights, strict=True)):
+        for index, batch, weight in zip(self.batches.own, self.batches, self.weights, strict=True):
             if not weight:
                 continue
             if skip:
@@ -400,8 +413,8 @@ class Evaluation:
         """Find the modules that draw random numbers in training mode, and put them into it, once and where wanted."""
         if not self.dropout or self.findings.drawing is not None:
             return
-        batch = next(iter(self.batches))
-        with self.evaluating() as stream:
+        batch = self.batches.first()
+        with self.ranks.apart("looking for what draws random numbers"), self.evaluating() as stream:
             stream.restart(self.seed)
             self.settle(self.views(None), self.constants())
             self.findings.drawing = use_randomness(self.copy, lambda: self.copy(batch), stream)

@@ -73,7 +73,8 @@ class GaussNewtonOperator(GraphOperator):
     def _difference(self, ahead: Tensor, behind: Tensor) -> Tensor:
         leaves = list(self._leaves.values())
         total, weight_sum = torch.zeros_like(ahead), 0.0
-        with self._loss.deriving() as stream:
+        with self._loss.ranks.apart("a Gauss-Newton product by differences") as alike, self._loss.deriving() as stream:
+            alike.extend((ahead, behind))
             here, first, second = (
                 self._loss.batch_losses(point, self._constants, stream, cut=True)
                 for point in (self._leaves, self._loss.leaves(ahead), self._loss.leaves(behind))
@@ -85,7 +86,8 @@ class GaussNewtonOperator(GraphOperator):
                 pulled = pull_back(outputs, leaves, self._bent(bend, pushed), together=False)
                 total.add_(self._loss.layout.flatten(pulled), alpha=loss.weight)
                 weight_sum += loss.weight
-        return total / weight_sum
+        (mean,) = self._loss.ranks.mean(weight_sum, total)
+        return mean
 
     def _opened(self, loss: BatchLoss, *, curved: bool = True) -> dict[int, Tensor]:
         """Return the derivatives of the loss in the outputs that it uses; ``ValueError`` if it uses anything else.

@@ -45,8 +45,9 @@ class GraphOperator(SymmetricOperator):
             if refusal:
                 raise ExaminationError(refusal)
         self._loss = loss
-        self._leaves = loss.leaves(w)
-        self._constants = loss.constants(w)
+        with loss.ranks.apart("an operator at a point"):
+            self._leaves = loss.leaves(w)
+            self._constants = loss.constants(w)
         self._room = keep_bytes
         self._graphs: list[tuple[Product, float, int]] = []
         self._full = False
@@ -100,18 +101,21 @@ class GraphOperator(SymmetricOperator):
             weight_sum += weight
 
         kept = self.kept
-        # A checkpointed part of the model is run again at every product: it must find this point's tensors.
-        self._loss.settle(self._leaves, self._constants)
-        for graph in self._graphs:
-            add(*graph)
-        if not self._complete:
-            with self._loss.deriving(twice=True) as stream:
-                losses = self._loss.batch_losses(self._leaves, self._constants, stream, skip=kept, cut=self._cut)
-                for graph in self._build(losses, together=len(rows) >= _FEWEST):
-                    # A graph that serves one vector is freed on the way.
-                    add(*graph, keep=len(rows) > 1 or not self._full)
-                    del graph  # before the next is built, or two would be in memory
-        return total / weight_sum
+        with self._loss.ranks.apart("products of second derivatives") as alike:
+            alike.extend([rows] if self._passed else [rows, *self._leaves.values()])
+            # A checkpointed part of the model is run again at every product: it must find this point's tensors.
+            self._loss.settle(self._leaves, self._constants)
+            for graph in self._graphs:
+                add(*graph)
+            if not self._complete:
+                with self._loss.deriving(twice=True) as stream:
+                    losses = self._loss.batch_losses(self._leaves, self._constants, stream, skip=kept, cut=self._cut)
+                    for graph in self._build(losses, together=len(rows) >= _FEWEST):
+                        # A graph that serves one vector is freed on the way.
+                        add(*graph, keep=len(rows) > 1 or not self._full)
+                        del graph  # before the next is built, or two would be in memory
+        (mean,) = self._loss.ranks.mean(weight_sum, total)
+        return mean
 
     def _build(self, losses: Iterator[BatchLoss], *, together: bool) -> Iterator[tuple[Product, float, int]]:
         """Yield the products with batches, their weights and the bytes of their graphs; keep, at first, what fits."""
@@ -186,12 +190,14 @@ def mean_gradient(loss: Evaluation, leaves: dict[str, Tensor], constants: dict[s
     total = torch.zeros((), dtype=widest(loss.device), device=loss.device)
     gradient = torch.zeros(loss.layout.size, dtype=loss.dtype, device=loss.device)
     weight_sum = 0.0
-    with loss.deriving() as stream:
+    with loss.ranks.apart("a gradient") as alike, loss.deriving() as stream:
+        alike.extend(leaves.values())
         for batch in loss.batch_losses(leaves, constants, stream):
             gradient.add_(loss.layout.flatten(loss_gradients(batch.value, leaves)), alpha=batch.weight)
             total += batch.value.detach().to(total.dtype) * batch.weight
             weight_sum += batch.weight
-    return total / weight_sum, gradient / weight_sum
+    value, slope = loss.ranks.mean(weight_sum, total, gradient)
+    return value, slope
 
 
 def loss_gradients(value: Tensor, leaves: dict[str, Tensor], *, create_graph: bool = False) -> list[Tensor]:

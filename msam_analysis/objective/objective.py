@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msam_analysis.objective.arguments import check_autocast, device_of
 from msam_analysis.objective.batches import CACHE_BYTES, Batches
-from msam_analysis.objective.batchnorm import Policy, check_policy
+from msam_analysis.objective.batchnorm import Policy
 from msam_analysis.objective.evaluation import Evaluation
 from msam_analysis.objective.examination import NOT_EXAMINED, Examination
 from msam_analysis.objective.examine import examine as examination_of
@@ -25,10 +24,12 @@ from msam_analysis.objective.gauss_newton import GaussNewtonOperator
 from msam_analysis.objective.graphs import mean_gradient
 from msam_analysis.objective.handing_on import examine_once
 from msam_analysis.objective.hessian import HessianOperator
-from msam_analysis.objective.private import LossFunction, LossModule, unwrap
-from msam_analysis.objective.second_derivatives import SecondDerivatives, Wish
+from msam_analysis.objective.making import evaluation_of
+from msam_analysis.objective.private import LossFunction
+from msam_analysis.objective.ranks import Sharing
+from msam_analysis.objective.second_derivatives import Wish
 from msam_analysis.objective.statistics import warn_of_statistics
-from msam_analysis.objective.vectors import Layout, Selection, select, widest
+from msam_analysis.objective.vectors import Layout, Selection, widest
 from msam_analysis.results import Settings
 
 _GRAPH_BYTES = 2 * 2**30
@@ -89,6 +90,10 @@ class Objective:
         Seed of the private random stream that a stochastic forward pass draws from, the same at every evaluation.
     examine
         Whether the loss is examined at its first use; see :meth:`examine`. Default: it is. Without it results say so.
+    ranks
+        Whether the processes of :mod:`torch.distributed` share the batches. Default ``False``: this one measures alone.
+        ``True``: all have the same ``data`` and take its batches in turn. ``"split"``: each has other data, as from a
+        ``DistributedSampler``. In both cases all make the same calls in the same order; else they wait. See Notes.
 
     Attributes
     ----------
@@ -110,6 +115,9 @@ class Objective:
     slices and differences near ``w`` are then those of a staircase. An evaluation at a point of whose distance from
     the weights rounding takes more than a tenth warns. ``dtype=torch.float32`` measures the smooth function through
     the same weights, and is the way to measure a bfloat16 checkpoint.
+
+    With ``ranks`` every process gets the result of one, but for rounding. Samples count over the data of all; buffers
+    are those of the first process, as in ``DistributedDataParallel``. What one raises is raised by all.
     """
 
     def __init__(
@@ -129,33 +137,22 @@ class Objective:
         cache_bytes: int = CACHE_BYTES,
         seed: int = 0,
         examine: bool = True,
+        ranks: Sharing = False,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: pass the network itself")
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}: pass e.g. nn.CrossEntropyLoss()")
-        check_policy(batchnorm)
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}: pass e.g. torch.float64")
-        self.loss_fn = loss_fn
-        self._examines = examine
-        self._graph_bytes = graph_bytes
-        original = LossModule(unwrap(model), unwrap(loss_fn))
-        first = next(iter(select(original.model, parameters).values()))
-        placed = device_of(device, first.device)
-        self._evaluation = Evaluation(
-            original,
-            Batches.shared(data, device=placed, dtype=dtype, cache_bytes=cache_bytes),
-            device=placed,
+        self.loss_fn, self._examines, self._graph_bytes = loss_fn, examine, graph_bytes
+        self._evaluation = evaluation_of(
+            model,
+            loss_fn,
+            data,
+            parameters=parameters,
+            device=device,
             cast=dtype,
-            batchnorm=batchnorm,
-            autocast=autocast,
-            dropout=dropout,
-            seed=seed,
-            second_derivatives=SecondDerivatives(second_derivatives),
+            cache_bytes=cache_bytes,
+            examine=examine,
+            ranks=ranks,
+            second_derivatives=second_derivatives,
+            options={"batchnorm": batchnorm, "autocast": autocast, "dropout": dropout, "seed": seed},
         )
-        self._evaluation.choose(parameters)
-        check_autocast(autocast, self.dtype)
 
     def with_parameters(self, selection: Selection) -> Objective:
         """Return the same loss on the same data as a function of other parameters; all others are constants.
@@ -415,12 +412,15 @@ class Objective:
         evaluation = self.evaluation
         total = torch.zeros((), dtype=widest(self.device), device=self.device)
         weight_sum = 0.0
-        point, constants = evaluation.pieces(w), evaluation.constants(w)
-        with evaluation.evaluating() as stream:
-            for batch in evaluation.batch_losses(point, constants, stream):
-                total += batch.value.detach().to(total.dtype) * batch.weight
-                weight_sum += batch.weight
-        return total / weight_sum
+        with evaluation.ranks.apart("a loss") as alike:
+            point, constants = evaluation.pieces(w), evaluation.constants(w)
+            alike.extend(point.values())
+            with evaluation.evaluating() as stream:
+                for batch in evaluation.batch_losses(point, constants, stream):
+                    total += batch.value.detach().to(total.dtype) * batch.weight
+                    weight_sum += batch.weight
+        (mean,) = evaluation.ranks.mean(weight_sum, total)
+        return mean
 
     def gradient(self, w: Tensor | None = None) -> Tensor:
         """Return ``∇L(w)``, shape ``(size,)``, zeros for parameters that the loss does not use; see :meth:`loss`."""
@@ -434,8 +434,9 @@ class Objective:
         ValueError
             Also if the loss depends on none of the selected parameters.
         """
-        evaluation = self.evaluation
-        return mean_gradient(evaluation, evaluation.leaves(w), evaluation.constants(w))
+        loss = self.evaluation
+        with loss.ranks.apart("a gradient at a point"):
+            return mean_gradient(loss, loss.leaves(w), loss.constants(w))
 
     def hvp(self, v: Tensor, w: Tensor | None = None) -> Tensor:
         """Return the Hessian-vector product ``∇²L(w) v``.
