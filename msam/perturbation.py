@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from .filters import Subset
 from .schedules import Number, Schedule, as_schedule
 from .shards import WHOLE, Groups, groups_of, here, sum_over
 
-__all__ = ["Direction", "Normalization", "Perturbation", "Scale", "global_norm", "scaled"]
+__all__ = ["Direction", "Normalization", "Perturbation", "Scale", "global_norm", "has_float64", "scaled"]
 
 Direction = Literal["momentum", "gradient", "last_gradient", "random"]
 Normalization = Literal["l2", "none", "lr"]
@@ -329,6 +330,20 @@ def _fast_norms(tensors: list[Tensor]) -> list[Tensor]:
     return norms
 
 
+def has_float64(kind: str) -> bool:
+    """Return whether devices of a type have float64."""
+    return kind in ("cpu", "cuda") or _takes_float64(kind)
+
+
+@functools.cache
+def _takes_float64(kind: str) -> bool:
+    try:
+        torch.empty(0, dtype=torch.float64, device=kind)
+    except (TypeError, RuntimeError):  # such as Apple's GPUs
+        return False
+    return True
+
+
 def _norm_in_float64(tensors: list[Tensor]) -> Tensor:
     """Return the norm on the first tensor's device, with every square in float64 where the device has it."""
     by_dtype: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
@@ -336,7 +351,7 @@ def _norm_in_float64(tensors: list[Tensor]) -> Tensor:
         by_dtype[tensor.device, tensor.dtype].append(tensor.detach())
     norms: list[Tensor] = []
     for (device, _), same in by_dtype.items():
-        norms += torch._foreach_norm(same, 2, dtype=torch.float32 if device.type == "mps" else torch.float64)
+        norms += torch._foreach_norm(same, 2, dtype=torch.float64 if has_float64(device.type) else torch.float32)
     first = norms[0]
     norm: Tensor = torch.linalg.vector_norm(torch.stack([n.to(first.device, first.dtype) for n in norms]))
     return norm

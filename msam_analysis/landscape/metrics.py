@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.vectors import widest
 from msam_analysis.spectra.top import top_eigenvalues
 
 
@@ -45,7 +46,8 @@ def _hits(output: Tensor, target: Tensor) -> Tensor:
             f"probabilities; got {shapes[0]} and {shapes[1]}: write your own OutputMetric"
         )
     classes = target.argmax(1) if target.shape == output.shape else target
-    return (output.argmax(1) == classes).double().flatten(1).mean(1) if output.ndim > 2 else output.argmax(1) == classes
+    hits = output.argmax(1) == classes
+    return hits.to(widest(hits.device)).flatten(1).mean(1) if output.ndim > 2 else hits
 
 
 accuracy = OutputMetric(_hits)

@@ -66,7 +66,7 @@ def feature_rank(
     if model is None:
         if not isinstance(data, Tensor):
             raise TypeError(f"expected features as a tensor, got {type(data).__name__}: pass the model as well")
-        features = data.detach().flatten(1).to(torch.float64, copy=True)
+        features = data.detach().flatten(1).cpu().to(torch.float64, copy=True)
     else:
         features = _collected(unwrap(model), data, "features" if layer is None else layer)
     if len(features) < 2 or not features.isfinite().all():

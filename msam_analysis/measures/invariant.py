@@ -16,6 +16,7 @@ from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.progress import told
 from msam_analysis.objective.randomness import drawn_indices
+from msam_analysis.objective.vectors import read, widest
 from msam_analysis.results import Estimate
 
 _NO_NORMALIZATION = "no BatchNorm"
@@ -68,14 +69,15 @@ def relative_flatness(objective: Objective, layer: str, *, draws: int = 30, seed
     factor = left * singular
     hessian = alone.hessian()
     generator = torch.Generator().manual_seed(seed)
-    sample = torch.empty(draws, dtype=torch.float64)
+    products = []
     for draw in range(draws):
         signs = 2 * torch.randint(2, (factor.shape[1], weight.shape[1]), generator=generator) - 1
         mixed = (factor @ signs.to(factor)).reshape(-1)
-        sample[draw] = float(mixed.dot(hessian.matvec(mixed).to(mixed)))
+        products.append(mixed.dot(hessian.matvec(mixed).to(mixed)))
         if told("products", draw + 1, draws) and draw > 0:
             break
-    return _estimate("relative flatness", sample[: draw + 1], objective, layer=layer)
+    sample = torch.tensor(read(*products), dtype=torch.float64)
+    return _estimate("relative flatness", sample, objective, layer=layer)
 
 
 @numbers
@@ -118,13 +120,18 @@ def fisher_rao_norm(objective: Objective, *, samples: int | None = None, seed: i
     count = objective.samples if samples is None else samples
     chosen = drawn_indices(objective.samples, count, seed)
     point = objective.point()
-    squares = torch.empty(count, dtype=torch.float64)
+    wide, numbers = widest(objective.device), []
     for number, index in enumerate(chosen):
         loss, gradient = objective.with_samples(index[None], batch_size=1).loss_and_gradient(point)
-        squares[number] = float(point.double().dot(gradient.double())) ** 2 if bool(loss.isfinite()) else math.nan
+        numbers += [loss, objective.space.dot(point.to(wide), gradient.to(wide))]
         if told("samples", number + 1, count) and number > 0:
             break
-    return _estimate("squared Fisher-Rao norm", squares[: number + 1], objective)
+    found = read(*numbers)
+    pairs = zip(found[::2], found[1::2], strict=True)
+    squares = torch.tensor(
+        [slope**2 if math.isfinite(loss) else math.nan for loss, slope in pairs], dtype=torch.float64
+    )
+    return _estimate("squared Fisher-Rao norm", squares, objective)
 
 
 def _estimate(quantity: str, sample: Tensor, objective: Objective, **labels: str) -> Estimate:

@@ -146,7 +146,7 @@ def _tells(samples: Batch, batch: Batch) -> bool:
 def _sorted(batch: Batch) -> Batch:
     """Return a batch in the order of its last tensor."""
     last = [tensor for tensor in tensors_of(batch) if tensor.ndim][-1]
-    return w.rows(batch, last.detach().reshape(len(last), -1).double().sum(1).argsort(stable=True))
+    return w.rows(batch, last.detach().reshape(len(last), -1).cpu().double().sum(1).argsort(stable=True))
 
 
 def _spread(evaluation: Evaluation) -> Batch | None:

@@ -28,6 +28,7 @@ from msam_analysis.objective.making import evaluation_of
 from msam_analysis.objective.private import LossFunction
 from msam_analysis.objective.ranks import Sharing
 from msam_analysis.objective.second_derivatives import Wish
+from msam_analysis.objective.space import Space
 from msam_analysis.objective.statistics import warn_of_statistics
 from msam_analysis.objective.vectors import Layout, Selection, widest
 from msam_analysis.results import Settings
@@ -239,7 +240,7 @@ class Objective:
             of BatchNorm. Settings then say so.
         """
         self.layout.check(w, "point w")
-        other = not torch.equal(w.detach().to(self.point()), self.point())
+        other = self.space.any(w.detach().to(self.point()) != self.point())
         foreign = other and warn_of_statistics(self, "at the point of with_weights")
         views = self.layout.views(w.detach())
         moved = {
@@ -328,6 +329,11 @@ class Objective:
     def size(self) -> int:
         """Number of entries of the flat vector."""
         return self.layout.size
+
+    @property
+    def space(self) -> Space:
+        """Where flat vectors lie: whole in every process."""
+        return Space(self.layout.size)
 
     @property
     def samples(self) -> int:
