@@ -180,14 +180,14 @@ class Interpolation:
         # How rough it is at every measured point: its error if it is left out, over a power of the gap that is left.
         rest = _left_out(places, np.log(found) if logarithm else found, kernel)
         predicted = found * np.exp(np.minimum(-rest, 700.0)) if logarithm else found - rest
-        gaps = tree.query(places, k=2)[0][:, 1:]
+        gaps: Array = np.asarray(tree.query(places, k=2)[0])[:, 1:]
         rough = _fractions(_distances(predicted, found), self.units) / gaps**_POWER
         # How rough it is at every point of the grid: a mean over the nearest measured ones, nearly their largest.
         away, nearest = tree.query(self.positions, k=range(1, min(_NEIGHBOURS, len(places)) + 1))
         half_a_step = 0.5 * len(self.positions) ** (-1 / self.positions.shape[1])
         weights = 1.0 / (away**2 + half_a_step**2)
         powers = (weights[:, :, None] * rough[nearest] ** _MEAN).sum(axis=1) / weights.sum(axis=1, keepdims=True)
-        distance: Array = cKDTree(self.positions[measured]).query(self.positions)[0]
+        distance: Array = np.asarray(cKDTree(self.positions[measured]).query(self.positions)[0])
         expected: Array = np.maximum(powers ** (1 / _MEAN) * distance[:, None] ** _POWER, 0.5 * self._apart())
         return expected
 
