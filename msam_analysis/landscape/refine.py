@@ -42,7 +42,7 @@ _MEAN = 4  # by the mean of this power: 2 has let single kinks escape
 _ROUNDS = 3  # rounds whose errors, over the expected ones, correct the estimate
 _LEAST = 1.0  # and by this factor at least: the errors that were found may have been small by chance
 # Factor from the corrected estimate to the one that is given: it is _SAFETY (1 + sqrt(_FEW / points)). Few points have
-# little to judge by. Chosen on 126 planes of 14 networks; benchmarks/landscape.py has others.
+# little to judge by. Chosen on 126 planes of 14 networks and on the tests; benchmarks/refinement.py has others.
 _SAFETY = 1.5
 _FEW = {1: 40, 2: 150}
 _PAYS = 0.7  # beyond this fraction of the grid interpolation does not pay: measure the rest
