@@ -250,7 +250,7 @@ _SLICES = ("random_seed", "filter_radius", "unit_radius", "line_points", "plane_
 MEASURES: Mapping[str, Measure] = {
     "eigenvalues": Measure(_eigenvalues, ("eigenvalues", "power_tolerance", "samples"), cost=380.0),
     "balls": Measure(_balls, ("radii", "ball_iterations", "samples"), cost=115.0),
-    "slices": Measure(_slices, (*_SLICES, "samples"), cost=190.0),
+    "slices": Measure(_slices, (*_SLICES, "samples"), version=2, cost=190.0),
     "features": Measure(_features, ("samples",), cost=10.0),
     "robustness": Measure(_robustness, (), cost=130.0, needs=("art", "adversarial-robustness-toolbox")),
     "lambda1": Measure(_top_of_some, ("samples",), cost=200.0),

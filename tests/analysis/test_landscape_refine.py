@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from scipy.interpolate import RBFInterpolator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import msam_analysis as ma
 from msam_analysis.landscape import metrics
-from msam_analysis.landscape.refine import Surface, refine_grid
+from msam_analysis.landscape.refine import Kernel, Surface, refine_grid
+from msam_analysis.landscape.refine import _left_out as left_out
 
 from . import cases
 from .cases import MLP, Quadratic, mean_output, normal
@@ -155,6 +157,24 @@ def test_noise_is_measured_everywhere() -> None:
     """Nothing can be interpolated: every point is computed, and the error is 0, not a guess."""
     count, surface = refined(np.random.default_rng(0).normal(size=(21, 21)), 0.01)
     assert (count, surface.error) == (441, 0.0)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "thin_plate_spline", "cubic", "quintic"])
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_left_out_points_are_predicted_from_all_others(kernel: Kernel, dimensions: int) -> None:
+    """As if each were left out in turn and the rest interpolated anew, by scipy; quintic ones are ill-conditioned."""
+    draw = np.random.default_rng(0)
+    places, values = draw.uniform(size=(20, dimensions)), draw.normal(size=20)
+    expected = []
+    for point in range(20):
+        others = np.arange(20) != point
+        rest = RBFInterpolator(places[others], values[others], kernel=kernel)
+        expected.append(values[point] - rest(places[[point]])[0])
+    np.testing.assert_allclose(left_out(places, values, kernel), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_singular_matrix_predicts_nothing() -> None:
+    assert np.isinf(left_out(np.zeros((4, 2)), np.arange(4.0), "linear")).all()
 
 
 # --- through the front door
