@@ -10,24 +10,29 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pandas as pd
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from msam_analysis import plots, report
 from msam_analysis.checkpoints.comparing import compare
 from msam_analysis.checkpoints.naming import distinct_names, expand, numbered
+from msam_analysis.cli import checks
 from msam_analysis.cli.factories import brief, parts, returning
 from msam_analysis.cli.names import listed
+from msam_analysis.cli.saying import console_of, say, watched
 from msam_analysis.measures.summary import DEFAULT_METRICS, MAX_HVPS, METRICS, RADII, TOLERANCE
-from msam_analysis.results import Comparison, atomic_path
+from msam_analysis.objective.explaining import decorated
+from msam_analysis.report.page import markdown
+from msam_analysis.results import Comparison
+from msam_analysis.results.files import sweep, write_text
+from msam_analysis.results.fingerprint import release
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -76,12 +81,12 @@ def measure_command(
     or settings are never touched.
     """
     chosen = list(METRICS) if metrics == "all" else listed(metrics)
-    if dtype is not None and dtype not in _PRECISIONS:
-        raise ValueError(f"dtype must be one of {', '.join(_PRECISIONS)}, got {dtype!r}")
+    _check(chosen, rho, eigenvalues, tolerance, max_hvps, budget, samples, seed, batchnorm, dtype)
     paths = expand(checkpoints)
-    names = list(labels or distinct_names(paths))
-    if len(names) != len(paths) or len(set(names)) != len(names):
-        raise ValueError(f"expected a --label for each of the {len(paths)} checkpoint(s), all different, got {names}")
+    names = checks.labelled(labels, distinct_names(paths))
+    home, asked = checks.place(out), _asked(model, data, loss)
+    sweep(home)
+    places = {name: path.absolute() for name, path in zip(names, paths, strict=True)}
     factory, batches, loss_fn = parts(model, data, loss, device)
     options: dict[str, Any] = dict(
         metrics=chosen,
@@ -94,7 +99,7 @@ def measure_command(
         budget=None if budget is None else 60 * budget,
         prefix=f"{key}." if key else prefix,
         ignore=ignore or (),
-        out=out,
+        out=home,
         vectors=vectors,
         batchnorm=batchnorm,
         parameters=parameters,
@@ -103,10 +108,53 @@ def measure_command(
         examine=examine,
     )
     with _Progress(names, quiet) as progress:
-        result = _compared(dict(zip(names, paths, strict=True)), factory, loss_fn, batches, progress.tick, options)
-    show(result, write(result, out, _asked(model, data, loss)))
-    if result.failures:
+        result = _compared(places, factory, loss_fn, batches, progress.tick, options)
+    result = _as_given(result, dict(zip(names, paths, strict=True)))
+    folder, undrawn = write(result, home, asked)
+    show(result, out / folder.relative_to(home))
+    for what in undrawn:
+        say(f"msam-analysis: {what}", err=True)
+    if result.failures or undrawn:
         raise typer.Exit(_FAILED)
+
+
+def _as_given(result: Comparison, given: Mapping[str, Path]) -> Comparison:
+    """Return a comparison that calls files as the user did."""
+    found = {}
+    for label, source in result.sources.items():
+        told = str(source["taken"]).replace(str(given[label].absolute()), str(given[label]), 1)
+        found[label] = {**source, "path": str(given[label]), "taken": told}
+    return replace(result, sources=found)
+
+
+def _check(
+    metrics: Sequence[str],
+    rho: Sequence[float] | None,
+    eigenvalues: int,
+    tolerance: float,
+    max_hvps: int | None,
+    budget: float | None,
+    samples: int | None,
+    seed: int,
+    batchnorm: str,
+    dtype: str | None,
+) -> None:
+    """Refuse what is out of range, whether or not the metrics that are asked for use it."""
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise ValueError(f"metrics must be of {', '.join(METRICS)}; got {(unknown or ['none'])[0]!r}")
+    for radius in rho or ():
+        checks.positive("rho", radius)
+    checks.at_least("eigenvalues", eigenvalues, 1)
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be a positive number, got {tolerance}: {TOLERANCE:g} is the default")
+    if "eigenvalues" not in metrics:  # else the search itself says how many it needs
+        checks.at_least("max_hvps", max_hvps, 1)
+    checks.positive("budget", budget)
+    checks.at_least("samples", samples, 1)
+    checks.within("seed", seed, *checks.SEEDS)
+    checks.one_of("batchnorm", batchnorm, ("eval", "batch", "recalibrate"))
+    checks.one_of("dtype", dtype, list(_PRECISIONS))
 
 
 def _compared(
@@ -128,13 +176,14 @@ def _compared(
         raise ValueError(f"model, data and loss do not work together: {brief(error)}") from error
 
 
-def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> Path:
-    """Write the table in four formats, a picture per metric and one page; return their folder.
+def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> tuple[Path, list[str]]:
+    """Write the table in four formats, a picture per metric and one page; return their folder, and what failed.
 
     One checkpoint's go to its results, those of several to a folder of their own for each set of checkpoints.
     """
     frame, table = result.to_frame(), result.to_table()
     folders = [str(source["folder"]) for source in result.sources.values()]
+    sweep(out)
     home = (
         out / folders[0] if len(folders) == 1 else next(it for it in numbered(out / "comparison") if _of(it, folders))
     )
@@ -153,8 +202,8 @@ def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> Path:
         "json": json.dumps(described, indent=1, ensure_ascii=False) + "\n",
     }
     for ending, text in texts.items():
-        with atomic_path(home / f"{_TABLE}.{ending}") as partial:
-            partial.write_text(text, encoding="utf-8", newline="\n")
+        write_text(home / f"{_TABLE}.{ending}", text)
+    undrawn: list[str] = []
     items: list[report.Figure | report.Table] = [report.Table(frame[_SHOWN], "Every number with its uncertainty.")]
     if len(result) > 1:
         others = frame[frame["label"] != result.baseline]
@@ -162,19 +211,22 @@ def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> Path:
             report.Table(others[_DIFFERENCES], f"Differences from {result.baseline}: the same data and draws.")
         )
         for metric in table.columns:
-            path = plots.save(plots.compare(result, metrics=[metric]), home / metric, close=True)[0]
-            items.append(report.Figure(path, f"{metric.replace('_', ' ')} of every checkpoint."))
-    else:
-        path = plots.save(plots.measure(next(iter(result.values()))), home / _TABLE, close=True)[0]
-        items.append(report.Figure(path, "The metrics; bars are residuals or standard errors."))
+            with decorated(f"the picture of {metric}", undrawn):
+                path = plots.save(plots.compare(result, metrics=[metric]), home / metric, close=True)[0]
+                items.append(report.Figure(path, f"{metric.replace('_', ' ')} of every checkpoint."))
+    elif result.metrics:
+        with decorated("the picture of the metrics", undrawn):
+            path = plots.save(plots.measure(next(iter(result.values()))), home / _TABLE, close=True)[0]
+            items.append(report.Figure(path, "The metrics; bars are residuals or standard errors."))
     summary = f"{len(result)} checkpoint(s). {_settings(result)}."
-    report.write(report.Report(f"Sharpness of {home.name}", summary, [report.Section("Metrics", "", items)]), home)
-    return home
+    page = report.Report(f"Sharpness of {home.name}", summary, [report.Section("Metrics", "", items)])
+    with decorated("the report", undrawn):
+        report.write(page, home)
+    return home, undrawn
 
 
 def show(result: Comparison, home: Path) -> None:
     """Print the table: one checkpoint's with what each number is, several with metrics across."""
-    console = Console()
     frame = result.to_frame()
     if len(result) == 1:
         table = Table(title=Text(next(iter(result))), title_justify="left")
@@ -185,28 +237,29 @@ def show(result: Comparison, home: Path) -> None:
             note = "; NOT converged" if row["converged"] is False else ""
             texts = (row["metric"], f"{row['value']:.5g}", _error(row), f"{row['meaning']}{note}")
             table.add_row(*(Text(str(text)) for text in texts))
-        console.print(table)
+        say(table)
     else:
+        width = console_of().width
         rows = {(row["label"], row["metric"]): row for row in frame.to_dict("records")}
         columns = {
             metric: [_heading(metric), *(_cell(rows.get((label, metric))) for label in result)]
             for metric in result.metrics
         }
-        for part in _fitting(columns, list(result), console.width):
+        for part in _fitting(columns, list(result), width):
             table = Table()
-            table.add_column("checkpoint", overflow="fold", no_wrap=max(map(len, result)) <= console.width // 2)
+            table.add_column("checkpoint", overflow="fold", no_wrap=max(map(len, result)) <= width // 2)
             for metric in part:
                 table.add_column(Text(columns[metric][0]), justify="right", overflow="fold")
             for label, *found in zip(result, *(columns[metric][1:] for metric in part), strict=True):
                 table.add_row(Text(label), *map(Text, found))
-            console.print(table)
-        console.print("± residual or standard error; * not converged", highlight=False)
-    console.print(Text(_settings(result)), soft_wrap=True)
+            say(table)
+        say("± residual or standard error; * not converged")
+    say(_settings(result))
     for label, source in list(result.sources.items())[:_FEW]:
-        console.print(Text(source["taken"] if len(result) == 1 else f"{label}: {source['taken']}"), soft_wrap=True)
+        say(source["taken"] if len(result) == 1 else f"{label}: {source['taken']}")
     for label, reason in result.failures.items():
-        console.print(Text(f"FAILED {label}: {reason}"), soft_wrap=True)
-    console.print(Text(f"saved in {home}: {_TABLE}.csv, .json, .md, .tex, report.html, pictures"), soft_wrap=True)
+        say(f"FAILED {label}: {reason}")
+    say(f"saved in {home}: {_TABLE}.csv, .json, .md, .tex, report.html, pictures")
 
 
 class _Progress:
@@ -215,7 +268,7 @@ class _Progress:
     def __init__(self, names: Sequence[str], quiet: bool) -> None:
         self._names, self._quiet, self._begun = list(names), quiet, time.monotonic()
         self._said = self._begun
-        self._status = None if quiet or not sys.stderr.isatty() else Console(stderr=True).status("")
+        self._status = None if quiet or not watched() else console_of(err=True).status("")
 
     def __enter__(self) -> Self:
         """Begin the line."""
@@ -237,7 +290,7 @@ class _Progress:
         if self._status is not None:
             self._status.update(Text(text))
         elif not self._quiet and now - self._said > _SILENT:
-            typer.echo(text, err=True)
+            say(text, err=True)
             self._said = now
 
 
@@ -251,7 +304,7 @@ def _plain(value: Any) -> Any:
 def _asked(model: str, data: str, loss: str | None) -> dict[str, Any]:
     """Return what is needed to run the command again."""
     command = shlex.join(["msam-analysis", *sys.argv[1:]])
-    versions = {name: version(name) for name in ("msam-analysis", "torch")}
+    versions = {name: release(name) for name in ("msam-analysis", "torch")}
     return {
         "command": command,
         "folder": os.fspath(Path.cwd()),
@@ -265,7 +318,8 @@ def _asked(model: str, data: str, loss: str | None) -> dict[str, Any]:
 def _markdown(table: pd.DataFrame) -> str:
     rows = [["checkpoint", *table.columns], ["---"] + ["---:"] * len(table.columns)]
     rows += [[str(label), *(f"{value:.5g}" for value in values)] for label, *values in table.itertuples()]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in rows)
+    rows[2:] = [[markdown(cell) for cell in row] for row in rows[2:]]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _of(folder: Path, folders: Sequence[str]) -> bool:

@@ -1,0 +1,71 @@
+"""What the command prints: after the results are in their files, and whatever becomes of the screen.
+
+A standard output that is full, closed or left by its reader takes nothing from a result: it is remembered, and
+:func:`lost` tells it at the end.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from msam_analysis.results.text import printable
+
+_NARROWEST, _USUAL = 20, 80  # columns
+_lost: list[Exception] = []
+
+
+def prepare() -> None:
+    """Let the screen show every character: as an escape where its encoding has none."""
+    _lost.clear()
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure: Any = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+def say(*what: Any, err: bool = False) -> None:
+    """Print lines of text as they are, with escapes for control characters, and tables; never raise."""
+    console = console_of(err)
+    with console.capture() as captured:
+        for one in what:
+            console.print(Text(printable(one, None)) if isinstance(one, str) else one, soft_wrap=isinstance(one, str))
+    _write(captured.get(), err)
+
+
+def lost() -> Exception | None:
+    """Return why standard output did not take all, after what is left was sent to it; ``None``: it did."""
+    _write("", err=False)
+    return _lost[0] if _lost else None
+
+
+def console_of(err: bool = False) -> Console:
+    """Return a console as wide as the screen, or as usual where that is no width to read in."""
+    console = Console(stderr=err)
+    return console if console.width >= _NARROWEST else Console(stderr=err, width=_USUAL)
+
+
+def watched() -> bool:
+    """Tell whether somebody sees what is written to standard error now."""
+    try:
+        return sys.stderr is not None and sys.stderr.isatty()
+    except ValueError:  # closed
+        return False
+
+
+def _write(text: str, err: bool) -> None:
+    stream = sys.stderr if err else sys.stdout
+    if stream is None or (_lost and not err):
+        return
+    try:
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError) as error:
+        if not err:
+            _lost.append(error)
+            # Python would try again when it ends, and change the exit code.
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - until the end
