@@ -185,7 +185,7 @@ def landscape_command(
     folder = checks.place(shown_folder)
     paths = [path.absolute() for path in paths]
     stems = names if course.kind in AROUND or (course.kind == "pca" and len(names) == 1) else [course.kind]
-    check_own(folder, [f"{stem}.safetensors" for stem in stems], "an earlier landscape of these checkpoints")
+    check_own(shown_folder, [f"{stem}.safetensors" for stem in stems], "an earlier landscape of these checkpoints")
     if rank() == 0:
         sweep(folder)
     along = _open_trajectories(course.trajectories)

@@ -120,11 +120,15 @@ def measure_command(
 
 def _as_given(result: Comparison, given: Mapping[str, Path]) -> Comparison:
     """Return a comparison that calls files as the user did."""
-    found = {}
-    for label, source in result.sources.items():
-        told = str(source["taken"]).replace(str(given[label].absolute()), str(given[label]), 1)
-        found[label] = {**source, "path": str(given[label]), "taken": told}
-    return replace(result, sources=found)
+
+    def told(label: str, text: object) -> str:
+        return str(text).replace(str(given[label].absolute()), str(given[label]))
+
+    sources = {
+        label: {**source, "path": str(given[label]), "taken": told(label, source["taken"])}
+        for label, source in result.sources.items()
+    }
+    return replace(result, sources=sources, failures={label: told(label, why) for label, why in result.failures.items()})
 
 
 def _check(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -30,16 +32,21 @@ def prepare() -> None:
 
 def say(*what: Any, err: bool = False) -> None:
     """Print lines of text as they are, with escapes for control characters, and tables; never raise."""
-    console = console_of(err)
-    with console.capture() as captured:
-        for one in what:
-            console.print(Text(printable(one, None)) if isinstance(one, str) else one, soft_wrap=isinstance(one, str))
-    _write(captured.get(), err)
+    if _lost and not err:
+        return
+    with _listening(err):
+        console = console_of(err)
+        with console.capture() as captured:
+            for one in what:
+                text = Text(printable(one, None)) if isinstance(one, str) else one
+                console.print(text, soft_wrap=isinstance(one, str))
+        _send(captured.get(), err)
 
 
 def lost() -> Exception | None:
     """Return why standard output did not take all, after what is left was sent to it; ``None``: it did."""
-    _write("", err=False)
+    with _listening(err=False):
+        _send("", err=False)
     return _lost[0] if _lost else None
 
 
@@ -57,14 +64,19 @@ def watched() -> bool:
         return False
 
 
-def _write(text: str, err: bool) -> None:
+def _send(text: str, err: bool) -> None:
     stream = sys.stderr if err else sys.stdout
-    if stream is None or (_lost and not err):
-        return
-    try:
+    if stream is not None:  # it is None where the program was started with it closed
         stream.write(text)
         stream.flush()
-    except (OSError, ValueError) as error:
+
+
+@contextmanager
+def _listening(err: bool) -> Iterator[None]:
+    """Note that standard output takes nothing more, and write no more to it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # a pipe without a reader, a full disk; closed by a user's function
         if not err:
             _lost.append(error)
             # Python would try again when it ends, and change the exit code.
