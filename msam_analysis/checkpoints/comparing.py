@@ -25,7 +25,7 @@ from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.randomness import drawn_indices
 from msam_analysis.results import BallSharpness, Comparison, Eigenpairs, Measurement, Result
 from msam_analysis.results import load as load_result
-from msam_analysis.results.files import sweep, write_text
+from msam_analysis.results.files import sweep, write_json
 from msam_analysis.results.fingerprint import fingerprint, of_tensors
 
 VERSION = 1
@@ -234,7 +234,7 @@ class Kept:
             "results": list(part.results),
             "settings": dict(part.settings),
         }
-        write_text(self.folder / _RECORD, json.dumps(self._record, indent=1, ensure_ascii=False) + "\n")
+        write_json(self.folder / _RECORD, self._record)
 
     def _free(self, folder: Path) -> bool:
         record = self._read(folder)

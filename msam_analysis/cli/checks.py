@@ -10,7 +10,7 @@ from msam_analysis.results.files import check_writable
 from msam_analysis.results.text import printable
 
 SEEDS = (-(2**63), 2**63 - 2)  # what torch's generators take; a second direction has the next one
-_TINY, _HUGE = 1e-30, 1e15  # beyond, squares leave the range of float32
+_TINY, _HUGE = 1e-12, 1e15  # squares of what is beyond leave the range of float32, or drown in rounding
 
 
 def within(option: str, value: float | None, least: float, most: float) -> None:

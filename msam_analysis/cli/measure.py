@@ -31,7 +31,7 @@ from msam_analysis.measures.summary import DEFAULT_METRICS, MAX_HVPS, METRICS, R
 from msam_analysis.objective.explaining import decorated
 from msam_analysis.report.page import markdown
 from msam_analysis.results import Comparison
-from msam_analysis.results.files import sweep, write_text
+from msam_analysis.results.files import sweep, write_json, write_text
 from msam_analysis.results.fingerprint import release
 
 if TYPE_CHECKING:
@@ -203,10 +203,10 @@ def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> tuple[Path
         "csv": frame.to_csv(index=False, lineterminator="\n"),
         "md": _markdown(table),
         "tex": table.to_latex(float_format="%.5g", escape=True),
-        "json": json.dumps(described, indent=1, ensure_ascii=False) + "\n",
     }
     for ending, text in texts.items():
         write_text(home / f"{_TABLE}.{ending}", text)
+    write_json(home / f"{_TABLE}.json", described)
     undrawn: list[str] = []
     items: list[report.Figure | report.Table] = [report.Table(frame[_SHOWN], "Every number with its uncertainty.")]
     if len(result) > 1:

@@ -55,6 +55,7 @@ def decorated(what: str, failed: list[str]) -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a box stands for the character
+            warnings.filterwarnings("ignore", message="Data has no positive values")
             yield
     except Exception as error:  # noqa: BLE001 - whatever a library for pictures raises
         failed.append(f"{what} could not be made, all else is there: {told(error)}")

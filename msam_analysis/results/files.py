@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import platform
 import re
@@ -128,6 +129,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+
+
+def write_json(path: str | os.PathLike[str], content: object) -> None:
+    """Write plain values as JSON for readers: one line each, letters as they are, all that is not shown as escapes."""
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    if not text.replace("\n", "").isprintable():
+        text = "".join(char if char.isprintable() or char == "\n" else json.dumps(char)[1:-1] for char in text)
+    write_text(path, f"{text}\n")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], name: str, header: str) -> None:
