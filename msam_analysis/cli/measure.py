@@ -109,7 +109,7 @@ def measure_command(
     )
     with _Progress(names, quiet) as progress:
         result = _compared(places, factory, loss_fn, batches, progress.tick, options)
-    result = _as_given(result, dict(zip(names, paths, strict=True)))
+    result = _as_given(result, places, dict(zip(names, paths, strict=True)))
     folder, undrawn = write(result, home, asked)
     show(result, out / folder.relative_to(home))
     for what in undrawn:
@@ -118,17 +118,18 @@ def measure_command(
         raise typer.Exit(_FAILED)
 
 
-def _as_given(result: Comparison, given: Mapping[str, Path]) -> Comparison:
+def _as_given(result: Comparison, places: Mapping[str, Path], given: Mapping[str, Path]) -> Comparison:
     """Return a comparison that calls files as the user did."""
 
     def told(label: str, text: object) -> str:
-        return str(text).replace(str(given[label].absolute()), str(given[label]))
+        return str(text).replace(str(places[label]), str(given[label]))
 
     sources = {
         label: {**source, "path": str(given[label]), "taken": told(label, source["taken"])}
         for label, source in result.sources.items()
     }
-    return replace(result, sources=sources, failures={label: told(label, why) for label, why in result.failures.items()})
+    failures = {label: told(label, why) for label, why in result.failures.items()}
+    return replace(result, sources=sources, failures=failures)
 
 
 def _check(

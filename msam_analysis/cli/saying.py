@@ -6,7 +6,7 @@ A standard output that is full, closed or left by its reader takes nothing from 
 
 from __future__ import annotations
 
-import os
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,12 +35,12 @@ def say(*what: Any, err: bool = False) -> None:
     if _lost and not err:
         return
     with _listening(err):
-        console = console_of(err)
-        with console.capture() as captured:
-            for one in what:
-                text = Text(printable(one, None)) if isinstance(one, str) else one
-                console.print(text, soft_wrap=isinstance(one, str))
-        _send(captured.get(), err)
+        page = _Page(sys.stderr if err else sys.stdout)
+        console = console_of(err, page)
+        for one in what:
+            text = Text(printable(one, None)) if isinstance(one, str) else one
+            console.print(text, soft_wrap=isinstance(one, str))
+        _send(page.getvalue(), err)
 
 
 def lost() -> Exception | None:
@@ -50,10 +50,25 @@ def lost() -> Exception | None:
     return _lost[0] if _lost else None
 
 
-def console_of(err: bool = False) -> Console:
+class _Page(io.StringIO):
+    """What is to be said, put together for a stream: rich would end the program where the stream is left."""
+
+    encoding = "utf-8"
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+        self._seen = stream is not None and stream.isatty()
+
+    def isatty(self) -> bool:
+        """Whether the stream is a terminal."""
+        return self._seen
+
+
+def console_of(err: bool = False, file: Any = None) -> Console:
     """Return a console as wide as the screen, or as usual where that is no width to read in."""
-    console = Console(stderr=err)
-    return console if console.width >= _NARROWEST else Console(stderr=err, width=_USUAL)
+    console = Console(stderr=err, file=file)
+    return console if console.width >= _NARROWEST else Console(stderr=err, file=file, width=_USUAL)
 
 
 def watched() -> bool:
@@ -80,4 +95,4 @@ def _listening(err: bool) -> Iterator[None]:
         if not err:
             _lost.append(error)
             # Python would try again when it ends, and change the exit code.
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - until the end
+            sys.stdout = io.StringIO()

@@ -236,14 +236,14 @@ def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
     [
         ("file", "a file is in the way"),
         ("file/a/b", "a file is in the way"),
-        ("new/" + "n" * 256, r"too long\), choose another"),
+        ("new/" + "n" * 256, "too long), choose another"),
     ],
 )
 def test_a_folder_that_cannot(place: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"in the way|no results can be written") as raised:
         files.check_writable(tmp_path / place)
-    assert says.split("\\")[0] in str(raised.value)
+    assert says in str(raised.value)
     assert names(tmp_path) == {"file"}
 
 
