@@ -50,6 +50,13 @@ def labelled(labels: Sequence[str] | None, names: Sequence[str]) -> list[str]:
     return distinct(called)
 
 
+def readable(paths: Sequence[Path]) -> None:
+    """Raise ``ValueError`` for a name that is not UTF-8: neither torch nor safetensors opens such a file."""
+    for path in paths:
+        if printable(str(path), None) != str(path) and any("\ud800" <= char <= "\udfff" for char in str(path)):
+            raise ValueError(f"the name {printable(str(path))} is not UTF-8, and torch cannot open it: rename the file")
+
+
 def distinct(names: Sequence[str]) -> list[str]:
     """Return names with a number behind those that are there already."""
     found: list[str] = []

@@ -172,6 +172,7 @@ def landscape_command(
     course = Course(directions, dim, radius, points, normalize, one_d, seed, tuple(trajectories or ()))
     paths = [path for one in checkpoints for path in expand([one])]
     course.check(len(paths))
+    checks.readable(paths)
     if refine is not None and not 0 < refine < 1:
         raise ValueError(f"refine must be a fraction of the range between 0 and 1, got {refine}: 0.01 is one per cent")
     checks.at_least("samples", samples, 2)

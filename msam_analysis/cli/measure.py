@@ -83,6 +83,7 @@ def measure_command(
     chosen = list(METRICS) if metrics == "all" else listed(metrics)
     _check(chosen, rho, eigenvalues, tolerance, max_hvps, budget, samples, seed, batchnorm, dtype)
     paths = expand(checkpoints)
+    checks.readable(paths)
     names = checks.labelled(labels, distinct_names(paths))
     home, asked = checks.place(out), _asked(model, data, loss)
     sweep(home)
