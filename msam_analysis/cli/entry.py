@@ -11,7 +11,7 @@ from msam_analysis.cli.factories import brief
 from msam_analysis.cli.landscape import landscape_command
 from msam_analysis.cli.measure import measure_command
 from msam_analysis.cli.processes import rank
-from msam_analysis.cli.saying import lost, prepare, say
+from msam_analysis.cli.saying import lost, prepared, say
 from msam_analysis.cli.study import study_command
 from msam_analysis.objective.explaining import told, where
 
@@ -41,7 +41,11 @@ def main() -> None:
     """
     if len(sys.argv) < 2:
         sys.argv.append("--help")
-    prepare()
+    with prepared():
+        _main()
+
+
+def _main() -> None:
     code: Any = 0
     try:
         code = app(standalone_mode=False)  # typer turns the interrupt key into a code, or into Abort

@@ -21,6 +21,7 @@ PICTURES = ("png", "pdf", "svg")
 FILMS = ("gif", "mp4")
 ARRAYS: dict[str, Any] = {"nc": export.to_netcdf, "h5": export.to_hdf5, "vtk": export.to_vtk, "npz": export.to_npz}
 FORMATS = (*PICTURES, "html", *FILMS, *ARRAYS, "csv")
+_OURS = ("landscape", "surface")  # pictures of the loss
 _NEEDS = {"html": ("plotly", "interactive"), "nc": ("h5netcdf", "export"), "h5": ("h5netcdf", "export")}
 
 
@@ -92,7 +93,9 @@ def _drawn(
     }
     for name in (name for name, values in first.metrics.items() if values.shape == first.loss.shape):
         # A fraction is drawn from 0 to 1.
-        drawn[name] = partial(one, slices, values=name, **({"log": False} if name == "accuracy" else {}))
+        drawn[f"metric-{name}" if name in _OURS else name] = partial(
+            one, slices, values=name, **({"log": False} if name == "accuracy" else {})
+        )
     drawn = {name: partial(_marked, draw, marks) for name, draw in drawn.items()}
     return drawn if line else drawn | {"surface": partial(plots.surface_3d, slices)}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -21,13 +21,56 @@ _NARROWEST, _USUAL = 20, 80  # columns
 _lost: list[Exception] = []
 
 
-def prepare() -> None:
-    """Let the screen show every character: as an escape where its encoding has none."""
+@contextmanager
+def prepared() -> Iterator[None]:
+    """Let the screen show every character, as an escape where its encoding has none, and standard error never fail."""
     _lost.clear()
-    for stream in (sys.stdout, sys.stderr):
+    before = sys.stderr
+    for stream in (sys.stdout, before):
         reconfigure: Any = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="backslashreplace")
+    sys.stderr = _Patient(before)
+    try:
+        yield
+    finally:
+        sys.stderr = before
+
+
+class _Patient(io.TextIOBase):
+    """A stream for progress and warnings, whoever writes them: what it cannot take is lost, and ends nothing."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write if the stream takes it."""
+        with suppress(OSError, ValueError, AttributeError):  # full, closed, or None
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Send it if the stream takes it."""
+        with suppress(OSError, ValueError, AttributeError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        """Whether somebody sees it now."""
+        with suppress(ValueError, AttributeError):
+            return bool(self._stream.isatty())
+        return False
+
+    def fileno(self) -> int:
+        """The stream's number."""
+        if self._stream is None:
+            raise io.UnsupportedOperation("standard error is closed: expected one to have a number; open it")
+        return int(self._stream.fileno())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # read-only here
+        """The stream's encoding."""
+        return getattr(self._stream, "encoding", None) or "utf-8"
 
 
 def say(*what: Any, err: bool = False) -> None:
@@ -73,10 +116,7 @@ def console_of(err: bool = False, file: Any = None) -> Console:
 
 def watched() -> bool:
     """Tell whether somebody sees what is written to standard error now."""
-    try:
-        return sys.stderr is not None and sys.stderr.isatty()
-    except ValueError:  # closed
-        return False
+    return _Patient(sys.stderr).isatty()
 
 
 def _send(text: str, err: bool) -> None:

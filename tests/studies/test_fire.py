@@ -12,6 +12,7 @@ from xml.etree import ElementTree as ET
 
 import pandas as pd
 import pytest
+from tqdm import tqdm
 
 from msam_analysis import cli, plots
 from msam_analysis.cli import checks, saying
@@ -113,8 +114,8 @@ def test_widths_that_are_none(columns: str, bench: Path, command: Command, monke
 def test_an_ascii_terminal_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    saying.prepare()
-    saying.say("1 ± 2 [red]x[/b] \x1b[31m")
+    with saying.prepared():
+        saying.say("1 ± 2 [red]x[/b] \x1b[31m")
     assert raw.getvalue() == rb"1 \xb1 2 [red]x[/b] \x1b[31m" + b"\n"
 
 
@@ -124,6 +125,21 @@ def test_nobody_watches_a_closed_stream(monkeypatch: pytest.MonkeyPatch) -> None
     for stream in (None, closed):
         monkeypatch.setattr(sys, "stderr", stream)
         assert not saying.watched()
+
+
+@pytest.mark.parametrize("stream", [None, Gone(OSError(28, "No space left on device")), Gone(ValueError("closed"))])
+def test_progress_and_warnings_of_anybody_end_nothing(
+    stream: io.StringIO | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stream)
+    with saying.prepared():
+        with tqdm(total=2, mininterval=0) as bar:
+            bar.update()
+        print("a line", file=sys.stderr, flush=True)  # noqa: T201 - as a library would
+        assert sys.stderr.encoding == "utf-8"
+        with pytest.raises(io.UnsupportedOperation):
+            sys.stderr.fileno()
+    assert sys.stderr is stream
 
 
 def fail(*_: object, **__: object) -> None:
@@ -355,6 +371,13 @@ def test_metrics_that_fail(metric: str, users: Path, command: Command) -> None:
     assert "users.py, line " in outcome.err
 
 
+def test_a_metric_that_is_called_as_a_picture(users: Path, command: Command) -> None:
+    (users / "users.py").write_text(f"{USERS}def surface(objective, w): return float(w.norm())\n")
+    outcome = command(*landscape("--points", "3", "--metrics", "users:surface"))
+    assert (outcome.code, outcome.err) == (0, "")
+    assert written(users / "out") >= {"landscape.png", "surface.png", "metric-surface.png"}
+
+
 @pytest.mark.parametrize(
     ("role", "name"),
     [("model", "goes_away"), ("data", "data_that_go_away"), ("data", "batches_go_away"), ("model", "prints")],
@@ -406,6 +429,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     **{f"budget {v}": ((*GOOD, *LOSS, "--budget", v), "budget must be") for v in ("0", "-1", "nan", "inf", "1e-300")},
     **{f"samples {v}": ((*GOOD, *LOSS, "--samples", v), "samples must be at least 1") for v in ("0", "-1")},
     "no eigenvalues": ((*GOOD, *LOSS, "--eigenvalues", "0"), "eigenvalues must be at least 1, got 0"),
+    "many seeds": (("study", "--seeds", "9" * 20), "seeds must be from 1 to 10,000"),
     "many eigenvalues": (
         (*GOOD, "--metrics", "eigenvalues", "--eigenvalues", "100000"),
         "k must be between 1 and the number of parameters",
