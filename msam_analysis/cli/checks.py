@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from msam_analysis.cli.processes import rank
 from msam_analysis.results.files import check_writable
 from msam_analysis.results.text import printable
 
@@ -71,9 +72,10 @@ def distinct(names: Sequence[str]) -> list[str]:
 def place(out: Path) -> Path:
     """Return the folder for results, which stays the same wherever a user's function goes; it can be written to.
 
-    Raises OSError: It cannot.
+    Raises OSError: It cannot, as the first of several processes finds, which writes there.
     """
-    check_writable(out)
+    if rank() == 0:
+        check_writable(out)
     return Path.cwd() / out
 
 

@@ -96,8 +96,8 @@ def _drawn(
         drawn[f"metric-{name}" if name in _OURS else name] = partial(
             one, slices, values=name, **({"log": False} if name == "accuracy" else {})
         )
-    drawn = {name: partial(_marked, draw, marks) for name, draw in drawn.items()}
-    return drawn if line else drawn | {"surface": partial(plots.surface_3d, slices)}
+    loss, *others = [(name, partial(_marked, draw, marks)) for name, draw in drawn.items()]
+    return dict([loss, *([] if line else [("surface", partial(plots.surface_3d, slices))]), *others])
 
 
 def _marked(draw: Callable[[], Any], marks: Mapping[str, tuple[float, ...]]) -> Any:

@@ -157,7 +157,7 @@ class Study:
             raise ValueError(f"jobs must be at least 1, got {jobs}")
         root = (Path(out) if out is not None else Path("results") / self.workload.name).absolute()
         second = None if figures is None else Path(figures).absolute()
-        for folder in (root, second):
+        for folder in (root, second) if members.rank == 0 else ():
             if folder is not None:
                 check_writable(folder)
         _check_own(root)

@@ -384,7 +384,8 @@ def test_what_is_not_whole_is_replaced(trained: Trained, tmp_path: Path) -> None
     assert not store.is_trained(directory)
     store.write_trained(directory, trained, scores(), {})
     assert {path.name for path in directory.iterdir()} == {"checkpoint.pt", "scores.json", "steps.csv", "all"}
-    assert {path.name for path in (directory / "all").iterdir()} == {"stale.safetensors", "thesis.txt"}
+    assert not store.is_measured(directory / "all"), "of the network that is gone"
+    assert (directory / "all" / "thesis.txt").read_text() == "mine"
 
 
 def test_networks_have_names_that_stay(trained: Trained, tmp_path: Path) -> None:
