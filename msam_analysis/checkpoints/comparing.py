@@ -21,12 +21,14 @@ from msam_analysis.checkpoints.naming import distinct_names, expand, numbered
 from msam_analysis.landscape.identity import identity
 from msam_analysis.measures.summary import DEFAULT_METRICS, RADII, SIGMA, TOLERANCE, measure
 from msam_analysis.objective.batches import Batches
+from msam_analysis.objective.explaining import told
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.progress import LINE, Bar
 from msam_analysis.objective.randomness import drawn_indices
 from msam_analysis.objective.ranks import Ranks
-from msam_analysis.results import BallSharpness, Comparison, Eigenpairs, Measurement, Result, atomic_path
+from msam_analysis.results import BallSharpness, Comparison, Eigenpairs, Measurement, Result
 from msam_analysis.results import load as load_result
+from msam_analysis.results.files import sweep, write_json
 from msam_analysis.results.fingerprint import fingerprint, of_tensors
 
 VERSION = 1
@@ -140,10 +142,10 @@ def compare(
                 more["budget"] = max((end - time.perf_counter()) / (len(named) - number), 1e-3)
             try:
                 measurements[label], sources[label] = one_by_one.measure(label, one, more)
-            except Exception as error:  # whatever a user's model, loss or file raises concerns this checkpoint alone
+            except (Exception, SystemExit) as error:  # what a user's model, loss or file does concerns this one alone
                 if len(named) == 1:
                     raise
-                failures[label] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+                failures[label] = told(error)
                 warnings.warn(f"compare: {label} failed and is left out: {failures[label]}", UserWarning, stacklevel=2)
             bar.advance()
     if not measurements:
@@ -254,6 +256,7 @@ class Kept:
         self.folder = next(folder for folder in numbered(root / (name or "checkpoint")) if self._free(folder))
         new = {"key": self._key, **source, "identity": dict(identity), "metrics": {}}
         self._record: dict[str, Any] = self._read(self.folder) or new
+        sweep(self.folder)
 
     def known(self) -> dict[str, Measurement]:
         """Return the metrics that are there whole."""
@@ -274,8 +277,7 @@ class Kept:
             "results": list(part.results),
             "settings": dict(part.settings),
         }
-        with atomic_path(self.folder / _RECORD) as file:
-            file.write_text(json.dumps(self._record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(self.folder / _RECORD, self._record)
 
     def _free(self, folder: Path) -> bool:
         record = self._read(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,28 +11,33 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from msam_analysis import landscape
 from msam_analysis.checkpoints.folders import counters
 from msam_analysis.checkpoints.naming import distinct_names, expand
+from msam_analysis.cli import checks
 from msam_analysis.cli.factories import load_object, load_objectives
-from msam_analysis.cli.names import check_own, listed
+from msam_analysis.cli.names import check_own, file_names, listed
 from msam_analysis.cli.pictures import FORMATS, check_formats, write_all
 from msam_analysis.cli.processes import group, own_device, rank
+from msam_analysis.cli.saying import say, watched
 from msam_analysis.landscape import between, trajectory
 from msam_analysis.landscape import directions as lines_of
 from msam_analysis.objective.direction import Direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.ranks import Ranks
 from msam_analysis.results import Trajectory, load_trajectory
+from msam_analysis.results.files import sweep
 
 AROUND = ("random", "gradient", "eigenvectors")
 # Through several checkpoints, so many; pca: with a recorded trajectory.
 THROUGH = {"interpolation": 2, "plane": 3, "pca": 1}
 FEWEST = 3  # checkpoints that stand for a trajectory in pca
+MOST_POINTS = 10**7  # of a grid: more could not be kept in a file, nor be drawn
+NORMALIZE = ("filter", "layer", "weight", "l2", "none")
+_UNDRAWN = 1
 
 METRICS: dict[str, Any] = {
     "accuracy": landscape.metrics.accuracy,
@@ -59,7 +63,7 @@ class Course:
     @property
     def axes(self) -> int:
         """Number of axes, 1 or 2."""
-        return self.dimensions or (1 if self.kind == "interpolation" else 2)
+        return (1 if self.kind == "interpolation" else 2) if self.dimensions is None else self.dimensions
 
     def check(self, checkpoints: int) -> None:
         """Refuse options that do not go together."""
@@ -67,6 +71,14 @@ class Course:
             raise ValueError(f"--directions must be one of {', '.join((*AROUND, *THROUGH))}, got {self.kind!r}")
         if self.axes not in (1, 2):
             raise ValueError(f"--dim must be 1 (a line) or 2 (a plane), got {self.axes}")
+        checks.positive("radius", self.radius)
+        checks.one_of("normalize", self.normalize, NORMALIZE)
+        checks.within("seed", self.seed, *checks.SEEDS)
+        if not 2 <= self.points <= MOST_POINTS ** (1 / self.axes):
+            most = math.floor(MOST_POINTS ** (1 / self.axes))
+            raise ValueError(f"points must be from 2 to {most:,} along each of {self.axes} axes, got {self.points}")
+        if self.kind in AROUND and self.points % 2 == 0:
+            raise ValueError(f"points must be odd, so that the centre is a grid point; got {self.points}: use 51")
         if self.kind in THROUGH:
             self._check_through(checkpoints)
         if self.trajectories and (self.axes == 1 or (self.kind in AROUND and checkpoints > 1)):
@@ -160,19 +172,28 @@ def landscape_command(
     course = Course(directions, dim, radius, points, normalize, one_d, seed, tuple(trajectories or ()))
     paths = [path for one in checkpoints for path in expand([one])]
     course.check(len(paths))
+    checks.readable(paths)
+    if refine is not None and not 0 < refine < 1:
+        raise ValueError(f"refine must be a fraction of the range between 0 and 1, got {refine}: 0.01 is one per cent")
+    checks.at_least("samples", samples, 2)
+    checks.one_of("batchnorm", batchnorm, ("eval", "batch", "recalibrate"))
     wanted = list(dict.fromkeys(listed(formats)))
     check_formats(wanted, course.axes, len(course.trajectories))
     measures = _metrics(metrics)
-    names = distinct_names(paths)
-    titles = _titles(labels, names)
-    folder = out if out is not None else Path("results") / "landscape"
+    given = distinct_names(paths)
+    names, titles = file_names(given), checks.labelled(labels, given)
+    shown_folder = out if out is not None else Path("results") / "landscape"
+    folder = checks.place(shown_folder)
+    paths = [path.absolute() for path in paths]
     stems = names if course.kind in AROUND or (course.kind == "pca" and len(names) == 1) else [course.kind]
-    check_own(folder, [f"{stem}.safetensors" for stem in stems], "an earlier landscape of these checkpoints")
+    check_own(shown_folder, [f"{stem}.safetensors" for stem in stems], "an earlier landscape of these checkpoints")
+    if rank() == 0:
+        sweep(folder)
     along = _open_trajectories(course.trajectories)
     policy = batchnorm or ("eval" if course.kind in AROUND and not along else "recalibrate")
     device = own_device(device)
     options: dict[str, Any] = {"metrics": measures, "refine": refine, "samples": samples, "seed": seed}
-    options["progress"] = not quiet and rank() == 0 and sys.stderr.isatty()
+    options["progress"] = not quiet and rank() == 0 and watched()
     with group():
         objectives = load_objectives(paths, model, data, loss, batchnorm=policy, device=device, parameters=parameters)
         if course.kind == "pca" and not along:
@@ -185,8 +206,13 @@ def landscape_command(
         results = {view.name: result for view, result in measured}
         results |= {f"trajectory-{name}": item for name, item in shown.items()}
         slices = {view.title: result for view, result in measured}
-        written = write_all(results, slices, shown, view.marks, wanted, folder)
-        _print(measured, [*(folder / f"{view.name}.safetensors" for view in looked), *written])
+        written, undrawn = write_all(results, slices, shown, view.marks, wanted, folder)
+        written = [*(folder / f"{view.name}.safetensors" for view in looked), *written]
+        _print(measured, [shown_folder / path.relative_to(folder) for path in written])
+        for what in undrawn:
+            say(f"msam-analysis: {what}", err=True)
+        if undrawn:
+            raise typer.Exit(_UNDRAWN)
 
 
 def _metrics(text: str) -> dict[str, Any]:
@@ -199,19 +225,11 @@ def _metrics(text: str) -> dict[str, Any]:
     return {name.rpartition(":")[2]: METRICS[name] if name in METRICS else load_object(name) for name in names}
 
 
-def _titles(labels: Sequence[str] | None, names: Sequence[str]) -> Sequence[str]:
-    if not labels:
-        return names
-    if len(labels) != len(names) or len(set(labels)) != len(names):
-        raise ValueError(f"expected a --label for each of the {len(names)} checkpoint(s), all different, got {labels}")
-    return labels
-
-
 def _measure(view: View, folder: Path, options: Mapping[str, Any]) -> Any:
     # Rounding in another process must not lead to other directions.
     lines = Ranks().from_first(view.lines)
     if options["progress"]:
-        typer.echo(view.title or view.name, err=True)
+        say(view.title or view.name, err=True)
     path = folder / f"{view.name}.safetensors"
     if len(lines) == 1:
         return landscape.slice_1d(view.objective, lines[0], path=path, **view.grid, **options)
@@ -219,9 +237,8 @@ def _measure(view: View, folder: Path, options: Mapping[str, Any]) -> Any:
 
 
 def _print(measured: Sequence[tuple[View, Any]], written: Sequence[Path]) -> None:
-    console = Console()
     settings = ", ".join(f"{key} {value}" for key, value in measured[0][1].settings.items())
-    table = Table(title="loss", caption=settings, title_justify="left", caption_justify="left")
+    table = Table(title="loss", caption=Text(settings), title_justify="left", caption_justify="left")
     for name in ("checkpoint", "centre", "min", "max", "evaluated", "error"):
         table.add_column(name, justify="left" if name == "checkpoint" else "right", overflow="fold")
     for view, result in measured:
@@ -230,9 +247,7 @@ def _print(measured: Sequence[tuple[View, Any]], written: Sequence[Path]) -> Non
         numbers = [f"{number:.5g}" for number in (result.center_loss, *ends)]
         evaluated = f"{result.evaluations} of {result.loss.numel()}"
         table.add_row(Text(view.title or view.name), *numbers, evaluated, f"{result.error:.2g}")
-    console.print(table)
-    for path in written:
-        console.print(Text(f"written: {path}"), soft_wrap=True)
+    say(table, *(f"written: {path}" for path in written))
 
 
 def _views(
@@ -317,4 +332,4 @@ def _open_trajectories(folders: Sequence[Path]) -> dict[str, Trajectory]:
     found = [load_trajectory(folder) for folder in folders]
     labels = [item.label for item in found]
     names = labels if len(set(labels)) == len(labels) else distinct_names(folders)
-    return {name: replace(item, label=name) for name, item in zip(names, found, strict=True)}
+    return {name: replace(item, label=name) for name, item in zip(file_names(names), found, strict=True)}

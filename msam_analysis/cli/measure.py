@@ -9,14 +9,13 @@ import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pandas as pd
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
@@ -24,12 +23,19 @@ from tqdm import tqdm
 from msam_analysis import plots, report
 from msam_analysis.checkpoints.comparing import compare
 from msam_analysis.checkpoints.naming import distinct_names, expand, numbered
+from msam_analysis.cli import checks
 from msam_analysis.cli.factories import brief, parts, returning
 from msam_analysis.cli.names import listed
 from msam_analysis.cli.processes import group, own_device, rank
+from msam_analysis.cli.saying import console_of, say
 from msam_analysis.measures.summary import DEFAULT_METRICS, MAX_HVPS, METRICS, RADII, TOLERANCE
+from msam_analysis.objective.explaining import decorated
 from msam_analysis.objective.ranks import Ranks
-from msam_analysis.results import Comparison, atomic_path
+from msam_analysis.report.page import markdown
+from msam_analysis.results import Comparison
+from msam_analysis.results.files import sweep, write_json, write_text
+from msam_analysis.results.fingerprint import release
+from msam_analysis.results.text import printable
 
 _PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _FAILED = 1
@@ -76,12 +82,13 @@ def measure_command(
     Several processes or GPUs: torchrun --nproc-per-node 2 -m msam_analysis measure ...
     """
     chosen = list(METRICS) if metrics == "all" else listed(metrics)
-    if dtype is not None and dtype not in _PRECISIONS:
-        raise ValueError(f"dtype must be one of {', '.join(_PRECISIONS)}, got {dtype!r}")
+    _check(chosen, rho, eigenvalues, tolerance, max_hvps, budget, samples, seed, batchnorm, dtype)
     paths = expand(checkpoints)
-    names = list(labels or distinct_names(paths))
-    if len(names) != len(paths) or len(set(names)) != len(names):
-        raise ValueError(f"expected a --label for each of the {len(paths)} checkpoint(s), all different, got {names}")
+    checks.readable(paths)
+    names = checks.labelled(labels, distinct_names(paths))
+    home, asked = checks.place(out), _asked(model, data, loss)
+    sweep(home)
+    places = {name: path.absolute() for name, path in zip(names, paths, strict=True)}
     device = own_device(device)
     options: dict[str, Any] = dict(
         metrics=chosen,
@@ -94,7 +101,7 @@ def measure_command(
         budget=None if budget is None else 60 * budget,
         prefix=f"{key}." if key else prefix,
         ignore=ignore or (),
-        out=out,
+        out=home,
         vectors=vectors,
         batchnorm=batchnorm,
         parameters=parameters,
@@ -106,11 +113,60 @@ def measure_command(
         options |= {"ranks": several, "progress": not quiet and rank() == 0}
         with Ranks().apart("calling the functions of model, data and loss"):
             factory, batches, loss_fn = parts(model, data, loss, device)
-        result = _compared(dict(zip(names, paths, strict=True)), factory, loss_fn, batches, options)
+        result = _compared(places, factory, loss_fn, batches, options)
+    undrawn: list[str] = []
     if rank() == 0:
-        show(result, write(result, out, _asked(model, data, loss)))
-    if result.failures:
+        result = _as_given(result, places, dict(zip(names, paths, strict=True)))
+        folder, undrawn = write(result, home, asked)
+        show(result, out / folder.relative_to(home))
+        for what in undrawn:
+            say(f"msam-analysis: {what}", err=True)
+    if result.failures or undrawn:
         raise typer.Exit(_FAILED)
+
+
+def _as_given(result: Comparison, places: Mapping[str, Path], given: Mapping[str, Path]) -> Comparison:
+    """Return a comparison that calls files as the user did."""
+
+    def told(label: str, text: object) -> str:
+        return str(text).replace(str(places[label]), str(given[label]))
+
+    sources = {
+        label: {**source, "path": str(given[label]), "taken": told(label, source["taken"])}
+        for label, source in result.sources.items()
+    }
+    failures = {label: told(label, why) for label, why in result.failures.items()}
+    return replace(result, sources=sources, failures=failures)
+
+
+def _check(
+    metrics: Sequence[str],
+    rho: Sequence[float] | None,
+    eigenvalues: int,
+    tolerance: float,
+    max_hvps: int | None,
+    budget: float | None,
+    samples: int | None,
+    seed: int,
+    batchnorm: str,
+    dtype: str | None,
+) -> None:
+    """Refuse what is out of range, whether or not the metrics that are asked for use it."""
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown or not metrics:
+        raise ValueError(f"metrics must be of {', '.join(METRICS)}; got {(unknown or ['none'])[0]!r}")
+    for radius in rho or ():
+        checks.positive("rho", radius)
+    checks.at_least("eigenvalues", eigenvalues, 1)
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be a positive number, got {tolerance}: {TOLERANCE:g} is the default")
+    if "eigenvalues" not in metrics:  # else the search itself says how many it needs
+        checks.at_least("max_hvps", max_hvps, 1)
+    checks.positive("budget", budget)
+    checks.at_least("samples", samples, 1)
+    checks.within("seed", seed, *checks.SEEDS)
+    checks.one_of("batchnorm", batchnorm, ("eval", "batch", "recalibrate"))
+    checks.one_of("dtype", dtype, list(_PRECISIONS))
 
 
 def _compared(
@@ -136,16 +192,17 @@ def _compared(
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
     """Say a warning in one line, beside the line of progress; where it comes from in the sources helps no user."""
-    tqdm.write(f"msam-analysis: {' '.join(str(message).split())}", file=sys.stderr)
+    tqdm.write(f"msam-analysis: {' '.join(printable(str(message), None).split())}", file=sys.stderr)
 
 
-def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> Path:
-    """Write the table in four formats, a picture per metric and one page; return their folder.
+def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> tuple[Path, list[str]]:
+    """Write the table in four formats, a picture per metric and one page; return their folder, and what failed.
 
     One checkpoint's go to its results, those of several to a folder of their own for each set of checkpoints.
     """
     frame, table = result.to_frame(), result.to_table()
     folders = [str(source["folder"]) for source in result.sources.values()]
+    sweep(out)
     home = (
         out / folders[0] if len(folders) == 1 else next(it for it in numbered(out / "comparison") if _of(it, folders))
     )
@@ -161,17 +218,18 @@ def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> Path:
         "csv": frame.to_csv(index=False, lineterminator="\n"),
         "md": _markdown(table),
         "tex": table.to_latex(float_format="%.5g", escape=True),
-        "json": json.dumps(described, indent=1, ensure_ascii=False) + "\n",
     }
     for ending, text in texts.items():
-        with atomic_path(home / f"{_TABLE}.{ending}") as partial:
-            partial.write_text(text, encoding="utf-8", newline="\n")
+        write_text(home / f"{_TABLE}.{ending}", text)
+    write_json(home / f"{_TABLE}.json", described)
+    undrawn: list[str] = []
     items: list[report.Figure | report.Table] = []
     every = report.Table(frame[_SHOWN], "Every number with its uncertainty.")
     if len(result) > 1:  # pictures first: the tables are long
         for metric in table.columns:
-            path = plots.save(plots.compare(result, metrics=[metric]), home / metric, close=True)[0]
-            items.append(report.Figure(path, f"{metric.replace('_', ' ')} of every checkpoint."))
+            with decorated(f"the picture of {metric}", undrawn):
+                path = plots.save(plots.compare(result, metrics=[metric]), home / metric, close=True)[0]
+                items.append(report.Figure(path, f"{metric.replace('_', ' ')} of every checkpoint."))
         others = frame[frame["label"] != result.baseline]
         items.append(
             report.Table(others[_DIFFERENCES], f"Differences from {result.baseline}: the same data and draws.")
@@ -179,16 +237,19 @@ def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> Path:
         items.append(every)
     else:
         items.append(every)
-        path = plots.save(plots.measure(next(iter(result.values()))), home / _TABLE, close=True)[0]
-        items.append(report.Figure(path, "The metrics; bars are residuals, brackets or standard errors."))
+        if result.metrics:
+            with decorated("the picture of the metrics", undrawn):
+                path = plots.save(plots.measure(next(iter(result.values()))), home / _TABLE, close=True)[0]
+                items.append(report.Figure(path, "The metrics; bars are residuals, brackets or standard errors."))
     summary = f"{len(result)} checkpoint(s). {_settings(result)}."
-    report.write(report.Report(f"Sharpness of {home.name}", summary, [report.Section("Metrics", "", items)]), home)
-    return home
+    page = report.Report(f"Sharpness of {home.name}", summary, [report.Section("Metrics", "", items)])
+    with decorated("the report", undrawn):
+        report.write(page, home)
+    return home, undrawn
 
 
 def show(result: Comparison, home: Path) -> None:
     """Print the table: one checkpoint's with what each number is, several with metrics across."""
-    console = Console()
     frame = result.to_frame()
     if len(result) == 1:
         table = Table(title=Text(next(iter(result))), title_justify="left")
@@ -199,28 +260,29 @@ def show(result: Comparison, home: Path) -> None:
             note = "; NOT converged" if row["converged"] is False else ""
             texts = (row["metric"], f"{row['value']:.5g}", _error(row), f"{row['meaning']}{note}")
             table.add_row(*(Text(str(text)) for text in texts))
-        console.print(table)
+        say(table)
     else:
+        width = console_of().width
         rows = {(row["label"], row["metric"]): row for row in frame.to_dict("records")}
         columns = {
             metric: [_heading(metric), *(_cell(rows.get((label, metric))) for label in result)]
             for metric in result.metrics
         }
-        for part in _fitting(columns, list(result), console.width):
+        for part in _fitting(columns, list(result), width):
             table = Table()
-            table.add_column("checkpoint", overflow="fold", no_wrap=max(map(len, result)) <= console.width // 2)
+            table.add_column("checkpoint", overflow="fold", no_wrap=max(map(len, result)) <= width // 2)
             for metric in part:
                 table.add_column(Text(columns[metric][0]), justify="right", overflow="fold")
             for label, *found in zip(result, *(columns[metric][1:] for metric in part), strict=True):
                 table.add_row(Text(label), *map(Text, found))
-            console.print(table)
-        console.print("± residual, bracket or standard error; * not converged; † ended by the budget", highlight=False)
-    console.print(Text(_settings(result)), soft_wrap=True)
+            say(table)
+        say("± residual, bracket or standard error; * not converged; † ended by the budget")
+    say(_settings(result))
     for label, source in list(result.sources.items())[:_FEW]:
-        console.print(Text(source["taken"] if len(result) == 1 else f"{label}: {source['taken']}"), soft_wrap=True)
+        say(source["taken"] if len(result) == 1 else f"{label}: {source['taken']}")
     for label, reason in result.failures.items():
-        console.print(Text(f"FAILED {label}: {reason}"), soft_wrap=True)
-    console.print(Text(f"saved in {home}: {_TABLE}.csv, .json, .md, .tex, report.html, pictures"), soft_wrap=True)
+        say(f"FAILED {label}: {reason}")
+    say(f"saved in {home}: {_TABLE}.csv, .json, .md, .tex, report.html, pictures")
 
 
 def _plain(value: Any) -> Any:
@@ -233,7 +295,7 @@ def _plain(value: Any) -> Any:
 def _asked(model: str, data: str, loss: str | None) -> dict[str, Any]:
     """Return what is needed to run the command again."""
     command = shlex.join(["msam-analysis", *sys.argv[1:]])
-    versions = {name: version(name) for name in ("msam-analysis", "torch")}
+    versions = {name: release(name) for name in ("msam-analysis", "torch")}
     return {
         "command": command,
         "folder": os.fspath(Path.cwd()),
@@ -247,7 +309,8 @@ def _asked(model: str, data: str, loss: str | None) -> dict[str, Any]:
 def _markdown(table: pd.DataFrame) -> str:
     rows = [["checkpoint", *table.columns], ["---"] + ["---:"] * len(table.columns)]
     rows += [[str(label), *(f"{value:.5g}" for value in values)] for label, *values in table.itertuples()]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in rows)
+    rows[2:] = [[markdown(cell) for cell in row] for row in rows[2:]]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _of(folder: Path, folders: Sequence[str]) -> bool:

@@ -8,12 +8,16 @@ from typing import Annotated, cast
 
 import typer
 
+from msam_analysis.cli import checks
 from msam_analysis.cli.names import listed
 from msam_analysis.cli.processes import group, rank
+from msam_analysis.cli.saying import say
 from msam_analysis.studies.cifar import Checksum
 from msam_analysis.studies.computing import computing
 from msam_analysis.studies.measuring import COARSE, Protocol
 from msam_analysis.studies.study import run_study
+
+MOST_SEEDS = 10_000
 
 
 def study_command(
@@ -50,6 +54,7 @@ def study_command(
 
     With torchrun, several processes, each with a GPU of its own if there are any, share the runs.
     """
+    checks.within("seeds", seeds, 1, MOST_SEEDS)
     protocol = dataclasses.replace(COARSE if coarse else Protocol(), samples=samples)
     with group():
         page = run_study(
@@ -70,4 +75,4 @@ def study_command(
             progress=not quiet,
         )
     if rank() == 0:
-        typer.echo(f"report: {page}\nreport: {page.with_suffix('.md')}\ntables: {page.parent / 'tables'}")
+        say(f"report: {page}", f"report: {page.with_suffix('.md')}", f"tables: {page.parent / 'tables'}")

@@ -27,6 +27,7 @@ from msam_analysis.spectra.traces import trace
 
 RADII = (0.05, 0.5)
 SIGMA = 0.01
+EIGENVALUES = 5
 TOLERANCE = 1e-4
 MAX_HVPS, MAX_HVPS_LARGE = 200, 60
 BATCH, FEW_BATCHES, FEW_SAMPLES = 128, 8, 200
@@ -52,7 +53,7 @@ def measure(
     metrics: Sequence[str] = DEFAULT_METRICS,
     radii: Sequence[float] = RADII,
     sigma: float = SIGMA,
-    eigenvalues: int = 5,
+    eigenvalues: int = EIGENVALUES,
     tolerance: float = TOLERANCE,
     max_hvps: int | None = None,
     seed: int = 0,
@@ -185,7 +186,8 @@ class _Ask:
         if "average" in metrics:
             check_sigma(self.sigma)
         if "eigenvalues" in metrics:
-            k = min(self.eigenvalues, objective.size)
+            # The default asks a tiny network for all it has; who names a number is told that there are not so many.
+            k = min(self.eigenvalues, objective.size) if self.eigenvalues <= EIGENVALUES else self.eigenvalues
             check_search(objective.size, k, tolerance=self.tolerance, max_hvps=self.max_hvps)
 
 

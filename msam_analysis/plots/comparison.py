@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 
 from msam_analysis import results
 from msam_analysis.plots.drawing import name_curves, several_panels
-from msam_analysis.plots.look import AxesArray, Look, Named, look, require_some, size_of, style, wrapped
+from msam_analysis.plots.look import AxesArray, Look, Named, literal, look, require_some, size_of, style, words, wrapped
 from msam_analysis.plots.points import Point, draw_points, handles_of
 
 _LONGEST = 28  # characters of a label
@@ -71,7 +71,7 @@ def compare(
     handles: dict[str, Line2D] = {}
     for ax, metric in zip(drawn, wanted, strict=True):
         points = {name: _points(frame, metric) for name, frame in frames.items()}
-        label = metric.replace("_", " ")
+        label = words(metric)
         if numbered:
             _curves(ax, steps, points)
             ax.set_xlabel(" or ".join(sorted({_counter(item) for item in several.values()})))
@@ -137,7 +137,7 @@ def _alike(words: Sequence[Sequence[str]]) -> int:
 
 def _name_labels(ax: Axes, ticks: Sequence[str], labels: Mapping[str, str]) -> None:
     """Name the ticks: upright where the names do not fit beside one another."""
-    texts = [labels[tick] for tick in ticks]
+    texts = [literal(labels[tick]) for tick in ticks]
     beside = max(map(len, texts), default=0) * len(texts) <= _PER_INCH * size_of(ax)[0]
     ax.set_xticks(range(len(texts)), texts, rotation=0 if beside else 90, ha="center", rotation_mode="default")
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from msam_analysis import results
 from msam_analysis.plots.drawing import GREY, draw_curve, one_panel, zero_line
-from msam_analysis.plots.look import Named, look, ordered, require_some, size_of, wrapped
+from msam_analysis.plots.look import Named, literal, look, ordered, require_some, size_of, wrapped
 from msam_analysis.plots.scale import as_array
 from msam_analysis.results.statistics import LEVEL, bands
 
@@ -51,7 +51,7 @@ def directional_sharpness(
         if low < 0 < high:
             zero_line(panel)
         directions = {item.direction for item in several.values()}
-        where = f" along {directions.pop()}" if len(directions) == 1 else ""
+        where = f" along {literal(directions.pop())}" if len(directions) == 1 else ""
         panel.set_xlabel(wrapped(f"distance{where}", size_of(panel)[0]))
         panel.set_ylabel("rise of the loss")
     return panel

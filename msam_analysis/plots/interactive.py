@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,9 @@ import numpy as np
 from msam_analysis.plots.look import Array, look
 from msam_analysis.plots.scale import Scale, as_array, drawable, number
 from msam_analysis.plots.trajectories import Projections, measured_losses, named, require_same_plane
-from msam_analysis.results import Projection, Slice2D, atomic_path
+from msam_analysis.results import Projection, Slice2D
+from msam_analysis.results.files import write_text
+from msam_analysis.results.text import printable
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -69,7 +72,7 @@ def interactive_surface(
             "interactive_surface needs plotly, which is not installed: pip install 'msam-analysis[interactive]'"
         ) from error
     slices, losses = drawable(result, values)
-    label = label or values
+    label = _plain(label or values)
     several = {} if trajectories is None else named(trajectories)
     heights = measured_losses(several)
     for item in slices.values():
@@ -85,10 +88,9 @@ def interactive_surface(
     first = next(iter(slices.values()))
     figure.update_layout(_layout(first, scale, label, legend=len(slices) + len(several) > 1))
     if path is not None:
-        with atomic_path(path) as partial:
-            buttons = {"displaylogo": False, "responsive": True}
-            page: str = figure.to_html(buttons, include_plotlyjs=True, div_id="surface", default_height="100vh")
-            partial.write_text(page.replace("<head>", f"<head>{_HEAD}", 1), encoding="utf-8")
+        buttons = {"displaylogo": False, "responsive": True}
+        page: str = figure.to_html(buttons, include_plotlyjs=True, div_id="surface", default_height="100vh")
+        write_text(path, page.replace("<head>", f"<head>{_HEAD}", 1))
     return figure
 
 
@@ -105,6 +107,7 @@ def _surface(go: Any, name: str, item: Slice2D, loss: Array, scale: Scale, label
     low, high = _height(np.array([scale.low, scale.high]), scale)
     # around holes plotly draws level lines that are not there
     levels = {"show": bool(np.isfinite(loss).all()), "usecolormap": True, "width": 1}
+    name = _plain(name)
     return go.Surface(
         name=name,
         x=as_array(item.x),
@@ -126,6 +129,7 @@ def _surface(go: Any, name: str, item: Slice2D, loss: Array, scale: Scale, label
 def _path(
     go: Any, name: str, item: Projection, losses: tuple[Array, Array], color: str, scale: Scale, label: str
 ) -> list[Any]:
+    name = _plain(name)
     x, y = as_array(item.coordinates).T
     true, projected = losses
     above, on = _height(true, scale), _height(projected, scale)
@@ -164,14 +168,19 @@ def _layout(item: Slice2D, scale: Scale, label: str, *, legend: bool) -> dict[st
         "showlegend": legend,
         "legend": {"x": 0.02, "y": 0.98, "bgcolor": "rgba(255,255,255,0.8)"},
         "scene": {
-            "xaxis": {"title": {"text": item.directions[0]}, **flat},
-            "yaxis": {"title": {"text": item.directions[1]}, **flat},
+            "xaxis": {"title": {"text": _plain(item.directions[0])}, **flat},
+            "yaxis": {"title": {"text": _plain(item.directions[1])}, **flat},
             "zaxis": {"title": {"text": label}, **_ticks(scale), **flat},
             "aspectmode": "manual",
             "aspectratio": {"x": max(lengths[0] / longest, 0.4), "y": max(lengths[1] / longest, 0.4), "z": 0.65},
             "camera": {"eye": {"x": -1.0, "y": -1.45, "z": 1.0}, "center": {"x": 0, "y": 0, "z": -0.1}},
         },
     }  # fmt: skip
+
+
+def _plain(name: str) -> str:
+    """Return a name as plotly shows it: no HTML, no place for a number, and no formula to escape."""
+    return html.escape(printable(name.replace(r"\$", "$"))).replace("%{", "%&#123;")
 
 
 def _ticks(scale: Scale) -> dict[str, Any]:

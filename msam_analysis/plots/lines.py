@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from msam_analysis.plots.drawing import draw_banded, log_scale, name_curves, one_panel, several_panels
-from msam_analysis.plots.look import Array, AxesArray, Places, look, size_of, style, wrapped
+from msam_analysis.plots.look import Array, AxesArray, Places, literal, look, size_of, style, wrapped
 from msam_analysis.plots.scale import ROUND_STEPS, as_array, shown
 from msam_analysis.results import Slice1D
 from msam_analysis.results.statistics import LEVEL, bands, quantile_bands
@@ -87,9 +87,10 @@ def slice_1d(
         if log:
             log_scale(panel, means)
         directions = {slice_.direction for slices in curves.values() for slice_ in slices}
-        where = f" along {directions.pop()}" if len(directions) == 1 else ""
+        where = f" along {literal(directions.pop())}" if len(directions) == 1 else ""
         panel.set_xlabel(wrapped(f"{'displacement' if x == 'coordinate' else 'distance'}{where}", size_of(panel)[0]))
-        panel.set_ylabel(label or (f"{values} − {values} at centre" if relative else values))
+        what = literal(values)
+        panel.set_ylabel(label or (f"{what} − {what} at centre" if relative else what))
         panel.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
     return panel
 
@@ -127,7 +128,7 @@ def slice_1d_panels(
     with style():
         for ax, (title, result) in zip(drawn, results.items(), strict=True):
             slice_1d(result, ax, legend=not made, **options)
-            ax.set_title(title)
+            ax.set_title(literal(title))
             ax.set_xlabel("displacement" if x == "coordinate" else "distance")
             if made and ax is not drawn[0]:
                 ax.set_ylabel("")
@@ -153,7 +154,8 @@ def _band(
 
 
 def _curves(result: Curves) -> dict[str, list[Slice1D]]:
-    named = result if isinstance(result, Mapping) else {"": result}
+    several = result if isinstance(result, Mapping) else {"": result}
+    named = {literal(str(name)): item for name, item in several.items()}
     curves = {name: list(item) if isinstance(item, Iterable) else [item] for name, item in named.items()}
     if not curves or not all(curves.values()):
         raise ValueError("expected at least one slice under every name, got none")

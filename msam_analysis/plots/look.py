@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from msam_analysis.results import atomic_path
+from msam_analysis.results.text import printable
 
 COLUMN_WIDTH = 3.3
 """Width of one panel, in inches: one column of a two-column page."""
@@ -125,7 +126,7 @@ def require_columns(frame: pd.DataFrame, columns: Iterable[str]) -> None:
 
 
 def require_some(result: Any, kind: type | tuple[type, ...]) -> dict[str, Any]:
-    """Return results by name, "" for a single one; raise ``ValueError`` if none, ``TypeError`` for others."""
+    """Return results by name as it is drawn, "" for a single one; ``ValueError``: none; ``TypeError``: others."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     several = {"": result} if isinstance(result, kinds) or not isinstance(result, Mapping) else dict(result)
     if not several:
@@ -134,7 +135,7 @@ def require_some(result: Any, kind: type | tuple[type, ...]) -> dict[str, Any]:
         if not isinstance(item, kinds):
             expected = " or ".join(each.__name__ for each in kinds)
             raise TypeError(f"expected {expected} results, got {type(item).__name__} under {name!r}")
-    return several
+    return {literal(str(name)): item for name, item in several.items()}
 
 
 def ordered(names: Iterable[str]) -> list[str]:
@@ -161,7 +162,13 @@ def size_of(ax: Axes) -> tuple[float, float]:
 
 def words(name: str) -> str:
     """Return a column's name as an axis label."""
-    return name.replace("_", " ")
+    return literal(name.replace("_", " "))
+
+
+def literal(name: str) -> str:
+    """Return a user's name as matplotlib shows it: no formula, no control character, and in a legend it counts."""
+    text = printable(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text  # matplotlib leaves such labels out
 
 
 def save(

@@ -18,7 +18,17 @@ from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection  # type: ignore[import-untyped]
 
 from msam_analysis.plots.drawing import panels, several_panels
-from msam_analysis.plots.look import COLUMN_WIDTH, PAGE_WIDTH, Array, AxesArray, Places, size_of, style, wrapped
+from msam_analysis.plots.look import (
+    COLUMN_WIDTH,
+    PAGE_WIDTH,
+    Array,
+    AxesArray,
+    Places,
+    literal,
+    size_of,
+    style,
+    wrapped,
+)  # fmt: skip
 from msam_analysis.plots.scale import COLORMAP, ROUND_STEPS, MapOptions, Scale, as_array, drawable, number
 from msam_analysis.results import Slice2D
 
@@ -100,7 +110,7 @@ def slice_2d(
         _name_directions(figure, drawn, list(slices.values()), made=axes is None)
         ends: dict[str, Any] = {"extendfrac": 0.04} | ({} if filled else {"extend": scale.extend})
         bar = figure.colorbar(mapped, ax=list(drawn), aspect=22, pad=0.015 if len(slices) > 1 else 0.03, **ends)
-        scale.label(bar, label or values)
+        scale.label(bar, label or literal(values))
         reasons = _why_holes(slices.values())
         if reasons:
             place, where = (figure, "outside lower right") if axes is None else (drawn[-1], "lower right")
@@ -205,15 +215,15 @@ def _name_directions(figure: Figure, drawn: AxesArray, slices: Sequence[Slice2D]
     """Label each axis with its direction; once for all panels where they agree and the figure is ours."""
     shared = len({item.directions for item in slices}) == 1
     if made and shared and len(slices) > 1:
-        figure.supxlabel(slices[0].directions[0], fontsize=8)
+        figure.supxlabel(literal(slices[0].directions[0]), fontsize=8)
         for ax in drawn:
             if ax.get_subplotspec().is_first_col():
-                ax.set_ylabel(wrapped(slices[0].directions[1], size_of(ax)[1]))
+                ax.set_ylabel(wrapped(literal(slices[0].directions[1]), size_of(ax)[1]))
         return
     for ax, item in zip(drawn, slices, strict=True):
         width, height = size_of(ax)
-        ax.set_xlabel(wrapped(item.directions[0], width))
-        ax.set_ylabel(wrapped(item.directions[1], height))
+        ax.set_xlabel(wrapped(literal(item.directions[0]), width))
+        ax.set_ylabel(wrapped(literal(item.directions[1]), height))
 
 
 # ------------------------------------------------------------------------------------------------------------ surfaces
@@ -268,7 +278,7 @@ def surface_3d(
         size: dict[str, Any] = {"shrink": 0.7, "aspect": 18, "pad": 0.06 if len(slices) == 1 else 0.03}
         mapped = ScalarMappable(scale.norm, COLORMAP)
         bar = drawn[0].figure.colorbar(mapped, ax=list(drawn), extend=scale.extend, **size)
-        scale.label(bar, label or values)
+        scale.label(bar, label or literal(values))
     first: Axes = drawn[0]
     return first if isinstance(result, Slice2D) else drawn
 
@@ -329,11 +339,12 @@ def _name_axes_3d(figure: Any, drawn: AxesArray, slices: Sequence[Slice2D], *, m
     longest = max(len(name) for item in slices for name in item.directions)
     explained = made and longest > (22 if len(slices) == 1 else 10) and len({item.directions for item in slices}) == 1
     for ax, item in zip(drawn, slices, strict=True):
-        names = ("$x$", "$y$") if explained else item.directions
+        names = ("$x$", "$y$") if explained else tuple(map(literal, item.directions))
         ax.set_xlabel(names[0], labelpad=-5)
         ax.set_ylabel(names[1], labelpad=-5)
         if explained:
             ax.set_box_aspect((1, 1, 0.75), zoom=0.98)  # short labels leave room
     if explained:
         between = "    " if figure.get_figwidth() > COLUMN_WIDTH else "\n"
-        figure.supxlabel(f"$x$: {slices[0].directions[0]}{between}$y$: {slices[0].directions[1]}", fontsize=8)
+        x, y = map(literal, slices[0].directions)
+        figure.supxlabel(f"$x$: {x}{between}$y$: {y}", fontsize=8)

@@ -13,7 +13,18 @@ from matplotlib.lines import Line2D
 from msam_analysis import results
 from msam_analysis.plots.curves import spectral_density
 from msam_analysis.plots.drawing import GREY, log_scale, name_curves, one_panel, several_panels, zero_line
-from msam_analysis.plots.look import AxesArray, Look, Named, Places, look, require_some, size_of, style, wrapped
+from msam_analysis.plots.look import (
+    AxesArray,
+    Look,
+    Named,
+    Places,
+    literal,
+    look,
+    require_some,
+    size_of,
+    style,
+    wrapped,
+)  # fmt: skip
 from msam_analysis.results.slices import LARGE_RANGE
 
 _FEW = 6  # points that have their values written beside them
@@ -257,7 +268,7 @@ def draw_points(
             log_scale(panel, [known])
         elif known.size and known.min() < 0 < known.max():
             zero_line(panel)
-        _name_ticks(panel, ticks if grouped or set(points) == {""} else list(points))
+        _name_ticks(panel, [literal(tick) for tick in ticks] if grouped or set(points) == {""} else list(points))
         panel.set_ylabel(wrapped(label, 0.8 * size_of(panel)[1]))
         handles |= handles_of(points if grouped else {"": [row for rows in points.values() for row in rows]})
         if dashes is not None:

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from msam_analysis.plots.drawing import GREY, log_scale, make_ticks, name_curves, one_panel, points, several_panels
-from msam_analysis.plots.look import PAGE_WIDTH, Array, AxesArray, Look, Places, look, require_some, style
+from msam_analysis.plots.look import PAGE_WIDTH, Array, AxesArray, Look, Places, literal, look, require_some, style
 from msam_analysis.plots.planes import slice_2d
 from msam_analysis.plots.scale import as_array
 from msam_analysis.results import Projection, Slice2D
@@ -66,8 +66,8 @@ def trajectory(projections: Projections, ax: Axes | None = None, *, circles: boo
         if made:
             first = next(iter(several.values()))
             panel.set_aspect("equal", adjustable="datalim")
-            panel.set_xlabel(first.directions[0])
-            panel.set_ylabel(first.directions[1])
+            panel.set_xlabel(literal(first.directions[0]))
+            panel.set_ylabel(literal(first.directions[1]))
         else:
             panel.set_autoscale_on(False)
         draw_paths(panel, several, circles=circles)
@@ -99,7 +99,7 @@ def project(projections: Projections, ax: Axes | None = None, *, circles: bool =
             steps = as_array(several[name].steps)
             for index, coordinates in enumerate(as_array(several[name].coordinates).T):
                 (line,) = panel.plot(steps, coordinates, color=appearance.color, linestyle=_DIRECTIONS[index % 4])
-                line.set_label(f"{name}, {several[name].directions[index]}")
+                line.set_label(f"{name}, {literal(several[name].directions[index])}")
                 panel.plot(steps[-1:], coordinates[-1:], **_last(appearance), clip_on=False, zorder=4)
         panel.set_xlabel("step")
         panel.set_ylabel("coordinate (multiples of the direction)")

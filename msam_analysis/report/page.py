@@ -24,7 +24,8 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from msam_analysis.results import atomic_path
+from msam_analysis.results.files import write_text
+from msam_analysis.results.text import printable
 
 Verdict = Literal["holds", "does not hold", "cannot tell at this scale"]
 """What a claim can come to."""
@@ -157,8 +158,7 @@ def _figures(report: Report) -> list[Figure]:
 
 def _write(template: str, path: Path, **facts: Any) -> None:
     text = _environment().get_template(template).render(facts)
-    with atomic_path(path) as partial:
-        partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8", newline="\n")
+    write_text(path, text.rstrip("\n") + "\n")
 
 
 def _embedded(figure: Figure) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def _paragraphs(text: str) -> list[str]:
     return [part for part in parts if part]
 
 
-def _markdown(text: str) -> str:
+def markdown(text: str) -> str:
     """Escape what GitHub's Markdown would read as markup, in one line of text."""
     line = " ".join(str(text).split())
     line = re.sub(r"&(?=#?\w+;)", "&amp;", line).replace("<", "&lt;")
@@ -259,11 +259,12 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).resolve().parent / "templates"),
         autoescape=jinja2.select_autoescape(enabled_extensions=("html.j2",), default=False),
+        finalize=lambda value: printable(value, None) if isinstance(value, str) else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters: dict[str, Any] = {"paragraphs": _paragraphs, "md": _markdown, "cells": _cells, "tally": _tally}
+    filters: dict[str, Any] = {"paragraphs": _paragraphs, "md": markdown, "cells": _cells, "tally": _tally}
     filters |= {"counted": counted, "tight": _tight, "css": _CSS.__getitem__}
     environment.filters.update(filters, is_figure=lambda item: isinstance(item, Figure))
     return environment

@@ -15,10 +15,9 @@ from typing import Any, ClassVar, NamedTuple
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from msam_analysis.results.files import atomic_path
+from msam_analysis.results.files import write_tensors
 
 Settings = Mapping[str, str | int | float | bool | None]
 
@@ -140,19 +139,25 @@ class Result(abc.ABC):
         Parameters
         ----------
         path
-            Where to write; parents are made. An existing file is replaced only once the new one is complete.
+            Where to write; parents are made. An existing file is replaced only once the new one is complete; a link
+            stays, and the file that it points to is replaced.
 
         Returns
         -------
         pathlib.Path
             The file written.
+
+        Raises
+        ------
+        PermissionError
+            The file is read-only.
+        OSError
+            The file cannot be written.
         """
         path = Path(path)
         tensors: dict[str, Tensor] = {}
-        # one entry: safetensors writes several in any order, and the same result is to be the same bytes
-        header = {_HEADER: json.dumps({"kind": type(self).__name__, "fields": _packed(self, "", tensors)})}
-        with atomic_path(path) as partial:
-            save_file(tensors, partial, metadata=header)
+        header = json.dumps({"kind": type(self).__name__, "fields": _packed(self, "", tensors)})
+        write_tensors(tensors, path, _HEADER, header)
         return path
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -35,6 +36,14 @@ def fingerprint(*things: object) -> str:
     """
     text = json.dumps([_plain(thing, frozenset()) for thing in things])
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+def release(package: str) -> str:
+    """Return the release of a package, or that it is not installed, as where the sources are used in place."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def of_tensors(tensors: Iterable[Tensor]) -> str:

@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from msam_analysis.results.files import atomic_path
+from msam_analysis.results.files import write_tensors
 from msam_analysis.results.trajectories import Trajectory
 
 _HEADER = "trajectory.safetensors"
+_ENTRY = "trajectory"
 _FORMAT = "msam-analysis trajectory, format 1"
 _BUFFER = "buffer/"
 
@@ -104,9 +104,8 @@ def _opened(path: Path) -> Any:
 
 def write_header(folder: Path, origin: Tensor | None, fields: Mapping[str, Any]) -> None:
     """Begin a folder: ``fields`` are ``label``, ``names``, ``shapes``, ``dtype`` and ``settings``."""
-    with atomic_path(folder / _HEADER) as partial:
-        metadata = {"format": _FORMAT, "fields": json.dumps(fields)}
-        save_file({} if origin is None else {"origin": origin}, partial, metadata=metadata)
+    header = json.dumps({"format": _FORMAT, "fields": dict(fields)})
+    write_tensors({} if origin is None else {"origin": origin}, folder / _HEADER, _ENTRY, header)
 
 
 def write_point(
@@ -121,8 +120,7 @@ def write_point(
     stored, exponent, rounding = encode(vector, origin)
     tensors = {"weights": stored} | {f"{_BUFFER}{name}": values for name, values in buffers.items()}
     header = {**notes, "step": step, "exponent": exponent, "rounding": rounding}
-    with atomic_path(point_path(folder, step)) as partial:
-        save_file(tensors, partial, metadata={"fields": json.dumps(header)})
+    write_tensors(tensors, point_path(folder, step), "fields", json.dumps(header))
 
 
 def read_header(folder: Path) -> tuple[dict[str, Any], Tensor | None]:
@@ -131,14 +129,18 @@ def read_header(folder: Path) -> tuple[dict[str, Any], Tensor | None]:
     if not path.is_file():
         raise FileNotFoundError(f"no trajectory in {folder}: expected a folder that a TrajectoryRecorder wrote to")
     with _opened(path) as file:
-        header = file.metadata() or {}
+        header: dict[str, Any] = file.metadata() or {}
+        if _ENTRY in header:
+            header = json.loads(header[_ENTRY])
+        elif "fields" in header:  # as written before, with an entry each
+            header["fields"] = json.loads(header["fields"])
         if header.get("format") != _FORMAT:
             raise ValueError(
                 f"{path} is of the format {header.get('format')!r}, expected {_FORMAT!r}: "
                 "read it with the version of the package that wrote it"
             )
         origin = file.get_tensor("origin") if "origin" in file.keys() else None  # noqa: SIM118 - not a mapping
-    fields: dict[str, Any] = json.loads(header["fields"])
+    fields: dict[str, Any] = header["fields"]
     return fields, origin
 
 

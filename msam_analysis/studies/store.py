@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -25,10 +26,11 @@ from msam_analysis.results.files import PARTIAL
 from msam_analysis.results.fingerprint import of_tensors
 from msam_analysis.studies.runs import Run
 from msam_analysis.studies.tables import FinishedRun, as_table, write_table
-from msam_analysis.studies.training import Trained, joined
+from msam_analysis.studies.training import Trained, joined, write_state
 
 _CHECKPOINT, _SCORES, _STEPS = _NETWORK = ("checkpoint.pt", "scores.json", "steps.csv")
 _CONTENTS = "contents.json"
+_RECORDED = re.compile(r".+-[0-9a-f]{16}\.csv")  # a probe's file, see :class:`.Job`
 UNFINISHED = ".unfinished"
 LOCK = ".lock"
 
@@ -69,7 +71,8 @@ def write_trained(
     """Write a trained network in one step, and the records of its slower probes by the names of their files.
 
     The same network may be there already, trained without these probes: then their records are put beside it. What is
-    not whole, or another network, as another machine may have trained, goes with all that was known of it.
+    not whole, or another network, as another machine may have trained, goes with all that was known of it; files that
+    somebody else put there stay.
     """
     weights = trained.model.state_dict()
     same = of_tensors(weights.values())
@@ -77,11 +80,26 @@ def write_trained(
         for name, recorded in watched.items():
             write_table(recorded, directory / name)
         return
-    with atomic_folder(directory) as partial:
-        torch.save({"model": weights, "optimizer": trained.optimizer.state_dict()}, partial / _CHECKPOINT)
+    with atomic_folder(directory, _CHECKPOINT) as partial:
+        write_state({"model": weights, "optimizer": trained.optimizer.state_dict()}, partial / _CHECKPOINT)
         (partial / _SCORES).write_text(json.dumps(dict(scores), indent=1) + "\n")
         for name, recorded in {_STEPS: trained.base, **watched}.items():
             recorded.to_csv(partial / name, index=False, lineterminator="\n")
+        _forget(directory)
+
+
+def _forget(directory: Path) -> None:
+    """Remove what was known of a network that is about to be replaced: the weights first, then records and measures."""
+    (directory / _CHECKPOINT).unlink(missing_ok=True)
+    for path in list(directory.glob("*")):
+        if path.is_file() and _RECORDED.fullmatch(path.name):
+            path.unlink()
+        elif (path / _CONTENTS).is_file():
+            names = _listed(path) or []
+            for name in (_CONTENTS, *names):
+                (path / name).unlink(missing_ok=True)
+            with suppress(OSError):  # somebody put a file there
+                path.rmdir()
 
 
 def read_checkpoint(directory: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -98,15 +116,22 @@ def read_scores(directory: Path) -> dict[str, float]:
 
 def is_measured(folder: Path) -> bool:
     """Tell whether every result of a measure is there."""
+    names = _listed(folder)
+    return names is not None and all((folder / name).is_file() for name in names)
+
+
+def _listed(folder: Path) -> list[str] | None:
+    """Return the names of the results in a folder of a measure; ``None`` where no list can be read."""
     try:
-        return all((folder / name).is_file() for name in json.loads((folder / _CONTENTS).read_text()))
+        names: list[str] = json.loads((folder / _CONTENTS).read_text())
     except (OSError, ValueError):
-        return False
+        return None
+    return names
 
 
 def write_measured(folder: Path, measured: Mapping[str, Result]) -> None:
     """Write the results of a measure in one step."""
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, _CONTENTS) as partial:
         names = [f"{name}.safetensors" for name in measured]
         for name, result in zip(names, measured.values(), strict=True):
             result.save(partial / name)
@@ -148,10 +173,11 @@ def forget_state(file: Path) -> None:
 
 def sweep(root: Path) -> None:
     """Remove what interrupted runs left, but for their states, in a folder that this process holds alone."""
-    for leftover in [*root.glob(f"{PARTIAL}*"), *root.glob(f"*/{PARTIAL}*")]:
-        shutil.rmtree(leftover, ignore_errors=True)
-    for leftover in [*(root / UNFINISHED).glob(".*"), *(path for path in root.glob("*/.*") if path.is_file())]:
-        leftover.unlink(missing_ok=True)
+    for leftover in [*root.glob(f"{PARTIAL}*"), *root.glob(f"*/{PARTIAL}*"), *root.glob(f"*/*/{PARTIAL}*")]:
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def _read_numbers(path: Path) -> pd.DataFrame:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import platform
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ import joblib
 import torch
 
 from msam_analysis import plots, report
+from msam_analysis.objective.explaining import decorated
+from msam_analysis.results import atomic_path
+from msam_analysis.results.files import check_writable, sweep
+from msam_analysis.results.fingerprint import release
 from msam_analysis.studies import prose, store
 from msam_analysis.studies.computing import PLAIN, Computing
 from msam_analysis.studies.exhibits import Exhibit, Finding, choose, find, main_tables, networks
@@ -152,6 +156,11 @@ class Study:
         if jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}")
         root = (Path(out) if out is not None else Path("results") / self.workload.name).absolute()
+        second = None if figures is None else Path(figures).absolute()
+        for folder in (root, second) if members.rank == 0 else ():
+            if folder is not None:
+                check_writable(folder)
+        _check_own(root)
         plan = self.jobs(root / "runs")
         members.check_alike([(one.directory.name, one.watched, one.measured) for one in plan.values()])
         if members.rank > 0:
@@ -162,15 +171,17 @@ class Study:
         (root / "runs").mkdir(parents=True, exist_ok=True)
         with store.alone(root / "runs"), terminable():
             store.sweep(root / "runs")
+            for folder in (root, root / "tables", root / "figures", root / "networks"):
+                sweep(folder)
             for one in plan.values():
                 if one.trained:
                     store.forget_state(one.state)
             make(plan.values(), jobs, members, cluster=cluster, bar=progress)
-            page = _write(self, {identity: one.read() for identity, one in plan.items()}, root, figures)
             for run in networks(self.workload, self.seeds) if any(exhibit.main for exhibit in self.exhibits) else ():
                 store.name_network(
                     plan[run.identity].directory, root / "networks" / f"{run.optimizer}-seed{run.seed}.pt"
                 )
+            page = _write(self, {identity: one.read() for identity, one in plan.items()}, root, second)
         members.exchange("the end")
         return page
 
@@ -228,22 +239,40 @@ def _write(study: Study, finished: Mapping[str, FinishedRun], root: Path, figure
     tables = main_tables(study.workload, study.seeds, finished) if main else None
     if tables is not None:
         tables.write(root / "tables")
-    pictures = {}
     for exhibit, finding in findings.items():
         if finding.table is not None:
             write_table(finding.table, root / "tables" / f"{exhibit.name}.csv")
+    pictures: dict[Exhibit, Path] = {}
+    failed: list[str] = []
+    for exhibit, finding in findings.items():
         if finding.draw is not None:
-            pictures[exhibit] = plots.save(finding.draw(), root / "figures" / exhibit.name, close=True)[0]
+            with decorated(f"the picture of {exhibit.name}", failed):
+                pictures[exhibit] = plots.save(finding.draw(), root / "figures" / exhibit.name, close=True)[0]
+    for what in failed:
+        warnings.warn(f"study: {what}", UserWarning, stacklevel=3)
     page = report.write(_compose(study, finished, findings, tables, pictures), root)[0]
     if figures is not None:
         folder = Path(figures)
-        folder.mkdir(parents=True, exist_ok=True)
         copies = {exhibit: folder / picture.name for exhibit, picture in pictures.items()}
         for exhibit, copy in copies.items():
-            shutil.copyfile(pictures[exhibit], copy)
-            shutil.copyfile(root / "tables" / f"{exhibit.name}.csv", copy.with_suffix(".csv"))
+            _copy(pictures[exhibit], copy)
+            _copy(root / "tables" / f"{exhibit.name}.csv", copy.with_suffix(".csv"))
         report.write_markdown(_compose(study, finished, findings, tables, copies), folder)
     return page
+
+
+def _copy(file: Path, target: Path) -> None:
+    with atomic_path(target) as partial:
+        shutil.copyfile(file, partial)
+
+
+def _check_own(root: Path) -> None:
+    """Raise ``FileExistsError`` if a folder without a study has a file of a name that a study writes."""
+    if (root / "runs").is_dir():
+        return
+    for name in ("report.html", "report.md", "tables", "figures", "networks"):
+        if (root / name).exists():
+            raise FileExistsError(f"{root} holds {name}, and no study wrote it: choose another output folder")
 
 
 def _compose(
@@ -292,7 +321,7 @@ def _setup(study: Study, examined: str) -> str:
         "unusual": "; ".join(f"{name} {value} instead of {usual}" for name, value, usual in unusual),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "version": version("msam-analysis"),
+        "version": release("msam-analysis"),
     }
     return prose.render("setup.md.j2", facts)
 

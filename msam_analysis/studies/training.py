@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -268,7 +269,7 @@ class Training:
             **{name: getattr(self, name) for name in _COUNTED},
         }
         with atomic_path(path) as partial:
-            torch.save(state, partial)
+            write_state(state, partial)
 
     def resume(self, path: Path) -> None:
         """Go on from the state in a file, without running anything in it."""
@@ -288,6 +289,12 @@ class Training:
             monitor.load_state_dict(state["monitors"][name])
         for name in _COUNTED:
             setattr(self, name, state[name])
+
+
+def write_state(state: Mapping[str, Any], path: Path) -> None:
+    """Write weights and states: the same bytes for the same content, as the archive does not name its file."""
+    with path.open("wb") as file:
+        torch.save(state, file)
 
 
 def _plain(row: dict[str, float]) -> dict[str, float]:

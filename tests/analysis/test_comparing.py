@@ -353,7 +353,7 @@ def test_a_stop_while_a_file_is_written(run: Path, tmp_path: Path, monkeypatch: 
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["msam_analysis.checkpoints.comparing"], "atomic_path", stop)
+        patch.setattr(sys.modules["msam_analysis.checkpoints.comparing"], "write_json", stop)
         with pytest.raises(Stop):
             compared([run], out=tmp_path / "again")
     compared([run], out=tmp_path / "again")

@@ -316,7 +316,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
         Path(filename).write_bytes(b"half a file")
         raise error("no space left on device")
 
-    monkeypatch.setattr(results.base, "save_file", full)
+    monkeypatch.setattr(results.files, "save_file", full)
     with pytest.raises(error, match="no space"):
         built(results.Estimate, value=2.0).save(path)
     assert files(tmp_path) == (["result.safetensors"] if exists else [])

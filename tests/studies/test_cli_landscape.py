@@ -491,7 +491,7 @@ def test_only_the_first_process_speaks(command: Command, monkeypatch: pytest.Mon
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(cli_landscape, "load_objectives", fail)
-    assert command("a.pt").err == "msam-analysis: process 1: out of memory\n"
+    assert command("a.pt").err.startswith("msam-analysis: process 1: out of memory")
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_an_interrupted_study_goes_on_within_a_run(
             study(out, seeds=1, computing=Computing(save_every=1))
     assert not list((out / "runs").glob(".unfinished/*")), "a network that is trained is there, without a state"
     half = networks(out)[-1]
-    (half / ".balls-0.123.csv").write_text("of a process that was killed")
+    (half / ".partial-0-123.csv").write_text("of a process that was killed")
     (half / ".partial-balls-0-123").mkdir()
     trained = len(log.read_text().splitlines())
     study(out, seeds=1, computing=Computing(save_every=1))
@@ -168,7 +168,7 @@ def test_states_that_are_of_no_use_any_more_go(alone: Path, tmp_path: Path) -> N
     left = job(run, tmp_path / "runs", COARSE, 4).state
     left.parent.mkdir()
     left.write_text("of a process that was killed before it removed it")
-    (left.parent / ".half.123.pt").write_text("of a process that was killed")
+    (left.parent / ".partial-0-123.pt").write_text("of a process that was killed")
     assert left.name.startswith(one.name)
     study(tmp_path, seeds=1)
     assert not hidden(tmp_path)

@@ -369,7 +369,7 @@ def test_what_an_interrupted_run_left_is_swept_away(
 
 
 def test_what_is_not_whole_is_replaced(trained: Trained, tmp_path: Path) -> None:
-    """Whole, so that no file of the old one stays."""
+    """File by file: what somebody else put there stays."""
     directory = tmp_path / "run"
     store.write_trained(directory, trained, scores(), {})
     store.write_measured(directory / "all", results(0.0))
@@ -377,13 +377,15 @@ def test_what_is_not_whole_is_replaced(trained: Trained, tmp_path: Path) -> None
     assert not store.is_measured(directory / "all")
     store.write_measured(directory / "all", results(0.0))
     assert store.is_measured(directory / "all")
-    assert not (directory / "all" / "stale.safetensors").exists()
+    (directory / "all" / "thesis.txt").write_text("mine")
     (directory / "all" / "contents.json").write_text("half of")
     assert not store.is_measured(directory / "all")
     (directory / "scores.json").unlink()
     assert not store.is_trained(directory)
     store.write_trained(directory, trained, scores(), {})
-    assert {path.name for path in directory.iterdir()} == {"checkpoint.pt", "scores.json", "steps.csv"}
+    assert {path.name for path in directory.iterdir()} == {"checkpoint.pt", "scores.json", "steps.csv", "all"}
+    assert not store.is_measured(directory / "all"), "of the network that is gone"
+    assert (directory / "all" / "thesis.txt").read_text() == "mine"
 
 
 def test_networks_have_names_that_stay(trained: Trained, tmp_path: Path) -> None:

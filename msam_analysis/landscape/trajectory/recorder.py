@@ -17,6 +17,7 @@ from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.private import unwrap
 from msam_analysis.objective.vectors import Layout, Selection, select
 from msam_analysis.results import Trajectory, load_trajectory, points
+from msam_analysis.results.files import sweep
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -295,8 +296,7 @@ class TrajectoryRecorder:
 
     def _take_up(self) -> None:
         """Go on after the points in the folder."""
-        for leftover in [*self.path.glob(".step-*.safetensors"), *self.path.glob(".trajectory.*.safetensors")]:
-            leftover.unlink(missing_ok=True)  # half a file from a killed run
+        sweep(self.path)
         try:
             fields, origin = points.read_header(self.path)
         except FileNotFoundError:
