@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from msam.shards import like
 from msam_analysis.objective.batches import Batches
 from msam_analysis.objective.batchnorm import (
     Policy,
@@ -29,6 +30,8 @@ from msam_analysis.objective.nested import Batch
 from msam_analysis.objective.private import Attributes, LossModule, use_randomness
 from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.objective.second_derivatives import SecondDerivatives
+from msam_analysis.objective.sharded import Rows, Units, find_shards, resharded
+from msam_analysis.objective.space import Space
 from msam_analysis.objective.vectors import Layout, Selection, no_autocast, select
 from msam_analysis.objective.weighing import SAMPLES, Weighing, counted, mean_and_weight, with_reduction
 from msam_analysis.results import ApproximationWarning, Settings
@@ -87,16 +90,28 @@ class Evaluation:
         """Make the private copy."""
         # cuDNN's recurrent layers have no gradient in evaluation mode, and no second derivative in any.
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in self.original.modules())
+        self.shards = find_shards(self.original)
         # The user's closures know these tensors, also where this evaluation becomes a view of another original.
         self.outer = {id(tensor): name for name, tensor in _tensors(self.original).items()}
+        with self.held():
+            self.outer |= {id(tensor): name for name, tensor in _tensors(self.original).items()}
         self._weights: list[float] | None = None
         self._told = False
         self.renew()
 
     def choose(self, parameters: Selection) -> None:
         """Select the parameters that the flat vector holds."""
-        chosen = select(self.original.model, parameters)
-        self.layout = Layout(tuple(chosen), tuple(p.shape for p in chosen.values()))
+        with self.held():
+            chosen = select(self.original.model, parameters)
+        self.rows: dict[str, Rows] = {}  # of all tensors that are divided, by their names in the private copy
+        shapes = [parameter.shape for parameter in chosen.values()]
+        if self.shards is not None:
+            # Whole parameters are divided, too: no entry of a vector is in two processes.
+            own = {f"model.{name}": self.shards.mesh.rows(parameter.shape) for name, parameter in chosen.items()}
+            self.rows = self.shards.rows | own
+            shapes = [rows.part for rows in own.values()]
+        self.layout = Layout(tuple(chosen), tuple(shapes))
+        self.space = Space(self.layout.size) if self.shards is None else self.shards.space(list(own.values()))
         self.dtypes = {name: self.cast or p.dtype for name, p in chosen.items()}
         self.dtype = reduce(torch.promote_types, self.dtypes.values(), torch.float32)
         self._told = False
@@ -135,7 +150,11 @@ class Evaluation:
                 return copied
             return nn.Parameter(copied, requires_grad=self.findings.with_gradients and copied.is_floating_point())
 
-        module = self.original.private_copy(owned if own else None).eval()
+        with self.held():
+            module = self.original.private_copy(owned if own else None).eval()
+        if self.shards is not None:
+            module.units = Units(module, self.shards)
+            module.units.place(dict(module.named_parameters()) if own else {}, self.shards.rows)
         if self.batchnorm == "batch":
             use_batch_statistics(module)
         for name in self.findings.drawing or ():
@@ -150,6 +169,8 @@ class Evaluation:
     def place(self, tensors: dict[str, Tensor]) -> None:
         """Put tensors in place of the private copy's, where they stay: a backward pass may run a part of it again."""
         with ALONE:
+            if self.copy.units is not None:
+                self.copy.units.place(tensors, self.rows)
             for name, tensor in tensors.items():
                 for owner, key in self._slots[name]:
                     owner[key] = tensor
@@ -161,18 +182,46 @@ class Evaluation:
         touched += [name for name in self.findings.written if not tensors[name].requires_grad]
         self.place(tensors | {name: tensors[name].clone() for name in touched})
 
+    def moved(self, w: Tensor) -> LossModule:
+        """Return the original at another point, as a copy that shares all else."""
+        moved = {}
+        with self.held():
+            for (name, parameter), view in zip(self.parameters.items(), self.layout.views(w).values(), strict=True):
+                value = view.to(parameter.dtype, copy=True).to(parameter.device)
+                if hasattr(parameter, "to_local"):
+                    value = like([parameter], [value])[0]
+                elif self.shards is not None:
+                    value = self.shards.gatherer.whole([self.rows[f"model.{name}"]], [value])[0].view_as(parameter)
+                moved[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            return self.original.private_copy(lambda tensor: moved.get(id(tensor), tensor))
+
     # ------------------------------------------------------------------------------------------------------ the tensors
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The selected parameters, by name, that the model has now."""
-        current = dict(self.original.model.named_parameters())
+        with self.held():
+            current = dict(self.original.model.named_parameters())
         return {name: current[name] for name in self.layout.names}
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which a sharded model holds its shards, which it may not after a forward pass."""
+        return contextlib.nullcontext() if self.shards is None else resharded(self.original)
+
+    def part(self, name: str, tensor: Tensor) -> Tensor:
+        """Return this process's part of a tensor of the shape of a parameter, or of one that is divided as it is."""
+        if self.shards is None:
+            return tensor
+        if hasattr(tensor, "to_local"):
+            return tensor.detach().to_local()
+        rows = self.rows[f"model.{name}"]
+        return tensor.reshape(rows.shape)[rows.here]
 
     @property
     def precision(self) -> torch.dtype:
         """The coarsest data type that takes part in an evaluation."""
-        own = {parameter.dtype for parameter in self.original.model.parameters() if parameter.is_floating_point()}
+        with self.held():
+            own = {parameter.dtype for parameter in self.original.model.parameters() if parameter.is_floating_point()}
         taking_part = ({self.cast} if self.cast is not None else own) | ({self.autocast} if self.autocast else set())
         coarsest: torch.dtype = max(taking_part, key=lambda dtype: torch.finfo(dtype).eps)
         return coarsest
@@ -185,6 +234,7 @@ class Evaluation:
         name = str(self.dtype).removeprefix("torch.")
         random = "nothing draws random numbers" if findings.drawing == [] else True
         special = {
+            "sharded over": self.shards is not None and f"{self.shards.mesh.count} processes",
             "weights": own != [name] and ", ".join(own),
             "autocast": str(self.autocast or "").removeprefix("torch."),
             "dropout": self.dropout and random,
@@ -198,7 +248,7 @@ class Evaluation:
             "batchnorm": describe_policy(self.copy, self.batchnorm),
             "samples": self.batches.samples,
             "batches": len(self.batches),
-            "parameters": self.layout.size,
+            "parameters": self.space.size,
             "dtype": name,
             "device": self.device.type,
             **{key: value for key, value in special.items() if value},
@@ -207,7 +257,7 @@ class Evaluation:
 
     def point(self) -> Tensor:
         """Return a copy of the model's current weights, shape ``(size,)``."""
-        flat = self.layout.flatten(p.detach() for p in self.parameters.values())
+        flat = self.layout.flatten(self.part(name, p.detach()) for name, p in self.parameters.items())
         return flat.to(device=self.device, dtype=self.dtype)
 
     def views(self, w: Tensor | None) -> dict[str, Tensor]:
@@ -223,7 +273,8 @@ class Evaluation:
         return views
 
     def _warn_of_rounding(self, flat: Tensor, views: dict[str, Tensor]) -> None:
-        lost, distance = (self.layout.flatten(views.values()) - flat).norm(), (flat - self.point()).norm()
+        norm = self.space.norm
+        lost, distance = norm(self.layout.flatten(views.values()) - flat), norm(flat - self.point())
         if bool(lost > _ROUNDED * distance):
             self._told = True
             warnings.warn(
@@ -250,7 +301,8 @@ class Evaluation:
         once for the statistics of BatchNorm at ``w``.
         """
         selected = {f"model.{name}" for name in self.layout.names}
-        fixed = {name: self.converted(p) for name, p in self.original.named_parameters() if name not in selected}
+        with self.held():
+            fixed = {name: self.converted(p) for name, p in self.original.named_parameters() if name not in selected}
         buffers = {name: self.converted(buffer) for name, buffer in self.original.named_buffers()}
         if self.batchnorm == "recalibrate":
             pieces = {f"model.{name}": piece for name, piece in self.pieces(w).items()}
@@ -258,9 +310,10 @@ class Evaluation:
         return fixed | buffers
 
     def converted(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of the model on the device and in the precision of evaluation, detached."""
+        """Return a tensor of the model on the device and in the precision of evaluation, detached; its shard here."""
         dtype = self.cast if self.cast is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.detach().to(device=self.device, dtype=dtype)
+        own = tensor.detach()
+        return (own.to_local() if hasattr(own, "to_local") else own).to(device=self.device, dtype=dtype)
 
     def _recalibrated(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         fresh = blank_statistics(self.copy, {name: tensor.clone() for name, tensor in buffers.items()})
@@ -367,15 +420,19 @@ class Evaluation:
         half = self.autocast
         autocast = torch.autocast(self.device.type, dtype=half, enabled=half is not None, cache_enabled=False)
         gradients = torch.set_grad_enabled(self.findings.with_gradients)
-        with gradients, autocast, RandomStream(self.seed) as stream, self.kernels(twice=False):
+        with gradients, autocast, RandomStream(self.seed) as stream, self.kernels(twice=False), self.packing():
             yield stream
 
     @contextlib.contextmanager
     def deriving(self, *, twice: bool = False) -> Iterator[RandomStream]:
         """Inside, passes for derivatives run; ``twice``: for second ones."""
         kernels, stream = self.kernels(twice=twice), RandomStream(self.seed)
-        with torch.enable_grad(), no_autocast(self.device), kernels, stream:
+        with torch.enable_grad(), no_autocast(self.device), kernels, stream, self.packing():
             yield stream
+
+    def packing(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which autograd keeps shards instead of whole weights."""
+        return contextlib.nullcontext() if self.shards is None else self.shards.gatherer.packing()
 
     @contextlib.contextmanager
     def kernels(self, *, twice: bool) -> Iterator[None]:

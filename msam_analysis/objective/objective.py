@@ -26,6 +26,7 @@ from msam_analysis.objective.handing_on import examine_once
 from msam_analysis.objective.hessian import HessianOperator
 from msam_analysis.objective.private import LossFunction, LossModule, unwrap
 from msam_analysis.objective.second_derivatives import SecondDerivatives, Wish
+from msam_analysis.objective.space import Space
 from msam_analysis.objective.statistics import warn_of_statistics
 from msam_analysis.objective.vectors import Layout, Selection, select, widest
 from msam_analysis.results import Settings
@@ -241,14 +242,9 @@ class Objective:
             of BatchNorm. Settings then say so.
         """
         self.layout.check(w, "point w")
-        other = not torch.equal(w.detach().to(self.point()), self.point())
-        foreign = other and warn_of_statistics(self, "at the point of with_weights")
-        views = self.layout.views(w.detach())
-        moved = {
-            id(parameter): nn.Parameter(views[name].to(parameter, copy=True), requires_grad=parameter.requires_grad)
-            for name, parameter in self.parameters.items()
-        }
-        original = self._evaluation.original.private_copy(lambda tensor: moved.get(id(tensor), tensor))
+        other = self.space.largest((w.detach().to(self.point()) != self.point()).any().double())
+        foreign = bool(other) and warn_of_statistics(self, "at the point of with_weights")
+        original = self._evaluation.moved(w.detach())
         return self._viewed(original=original, foreign=foreign or self._evaluation.foreign)
 
     def _viewed(self, **changes: object) -> Objective:
@@ -328,8 +324,13 @@ class Objective:
 
     @property
     def size(self) -> int:
-        """Number of entries of the flat vector."""
-        return self.layout.size
+        """Number of entries of the flat vector, of which each process has some where weights are sharded."""
+        return self.space.size
+
+    @property
+    def space(self) -> Space:
+        """Where flat vectors lie: whole in every process, or divided among them."""
+        return self._evaluation.space
 
     @property
     def samples(self) -> int:
@@ -385,7 +386,7 @@ class Objective:
                 raise ValueError(f"expected shape {tuple(parameter.shape)} for {name!r}, got {tuple(tensor.shape)}")
             else:
                 found += 1
-            pieces.append(tensor.detach().to(device=self.device, dtype=self.dtype))
+            pieces.append(self._evaluation.part(name, tensor.detach()).to(device=self.device, dtype=self.dtype))
         if tensors and not found:
             raise ValueError(
                 "none of the tensors belongs to a parameter of this objective: expected the same model's parameters; "

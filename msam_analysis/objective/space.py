@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msam_analysis.objective.vectors import gaussian, orthonormalize
+from msam_analysis.objective.vectors import gaussian, gaussian_rows, orthonormalize
 
 
 class Space:
@@ -101,6 +101,19 @@ class DividedSpace(Space):
     def part(self, whole: Tensor) -> Tensor:
         """Return this process's entries of a whole vector, or rows of a whole matrix."""
         return torch.cat([whole[piece] for piece in self._pieces]) if self._pieces else whole[:0]
+
+    def gaussian(self, columns: int, *, seed: int, like: Tensor, use: str = "") -> Tensor:
+        """Return standard Gaussian columns, shape ``(here, columns)``; see :func:`.vectors.gaussian`.
+
+        Every process draws the whole vectors, a part at a time, and keeps its own entries.
+        """
+        kept: list[list[Tensor]] = [[] for _ in self._pieces]
+        for start, rows in gaussian_rows(self.size, columns, seed=seed, use=use):
+            for piece, found in zip(self._pieces, kept, strict=True):
+                own = rows[max(piece.start - start, 0) : max(piece.stop - start, 0)]
+                if len(own):
+                    found.append(own.to(device=like.device, dtype=like.dtype, copy=True))
+        return torch.cat([like.new_empty(0, columns), *(rows for found in kept for rows in found)])
 
     def norm(self, vectors: Tensor, dim: int | None = None) -> Tensor:
         """Return the Euclidean norm of a vector, or of every vector along the dimension ``dim`` of a matrix."""
