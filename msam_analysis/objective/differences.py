@@ -179,8 +179,9 @@ def _moving(gradients: Sequence[Tensor], space: Space) -> list[Tensor]:
     Such a row, as the padding of an embedding, is held on purpose.
     """
     uses = [g.flatten(1).any(1) if g.ndim > 1 else g.new_ones(1).bool() for g in gradients]
-    used = space.largest(torch.stack([rows.any() for rows in uses]).double())
+    used = space.largest(torch.stack([rows.any() for rows in uses]).double()).bool()
+    held = [~rows & any_used for rows, any_used in zip(uses, used, strict=True)]
     return [
-        torch.ones_like(g).masked_fill_((~rows & bool(any_used)).reshape(-1, *[1] * (g.ndim - 1)), 0.0)
-        for g, rows, any_used in zip(gradients, uses, used, strict=True)
+        torch.ones_like(g).masked_fill_(rows.reshape(-1, *[1] * (g.ndim - 1)), 0.0) if g.ndim > 1 else torch.ones_like(g)
+        for g, rows in zip(gradients, held, strict=True)
     ]

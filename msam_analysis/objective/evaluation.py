@@ -191,7 +191,7 @@ class Evaluation:
                 if hasattr(parameter, "to_local"):
                     value = like([parameter], [value])[0]
                 elif self.shards is not None:
-                    value = self.shards.gatherer.whole([self.rows[f"model.{name}"]], [value])[0].view_as(parameter)
+                    value = self.shards.gatherer.whole([self.rows[f"model.{name}"]], [value])[0]
                 moved[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
             return self.original.private_copy(lambda tensor: moved.get(id(tensor), tensor))
 
@@ -214,8 +214,7 @@ class Evaluation:
             return tensor
         if hasattr(tensor, "to_local"):
             return tensor.detach().to_local()
-        rows = self.rows[f"model.{name}"]
-        return tensor.reshape(rows.shape)[rows.here]
+        return self.rows[f"model.{name}"].of(tensor)
 
     @property
     def precision(self) -> torch.dtype:

@@ -23,12 +23,15 @@ from torch import Tensor, nn
 from msam_analysis.objective.private import LossModule, is_unit
 from msam_analysis.objective.space import DividedSpace
 
+# New versions of torch have another name for it, and warn of the old one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class Rows:
     """How the rows of one tensor are divided among processes: as by :func:`torch.chunk`, so that some may have none."""
 
-    shape: torch.Size  # of the whole tensor, which has at least one dimension
+    shape: torch.Size  # of the whole tensor; a 0-dimensional one is one row
     chunk: int  # rows of every process but the last ones
     here: slice  # the rows of this process
 
@@ -42,6 +45,10 @@ class Rows:
         """Shape of this process's part."""
         return torch.Size((self.here.stop - self.here.start, *self.shape[1:]))
 
+    def of(self, whole: Tensor) -> Tensor:
+        """Return this process's part of a whole tensor."""
+        return (whole if self.shape else whole.reshape(1))[self.here]
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -52,10 +59,10 @@ class Mesh:
     count: int
 
     def rows(self, shape: torch.Size) -> Rows:
-        """Return how a tensor is divided; a 0-dimensional one is one row."""
-        shape = shape or torch.Size((1,))
-        chunk = -(-shape[0] // self.count)
-        start, stop = (min(rank * chunk, shape[0]) for rank in (self.rank, self.rank + 1))
+        """Return how a tensor is divided."""
+        rows = shape[0] if shape else 1
+        chunk = -(-rows // self.count)
+        start, stop = (min(rank * chunk, rows) for rank in (self.rank, self.rank + 1))
         return Rows(shape, chunk, slice(start, stop))
 
 
@@ -72,7 +79,7 @@ class Division(NamedTuple):
         for part, place in zip(parts, own.split(sizes), strict=True):
             place[: part.numel()].copy_(part.reshape(-1))
         every = own.new_empty(self.mesh.count * len(own))
-        dist.all_gather_into_tensor(every, own, group=self.mesh.group)
+        _all_gather(every, own, group=self.mesh.group)
         columns = every.view(self.mesh.count, -1).split(sizes, dim=1)
         return [
             column.reshape(-1)[: math.prod(rows.shape)].view(rows.shape)
@@ -81,7 +88,7 @@ class Division(NamedTuple):
 
     def parts(self, wholes: Sequence[Tensor]) -> list[Tensor]:
         """Return this process's parts of whole tensors that all processes have."""
-        return [whole.reshape(rows.shape)[rows.here].clone() for whole, rows in zip(wholes, self.rows, strict=True)]
+        return [rows.of(whole).clone() for whole, rows in zip(wholes, self.rows, strict=True)]
 
 
 class _Whole(torch.autograd.Function):

@@ -1,0 +1,471 @@
+"""What processes do, for test_sharded: objectives of sharded models beside those of the same models whole."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import msam_analysis as ma
+from msam_analysis.objective.sharded import find_shards
+
+from .cases import CASES, Case, normal
+
+Found = dict[str, Any]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that all processes have."""
+    return getattr(tensor.detach(), "full_tensor", tensor.detach)().clone()
+
+
+def shard(model: nn.Module, **options: Any) -> nn.Module:
+    """Every child with parameters is a unit, and so is the model."""
+    for child in model.children():
+        if any(True for _ in child.parameters()):
+            fully_shard(child, **options)
+    return fully_shard(model, **options)
+
+
+def root(model: nn.Module) -> nn.Module:
+    return fully_shard(model)
+
+
+def kept_whole(model: nn.Module) -> nn.Module:
+    return shard(model, reshard_after_forward=False)
+
+
+def far(one: Tensor, other: Tensor) -> float:
+    """Distance of two vectors or numbers, relative to the second; infinite for NaN."""
+    gap = float((one - other).norm()) / max(float(other.norm()), 1e-30)
+    return gap if gap == gap else float("inf")
+
+
+def compare(sharded: ma.Objective, alone: ma.Objective, seed: int = 0) -> dict[str, float]:
+    """How far an objective of a sharded model is from that of the whole one, in this process's part."""
+    space = sharded.space
+    part, like = space.part, alone.point()
+    v, mine = (o.space.gaussian(1, seed=seed, like=like)[:, 0] for o in (alone, sharded))
+    w = like + 0.05 * v
+    second = sharded.with_weights(sharded.point() + 0.05 * mine)
+    columns = torch.stack([v, w, v - w, v + w, w * w], dim=1)
+    hessian, products = sharded.hessian(), alone.hessian()
+    few = sharded.hessian()
+    few._room = 0
+    found = {
+        "size": float(sharded.size != alone.size),
+        "point": far(sharded.point(), part(alone.point())),
+        "draw": far(mine, part(v)),
+        "loss": far(sharded.loss(), alone.loss()),
+        "loss at w": far(sharded.loss(part(w)), alone.loss(w)),
+        "gradient": far(sharded.gradient(), part(alone.gradient())),
+        "gradient at w": far(second.gradient(), part(alone.gradient(w))),
+        "hvp": far(sharded.hvp(mine, part(w)), part(alone.hvp(v, w))),
+        "together": far(hessian @ part(columns), part(products @ columns)),
+        "again": far(hessian @ mine, part(products @ v)),
+        "rebuilt": far(few @ mine, part(products @ v)),
+        "kept": float(hessian.kept != len(alone.batches)) + few.kept,
+        "verdict": float(sharded.examine().verdict != alone.examine().verdict),
+    }
+    if not isinstance(alone.loss_fn, Penalty) and alone.loss_fn is not encoding:  # no functions of the output alone
+        found["Gauss-Newton"] = far(sharded.gauss_newton() @ mine, part(alone.gauss_newton() @ v))
+    return found
+
+
+def pair(model: Callable[[], nn.Module], divide: Callable[[nn.Module], nn.Module], loss: Any, data: Any, **more: Any) -> Any:
+    """Objectives of a sharded model and of its whole twin; the sharded model, too."""
+    alone, sharded = model(), divide(model())
+    return ma.Objective(sharded, loss, data, **more), ma.Objective(alone, loss, data, **more), sharded
+
+
+# ------------------------------------------------------------------------------------------------- cases of other tables
+
+
+def of_table(case: Case, divide: Callable[[nn.Module], nn.Module], dtype: torch.dtype, **more: Any) -> Found:
+    sharded, alone, _ = pair(lambda: case.model(dtype), divide, case.loss_fn, case.data(dtype), **more)
+    return compare(sharded, alone)
+
+
+# ------------------------------------------------------------------------------------------------------------ cases here
+
+
+class Block(nn.Module):
+    """A layer that is run again in the backward pass."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 7), nn.Linear(7, width)
+
+    def inner(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(torch.tanh(self.up(x)))
+        return x + y
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.inner, x, use_reentrant=False)
+        return y
+
+
+class Net(nn.Module):
+    """Everything that FSDP makes difficult; options say what of it."""
+
+    def __init__(self, *, blocks: bool = False, reach: bool = False, lstm: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 5)
+        self.block = Block(5) if blocks else nn.Tanh()
+        self.lstm = nn.LSTM(5, 5, batch_first=True) if lstm else None
+        self.scale = nn.Parameter(torch.tensor(1.3))
+        self.last = nn.Linear(5, 3)
+        self.reach = reach
+
+    def encode(self, x: Tensor) -> Tensor:
+        y: Tensor = self.block(torch.tanh(self.first(x)))
+        return y if self.lstm is None else self.lstm(y[:, None])[0][:, 0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.encode(x))
+        if self.reach:  # a parent that uses a child's weight
+            y = y + (x @ self.first.weight.T @ self.last.weight.T).sin()
+        return y * self.scale
+
+
+def net(dtype: torch.dtype = torch.float64, **options: bool) -> Net:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return Net(**options).to(dtype)
+
+
+def batches(dtype: torch.dtype = torch.float64) -> list[Any]:
+    return [(normal(n, 6, seed=n).to(dtype), normal(n, 3, seed=n + 50).to(dtype)) for n in (8, 8, 5)]
+
+
+def without_scale(model: Net) -> nn.Module:
+    """The scale is left whole, in all processes, as FSDP wants it of 0-dimensional parameters."""
+    return shard(model, ignored_params={model.scale})
+
+
+def kept_without_scale(model: Net) -> nn.Module:
+    return shard(model, ignored_params={model.scale}, reshard_after_forward=False)
+
+
+def in_bfloat16(model: Net) -> nn.Module:
+    return shard(model, ignored_params={model.scale}, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+
+
+def squares(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().mean()
+
+
+class Penalty:
+    """A loss that reads the weights of the model that it knows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        return squares(model(batch[0]), batch[1]) + 0.1 * sum(p.square().sum() for p in self.model.parameters())
+
+
+def encoding(model: Any, batch: Any) -> Tensor:
+    """A loss that calls another method than forward."""
+    return model.encode(batch["x"]).square().mean() + model(batch["x"]).sin().mean()
+
+
+class Once(torch.autograd.Function):
+    """A sine without a second derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope * ctx.saved_tensors[0].cos()
+
+
+class Sine(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = Once.apply(x)
+        return y
+
+
+def of_net(divide: Callable[[Any], nn.Module] = without_scale, loss: Any = squares, data: Any = None, **options: bool) -> Found:
+    return compare(*pair(lambda: net(**options), divide, loss, data or batches())[:2])
+
+
+def reached() -> Found:
+    """The loss knows the original."""
+    alone, sharded = net(), net()
+    without_scale(sharded)
+    data = [{"x": x, "y": y} for x, y in batches()]
+    data = [dataset_pair(batch) for batch in data]
+    return compare(ma.Objective(sharded, Penalty(sharded), data), ma.Objective(alone, Penalty(alone), data))
+
+
+def dataset_pair(batch: dict[str, Tensor]) -> Any:
+    """A batch that is no pair, so that the loss gets the model."""
+    return batch["x"], batch["y"], torch.zeros(len(batch["x"]))
+
+
+def methods() -> Found:
+    """A method that gathers weights, as forward does."""
+
+    def divide(model: Net) -> nn.Module:
+        without_scale(model)
+        register_fsdp_forward_method(model, "encode")
+        return model
+
+    return of_net(divide, encoding, [{"x": x} for x, _ in batches()])
+
+
+def selected() -> Found:
+    """Some parameters, frozen ones among them."""
+    sharded, alone, model = pair(net, without_scale, squares, batches())
+    for each in (alone.model, model):
+        each.last.weight.requires_grad_(False)
+    found = compare(sharded.with_parameters(["first.*", "scale"]), alone.with_parameters(["first.*", "scale"]))
+    frozen = compare(sharded.with_parameters("last.*"), alone.with_parameters("last.*"))
+    rest = compare(*(ma.Objective(each, squares, batches()) for each in (model, alone.model)))
+    return found | {f"frozen: {key}": value for key, value in frozen.items()} | {f"rest: {k}": v for k, v in rest.items()}
+
+
+def differences() -> Found:
+    """Products by differences, whose step is as long as that of the whole model."""
+
+    def model() -> nn.Module:
+        built = net()
+        built.block = Sine()
+        return built
+
+    sharded, alone, _ = pair(model, without_scale, squares, batches(), second_derivatives="central")
+    found = compare(sharded, alone)
+    exact = ma.Objective(net(), squares, batches())
+    found["kept"] = 0.0  # differences have no graphs
+    found["settings"] = far(*(torch.tensor(o.settings["error of differences"]) for o in (sharded, alone)))
+    return found | {"another": 0.0 if exact.size == alone.size else 1.0}
+
+
+def vectors() -> Found:
+    """Flat vectors of tensors of any kind, by parameter or by name."""
+    sharded, alone, model = pair(net, without_scale, squares, batches())
+    part = sharded.space.part
+    for each in (model, alone.model):
+        squares(each(batches()[0][0]), batches()[0][1]).backward()
+    of = {p: p.grad for p in model.parameters()}
+    expected = alone.vector({p: p.grad for p in alone.model.parameters()})
+    named = {name: p.grad for name, p in alone.model.named_parameters()}
+    return {
+        "by parameter": far(sharded.vector(of), part(expected)),
+        "whole, by name": far(sharded.vector(named), part(expected)),
+        "some": far(sharded.vector({"scale": torch.tensor(2.0)}), part(alone.vector({"scale": torch.tensor(2.0)}))),
+    }
+
+
+# --------------------------------------------------------------------------------------------------- the model is its own
+
+
+def state(model: nn.Module) -> list[Any]:
+    """What a measurement must leave: types and identities, values of shards and of whole weights, gradients, modes."""
+    kept: list[Any] = []
+    for name, p in model.named_parameters():
+        local = p.to_local() if hasattr(p, "to_local") else p
+        gradient = None if p.grad is None else getattr(p.grad, "to_local", lambda p=p: p.grad)().clone()
+        kept.append((name, id(p), hasattr(p, "to_local"), local.detach().clone(), gradient, p.requires_grad))
+    modes = [(module.training, sorted(vars(module)), len(module._forward_hooks)) for module in model.modules()]
+    return [kept, modes, [b.clone() for b in model.buffers()], torch.random.get_rng_state(), random.getstate()[1][:5]]
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and torch.equal(one, other)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def measured(model: Any, before: Callable[[Any], None]) -> dict[str, float]:
+    """Measure a model in some state; what was measured, and whether the model is as it was."""
+    before(model)
+    alone = net()
+    with torch.no_grad():
+        for name, p in alone.named_parameters():
+            p.copy_(weights_of(model)[name])
+    before_it = state(model)
+    sharded = ma.Objective(model, squares, batches())
+    found = compare(sharded, ma.Objective(alone, squares, batches()))
+    sharded.with_parameters("last.*").gradient()
+    found["another state"] = float(not same(before_it, state(model)))
+    return found
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Whole weights of a model, by a twin of its state, which is not touched."""
+    return {name: whole(p) for name, p in model.named_parameters()}
+
+
+PENDING: list[Tensor] = []
+
+
+def never_run(model: Any) -> None:
+    pass
+
+
+def just_run(model: Any) -> None:
+    """The root, at least, holds whole weights afterwards."""
+    with torch.no_grad():
+        model(batches()[0][0])
+    assert not all(hasattr(p, "to_local") for p in model.parameters())
+
+
+def trained(model: Any, optimizer: Any = None) -> None:
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.1)
+    squares(model(batches()[0][0]), batches()[0][1]).backward()
+    optimizer.step()
+
+
+def in_the_middle(model: Any) -> None:
+    """Between a forward and a backward pass, with gradients of an earlier one."""
+    trained(model)
+    PENDING.append(squares(model(batches()[1][0]), batches()[1][1]))
+
+
+def goes_on() -> Found:
+    """An objective is measured while its model trains; then the backward pass that was under way is right."""
+    PENDING.clear()
+    model, twin = without_scale(net()), net()
+    found = measured(model, in_the_middle)
+    in_the_middle(twin)
+    for each, value in zip((model, twin), PENDING, strict=True):
+        each.zero_grad()
+        value.backward()
+    gradients = zip(model.parameters(), twin.parameters(), strict=True)
+    found["pending"] = max(far(whole(one.grad), other.grad) for one, other in gradients)
+    return found
+
+
+def followed() -> Found:
+    """An objective sees the weights that the model has now, whole or sharded, and changes of attributes."""
+    sharded, alone, model = pair(net, kept_without_scale, squares, batches())
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, alone.model)]
+    found = {}
+    for step, change in enumerate((never_run, just_run, trained, just_run)):
+        if change is trained:
+            for each, optimizer in zip((model, alone.model), optimizers, strict=True):
+                trained(each, optimizer)
+        else:
+            change(model)
+        found |= {f"{step} {key}": value for key, value in compare(sharded, alone).items()}
+    for each in (model, alone.model):
+        each.reach = True
+    return found | {f"changed: {key}": value for key, value in compare(sharded, alone).items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def tensor_parallel() -> Found:
+    """Rows of a parameter are divided, but not by FSDP."""
+    model, mesh = net(), init_device_mesh("cpu", (dist.get_world_size(),))
+    model.first.weight = nn.Parameter(distribute_tensor(model.first.weight.detach(), mesh, [Shard(0)]))
+    return {"told": answer(ma.Objective, model, squares, batches())}
+
+
+def by_columns() -> Found:
+    model = fully_shard(net().first, shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 else Shard(0))
+    return {"told": answer(ma.Objective, model, squares, batches())}
+
+
+def answer(ask: Callable[..., Any], *arguments: Any) -> str:
+    """What is told instead of an answer."""
+    try:
+        ask(*arguments)
+    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def replicated() -> Found:
+    """Four processes, two and two: the weights are divided in each half."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return of_net(lambda model: shard(model, mesh=mesh, ignored_params={model.scale}))
+
+
+def groups() -> Found:
+    """Memory: what a process holds of the weights at most, in entries, while a gradient and a product are computed."""
+    sharded, _, model = pair(net, without_scale, squares, batches())
+    shards = find_shards(sharded.evaluation.original)
+    assert shards is not None
+    return {"units": sorted(shards.units), "sharded": isinstance(model, FSDPModule)}
+
+
+HERE: dict[str, Callable[[], Found]] = {
+    "net": of_net,
+    "kept whole": lambda: of_net(kept_without_scale),
+    "bfloat16 in training": lambda: of_net(in_bfloat16),
+    "run again": lambda: of_net(blocks=True),
+    "child's weight": lambda: of_net(kept_without_scale, reach=True),
+    "recurrent": lambda: of_net(lstm=True),
+    "reached": reached,
+    "methods": methods,
+    "selected": selected,
+    "differences": differences,
+    "vectors": vectors,
+    "never run": lambda: measured(without_scale(net()), never_run),
+    "just run": lambda: measured(without_scale(net()), just_run),
+    "just run, kept whole": lambda: measured(kept_without_scale(net()), just_run),
+    "trained": lambda: measured(without_scale(net()), trained),
+    "goes on": goes_on,
+    "followed": followed,
+    "tensor parallel": tensor_parallel,
+    "by columns": by_columns,
+}
+
+
+def cases(world: int) -> dict[str, Callable[[], Found]]:
+    """All that some processes do, by name; four of them do less."""
+    table: dict[str, Callable[[], Found]] = {}
+    for case in CASES:
+        for policy in (*case.policies, *(["recalibrate"] if "batch" in case.policies else [])):
+            more: dict[str, Any] = {"batchnorm": policy}
+            name = f"{case.name} {policy}"
+            if case.name == "tied":  # units of their own would part the two
+                continue
+            table[name] = lambda case=case, more=more: of_table(case, shard, torch.float64, **more)
+            if world == 2:
+                table[f"{name} float32"] = lambda case=case, more=more: of_table(case, shard, torch.float32, **more)
+        table[f"{case.name} root"] = lambda case=case: of_table(case, root, torch.float64)
+    if world == 4:
+        return table | {"replicated": replicated}
+    return table | HERE
+
+
+def work(rank: int, folder: str, world: int, only: str = "") -> None:
+    """One of some processes; a case that fails leaves its sentence, and its group."""
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {}
+    for number, (name, make) in enumerate(cases(world).items()):
+        if not (set(only.split(",")) & set(name.split(" ") + [name]) if only else True):
+            continue
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=world)
+        dist.barrier()  # a process that is refused at once must not leave while the other still connects
+        try:
+            results[name] = make()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is what the test looks at
+            results[name] = f"{type(error).__name__}: {error}"
+            if only:
+                import traceback; traceback.print_exc()
+        dist.destroy_process_group()
+    torch.save(results, Path(folder) / f"rank{rank}.pt")
