@@ -7,7 +7,7 @@ Such data is refused here, with what to do. Reading never touches the caller's r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from msam_analysis.objective.nested import Batch, count_samples, fields_of, is_record, map_tensors, tensors_of
 from msam_analysis.objective.randomness import RandomStream
-from msam_analysis.results.fingerprint import of_tensors
+from msam_analysis.objective.ranks import Ranks
+from msam_analysis.results.fingerprint import fingerprint, of_tensors
 
 CACHE_BYTES = 2**30
 _END = object()
@@ -29,6 +30,18 @@ class Batches:
 
     Copies of the batches are kept on the device up to ``cache_bytes`` in all. Beyond it, and where something wrote to
     them, they are read again at every pass. ``dtype`` is that of floating-point tensors; ``None`` leaves them.
+
+    Several ``ranks`` share the batches: each keeps its own alone. All of them have the same ``data``, of which they
+    take batches in turn, or (``split``) each has other data, which come one after the other.
+
+    Attributes
+    ----------
+    ranks
+        The processes that share the batches.
+    sizes
+        Samples in every batch, those of other processes included.
+    own
+        Numbers of the batches that this process reads, among those of all.
     """
 
     def __init__(
@@ -38,35 +51,87 @@ class Batches:
         device: torch.device,
         dtype: torch.dtype | None,
         cache_bytes: int = CACHE_BYTES,
+        ranks: Ranks | None = None,
+        split: bool = False,
     ) -> None:
-        self._source = _as_source(data)
+        self.ranks, self.split = ranks or Ranks(together=False), split
         self._device, self._dtype = device, dtype
         self._cached: list[Batch] | None = []
         self._alike = False
+        self._fit = True  # whether the batches of every process fit its cache
         self.cache_bytes = cache_bytes
-        self.nbytes, self.sizes, sums = 0, [], []
-        for raw in _read(self._source):
-            batch = self._move(raw)
-            self.sizes.append(count_samples(raw))
+        with self.ranks.apart("reading the data"):
+            self._source = _as_source(data)
+            sums = self._first_pass()
             if not isinstance(self._source, list | _Samples):
+                self._check_repeats(sums)
+        if self.ranks.count > 1:
+            self._share(sums)
+        if not self.sizes or sum(self.sizes) == 0:
+            raise ValueError("the data is empty: expected at least one batch with at least one sample")
+
+    def _first_pass(self) -> list[str]:
+        """Read everything once: keep what is this process's own, as far as there is room; return hashes."""
+        self.nbytes, self.sizes, sums, kept = 0, list[int](), list[str](), list[Batch]()
+        source, count = self._source, self.ranks.count
+        given = isinstance(source, _Samples)
+        # Of other batches, and of data that are divided, each process has its own part alone.
+        whole = count > 1 and (given or not (self.split or isinstance(source, Batches)))
+        for number, raw in enumerate(_read(source)):
+            self.sizes.append(count_samples(raw))
+            if not isinstance(source, list | _Samples) or (whole and not given):
                 sums.append(of_tensors(tensors_of(raw)))
+            if whole and number % count != self.ranks.rank:
+                continue
+            if whole and given:  # they cannot be read again by one process alone
+                kept.append(raw)
+            batch = self._move(raw)
             self.nbytes += sum(tensor.nbytes for tensor in tensors_of(batch))
             if self._cached is not None:
                 self._cached.append(batch)
-                if self.nbytes > cache_bytes:
+                if self.nbytes > self.cache_bytes:
                     self._cached = None
+        self.own = self._places = range(self.ranks.rank if whole else 0, len(self.sizes), count if whole else 1)
+        if whole and given:
+            self._source, self._places = _Given(kept), range(len(kept))
         self._versions = self._written()
-        if not self.sizes or sum(self.sizes) == 0:
-            raise ValueError("the data is empty: expected at least one batch with at least one sample")
-        if not isinstance(self._source, list | _Samples):
-            self._check_repeats(sums)
+        return sums
+
+    def _share(self, sums: list[str]) -> None:
+        """Find out about the batches of the other processes."""
+        found = self.ranks.everyone((self.sizes, self._cached is not None))
+        self._fit = all(fits for _, fits in found)
+        if isinstance(self._source, Batches):
+            self.own, self.sizes = self._source.own, self._source.sizes
+        elif self.split and not isinstance(self._source, _Given):
+            start = sum(len(sizes) for sizes, _ in found[: self.ranks.rank])
+            self.own = range(start, start + len(self.sizes))
+            self.sizes = [size for sizes, _ in found for size in sizes]
+        elif not self.split:
+            advice = "; say ranks='split' for data that are divided among the processes already"
+            self.ranks.check_alike({"data": fingerprint(sums, self.sizes)}, advice)
 
     @classmethod
-    def shared(cls, data: object, *, device: torch.device, dtype: torch.dtype | None, cache_bytes: int) -> Batches:
+    def shared(
+        cls,
+        data: object,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        cache_bytes: int,
+        ranks: Ranks,
+        split: bool,
+    ) -> Batches:
         """Return ``data`` itself where it is batches on this device in this data type, else batches made of it."""
-        if isinstance(data, Batches) and (data._device, data._dtype) == (device, dtype):
-            return data
-        return cls(data, device=device, dtype=dtype, cache_bytes=cache_bytes)
+        if isinstance(data, Batches):
+            if (data.ranks.count, data.split) != (ranks.count, split):
+                raise ValueError(
+                    "the batches of another objective are shared by processes in another way: expected the same "
+                    "argument ranks for both; give it, or pass the data themselves"
+                )
+            if (data._device, data._dtype) == (device, dtype):
+                return data
+        return cls(data, device=device, dtype=dtype, cache_bytes=cache_bytes, ranks=ranks, split=split)
 
     @classmethod
     def of(cls, batches: Sequence[Batch], *, device: torch.device, dtype: torch.dtype | None) -> Batches:
@@ -75,8 +140,13 @@ class Batches:
 
     @property
     def fits(self) -> bool:
-        """Whether copies of all batches are kept on the device."""
-        return self._cached is not None
+        """Whether copies of all batches are kept on the devices."""
+        return self._fit if self.ranks.count > 1 else self._cached is not None
+
+    @property
+    def own_sizes(self) -> list[int]:
+        """Samples in every batch that this process reads."""
+        return [self.sizes[number] for number in self.own]
 
     @property
     def samples(self) -> int:
@@ -84,38 +154,65 @@ class Batches:
         return sum(self.sizes)
 
     def __len__(self) -> int:
-        """Return the number of batches."""
+        """Return the number of batches, those of other processes included."""
         return len(self.sizes)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Iterate over batches on the device; whoever gets them may write to them."""
-        return self.read(range(len(self)))
+        """Iterate over this process's batches on the device; whoever gets them may write to them."""
+        return self.read(self.own)
 
     def read(self, wanted: Sequence[int]) -> Iterator[Batch]:
-        """Iterate over some batches only, given by increasing numbers."""
+        """Iterate over some of this process's batches only, given by increasing numbers."""
         if self._written() != self._versions:
             self._cached = None  # a model worked in place on them
         if self._cached is not None:
-            for index in wanted:
+            for number in wanted:
                 # Containers are new at every pass: some loss functions pop their labels.
-                yield map_tensors(self._cached[index], lambda tensor: tensor)
+                yield map_tensors(self._cached[self.own.index(number)], lambda tensor: tensor)
         else:
-            chosen = set(wanted)
+            chosen = {self._places[self.own.index(number)] for number in wanted}
             for index, raw in enumerate(_read(self._source)):
                 if index in chosen:
                     yield self._move(raw)
 
     def take(self, indices: Tensor, batch_size: int | None = None) -> Batches:
         """Return batches of chosen samples, in this order; see :meth:`msam_analysis.Objective.with_samples`."""
-        _check_indices(indices, self.samples)
-        size = max(self.sizes) if batch_size is None else batch_size
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {size!r}")
-        if not self._alike:
-            _check_alike(self)
-            self._alike = True
+        with self.ranks.apart("choosing samples") as alike:
+            _check_indices(indices, self.samples)
+            size = max(self.sizes) if batch_size is None else batch_size
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"batch_size must be a positive integer, got {size!r}")
+            if not self._alike:
+                _check_alike(self)
+                self._alike = True
+            alike.append(indices.double())
         source = _Samples(self, indices.detach().cpu().long(), size)
-        return Batches(source, device=self._device, dtype=self._dtype, cache_bytes=self.cache_bytes)
+        how: dict[str, Any] = {"ranks": self.ranks, "split": self.split}
+        return Batches(source, device=self._device, dtype=self._dtype, cache_bytes=self.cache_bytes, **how)
+
+    def first(self) -> Batch:
+        """Return the first batch, in every process."""
+        return next(iter(self)) if self.ranks.count == 1 else self.gathered([0])[0]
+
+    def gathered(self, wanted: Sequence[int], choose: Callable[[int, Batch], Batch] | None = None) -> list[Batch]:
+        """Return some batches, given by increasing numbers, or what is chosen of them, in every process."""
+        mine = [number for number in wanted if number in self.own]
+        with self.ranks.apart("handing batches on"):
+            read = zip(mine, self.read(mine), strict=True)
+            found = {number: choose(number, batch) if choose else batch for number, batch in read}
+        if self.ranks.count > 1:
+            sent = {number: map_tensors(batch, Tensor.cpu) for number, batch in found.items()}
+            theirs = {number: batch for each in self.ranks.everyone(sent) for number, batch in each.items()}
+            found = {number: map_tensors(theirs[number], lambda tensor: tensor.to(self._device)) for number in wanted}
+        return list(found.values())
+
+    def fingerprint(self) -> str:
+        """Return a hash of what all batches hold."""
+        if self.ranks.count == 1:
+            return of_tensors(tensor for batch in self for tensor in tensors_of(batch))
+        with self.ranks.apart("reading the data"):
+            mine = [(number, of_tensors(tensors_of(batch))) for number, batch in zip(self.own, self, strict=True)]
+        return fingerprint(sorted(one for each in self.ranks.everyone(mine) for one in each))
 
     def _written(self) -> list[int]:
         """Return how often every cached tensor has been written to."""
@@ -170,10 +267,11 @@ class _Samples:
         counts = owners.bincount(minlength=len(self._batches))
         rows = (indices - self._starts[owners])[order].split(counts.tolist())
         wanted = counts.nonzero()[:, 0].tolist()
-        pieces = [
-            map_tensors(batch, partial(_rows, rows=rows[index]))
-            for index, batch in zip(wanted, self._batches.read(wanted), strict=True)
-        ]
+        pieces = self._batches.gathered(
+            wanted, lambda number, batch: map_tensors(batch, partial(_rows, rows=rows[number]))
+        )
+        if self._batches.ranks.count > 1:  # each has looked at its own batches alone
+            _check_constants(_constants(piece) for piece in pieces)
         columns = list(zip(*(tensors_of(piece) for piece in pieces), strict=True))
         if all(_alike(column) for column in columns):
             joined = [torch.cat(column) if column[0].ndim else column[0] for column in columns]
@@ -220,21 +318,28 @@ def _check_indices(indices: Tensor, samples: int) -> None:
 
 def _check_alike(batches: Batches) -> None:
     """Raise ``ValueError`` unless every batch is rows of the same tensors, and all else is equal in all batches."""
-    first: Any = None
-    for batch, size in zip(batches, batches.sizes, strict=True):
-        for tensor in tensors_of(batch):
-            if tensor.ndim and len(tensor) != size:
-                raise ValueError(
-                    f"a batch of {size} samples holds a tensor of shape {tuple(tensor.shape)}: expected tensors whose "
-                    "first dimension counts samples; leave out what is not data of one sample, or make it 0-dimensional"
-                )
-        constant = _constants(batch)
-        first = constant if first is None else first
-        if constant != first:
+    _check_constants(_rows_apart(batch, size) for batch, size in zip(batches, batches.own_sizes, strict=True))
+
+
+def _rows_apart(batch: Batch, size: int) -> Any:
+    """Return what of a batch is not rows of a tensor; ``ValueError`` where rows of a tensor are no samples."""
+    for tensor in tensors_of(batch):
+        if tensor.ndim and len(tensor) != size:
             raise ValueError(
-                "batches differ in what is not rows of a tensor (keys, numbers, strings, 0-dimensional tensors): "
-                "expected it equal in all batches; make it a tensor whose first dimension counts samples"
+                f"a batch of {size} samples holds a tensor of shape {tuple(tensor.shape)}: expected tensors whose "
+                "first dimension counts samples; leave out what is not data of one sample, or make it 0-dimensional"
             )
+    return _constants(batch)
+
+
+def _check_constants(found: Iterable[Any]) -> None:
+    rest = iter(found)
+    first = next(rest, None)
+    if any(constant != first for constant in rest):
+        raise ValueError(
+            "batches differ in what is not rows of a tensor (keys, numbers, strings, 0-dimensional tensors): "
+            "expected it equal in all batches; make it a tensor whose first dimension counts samples"
+        )
 
 
 def _constants(batch: Batch) -> Any:

@@ -19,6 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from msam_analysis.objective.ranks import Ranks
+from msam_analysis.objective.vectors import widest
+
 Policy = Literal["eval", "batch", "recalibrate"]
 
 
@@ -63,10 +66,26 @@ def collect_statistics(model: nn.Module, share: float | None) -> None:
 def blank_statistics(model: nn.Module, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the buffers with every BatchNorm layer's running statistics reset, as new tensors."""
     fresh = dict(buffers)
-    for name, layer in batchnorm_layers(model).items():
-        if layer.running_mean is None:
-            continue
-        prefix = f"{name}." if name else ""
+    for prefix in _with_statistics(model):
         for key, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
             fresh[prefix + key] = torch.full_like(buffers[prefix + key], value)
     return fresh
+
+
+def averaged_statistics(model: nn.Module, buffers: dict[str, Tensor], weight: float, ranks: Ranks) -> dict[str, Tensor]:
+    """Return the buffers with running statistics of all processes, from those of batches that weigh ``weight`` here."""
+    names = [prefix + key for prefix in _with_statistics(model) for key in ("running_mean", "running_var")]
+    if ranks.count == 1 or not names:
+        return buffers
+    own = torch.cat([buffers[name].flatten().to(widest(buffers[name].device)) for name in names])
+    (mean,) = ranks.mean(weight, own * weight)
+    parts = mean.split([buffers[name].numel() for name in names])
+    return buffers | {
+        name: part.view_as(buffers[name]).to(buffers[name]) for name, part in zip(names, parts, strict=True)
+    }
+
+
+def _with_statistics(model: nn.Module) -> list[str]:
+    """Return what the names of running statistics begin with, one for each BatchNorm layer that has some."""
+    layers = batchnorm_layers(model).items()
+    return [f"{name}." if name else "" for name, layer in layers if layer.running_mean is not None]

@@ -19,6 +19,7 @@ from msam.shards import like
 from msam_analysis.objective.batches import Batches
 from msam_analysis.objective.batchnorm import (
     Policy,
+    averaged_statistics,
     blank_statistics,
     collect_statistics,
     describe_policy,
@@ -26,9 +27,10 @@ from msam_analysis.objective.batchnorm import (
 )
 from msam_analysis.objective.examination import Examination
 from msam_analysis.objective.explaining import explained
-from msam_analysis.objective.nested import Batch
+from msam_analysis.objective.nested import Batch, map_tensors
 from msam_analysis.objective.private import Attributes, LossModule, use_randomness
 from msam_analysis.objective.randomness import RandomStream
+from msam_analysis.objective.ranks import Ranks
 from msam_analysis.objective.second_derivatives import SecondDerivatives
 from msam_analysis.objective.sharded import Rows, Units, find_shards, resharded
 from msam_analysis.objective.space import Space
@@ -49,6 +51,19 @@ class BatchLoss(NamedTuple):
     weight: float  # the weight of the batch in the mean over all
     outputs: tuple[Tensor, ...] = ()  # if asked for: the tensors that the model put out
     cuts: tuple[Tensor, ...] = ()  # the leaves that took their place in the loss
+    # What is differentiated, and what its derivatives are multiplied by in the sum over batches: the loss and its
+    # weight, or the product and 1 where the way back to the parameters adds up what processes have.
+    term: Tensor = torch.zeros(())
+    scale: float = 1.0
+
+
+class _Pass(NamedTuple):
+    """A batch that goes through the network."""
+
+    index: int
+    batch: Batch
+    weight: float
+    counts: bool = True
 
 
 @dataclass
@@ -96,6 +111,7 @@ class Evaluation:
         with self.held():
             self.outer |= {id(tensor): name for name, tensor in _tensors(self.original).items()}
         self._weights: list[float] | None = None
+        self._fillers: dict[tuple[float, ...], tuple[int, _Pass | None]] = {}
         self._told = False
         self.renew()
 
@@ -122,10 +138,39 @@ class Evaluation:
         for name, value in changes.items():
             setattr(other, name, value)
         if "batches" in changes:
-            other._weights = None
+            other._weights, other._fillers = None, {}
         if "original" in changes:
             other._attributes = Attributes(other.original)
         return other
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the batches; whatever is a sum over batches is a sum over them."""
+        return self.batches.ranks
+
+    @property
+    def spread(self) -> bool:
+        """Whether processes that share the weights have batches of their own."""
+        return self.shards is not None and self.ranks.count > 1
+
+    @contextlib.contextmanager
+    def apart(self, what: str) -> Iterator[list[Tensor]]:
+        """Return a context in which processes work by themselves; see :meth:`.ranks.Ranks.apart`."""
+        with self.ranks.apart(what) as alike:
+            yield alike if self.shards is None else []  # points and vectors are divided
+
+    def mean(self, weight: float, *sums: Tensor) -> tuple[Tensor, ...]:
+        """Return weighted sums over batches as means, from numbers and vectors over this process's; overwrites them."""
+        if self.shards is None or not self.spread:
+            return self.ranks.mean(weight, *sums)
+        weights = torch.tensor([weight], dtype=torch.float64)
+        whole = float(self.ranks.sum(weights))
+        for total in sums:
+            if total.ndim:  # the way back to the shards has added up what their holders have
+                self.shards.mesh.over_copies(total)
+            else:
+                self.ranks.sum(total)
+        return tuple(total / whole for total in sums)
 
     # ------------------------------------------------------------------------------------------------ the private copy
 
@@ -154,7 +199,7 @@ class Evaluation:
             module = self.original.private_copy(owned if own else None).eval()
         if self.shards is not None:
             module.units = Units(module, self.shards)
-            module.units.place(dict(module.named_parameters()) if own else {}, self.shards.rows)
+            module.units.place(dict(module.named_parameters()) if own else {}, self.shards.rows, alike=True)
         if self.batchnorm == "batch":
             use_batch_statistics(module)
         for name in self.findings.drawing or ():
@@ -170,7 +215,7 @@ class Evaluation:
         """Put tensors in place of the private copy's, where they stay: a backward pass may run a part of it again."""
         with ALONE:
             if self.copy.units is not None:
-                self.copy.units.place(tensors, self.rows)
+                self.copy.units.place(tensors, self.rows, alike=not self.spread)
             for name, tensor in tensors.items():
                 for owner, key in self._slots[name]:
                     owner[key] = tensor
@@ -238,9 +283,10 @@ class Evaluation:
             "autocast": str(self.autocast or "").removeprefix("torch."),
             "dropout": self.dropout and random,
             "hooks left out": hooks,
-            "weighed by": findings.weighing is not SAMPLES and findings.weighing.counts,
+            "weighed by": findings.weighing != SAMPLES and findings.weighing.counts,
             "values": findings.with_gradients and "with gradients enabled",
             "statistics": self.foreign and "of other weights",
+            "processes": self.ranks.count > 1 and self.ranks.count,
             "examination": findings.examination and findings.examination.verdict,
         }
         return {
@@ -297,12 +343,14 @@ class Evaluation:
         """Return all else that the loss depends on at a point, by its name in the private copy.
 
         It is the other parameters, those of the criterion, and buffers. The policy ``"recalibrate"`` reads the data
-        once for the statistics of BatchNorm at ``w``.
+        once for the statistics of BatchNorm at ``w``. Several processes all take the buffers of the first, as
+        ``DistributedDataParallel`` does: in training each has its own running statistics.
         """
         selected = {f"model.{name}" for name in self.layout.names}
         with self.held():
             fixed = {name: self.converted(p) for name, p in self.original.named_parameters() if name not in selected}
         buffers = {name: self.converted(buffer) for name, buffer in self.original.named_buffers()}
+        buffers = (self.ranks if self.shards is None else Ranks()).tensors_of_first(buffers)
         if self.batchnorm == "recalibrate":
             pieces = {f"model.{name}": piece for name, piece in self.pieces(w).items()}
             buffers = self._recalibrated(pieces | fixed, buffers)
@@ -318,32 +366,36 @@ class Evaluation:
         fresh = blank_statistics(self.copy, {name: tensor.clone() for name, tensor in buffers.items()})
         seen = 0.0
         try:
-            with ALONE, self.evaluating() as stream:
+            with self.apart("statistics of BatchNorm"), ALONE, self.evaluating() as stream:
                 self.place(parameters | fresh)
-                for index, (batch, weight) in enumerate(zip(self.batches, self.batches.sizes, strict=True)):
+                for index, batch, size, counts in self._passes([float(size) for size in self.batches.own_sizes]):
                     stream.restart(self.seed + index)
+                    weight = size if counts else 0.0
                     seen += weight
                     collect_statistics(self.copy, share=weight / seen if seen else 0.0)
                     self.copy(batch)
         finally:
             collect_statistics(self.copy, share=None)
         # A layer may have put another tensor in place of the one that it was given.
-        return {name: self._slots[name][0][0][self._slots[name][0][1]].detach() for name in fresh}
+        found = {name: self._slots[name][0][0][self._slots[name][0][1]].detach() for name in fresh}
+        return averaged_statistics(self.copy, found, seen, self.ranks)
 
     # ------------------------------------------------------------------------------------------------------ the batches
 
     @property
     def weights(self) -> list[float]:
-        """Weight of every batch in the mean."""
+        """Weight of every batch of this process in the mean."""
         if self._weights is None:
             weighing = self.findings.weighing
-            if weighing is SAMPLES:
-                self._weights = [float(size) for size in self.batches.sizes]
-            elif weighing.count is not None:
-                self._weights = [weighing.count(batch) for batch in self.batches]
-            else:
-                self._weights = self.criterion_counts()
-            if not sum(self._weights) > 0:
+            with self.ranks.apart("weighing batches"):
+                if weighing == SAMPLES:
+                    weights = [float(size) for size in self.batches.own_sizes]
+                elif weighing.count is not None:
+                    weights = [weighing.count(batch) for batch in self.batches]
+                else:
+                    weights = self.criterion_counts()
+            self._weights = weights
+            if not float(self.ranks.sum(torch.tensor(sum(weights), dtype=torch.float64))) > 0:
                 raise ValueError(
                     f"no batch holds anything that the loss counts ({weighing.counts}): expected at least one; "
                     "check the labels"
@@ -351,15 +403,16 @@ class Evaluation:
         return self._weights
 
     def criterion_counts(self) -> list[float]:
-        """Return what the criterion counts on every batch: its sum over its mean, at the current weights."""
+        """Return what the criterion counts on this process's batches: its sum over its mean, at the current weights."""
         total, mean = (with_reduction(self.copy.loss_fn, reduction) for reduction in ("sum", "mean"))
         counts = []
-        with self.evaluating() as stream:
+        with self.ranks.apart("counting what the criterion counts"), self.evaluating() as stream:
             self.settle(self.pieces(), self.constants())
-            for index, batch in enumerate(self.batches):
+            for index, batch, _, own in self._passes([1.0] * len(self.batches.own)):
                 stream.restart(self.seed + index)
                 output = self.copy.model(batch[0])
-                counts.append(counted(*(float(c(output, batch[1])) for c in (mean, total) if c is not None)))
+                if own:
+                    counts.append(counted(*(float(c(output, batch[1])) for c in (mean, total) if c is not None)))
         return counts
 
     def batch_losses(
@@ -371,23 +424,48 @@ class Evaluation:
         skip: int = 0,
         cut: bool = False,
     ) -> Iterator[BatchLoss]:
-        """Yield the loss of every batch that weighs anything, after the first ``skip`` of them.
+        """Yield the loss of every batch of this process that weighs anything, after the first ``skip`` of them.
 
         With ``cut`` the loss is cut off from the parameters where the model puts out its tensors; both ends come, too.
         """
-        for index, (batch, weight) in enumerate(zip(self.batches, self.weights, strict=True)):
-            if not weight:
-                continue
+        for one in self._passes(self.weights):
             if skip:
                 skip -= 1
                 continue
-            yield self._batch_loss(index, batch, weight, point, constants, stream, cut=cut)  # held by nothing here
+            yield self._batch_loss(one, point, constants, stream, cut=cut)  # held by nothing here
+
+    def _passes(self, weights: list[float]) -> Iterator[_Pass]:
+        """Yield this process's batches that weigh anything.
+
+        Processes that share the weights gather them together, so they make equally many passes: those that have fewer
+        batches than others repeat one, which does not count.
+        """
+        most, filler = self._filler(weights)
+        done = 0
+        for index, batch, weight in zip(self.batches.own, self.batches, weights, strict=True):
+            if weight:
+                done += 1
+                yield _Pass(index, batch, weight)
+        while done < most and filler is not None:
+            done += 1
+            yield filler._replace(batch=map_tensors(filler.batch, lambda tensor: tensor))
+
+    def _filler(self, weights: list[float]) -> tuple[int, _Pass | None]:
+        """Return the number of passes, and the one that is repeated."""
+        if not self.spread:
+            return 0, None
+        key = tuple(weights)
+        if key not in self._fillers:
+            weighed = zip(self.batches.own, weights, strict=True)
+            every = self.ranks.everyone([(index, weight) for index, weight in weighed if weight])
+            most, (index, weight) = max(map(len, every)), next(own[0] for own in every if own)
+            (batch,) = self.batches.gathered([index])
+            self._fillers[key] = most, _Pass(index, batch, weight, counts=False)
+        return self._fillers[key]
 
     def _batch_loss(
         self,
-        index: int,
-        batch: Batch,
-        weight: float,
+        one: _Pass,
         point: dict[str, Tensor],
         constants: dict[str, Tensor],
         stream: RandomStream,
@@ -398,10 +476,13 @@ class Evaluation:
         cutting = self.copy.cut_outputs() if cut else contextlib.nullcontext([])
         with ALONE, cutting as pairs:
             # Every batch has its own seed: none sees what another drew.
-            stream.restart(self.seed + index)
+            stream.restart(self.seed + one.index)
             self.settle(point, constants)
-            evaluated = self.evaluate(batch, weight)
-        return BatchLoss(*evaluated, *zip(*pairs, strict=True))
+            value, weight = self.evaluate(one.batch, one.weight)
+        weight = weight if one.counts else 0.0
+        term, scale = (value * weight, 1.0) if self.spread else (value, weight)
+        outputs, cuts = zip(*pairs, strict=True) if pairs else ((), ())
+        return BatchLoss(value, weight, outputs, cuts, term, scale)
 
     def evaluate(self, batch: Batch, weight: float) -> tuple[Tensor, float]:
         """Return the mean loss of a batch and its weight, at the tensors in place."""
@@ -451,8 +532,8 @@ class Evaluation:
         """Find the modules that draw random numbers in training mode, and put them into it, once and where wanted."""
         if not self.dropout or self.findings.drawing is not None:
             return
-        batch = next(iter(self.batches))
-        with self.evaluating() as stream:
+        batch = self.batches.first()
+        with self.ranks.apart("looking for what draws random numbers"), self.evaluating() as stream:
             stream.restart(self.seed)
             self.settle(self.views(None), self.constants())
             self.findings.drawing = use_randomness(self.copy, lambda: self.copy(batch), stream)

@@ -59,7 +59,8 @@ class GaussNewtonOperator(GraphOperator):
     def _difference(self, ahead: Tensor, behind: Tensor) -> Tensor:
         leaves = list(self._leaves.values())
         total, weight_sum = torch.zeros_like(ahead), 0.0
-        with self._loss.deriving() as stream:
+        with self._loss.apart("a Gauss-Newton product by differences") as alike, self._loss.deriving() as stream:
+            alike.extend((ahead, behind))
             here, first, second = (
                 self._loss.batch_losses(point, self._constants, stream, cut=True)
                 for point in (self._leaves, self._loss.leaves(ahead), self._loss.leaves(behind))
@@ -69,16 +70,17 @@ class GaussNewtonOperator(GraphOperator):
                 pushed = [(plus.outputs[index] - minus.outputs[index]).detach() for index in used]
                 bent = self._bent(slopes, [loss.cuts[index] for index in used], pushed)
                 pulled = pull_back([loss.outputs[index] for index in used], leaves, bent, together=False)
-                total.add_(self._loss.layout.flatten(pulled), alpha=loss.weight)
+                total.add_(self._loss.layout.flatten(pulled), alpha=loss.scale)
                 weight_sum += loss.weight
-        return total / weight_sum
+        (mean,) = self._loss.mean(weight_sum, total)
+        return mean
 
     def _opened(self, loss: BatchLoss) -> tuple[list[int], list[Tensor]]:
         """Return which outputs the loss uses and its derivatives in them; ``ValueError`` if it uses anything else."""
-        if not loss.value.requires_grad:
-            loss_gradients(loss.value, self._leaves)  # raises and says why
+        if not loss.term.requires_grad:
+            loss_gradients(loss.term, self._leaves)  # raises and says why
         inputs = [*loss.cuts, *self._leaves.values()]
-        found = torch.autograd.grad(loss.value, inputs, create_graph=True, allow_unused=True)
+        found = torch.autograd.grad(loss.term, inputs, create_graph=True, allow_unused=True)
         if any(gradient is not None for gradient in found[len(loss.cuts) :]):
             raise ValueError(
                 "the loss uses the parameters beside the model's output: expected loss_fn to call the model itself, "

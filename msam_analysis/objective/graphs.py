@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,15 @@ Product = Callable[[list[Tensor], bool, bool], list[Tensor]]
 _SMALL_GRAPH, _TOGETHER, _FEWEST = 512 * 2**10, 4 * 2**20, 4
 
 
+class _Graph(NamedTuple):
+    """The products with one batch."""
+
+    product: Product
+    weight: float  # of the batch in the mean
+    scale: float  # by what products are multiplied in the sum
+    nbytes: int
+
+
 class GraphOperator(SymmetricOperator):
     """``Σ_b n_b A_b / Σ_b n_b`` with symmetric ``A_b``, whose products go along one graph for each batch."""
 
@@ -49,7 +58,7 @@ class GraphOperator(SymmetricOperator):
         self._leaves = loss.leaves(w)
         self._constants = loss.constants(w)
         self._room = keep_bytes
-        self._graphs: list[tuple[Product, float, int]] = []
+        self._graphs: list[_Graph] = []
         self._full = False
         self._complete = False  # whether every batch's graph is kept
         self._checked = False
@@ -92,31 +101,34 @@ class GraphOperator(SymmetricOperator):
         pieces = [list(self._loss.layout.views(row).values()) for row in rows]
         weight_sum = 0.0
 
-        def add(product: Product, weight: float, nbytes: int, *, keep: bool = True) -> None:
+        def add(graph: _Graph, *, keep: bool = True) -> None:
             nonlocal weight_sum
-            width = self._width(len(rows), nbytes)
+            width = self._width(len(rows), graph.nbytes)
             for start in range(0, len(rows), width):
                 part = total[start : start + width]
-                part.add_(self._walk(product, pieces[start : start + width], keep=keep), alpha=weight)
-            weight_sum += weight
+                part.add_(self._walk(graph.product, pieces[start : start + width], keep=keep), alpha=graph.scale)
+            weight_sum += graph.weight
 
         kept = self.kept
-        # A checkpointed part of the model is run again at every product: it must find this point's tensors.
-        self._loss.settle(self._leaves, self._constants)
-        for graph in self._graphs:
-            add(*graph)
-        if not self._complete:
-            with self._loss.deriving(twice=True) as stream:
-                losses = self._loss.batch_losses(self._leaves, self._constants, stream, skip=kept, cut=self._cut)
-                for graph in self._build(losses, together=len(rows) >= _FEWEST):
-                    # A graph that serves one vector is freed on the way.
-                    add(*graph, keep=len(rows) > 1 or not self._full)
-                    del graph  # before the next is built, or two would be in memory
+        with self._loss.apart("products of second derivatives") as alike:
+            alike.extend([rows] if self._passed else [rows, *self._leaves.values()])
+            # A checkpointed part of the model is run again at every product: it must find this point's tensors.
+            self._loss.settle(self._leaves, self._constants)
+            for graph in self._graphs:
+                add(graph)
+            if not self._complete:
+                with self._loss.deriving(twice=True) as stream:
+                    losses = self._loss.batch_losses(self._leaves, self._constants, stream, skip=kept, cut=self._cut)
+                    for graph in self._build(losses, together=len(rows) >= _FEWEST):
+                        # A graph that serves one vector is freed on the way.
+                        add(graph, keep=len(rows) > 1 or not self._full)
+                        del graph  # before the next is built, or two would be in memory
         if self._loss.shards is not None:
             self._loss.shards.gatherer.release()
-        return total / weight_sum
+        (mean,) = self._loss.mean(weight_sum, total)
+        return mean
 
-    def _build(self, losses: Iterator[BatchLoss], *, together: bool) -> Iterator[tuple[Product, float, int]]:
+    def _build(self, losses: Iterator[BatchLoss], *, together: bool) -> Iterator[_Graph]:
         """Yield the products with batches, their weights and the bytes of their graphs; keep, at first, what fits."""
         shards = self._loss.shards
         meter = _GraphMeter() if shards is None else _GraphMeter(shards.gatherer.pack, shards.gatherer.unpack)
@@ -135,7 +147,7 @@ class GraphOperator(SymmetricOperator):
                 product = self._product(loss)
             # Processes that share the weights keep the same graphs, or they would wait for each other.
             nbytes = meter.bytes if shards is None else int(self.space.largest(total.new_tensor(meter.bytes)))
-            graph = (product, loss.weight, nbytes)
+            graph = _Graph(product, loss.weight, loss.scale, nbytes)
             if not self._full and nbytes <= self._room:
                 self._room -= nbytes
                 self._graphs.append(graph)
@@ -194,12 +206,14 @@ def mean_gradient(loss: Evaluation, leaves: dict[str, Tensor], constants: dict[s
     total = torch.zeros((), dtype=widest(loss.device), device=loss.device)
     gradient = torch.zeros(loss.space.here, dtype=loss.dtype, device=loss.device)
     weight_sum = 0.0
-    with loss.deriving() as stream:
+    with loss.apart("a gradient") as alike, loss.deriving() as stream:
+        alike.extend(leaves.values())
         for batch in loss.batch_losses(leaves, constants, stream):
-            gradient.add_(loss.layout.flatten(loss_gradients(batch.value, leaves)), alpha=batch.weight)
+            gradient.add_(loss.layout.flatten(loss_gradients(batch.term, leaves)), alpha=batch.scale)
             total += batch.value.detach().to(total.dtype) * batch.weight
             weight_sum += batch.weight
-    return total / weight_sum, gradient / weight_sum
+    value, slope = loss.mean(weight_sum, total, gradient)
+    return value, slope
 
 
 def loss_gradients(value: Tensor, leaves: dict[str, Tensor], *, create_graph: bool = False) -> list[Tensor]:

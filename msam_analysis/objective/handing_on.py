@@ -77,7 +77,7 @@ def _kind(evaluation: Evaluation) -> Hashable:
     """Return what an examination depends on, beside the model: the loss function, the options, the kind of data."""
     options = (evaluation.cast, evaluation.batchnorm, evaluation.autocast, evaluation.dropout, evaluation.seed)
     chosen = (*options, evaluation.device, evaluation.layout, evaluation.second_derivatives.wish)
-    return _mark(evaluation.original.loss_fn), chosen, _form(next(iter(evaluation.batches)))
+    return _mark(evaluation.original.loss_fn), chosen, _form(evaluation.batches.first())
 
 
 def _form(batch: Any) -> Hashable:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from msam_analysis.objective.private import is_pair
 from msam_analysis.objective.randomness import same_state
 from msam_analysis.objective.trial import SAMPLES, close, on, part_of
 
+Item = TypeVar("Item")
 Part = tuple[Batch, Any]
 """A batch, and what the loss returned on it."""
 Divided = list[tuple[Part, Part, Part]]
@@ -29,19 +30,21 @@ _SUMS = w.Weighing("samples, the loss being their sum", w.SAMPLES.count, sums=Tr
 
 def is_mean(evaluation: Evaluation, part: Batch) -> Check:
     """Find out what batches weigh: the value of a batch is the weighted mean of the values of its halves."""
-    loss_fn = evaluation.copy.loss_fn
+    loss_fn, ranks = evaluation.copy.loss_fn, evaluation.ranks
     batches = list(evaluation.batches) if evaluation.batches.fits else [part]
-    if all(is_pair(batch) for batch in batches):
+    if ranks.count > 1:  # what differs between batches of two processes differs from this one
+        batches.insert(0, evaluation.batches.first())
+    if not ranks.anywhere(not all(is_pair(batch) for batch in batches)):
         reduction = w.reduction_of(loss_fn)
         if reduction == "sum":
             evaluation.findings.weighing = _SUMS
             return _said("adapted", "sums of the criterion are divided by the number of samples")
         sizes_differ = any(len(set(w.leading_sizes(batch))) > 1 for batch in batches)
-        if reduction == "mean" and (sizes_differ or w.needs_counting(loss_fn, batches)):
+        if reduction == "mean" and ranks.anywhere(sizes_differ or w.needs_counting(loss_fn, batches)):
             found = _criterion(evaluation)
             if found is not None:
                 return found
-    sizes = [w.leading_sizes(batch) for batch in batches]
+    sizes = _of_all(evaluation, [w.leading_sizes(batch) for batch in batches])
     divided = _divided(evaluation, batches)
     if divided is None:
         if isinstance(next(_returned(evaluation, [part]), None), tuple):
@@ -51,7 +54,7 @@ def is_mean(evaluation: Evaluation, part: Batch) -> Check:
                 f"the tensors of a batch disagree about the number of samples (first dimensions {sizes[0]} in one "
                 f"batch, {sizes[1]} in another): expected one number of samples; return (sum, count) from loss_fn"
             )
-        if len(batches) > 1 and _ambiguous(batches):
+        if ranks.anywhere(len(batches) > 1 and _ambiguous(batches)):
             raise ExaminationError(
                 "a mask or labels to be left out say another number of samples than the first tensor of a batch, and "
                 "halves of a batch cannot tell which counts: expected no guess; return (sum, count) from loss_fn"
@@ -73,10 +76,10 @@ def _ambiguous(batches: Sequence[Batch]) -> bool:
 
 def _criterion(evaluation: Evaluation) -> Check | None:
     """Weigh batches by what the criterion counts, where this is not samples."""
-    counts = evaluation.criterion_counts()
+    counts = _of_all(evaluation, evaluation.criterion_counts())
     if any(math.isnan(count) for count in counts):
         return None
-    sizes = evaluation.batches.sizes
+    sizes = _of_all(evaluation, evaluation.batches.own_sizes)
     rates = [count / size for count, size in zip(counts, sizes, strict=True)]
     if max(rates) - min(rates) <= 1e-5 * max(rates):
         return _said("holds")
@@ -91,11 +94,12 @@ def _divided(evaluation: Evaluation, batches: Sequence[Batch]) -> Divided | None
     """
     halved = [batch for batch in batches if w.halves(batch) is not None]
     spread = _spread(evaluation) if evaluation.batches.fits else None
-    if spread is None and halved:
-        spread = part_of(halved[0])
-    best = max(halved, key=_unlike, default=None)
+    if spread is None:
+        any_half = _largest(evaluation, [(0.0, batch) for batch in halved])
+        spread = None if any_half is None else part_of(any_half)
+    best = _largest(evaluation, [(unlike, batch) for batch in halved if (unlike := _unlike(batch)) > 0])
     wholes = [spread]
-    if best is not None and _unlike(best) > 0 and not _tells(spread, best):
+    if best is not None and not _tells(spread, best):
         part = part_of(best)
         wholes.insert(0, part if _tells(part, best) else best)
     divided: Divided = []
@@ -109,6 +113,20 @@ def _divided(evaluation: Evaluation, batches: Sequence[Batch]) -> Divided | None
         parts = list(zip([whole, *pieces], returned, strict=True))
         divided += [(parts[0], parts[1], parts[2]), (parts[0], parts[3], parts[4])]
     return divided or None
+
+
+def _of_all(evaluation: Evaluation, mine: list[Item]) -> list[Item]:
+    """Return what is known of the batches of this process, for those of all."""
+    return [one for each in evaluation.ranks.everyone(mine) for one in each]
+
+
+def _largest(evaluation: Evaluation, scored: list[tuple[float, Batch]]) -> Batch | None:
+    """Return the batch with the largest score, the first of several, among those of all processes."""
+    best = max(scored, key=lambda one: one[0], default=None)
+    if best is not None and evaluation.ranks.count > 1:
+        best = best[0], map_tensors(best[1], Tensor.cpu)
+    best = max((one for one in evaluation.ranks.everyone(best) if one), key=lambda one: one[0], default=None)
+    return None if best is None else map_tensors(best[1], lambda tensor: tensor.to(evaluation.device))
 
 
 def _unlike(batch: Batch) -> float:
@@ -136,7 +154,7 @@ def _spread(evaluation: Evaluation) -> Batch | None:
     count = evaluation.batches.samples
     chosen = torch.linspace(0, count - 1, min(count, SAMPLES)).long()
     try:
-        return next(iter(evaluation.batches.take(chosen, len(chosen))))
+        return evaluation.batches.take(chosen, len(chosen)).first()
     except (ValueError, TypeError, IndexError, RuntimeError):
         return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,18 @@ from msam_analysis.objective.graphs import mean_gradient
 from msam_analysis.objective.handing_on import examine_once
 from msam_analysis.objective.hessian import HessianOperator
 from msam_analysis.objective.private import LossFunction, LossModule, unwrap
+from msam_analysis.objective.ranks import Ranks
 from msam_analysis.objective.second_derivatives import SecondDerivatives, Wish
 from msam_analysis.objective.space import Space
 from msam_analysis.objective.statistics import warn_of_statistics
 from msam_analysis.objective.vectors import Layout, Selection, select, widest
 from msam_analysis.results import Settings
+from msam_analysis.results.fingerprint import fingerprint
 
 _GRAPH_BYTES = 2 * 2**30
+
+Sharing = Literal[False, True, "split"]
+"""How processes share the batches."""
 
 
 class Objective:
@@ -89,6 +94,12 @@ class Objective:
         Seed of the private random stream that a stochastic forward pass draws from, the same at every evaluation.
     examine
         Whether the loss is examined at its first use; see :meth:`examine`. Default: it is. Without it results say so.
+    ranks
+        Whether the processes of :mod:`torch.distributed` share the batches. Default ``False``: this process measures
+        alone. ``True``: all processes have the same ``data``, and take its batches in turn. ``"split"``: each has other
+        data, as from a loader with a ``DistributedSampler``; these come one after the other, in the order of the
+        processes. In both cases every process makes the same calls in the same order, and gets the whole result. A
+        process that measures alone waits for the others for ever. See Notes.
 
     Attributes
     ----------
@@ -110,6 +121,11 @@ class Objective:
     slices and differences near ``w`` are then those of a staircase. An evaluation at a point of whose distance from
     the weights rounding takes more than a tenth warns. ``dtype=torch.float32`` measures the smooth function through
     the same weights, and is the way to measure a bfloat16 checkpoint.
+
+    With ``ranks``, losses, gradients, products and statistics are summed over the processes, and everything else is
+    done by all of them alike. Results differ from those of one process by rounding. Samples are counted over the data
+    of all; buffers are those of the first process, as in ``DistributedDataParallel``. What one process raises is raised
+    by all. Without an initialised process group there is one process.
     """
 
     def __init__(
@@ -129,33 +145,53 @@ class Objective:
         cache_bytes: int = CACHE_BYTES,
         seed: int = 0,
         examine: bool = True,
+        ranks: Sharing = False,
     ) -> None:
+        if not (isinstance(ranks, bool) or ranks == "split"):
+            raise ValueError(f"ranks must be False, True or 'split', got {ranks!r}")
+        self.loss_fn = loss_fn
+        self._examines = examine
+        self._graph_bytes = graph_bytes
+        processes = Ranks(together=bool(ranks))
+        with processes.apart("making an objective") as alike:
+            self._check(model, loss_fn, dtype)
+            check_policy(batchnorm)
+            original = LossModule(unwrap(model), unwrap(loss_fn))
+            first = next(iter(select(original.model, parameters).values()))
+            placed = device_of(device, first.device)
+            data = Batches.shared(
+                data, device=placed, dtype=dtype, cache_bytes=cache_bytes, ranks=processes, split=ranks == "split"
+            )
+            self._evaluation = Evaluation(
+                original,
+                data,
+                device=placed,
+                cast=dtype,
+                batchnorm=batchnorm,
+                autocast=autocast,
+                dropout=dropout,
+                seed=seed,
+                second_derivatives=SecondDerivatives(second_derivatives),
+            )
+            self._evaluation.choose(parameters)
+            check_autocast(autocast, self.dtype)
+            if self._evaluation.shards is None:
+                alike.extend(original.parameters())
+            else:
+                self._evaluation.shards.check(processes.count)
+        chosen = (batchnorm, dtype, autocast, dropout, second_derivatives, seed, examine, ranks, placed.type)
+        names = {name: tuple(parameter.shape) for name, parameter in original.named_parameters()}
+        arguments = fingerprint(*map(str, chosen), self.layout.names)
+        processes.check_alike({"the network": fingerprint(names), "arguments": arguments})
+
+    @staticmethod
+    def _check(model: object, loss_fn: object, dtype: object) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: pass the network itself")
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}: pass e.g. nn.CrossEntropyLoss()")
-        check_policy(batchnorm)
         if dtype is not None and not isinstance(dtype, torch.dtype):
             raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}: pass e.g. torch.float64")
-        self.loss_fn = loss_fn
-        self._examines = examine
-        self._graph_bytes = graph_bytes
-        original = LossModule(unwrap(model), unwrap(loss_fn))
-        first = next(iter(select(original.model, parameters).values()))
-        placed = device_of(device, first.device)
-        self._evaluation = Evaluation(
-            original,
-            Batches.shared(data, device=placed, dtype=dtype, cache_bytes=cache_bytes),
-            device=placed,
-            cast=dtype,
-            batchnorm=batchnorm,
-            autocast=autocast,
-            dropout=dropout,
-            seed=seed,
-            second_derivatives=SecondDerivatives(second_derivatives),
-        )
-        self._evaluation.choose(parameters)
-        check_autocast(autocast, self.dtype)
 
     def with_parameters(self, selection: Selection) -> Objective:
         """Return the same loss on the same data as a function of other parameters; all others are constants.
@@ -415,12 +451,15 @@ class Objective:
         evaluation = self.evaluation
         total = torch.zeros((), dtype=widest(self.device), device=self.device)
         weight_sum = 0.0
-        point, constants = evaluation.pieces(w), evaluation.constants(w)
-        with evaluation.evaluating() as stream:
-            for batch in evaluation.batch_losses(point, constants, stream):
-                total += batch.value.detach().to(total.dtype) * batch.weight
-                weight_sum += batch.weight
-        return total / weight_sum
+        with evaluation.apart("a loss") as alike:
+            point, constants = evaluation.pieces(w), evaluation.constants(w)
+            alike.extend(point.values())
+            with evaluation.evaluating() as stream:
+                for batch in evaluation.batch_losses(point, constants, stream):
+                    total += batch.value.detach().to(total.dtype) * batch.weight
+                    weight_sum += batch.weight
+        (mean,) = evaluation.mean(weight_sum, total)
+        return mean
 
     def gradient(self, w: Tensor | None = None) -> Tensor:
         """Return ``∇L(w)``, shape ``(size,)``, zeros for parameters that the loss does not use; see :meth:`loss`."""

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from msam_analysis.objective.private import LossModule, is_unit
 from msam_analysis.objective.space import DividedSpace
 
-# New versions of torch have another name for it, and warn of the old one.
+# New versions of torch have other names for them, and warn of the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,14 @@ class Mesh:
     group: Any
     rank: int
     count: int
+    copies: tuple[Any, ...]  # groups of processes that have the same parts
+    size: int  # of all these groups together
+
+    def over_copies(self, vector: Tensor) -> Tensor:
+        """Return the sum of a vector over the processes that have the same parts, in place."""
+        for group in self.copies:
+            dist.all_reduce(vector, group=group)
+        return vector
 
     def rows(self, shape: torch.Size) -> Rows:
         """Return how a tensor is divided."""
@@ -71,6 +80,7 @@ class Division(NamedTuple):
 
     mesh: Mesh
     rows: tuple[Rows, ...]
+    alike: bool  # whether all processes do the same with the whole tensors
 
     def whole(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Return whole tensors from the parts of all processes."""
@@ -87,12 +97,23 @@ class Division(NamedTuple):
         ]
 
     def parts(self, wholes: Sequence[Tensor]) -> list[Tensor]:
-        """Return this process's parts of whole tensors that all processes have."""
-        return [rows.of(whole).clone() for whole, rows in zip(wholes, self.rows, strict=True)]
+        """Return this process's parts of whole tensors: of those that all have, or of the sums of all processes'."""
+        if self.alike:
+            return [rows.of(whole).clone() for whole, rows in zip(wholes, self.rows, strict=True)]
+        sizes = [rows.chunk * rows.width for rows in self.rows]
+        every = wholes[0].new_zeros(self.mesh.count, sum(sizes))
+        for whole, place, rows in zip(wholes, every.split(sizes, dim=1), self.rows, strict=True):
+            for other, part in enumerate((whole if rows.shape else whole.reshape(1)).split(max(rows.chunk, 1))):
+                place[other, : part.numel()].copy_(part.reshape(-1))
+        own = every.new_empty(sum(sizes))
+        _reduce_scatter(own, every.view(-1), group=self.mesh.group)
+        return [
+            part[: math.prod(rows.part)].view(rows.part) for part, rows in zip(own.split(sizes), self.rows, strict=True)
+        ]
 
 
 class _Whole(torch.autograd.Function):
-    """Parts to whole tensors, which all processes use alike: the derivative in a part is that part of the derivative."""
+    """Parts to whole tensors: the derivative in a part is that part of the derivative, summed over its users."""
 
     @staticmethod
     def forward(ctx: Any, division: Division, *parts: Tensor) -> tuple[Tensor, ...]:
@@ -140,15 +161,15 @@ class Gatherer:
         self._known: dict[int, tuple[weakref.ref[Any], _Gathered, int]] = {}
         self._last: tuple[_Gathered, list[Tensor]] | None = None
 
-    def whole(self, rows: Sequence[Rows], parts: Sequence[Tensor]) -> list[Tensor]:
-        """Return whole tensors, as differentiable functions of the parts."""
+    def whole(self, rows: Sequence[Rows], parts: Sequence[Tensor], *, alike: bool = True) -> list[Tensor]:
+        """Return whole tensors, as differentiable functions of the parts; ``alike``: for the same use everywhere."""
         self.release()
         kinds: dict[tuple[bool, torch.dtype], list[int]] = defaultdict(list)
         for index, part in enumerate(parts):
             kinds[part.requires_grad and torch.is_grad_enabled(), part.dtype].append(index)
         found: dict[int, Tensor] = {}
         for (varying, _), chosen in kinds.items():
-            division = Division(self._mesh, tuple(rows[index] for index in chosen))
+            division = Division(self._mesh, tuple(rows[index] for index in chosen), alike)
             own = tuple(parts[index] for index in chosen)
             wholes = _Whole.apply(division, *own) if varying else division.whole(own)
             self._remember(_Gathered(division, tuple(part.detach() for part in own)), wholes)
@@ -215,6 +236,7 @@ class Units:
         self._rows: dict[str, Rows] = {}
         self._parts: dict[str, Tensor] = {}
         self._present: dict[str, Tensor] = {}
+        self._alike = True
         name_of = {id(tensor): name for name, tensor in copied.named_parameters()}
         for module in copied.modules():
             own = module._parameters
@@ -225,9 +247,10 @@ class Units:
             module.register_forward_pre_hook(lambda *_, names=names_here: self._enter(names))
             module.register_forward_hook(lambda *_, names=names_here: self._leave(names), always_call=True)
 
-    def place(self, tensors: Mapping[str, Tensor], rows: Mapping[str, Rows]) -> None:
-        """Take the tensors of a point, of which those with ``rows`` are shards."""
+    def place(self, tensors: Mapping[str, Tensor], rows: Mapping[str, Rows], *, alike: bool) -> None:
+        """Take the tensors of a point, of which those with ``rows`` are shards; ``alike``: for the same batches."""
         self._present.clear()
+        self._alike = alike
         for name, tensor in tensors.items():
             if name in rows:
                 self._rows[name], self._parts[name] = rows[name], tensor
@@ -240,13 +263,13 @@ class Units:
             return held
         if name in self._present:
             return self._present[name]
-        return self._gatherer.whole([self._rows[name]], [held])[0]
+        return self._gatherer.whole([self._rows[name]], [held], alike=self._alike)[0]
 
     def _enter(self, names: Sequence[str]) -> None:
         divided = [name for name in names if name in self._rows and name not in self._present]
         if divided:
             parts = [self._parts[name] for name in divided]
-            wholes = self._gatherer.whole([self._rows[name] for name in divided], parts)
+            wholes = self._gatherer.whole([self._rows[name] for name in divided], parts, alike=self._alike)
             self._present.update(zip(divided, wholes, strict=True))
 
     def _leave(self, names: Sequence[str]) -> None:
@@ -294,6 +317,15 @@ class Shards:
                 )
             self.units[unit].append(name)
 
+    def check(self, processes: int) -> None:
+        """Raise ``ValueError`` unless as many processes measure together as hold the weights."""
+        if processes != self.mesh.size:
+            raise ValueError(
+                f"the weights are sharded over {self.mesh.size} processes, and {processes} measure together: expected "
+                "the same ones, since nobody has them whole; say ranks=True if all have the same data, or "
+                "ranks='split' if each has other data"
+            )
+
     def space(self, rows: Sequence[Rows]) -> DividedSpace:
         """Return the space of flat vectors of such tensors."""
         pieces, start = [], 0
@@ -312,7 +344,8 @@ def _mesh_of(name: str, parameter: Any) -> Mesh:
             f"the parameter {name!r} is divided as {placements}: expected rows divided among processes, Shard(0), once, "
             "as fully_shard does; measure a model without tensor parallelism and shard_placement_fn"
         )
-    return Mesh(mesh.get_group(dims[0]), mesh.get_local_rank(dims[0]), mesh.size(dims[0]))
+    others = tuple(mesh.get_group(dim) for dim in range(mesh.ndim) if dim not in dims)
+    return Mesh(mesh.get_group(dims[0]), mesh.get_local_rank(dims[0]), mesh.size(dims[0]), others, mesh.size())
 
 
 @contextmanager

@@ -52,10 +52,11 @@ def _written(objective: Objective, known: list[str]) -> set[str]:
     before = {name: buffer.clone() for name, buffer in trial.model.named_buffers()}
     for module in trial.modules():
         module.training = True
+    batch = objective.batches.first()
     try:
         with evaluation.evaluating() as stream:
             stream.restart(objective.seed)
-            trial(next(iter(objective.batches)))
+            trial(batch)
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError):  # no pass in training mode
         return set(known)
     after = dict(trial.model.named_buffers())
