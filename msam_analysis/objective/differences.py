@@ -161,8 +161,8 @@ def _exact(wide: Evaluation, leaves: dict[str, Tensor], constants: dict[str, Ten
             return _Exact(flat, vectors, [])
         except RuntimeError as error:
             return _Exact(flat, vectors, [], str(error).split("\n", maxsplit=1)[0])
-    wild = wide.space.largest(torch.stack([(~product.isfinite()).any() for product in found]).double())
-    return _Exact(flat, vectors, [] if bool(wild.any()) else found)
+    wild = wide.space.any(~torch.stack(found).isfinite())
+    return _Exact(flat, vectors, [] if wild else found)
 
 
 def _sizes(tensors: Sequence[Tensor], wide: Evaluation) -> list[float]:
@@ -179,7 +179,7 @@ def _moving(gradients: Sequence[Tensor], space: Space) -> list[Tensor]:
     Such a row, as the padding of an embedding, is held on purpose.
     """
     uses = [g.flatten(1).any(1) if g.ndim > 1 else g.new_ones(1).bool() for g in gradients]
-    used = space.largest(torch.stack([rows.any() for rows in uses]).double()).bool()
+    used = space.sum(torch.stack([rows.any() for rows in uses]).double()).bool()
     held = [~rows & any_used for rows, any_used in zip(uses, used, strict=True)]
     return [
         torch.ones_like(g).masked_fill_(rows.reshape(-1, *[1] * (g.ndim - 1)), 0.0) if g.ndim > 1 else torch.ones_like(g)

@@ -146,7 +146,7 @@ class GraphOperator(SymmetricOperator):
                     self._checked = True
                 product = self._product(loss)
             # Processes that share the weights keep the same graphs, or they would wait for each other.
-            nbytes = meter.bytes if shards is None else int(self.space.largest(total.new_tensor(meter.bytes)))
+            nbytes = meter.bytes if shards is None else shards.mesh.most(meter.bytes, self.device)
             graph = _Graph(product, loss.weight, loss.scale, nbytes)
             if not self._full and nbytes <= self._room:
                 self._room -= nbytes

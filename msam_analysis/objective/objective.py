@@ -278,8 +278,8 @@ class Objective:
             of BatchNorm. Settings then say so.
         """
         self.layout.check(w, "point w")
-        other = self.space.largest((w.detach().to(self.point()) != self.point()).any().double())
-        foreign = bool(other) and warn_of_statistics(self, "at the point of with_weights")
+        other = self.space.any(w.detach().to(self.point()) != self.point())
+        foreign = other and warn_of_statistics(self, "at the point of with_weights")
         original = self._evaluation.moved(w.detach())
         return self._viewed(original=original, foreign=foreign or self._evaluation.foreign)
 

@@ -61,6 +61,12 @@ class Mesh:
     copies: tuple[Any, ...]  # groups of processes that have the same parts
     size: int  # of all these groups together
 
+    def most(self, number: int, device: torch.device) -> int:
+        """Return the largest of the numbers that the processes have."""
+        largest = torch.tensor(number, device=device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
+
     def over_copies(self, vector: Tensor) -> Tensor:
         """Return the sum of a vector over the processes that have the same parts, in place."""
         for group in self.copies:
@@ -332,7 +338,7 @@ class Shards:
         for row in rows:
             pieces.append(slice(start + row.here.start * row.width, start + row.here.stop * row.width))
             start += math.prod(row.shape)
-        return DividedSpace(start, pieces, self.mesh.group)
+        return DividedSpace(start, pieces, sum(row.chunk * row.width for row in rows), self.mesh.group)
 
 
 def _mesh_of(name: str, parameter: Any) -> Mesh:

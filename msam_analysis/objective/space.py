@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msam_analysis.objective.vectors import gaussian, gaussian_rows, orthonormalize
+from msam_analysis.objective.vectors import gaussian, gaussian_rows, orthonormalize, widest
 
 
 class Space:
@@ -25,18 +25,20 @@ class Space:
         Number of entries of a whole vector.
     here
         Number of entries that this process has; a vector or a column has this length.
+    most
+        Number of entries of the process that has most, which decides what fits into memory.
     """
 
     def __init__(self, size: int) -> None:
-        self.size = self.here = size
+        self.size = self.here = self.most = size
 
     def sum(self, part: Tensor) -> Tensor:
         """Return the sum over the processes of a small tensor that each summed over its own entries."""
         return part
 
-    def largest(self, part: Tensor) -> Tensor:
-        """Return the entrywise maximum over the processes of a small tensor."""
-        return part
+    def any(self, condition: Tensor) -> bool:
+        """Return whether any entry of a condition is true, in any process."""
+        return bool(condition.any())
 
     def part(self, whole: Tensor) -> Tensor:
         """Return this process's entries of a whole vector, or rows of a whole matrix."""
@@ -76,12 +78,15 @@ class DividedSpace(Space):
         Number of entries of a whole vector.
     pieces
         The entries that this process has, as slices of a whole vector, in the order in which its part holds them.
+    most
+        Number of entries of the process that has most.
     group
         The process group; default: all processes.
     """
 
-    def __init__(self, size: int, pieces: Sequence[slice], group: Any = None) -> None:
+    def __init__(self, size: int, pieces: Sequence[slice], most: int, group: Any = None) -> None:
         super().__init__(size)
+        self.most = most
         self.here = sum(piece.stop - piece.start for piece in pieces)
         self._pieces = tuple(pieces)
         self._group = group
@@ -92,11 +97,9 @@ class DividedSpace(Space):
         dist.all_reduce(total, group=self._group)
         return total
 
-    def largest(self, part: Tensor) -> Tensor:
-        """Return the entrywise maximum over the processes of a small tensor."""
-        most = part.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=self._group)
-        return most
+    def any(self, condition: Tensor) -> bool:
+        """Return whether any entry of a condition is true, in any process."""
+        return bool(self.sum(condition.any().float()) > 0)
 
     def part(self, whole: Tensor) -> Tensor:
         """Return this process's entries of a whole vector, or rows of a whole matrix."""
@@ -118,9 +121,8 @@ class DividedSpace(Space):
     def norm(self, vectors: Tensor, dim: int | None = None) -> Tensor:
         """Return the Euclidean norm of a vector, or of every vector along the dimension ``dim`` of a matrix."""
         own = super().norm(vectors, dim)
-        # A common scale keeps squares from overflow.
-        scale = self.largest(own).clamp_min(torch.finfo(own.dtype).tiny)
-        return scale * self.sum((own / scale).square()).sqrt()
+        # In the widest precision, squares of the narrower ones neither overflow nor vanish.
+        return self.sum(own.to(widest(own.device)).square()).sqrt().to(own.dtype)
 
     def orthonormalize(self, vectors: Tensor, against: Tensor | None = None) -> Tensor:
         """Return an orthonormal basis of columns, cleared of their parts in another, as :func:`.orthonormalize`."""

@@ -114,7 +114,7 @@ def look_beyond(
     limit = max(_BARELY * float(inside.norms[: goal.k].max()), goal.floor * inside.norm)
     # A mass below 1 / enough has a probability below _FAILURE.
     enough = 2 * (operator.size - len(inside.values)) / math.pi / _FAILURE**2
-    chain = Chain(start, inside.vectors, norm=inside.norm)
+    chain = Chain(start, inside.vectors, norm=inside.norm, space=operator.space)
     while not chain.exhausted:
         if operator.products >= stop:
             return math.inf, None
@@ -151,7 +151,7 @@ def _ritz_vector(
 ) -> Tensor | None:
     """Return the outermost Ritz vector by running the chain once more, as its vectors were not kept."""
     coefficients = seen.ritz()[1][:, -1 if sign > 0 else 0]
-    chain = Chain(start, inside.vectors, norm=inside.norm)
+    chain = Chain(start, inside.vectors, norm=inside.norm, space=operator.space)
     vector = torch.zeros_like(chain.current)
     for index, share in enumerate(coefficients.tolist()):
         vector += share * chain.current

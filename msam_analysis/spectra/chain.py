@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal
 from torch import Tensor
 
+from msam_analysis.objective.space import Space
 from msam_analysis.spectra.subspace import cleared
 
 
@@ -33,6 +35,8 @@ class Chain:
         Estimate of ``‖A‖``: a remainder below its rounding error is no new direction.
     remember
         Vectors to hold; each new one is orthogonalised against all of them. 0: only the last two are held.
+    space
+        Where the vectors lie; default: every process has whole ones.
 
     Attributes
     ----------
@@ -42,17 +46,27 @@ class Chain:
         Whether the Krylov space is invariant: then ``T`` has every distinct eigenvalue in which the start has a part.
     """
 
-    def __init__(self, start: Tensor, against: Tensor, *, norm: float = 0.0, remember: int = 0) -> None:
+    def __init__(
+        self,
+        start: Tensor,
+        against: Tensor,
+        *,
+        norm: float = 0.0,
+        remember: int = 0,
+        space: Space | None = None,
+    ) -> None:
+        self.space = Space(len(start)) if space is None else space
         self._against = against
         self._norm = norm
         self._diagonal: list[float] = []
         self._off: list[float] = []
         self._kept = start.new_empty(remember, len(start))
-        length = float(start.norm())
-        outside, left = self._cleared(start)
+        ((outside, left, length),) = cleared(self.space, [start], [self._bases])
         # The part of a start inside span(W) that is left is only rounding.
         self.exhausted = not left > 100 * torch.finfo(start.dtype).eps * length
-        self.current = self._cleared(outside / left)[0] if not self.exhausted else torch.zeros_like(start)
+        self.current = torch.zeros_like(start)
+        if not self.exhausted:
+            ((self.current, _, _),) = cleared(self.space, [outside / left], [self._bases])
         self._previous = torch.zeros_like(self.current)
 
     @property
@@ -73,16 +87,21 @@ class Chain:
 
     def advance(self, product: Tensor) -> None:
         """Take in ``A @ current`` and move on to the next vector."""
-        product = product.to(self.current)
-        level = float(self.current.dot(product))  # the current vector has no part in W
+        advance([self], [product])
+
+    def _begin(self, product: Tensor, level: float) -> Tensor:
+        """Take in the first coefficient of a step, and return what the product has beyond the last two vectors."""
         rest = product.sub(self.current, alpha=level)
         if self._off:
             rest.sub_(self._previous, alpha=self._off[-1])
         if self._kept.shape[0]:
             self._kept[self.steps] = self.current
         self._diagonal.append(level)
-        rest, length = self._cleared(rest)
-        self._norm = max(self._norm, abs(level) + length)
+        return rest
+
+    def _end(self, rest: Tensor, length: float) -> None:
+        """Take in the next vector times its length, the other coefficient."""
+        self._norm = max(self._norm, abs(self._diagonal[-1]) + length)
         # A NaN ends the chain too: it stands in T for the reader to see.
         self.exhausted = not length > 10 * torch.finfo(rest.dtype).eps * self._norm
         self._off.append(length)
@@ -119,7 +138,20 @@ class Chain:
     def _finite(self) -> bool:
         return all(map(math.isfinite, (*self._diagonal, *self._off)))
 
-    def _cleared(self, vector: Tensor) -> tuple[Tensor, float]:
-        """Return the part of a vector outside of ``W`` and of the remembered vectors, and its length."""
-        bases = [basis for basis in (self._against.T, self._kept[: self.steps]) if basis.shape[0]]
-        return cleared(vector, bases, float(vector.norm()))
+    @property
+    def _bases(self) -> list[Tensor]:
+        """``W`` and the remembered vectors, as rows."""
+        return [basis for basis in (self._against.T, self._kept[: self.steps]) if basis.shape[0]]
+
+
+def advance(chains: Sequence[Chain], products: Sequence[Tensor]) -> None:
+    """Take in ``A @ current`` of every chain and move on to their next vectors; the device is read for all together."""
+    space = chains[0].space
+    products = [product.to(chain.current) for chain, product in zip(chains, products, strict=True)]
+    # The current vectors have no part in W.
+    levels = torch.stack([space.dot(chain.current, product) for chain, product in zip(chains, products, strict=True)])
+    steps = zip(chains, products, levels.tolist(), strict=True)
+    rests = [chain._begin(product, level) for chain, product, level in steps]
+    parts = cleared(space, rests, [chain._bases for chain in chains])
+    for chain, (rest, length, _) in zip(chains, parts, strict=True):
+        chain._end(rest, length)

@@ -12,10 +12,10 @@ import torch
 from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import SymmetricOperator
-from msam_analysis.objective.vectors import gaussian, no_autocast
+from msam_analysis.objective.vectors import no_autocast
 from msam_analysis.results import ApproximationWarning, ConvergenceWarning, SpectralDensity
 from msam_analysis.spectra.beyond import Inside, require_finite
-from msam_analysis.spectra.chain import Chain
+from msam_analysis.spectra.chain import Chain, advance
 from msam_analysis.spectra.goal import Goal
 from msam_analysis.spectra.peers import Backend, check_backend
 from msam_analysis.spectra.subspace import wide
@@ -162,7 +162,7 @@ def _ends(
     """Return the eigenpairs at the ends and all others that converged; the margin is infinite if the ends did not."""
     if goal.k == 0:
         none = torch.zeros(0, dtype=torch.float64)
-        vectors = torch.zeros(operator.size, 0, dtype=wide(operator), device=operator.device)
+        vectors = torch.zeros(operator.space.here, 0, dtype=wide(operator), device=operator.device)
         return Inside(vectors, none, none, none, 0.0), math.inf
     search, _, margin = search_for(operator, goal, max_hvps=max_hvps, memory_bytes=memory_bytes, seed=seed)
     inside = search.inside()
@@ -176,7 +176,7 @@ def _chains(
     if len(exact.values) == operator.size:
         return [], True
     known = exact.vectors
-    vector = operator.size * torch.finfo(known.dtype).bits // 8
+    vector = operator.space.most * torch.finfo(known.dtype).bits // 8
     room = (MEMORY_BYTES if memory_bytes is None else memory_bytes) // vector - known.shape[1] - 6
     remember = steps if room >= steps + 4 else 0
     group = max(1, min(_TOGETHER, room // (remember + 4)))
@@ -184,8 +184,8 @@ def _chains(
     chains: list[Chain] = []
     for first in range(0, probes, group):
         numbers = range(first, min(first + group, probes))
-        starts = [gaussian(operator.size, 1, seed=seed, like=known, use=f"density {number}") for number in numbers]
-        started = [Chain(start[:, 0], known, norm=norm, remember=remember) for start in starts]
+        starts = [operator.space.gaussian(1, seed=seed, like=known, use=f"density {number}") for number in numbers]
+        started = [Chain(start[:, 0], known, norm=norm, remember=remember, space=operator.space) for start in starts]
         _run(operator, started, steps)
         chains += started
     return chains, remember > 0
@@ -198,8 +198,7 @@ def _run(operator: SymmetricOperator, chains: Sequence[Chain], steps: int) -> No
         if not going:
             break
         products = operator.matmat(torch.stack([chain.current for chain in going], dim=1))
-        for chain, product in zip(going, products.unbind(1), strict=True):
-            chain.advance(product)
+        advance(going, products.unbind(1))
         require_finite(torch.tensor([chain.last for chain in going]))
     for chain in chains:
         chain.forget()

@@ -10,20 +10,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from msam_analysis.objective.vectors import gaussian
+from msam_analysis.objective.space import Space
 
 Which = Literal["largest", "smallest", "magnitude", "ends"]
 Draw = Callable[[int], Tensor]
-"""``draw(columns)`` returns a fresh random matrix of shape ``(size, columns)``."""
+"""``draw(columns)`` returns a fresh random matrix of that many columns."""
 
 
-def random_vectors(size: int, like: Tensor, seed: int) -> Draw:
+def random_vectors(space: Space, like: Tensor, seed: int) -> Draw:
     """Return a function that draws Gaussian vectors, each call independent of all earlier ones.
 
     Parameters
     ----------
-    size
-        Length of the vectors.
+    space
+        Where the vectors lie.
     like
         A tensor with the data type and the device that the vectors get.
     seed
@@ -31,7 +31,7 @@ def random_vectors(size: int, like: Tensor, seed: int) -> Draw:
     """
     calls = itertools.count(1)
     # The word is part of the seed: another one gives other vectors.
-    return lambda columns: gaussian(size, columns, seed=seed, like=like, use=f"probe {next(calls)}")
+    return lambda columns: space.gaussian(columns, seed=seed, like=like, use=f"probe {next(calls)}")
 
 
 def ordering(values: Tensor, which: Which) -> Tensor:

@@ -9,7 +9,7 @@ from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.vectors import orthonormalize
 from msam_analysis.spectra.beyond import Inside, require_finite, set_aside
 from msam_analysis.spectra.goal import Draw, Found, Goal
-from msam_analysis.spectra.subspace import Subspace
+from msam_analysis.spectra.subspace import Look, Subspace
 
 
 class LanczosSearch:
@@ -58,8 +58,8 @@ class LanczosSearch:
             whole = basis.columns == basis.operator.size
             over = whole or basis.operator.products >= stop
             self._lead = lead
-            ahead = basis.remainder() if self._krylov and not over else None
-            norms = basis.residual_norms(wanted, lead) if ahead is None else float(ahead.norm()) * lead[-1].abs()
+            ahead = basis.look(basis.remainder()) if self._krylov and not over else None
+            norms = basis.residual_norms(wanted, lead) if ahead is None else ahead.length * lead[-1].abs()
             if ahead is not None and bool((norms <= limits).all()):
                 # The recurrence only predicts these norms: compute them before they count.
                 ahead, norms = None, basis.residual_norms(wanted, lead)
@@ -69,8 +69,10 @@ class LanczosSearch:
                 return Found(wanted, norms, done or whole, whole)
             worst = int((norms - limits).argmax())
             target = lead[:, worst : worst + 1]
+            direction: Tensor | Look
             if ahead is not None:
-                direction = ahead[:, None]
+                full = basis.columns == basis.capacity
+                direction = ahead.vector[:, None] if full else ahead  # it is looked at anew beside another basis
             elif norms[worst] > limits[worst]:
                 direction = basis.residuals(wanted[worst], target)
             else:  # an invariant subspace of fewer than k dimensions: leave it in a random direction

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from msam_analysis.objective.operators import SymmetricOperator
-from msam_analysis.objective.vectors import orthonormalize
 from msam_analysis.spectra.beyond import Inside, require_finite
 from msam_analysis.spectra.goal import Draw, Found, Goal, ordering
 from msam_analysis.spectra.subspace import Subspace
@@ -38,13 +37,13 @@ class PowerSearch:
     def _begin(self, start: Tensor) -> None:
         self.locked = start[:, :0]
         self.locked_values = self.locked_norms = torch.zeros(0, dtype=torch.float64)
-        self._fill(orthonormalize(start)[:, : self.width])
+        self._fill(self.operator.space.orthonormalize(start)[:, : self.width])
 
     def _fill(self, block: Tensor) -> None:
         """Take ``block`` as the next block; random vectors replace those that the operator sent to zero."""
         missing = self.width - self.locked.shape[1] - block.shape[1]
         if missing > 0:
-            fresh = orthonormalize(self.draw(missing), torch.cat([self.locked, block], dim=1))
+            fresh = self.operator.space.orthonormalize(self.draw(missing), torch.cat([self.locked, block], dim=1))
             block = torch.cat([block, fresh], dim=1)
         self.block = block
 
@@ -71,7 +70,7 @@ class PowerSearch:
             if which != "magnitude":
                 self.shift = max(self.shift, float((-sign * values).max()))
             products = sign * (basis.aq @ coefficients.to(basis.q)) + self.shift * vectors
-            self._fill(orthonormalize(products[:, ready:], self.locked))
+            self._fill(self.operator.space.orthonormalize(products[:, ready:], self.locked))
 
     def _finish(self, values: Tensor, vectors: Tensor, norms: Tensor, done: bool) -> Found:
         k = self.goal.k

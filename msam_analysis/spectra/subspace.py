@@ -9,12 +9,30 @@ import torch
 from torch import Tensor
 
 from msam_analysis.objective.operators import SymmetricOperator
-from msam_analysis.objective.vectors import orthonormalize
+from msam_analysis.objective.space import Space
 from msam_analysis.spectra.goal import Which, ordering
 
 _BLOCK_ROWS = 2**20  # rows in which tall matrices are combined, so that results need no second copy
 _NEW = 100  # times eps: below this length the part of a unit vector outside of the basis is no new direction
 _CLEAN = 0.5  # a pass of Gram-Schmidt that leaves more than this of a vector need not be repeated
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """A vector beside a basis.
+
+    Attributes
+    ----------
+    vector, length
+        The vector, shape ``(size,)``, and its length.
+    part, left
+        The part of the unit vector outside of the basis, and the length of this part.
+    """
+
+    vector: Tensor
+    length: float
+    part: Tensor
+    left: float
 
 
 @dataclass
@@ -34,7 +52,8 @@ class Subspace:
 
     def __post_init__(self) -> None:
         """Reserve the memory once, one row for each vector, since vectors are read as a whole."""
-        shape = (self.capacity, self.operator.size)
+        self.space = self.operator.space
+        shape = (self.capacity, self.space.here)
         self._q = torch.empty(shape, dtype=wide(self.operator), device=self.operator.device)
         self._aq = torch.empty_like(self._q)
         self.projection: Tensor = torch.zeros(0, 0, dtype=torch.float64)
@@ -54,10 +73,19 @@ class Subspace:
         """``A Q``, shape ``(size, columns)``."""
         return self._aq[: self.columns].T
 
-    def expand(self, vectors: Tensor) -> int:
+    def look(self, vector: Tensor) -> Look:
+        """Look at a vector, which costs one read of the device."""
+        basis = [self._q[: self.columns]] if self.columns else []
+        ((part, left, length),) = cleared(self.space, [vector], [basis], unit=True)
+        return Look(vector, length, part, left)
+
+    def expand(self, vectors: Tensor | Look) -> int:
         """Add the new parts of ``vectors``, at one product each; return how many there were."""
         room = self.capacity - self.columns
-        fresh = (self._direction(vectors) if vectors.shape[1] == 1 else orthonormalize(vectors, self.q))[:, :room]
+        if isinstance(vectors, Tensor) and vectors.shape[1] == 1:
+            vectors = self.look(vectors[:, 0])
+        fresh = _unit(vectors) if isinstance(vectors, Look) else self.space.orthonormalize(vectors, self.q)
+        fresh = fresh[:, :room]
         count, old = fresh.shape[1], self.columns
         if count == 0:
             return 0
@@ -65,7 +93,7 @@ class Subspace:
         self._aq[old : old + count] = self.operator.matmat(fresh).T
         grown = torch.zeros(old + count, old + count, dtype=torch.float64)
         grown[:old, :old] = self.projection
-        block = (self._q[: old + count] @ self._aq[old : old + count].T).cpu().double()
+        block = self.space.product(self._q[: old + count], self._aq[old : old + count].T).cpu().double()
         grown[:, old:] = block
         grown[old:, :old] = block[:old].T
         self.projection = (grown + grown.T) / 2
@@ -78,15 +106,6 @@ class Subspace:
         """
         known = self.projection[:, -1].to(self._q)
         return self._aq[self.columns - 1] - known @ self._q[: self.columns]
-
-    def _direction(self, vectors: Tensor) -> Tensor:
-        """Return the new part of one vector as a unit vector: :func:`orthonormalize` without the QR."""
-        length = float(vectors.norm())
-        if not length > 0:
-            return vectors[:, :0]
-        vector, left = cleared(vectors[:, 0] / length, [self._q[: self.columns]] if self.columns else [], 1.0)
-        new = not left <= _NEW * torch.finfo(vector.dtype).eps
-        return (vector / left)[:, None] if new else vectors[:, :0]
 
     def compress(self, coefficients: Tensor) -> None:
         """Keep only the span of ``Q S`` for orthonormal coefficients ``S`` of shape ``(columns, p)``."""
@@ -112,34 +131,64 @@ class Subspace:
         small, levels = coefficients.T.to(self._q), values.to(self._q)[:, None]
         q, aq = self._q[: self.columns], self._aq[: self.columns]
         pieces = [(small @ aq[:, rows] - levels * (small @ q[:, rows])).norm(dim=1) for rows in self._blocks()]
-        norms: Tensor = torch.stack(pieces).norm(dim=0)
-        return norms.cpu().double()
+        return self.space.norm(torch.stack(pieces), dim=0).cpu().double()
 
     def _blocks(self) -> Iterator[slice]:
-        return (slice(first, first + _BLOCK_ROWS) for first in range(0, self.operator.size, _BLOCK_ROWS))
+        return (slice(first, first + _BLOCK_ROWS) for first in range(0, max(self.space.here, 1), _BLOCK_ROWS))
 
 
-def cleared(vector: Tensor, bases: Sequence[Tensor], length: float) -> tuple[Tensor, float]:
-    """Return the part of a vector outside of some bases, and its length.
+def _unit(look: Look) -> Tensor:
+    """Return the part outside of the basis as a unit vector, one column, or none where only rounding is left."""
+    new = look.length > 0 and not look.left <= _NEW * torch.finfo(look.part.dtype).eps
+    return (look.part / look.left)[:, None] if new else look.part[:0].reshape(len(look.part), 0)
 
-    Gram-Schmidt is repeated while it takes away most of the vector (Daniel, Gragg, Kaufman & Stewart 1976).
+
+def cleared(
+    space: Space, vectors: Sequence[Tensor], bases: Sequence[Sequence[Tensor]], *, unit: bool = False
+) -> list[tuple[Tensor, float, float]]:
+    """Return the parts of vectors outside of some bases, their lengths, and the lengths of the vectors.
+
+    Gram-Schmidt is repeated while it takes away most of a vector (Daniel, Gragg, Kaufman & Stewart 1976). All lengths
+    are read from the device together, those of the vectors with those after the first pass.
 
     Parameters
     ----------
-    vector
-        Shape ``(size,)``.
+    space
+        Where the vectors lie.
+    vectors
+        Shape ``(size,)`` each.
     bases
-        Orthonormal vectors as rows, shape ``(p, size)`` each.
-    length
-        Length of the vector.
+        For each vector orthonormal vectors as rows, shape ``(p, size)`` each.
+    unit
+        Whether the vectors are made unit vectors first.
     """
-    for _ in range(3 if bases else 0):
-        for basis in bases:
-            vector = vector - (basis @ vector) @ basis
-        before, length = length, float(vector.norm())
-        if length > _CLEAN * before:
+    lengths = [space.norm(vector) for vector in vectors]
+    if unit:
+        vectors = [vector / length for vector, length in zip(vectors, lengths, strict=True)]
+    parts = [_outside(space, vector, own) for vector, own in zip(vectors, bases, strict=True)]
+    lefts = [space.norm(part) if own else length for part, own, length in zip(parts, bases, lengths, strict=True)]
+    read = torch.stack([*lengths, *lefts]).tolist()
+    known, after = read[: len(vectors)], read[len(vectors) :]
+    before = [1.0] * len(vectors) if unit else list(known)
+    after = [left if own else start for left, own, start in zip(after, bases, before, strict=True)]
+    again = [index for index, own in enumerate(bases) if own]
+    for _ in range(2):
+        again = [index for index in again if not after[index] > _CLEAN * before[index]]
+        if not again:
             break
-    return vector, length
+        for index in again:
+            parts[index] = _outside(space, parts[index], bases[index])
+            before[index] = after[index]
+        for index, left in zip(again, torch.stack([space.norm(parts[i]) for i in again]).tolist(), strict=True):
+            after[index] = left
+    return list(zip(parts, after, known, strict=True))
+
+
+def _outside(space: Space, vector: Tensor, bases: Sequence[Tensor]) -> Tensor:
+    """Return a vector after one pass of Gram-Schmidt against the rows of each basis."""
+    for basis in bases:
+        vector = vector - space.product(basis, vector) @ basis
+    return vector
 
 
 def wide(operator: SymmetricOperator) -> torch.dtype:

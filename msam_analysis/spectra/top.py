@@ -129,7 +129,8 @@ def top_eigenvalues(
     """
     check_backend(backend)
     operator = as_operator(target)
-    check_search(operator.size, k, method, which, tolerance, max_hvps, start)
+    check_search(operator.size, k, method, which, tolerance, max_hvps)
+    _check_start(operator, start)
     goal = Goal(k, which, tolerance, rounding(operator))
     with no_autocast(operator.device):
         if backend == "pyhessian":
@@ -190,8 +191,8 @@ def search_for(
     budget = max_hvps if max_hvps is not None else (40 * goal.k + 400) * (1 if method == "lanczos" else 10)
     stop = operator.products + budget
     like = torch.empty(0, dtype=wide(operator), device=operator.device)
-    draw = random_vectors(operator.size, like, seed)
-    guess = draw(1) if start is None else start.detach().reshape(operator.size, -1).to(like)[:, :budget]
+    draw = random_vectors(operator.space, like, seed)
+    guess = draw(1) if start is None else start.detach().reshape(operator.space.here, -1).to(like)[:, :budget]
     search: LanczosSearch | PowerSearch
     if method == "lanczos":
         capacity = min(max(goal.k + 2, min(4 * goal.k + 120, (vectors - goal.k - 6) // 2)), operator.size)
@@ -227,7 +228,7 @@ def _from_pyhessian(
     )
     order = ordering(values, goal.which)
     values, vectors = values[order], vectors[:, order.to(vectors.device)].to(wide(operator))
-    norms = (operator.matmat(vectors) - vectors * values.to(vectors)).norm(dim=0).cpu().double()
+    norms = operator.space.norm(operator.matmat(vectors) - vectors * values.to(vectors), dim=0).cpu().double()
     small = norms <= goal.limits(values, float(values.abs().max()))
     # It finds the largest in magnitude: a negative one is not among the largest.
     asked_for = goal.which == "magnitude" or bool((values >= 0).all())
@@ -252,15 +253,15 @@ def rounding(operator: SymmetricOperator) -> float:
 
 def _affordable(operator: SymmetricOperator, k: int, method: Method, memory_bytes: int | None) -> int:
     """Return how many vectors fit into the memory; raise ``ValueError`` if the solver needs more."""
-    vector = operator.size * torch.finfo(wide(operator)).bits // 8
+    vector = operator.space.most * torch.finfo(wide(operator)).bits // 8
     least = 3 * k + 10 if method == "lanczos" else 9 * k + 6
     vectors = (MEMORY_BYTES if memory_bytes is None else memory_bytes) // vector
     # No basis is larger than the space.
     if memory_bytes is not None and vectors < min(least, 3 * operator.size + 6):
         raise ValueError(
             f"memory_bytes must be at least {least * vector} ({least * vector / 1e9:.3g} GB) for k = {k} by {method}: "
-            f"{least} vectors of {operator.size} entries; got {memory_bytes}: raise it, ask for fewer eigenvalues, or "
-            "select fewer parameters"
+            f"{least} vectors of {operator.space.most} entries; got {memory_bytes}: raise it, ask for fewer "
+            "eigenvalues, or select fewer parameters"
         )
     return vectors
 
@@ -272,7 +273,6 @@ def check_search(
     which: str = "largest",
     tolerance: float = 1e-4,
     max_hvps: int | None = None,
-    start: Tensor | None = None,
 ) -> None:
     """Raise ``ValueError`` if an argument of :func:`top_eigenvalues` is out of range, for an operator of a size."""
     if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= size:
@@ -289,8 +289,14 @@ def check_search(
         raise ValueError(f"tolerance must be a positive number, got {tolerance!r}: 1e-4 is the default")
     if max_hvps is not None and max_hvps < k:
         raise ValueError(f"max_hvps must be at least k = {k}, got {max_hvps}: each eigenvector needs one product")
-    if start is not None:
-        if start.ndim not in (1, 2) or start.shape[0] != size:
-            raise ValueError(f"start must have shape ({size},) or ({size}, p), got {tuple(start.shape)}")
-        if not bool(torch.isfinite(start).all()):
-            raise ValueError("start must be finite, got NaN or infinity in it: leave it out for a random start")
+
+
+def _check_start(operator: SymmetricOperator, start: Tensor | None) -> None:
+    """Raise ``ValueError`` unless start vectors are of the right shape and finite."""
+    if start is None:
+        return
+    here = operator.space.here
+    if start.ndim not in (1, 2) or start.shape[0] != here:
+        raise ValueError(f"start must have shape ({here},) or ({here}, p), got {tuple(start.shape)}")
+    if operator.space.any(~torch.isfinite(start)):
+        raise ValueError("start must be finite, got NaN or infinity in it: leave it out for a random start")

@@ -12,7 +12,7 @@ from torch import Tensor
 from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import SymmetricOperator
-from msam_analysis.objective.vectors import no_autocast, orthonormalize
+from msam_analysis.objective.vectors import no_autocast
 from msam_analysis.results import ConvergenceWarning, Estimate
 from msam_analysis.spectra.peers import Backend, check_backend, pyhessian_trace
 from msam_analysis.spectra.top import as_operator
@@ -130,22 +130,23 @@ class _Signs:
     def __init__(self, operator: SymmetricOperator, seed: int) -> None:
         self.operator = operator
         self.generator = torch.Generator().manual_seed(seed)
-        self.group = max(1, min(16, _GROUP_BYTES // (operator.size * torch.finfo(operator.dtype).bits // 8)))
+        self.group = max(1, min(16, _GROUP_BYTES // (operator.space.most * torch.finfo(operator.dtype).bits // 8)))
 
     def next(self, count: int) -> Tensor:
         """Return the next ``count`` vectors of signs, as columns."""
         size = (self.operator.size,)
         drawn = [(2 * torch.randint(2, size, generator=self.generator) - 1).to(torch.int8) for _ in range(count)]
-        return torch.stack(drawn, dim=1).to(self.operator.device, self.operator.dtype)
+        mine = [self.operator.space.part(vector) for vector in drawn]
+        return torch.stack(mine, dim=1).to(self.operator.device, self.operator.dtype)
 
 
 def _sketch(operator: SymmetricOperator, signs: _Signs, columns: int) -> tuple[Tensor, float]:
     """Return ``Q = orth(A S)`` and ``tr(Qᵀ A Q)``."""
     images = operator.matmat(signs.next(columns))
-    if not bool(torch.isfinite(images).all()):
+    if operator.space.any(~torch.isfinite(images)):
         return images[:, :0], math.nan
-    basis = orthonormalize(images.to(torch.promote_types(operator.dtype, torch.float32)))
-    return basis, float((basis * operator.matmat(basis)).sum())
+    basis = operator.space.orthonormalize(images.to(torch.promote_types(operator.dtype, torch.float32)))
+    return basis, float(operator.space.sum((basis * operator.matmat(basis)).sum()))
 
 
 def _sample(
@@ -167,8 +168,9 @@ def _sample(
         if sketch is not None:
             vectors = vectors.to(sketch)
             for _ in range(2):
-                vectors = vectors - sketch @ (sketch.T @ vectors)
-        sample = torch.cat([sample, (vectors * operator.matmat(vectors)).sum(dim=0).cpu().double()])
+                vectors = vectors - sketch @ operator.space.product(sketch.T, vectors)
+        values = operator.space.sum((vectors * operator.matmat(vectors)).sum(dim=0))
+        sample = torch.cat([sample, values.cpu().double()])
         wanted = first - len(sample)
         if wanted <= 0 and target_error is not None:
             value, error = _mean(sample, known)
