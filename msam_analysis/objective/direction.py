@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.space import DividedSpace, Space
 from msam_analysis.objective.vectors import Layout, widest
 
 Normalization = Literal["filter", "layer", "weight", "l2", "none"]
@@ -24,26 +25,37 @@ class Direction:
         Shape ``(size,)``.
     name
         What it is and how it was normalised; ends up on axes.
+    space
+        Where the whole vector lies, if processes have parts of it; ``None``: this vector is the whole.
     """
 
     vector: Tensor
     name: str
+    space: Space | None = field(default=None, repr=False)
 
     @property
     def norm(self) -> float:
         """L2 norm of the whole vector."""
-        return float(self.vector.to(widest(self.vector.device)).norm())
+        wide = self.vector.to(widest(self.vector.device))
+        return float(wide.norm() if self.space is None else self.space.norm(wide))
 
     def normalized(
         self, objective: Objective, normalize: Normalization = "filter", *, one_d: bool = False
     ) -> Direction:
         """Return the direction rescaled; see :func:`normalized`."""
-        vector = normalized(self.vector, objective.layout, objective.point(), normalize, one_d=one_d)
-        return replace(self, vector=vector, name=f"{self.name}, {label(normalize, one_d, objective.layout)}")
+        space = objective.space
+        vector = normalized(self.vector, objective.layout, objective.point(), normalize, one_d=one_d, space=space)
+        return Direction(vector, f"{self.name}, {label(normalize, one_d, objective.layout)}", space)
 
 
 def normalized(
-    vector: Tensor, layout: Layout, weights: Tensor, normalize: Normalization, *, one_d: bool = False
+    vector: Tensor,
+    layout: Layout,
+    weights: Tensor,
+    normalize: Normalization,
+    *,
+    one_d: bool = False,
+    space: Space | None = None,
 ) -> Tensor:
     r"""Rescale a direction so that displacements along it are comparable between networks.
 
@@ -71,6 +83,8 @@ def normalized(
         See above.
     one_d
         Move tensors with fewer than two dimensions too.
+    space
+        Where the vectors lie, if processes have parts of them; default: they are whole.
 
     Returns
     -------
@@ -88,7 +102,7 @@ def normalized(
     if normalize == "none":
         return vector.clone()
     if normalize == "l2":
-        norm = torch.linalg.vector_norm(vector, dtype=widest(vector.device))
+        norm = _lengths(vector[None], space)[0, 0]
         if not float(norm) > 0:
             raise ValueError("the direction is zero: expected a direction with a positive norm to give it length 1")
         unit: Tensor = (vector / norm).to(vector.dtype)
@@ -101,12 +115,18 @@ def normalized(
         if normalize == "weight":
             piece.mul_(weight.abs())
             continue
-        rows = piece.shape[0] if normalize == "filter" and piece.ndim >= 2 else 1
-        mine, theirs = piece.view(rows, -1), weight.reshape(rows, -1)
-        length = torch.linalg.vector_norm(mine, dim=1, keepdim=True, dtype=widest(mine.device))
-        target = torch.linalg.vector_norm(theirs, dim=1, keepdim=True, dtype=widest(mine.device))
+        filters = normalize == "filter" and piece.ndim >= 2
+        mine, theirs = (tensor.flatten(1) if filters else tensor.reshape(1, -1) for tensor in (piece, weight))
+        # Filters are rows of a tensor, which processes have whole.
+        length, target = (_lengths(tensor, None if filters else space) for tensor in (mine, theirs))
         mine.mul_(torch.where(length > 0, target / length, torch.zeros_like(length)).to(mine.dtype))
     return scaled
+
+
+def _lengths(rows: Tensor, space: Space | None) -> Tensor:
+    """Return the norms of rows, each of which may be divided among processes, shape ``(n, 1)``."""
+    own: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=widest(rows.device))
+    return space.sum(own.square()).sqrt() if isinstance(space, DividedSpace) else own
 
 
 def as_direction(direction: Direction | Tensor, objective: Objective) -> Direction:
@@ -126,9 +146,10 @@ def as_direction(direction: Direction | Tensor, objective: Objective) -> Directi
             f"expected a Direction or a flat tensor, got {type(direction).__name__}: see msam_analysis.directions"
         )
     objective.layout.check(direction.vector, "direction")
-    if not bool(torch.isfinite(direction.vector).all()):
+    if objective.space.any(~torch.isfinite(direction.vector)):
         raise ValueError(f"the direction {direction.name!r} holds NaN or infinity: expected finite entries")
-    return replace(direction, vector=direction.vector.detach().to(device=objective.device, dtype=objective.dtype))
+    vector = direction.vector.detach().to(device=objective.device, dtype=objective.dtype)
+    return Direction(vector, direction.name, objective.space)
 
 
 def label(normalize: Normalization, one_d: bool, layout: Layout) -> str:

@@ -40,6 +40,10 @@ class Space:
         """Return whether any entry of a condition is true, in any process."""
         return bool(condition.any())
 
+    def sign(self, vector: Tensor) -> float:
+        """Return the sign of the entry of largest magnitude."""
+        return float(vector[vector.abs().argmax()].sign())
+
     def part(self, whole: Tensor) -> Tensor:
         """Return this process's entries of a whole vector, or rows of a whole matrix."""
         return whole
@@ -100,6 +104,12 @@ class DividedSpace(Space):
     def any(self, condition: Tensor) -> bool:
         """Return whether any entry of a condition is true, in any process."""
         return bool(self.sum(condition.any().float()) > 0)
+
+    def sign(self, vector: Tensor) -> float:
+        """Return the sign of the entry of largest magnitude."""
+        ends = torch.stack([torch.cat([vector.new_zeros(1), side]).max() for side in (vector, -vector)])
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._group)
+        return float((ends[0] >= ends[1]).to(ends.dtype) * 2 - 1)
 
     def part(self, whole: Tensor) -> Tensor:
         """Return this process's entries of a whole vector, or rows of a whole matrix."""

@@ -275,6 +275,54 @@ def vectors() -> Found:
     }
 
 
+def directions() -> Found:
+    """Directions of all kinds and normalisations: parts of those of the whole model."""
+    sharded, alone, model = pair(net, without_scale, squares, batches())
+    part, d = sharded.space.part, ma.directions
+    found: Found = {}
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9) for each in (model, alone.model)]
+    for objective, optimizer in zip((sharded, alone), optimizers, strict=True):
+        trained(objective.model, optimizer)
+
+    def near(name: str, one: Any, other: Any) -> None:
+        found[name] = max(far(one.vector, part(other.vector)), abs(one.norm / other.norm - 1), one.name != other.name)
+
+    for how in ("filter", "layer", "weight", "l2", "none"):
+        for one_d in (False, True):
+            near(f"{how} {one_d}", *(d.random(o, 5, how, one_d=one_d) for o in (sharded, alone)))
+    near("gradient", *(d.gradient(o, "l2") for o in (sharded, alone)))
+    near("momentum", *(d.momentum(opt, o) for opt, o in zip(optimizers, (sharded, alone), strict=True)))
+    near("eigenvector", *(d.eigenvector(o) for o in (sharded, alone)))
+    planes = [
+        d.plane_through(o, *(o.point() + d.random(o, seed).vector for seed in (1, 2))) for o in (sharded, alone)
+    ]
+    found["plane"] = far(planes[0].points, planes[1].points)
+    for one, other in zip(planes[0].directions, planes[1].directions, strict=True):
+        near(one.name, one, other)
+    last = [o.with_parameters("last.*") for o in (sharded, alone)]
+    parts = [d.restricted(d.random(o, 3), o, p) for o, p in zip((sharded, alone), last, strict=True)]
+    found["restricted"] = far(parts[0].vector, last[0].space.part(parts[1].vector))
+    found["bare"] = abs(ma.directions.as_direction(sharded.point(), sharded).norm / float(alone.point().norm()) - 1)
+    return found
+
+
+def spectra() -> Found:
+    """Eigenvalues, traces and densities are those of the whole model."""
+    sharded, alone, _ = pair(net, without_scale, squares, batches())
+    part, found = sharded.space.part, {}
+    pairs = [ma.top_eigenvalues(o, 5) for o in (sharded, alone)]
+    found["eigenvalues"] = far(pairs[0].values, pairs[1].values)
+    signs = torch.stack([sharded.space.dot(*both) for both in zip(pairs[0].vectors.T, part(pairs[1].vectors).T, strict=True)])
+    found["eigenvectors"] = float((signs.abs() - 1).abs().max())
+    found["power"] = far(*(ma.top_eigenvalues(o, 1, method="power").values for o in (sharded, alone)))
+    for how in ("hutchinson", "hutch++"):
+        found[how] = far(*(torch.tensor(ma.trace(o, method=how, draws=12).value) for o in (sharded, alone)))
+    densities = [ma.spectral_density(o, probes=2, steps=10) for o in (sharded, alone)]
+    found["density"] = far(densities[0].density, densities[1].density)
+    gauss_newton = [ma.top_eigenvalues(o.gauss_newton(), 2).values for o in (sharded, alone)]
+    return found | {"Gauss-Newton": far(*gauss_newton)}
+
+
 # --------------------------------------------------------------------------------------------------- the model is its own
 
 
@@ -424,6 +472,8 @@ HERE: dict[str, Callable[[], Found]] = {
     "selected": selected,
     "differences": differences,
     "vectors": vectors,
+    "directions": directions,
+    "spectra": spectra,
     "never run": lambda: measured(without_scale(net()), never_run),
     "just run": lambda: measured(without_scale(net()), just_run),
     "just run, kept whole": lambda: measured(kept_without_scale(net()), just_run),
