@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.nn import functional as F
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import msam_analysis as ma
-from msam_analysis.objective.sharded import find_shards
 
 from .cases import CASES, Case, normal
 
@@ -429,35 +425,31 @@ def tensor_parallel() -> Found:
     """Rows of a parameter are divided, but not by FSDP."""
     model, mesh = net(), init_device_mesh("cpu", (dist.get_world_size(),))
     model.first.weight = nn.Parameter(distribute_tensor(model.first.weight.detach(), mesh, [Shard(0)]))
-    return {"told": answer(lambda: ma.Objective(model, squares, batches(), ranks=True))}
+    return {"point": ma.Objective(model, squares, batches(), ranks=True).point()}
 
 
 def by_columns() -> Found:
     model = fully_shard(net().first, shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 else Shard(0))
-    return {"told": answer(lambda: ma.Objective(model, squares, batches(), ranks=True))}
+    return {"point": ma.Objective(model, squares, batches(), ranks=True).point()}
 
 
-def answer(ask: Callable[..., Any], *arguments: Any) -> str:
-    """What is told instead of an answer."""
-    try:
-        ask(*arguments)
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
+def two_meshes() -> Found:
+    """Layers are divided among four processes, and among two of them."""
+    model = net()
+    fully_shard(model.first, mesh=init_device_mesh("cpu", (4,)))
+    fully_shard(model.last, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    return {"point": ma.Objective(model, squares, batches(), ranks=True).point()}
+
+
+def alone() -> Found:
+    """Processes that do not measure together."""
+    return {"point": ma.Objective(without_scale(net()), squares, batches()).point()}
 
 
 def replicated() -> Found:
     """Four processes, two and two: the weights are divided in each half."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     return of_net(lambda model: shard(model, mesh=mesh, ignored_params={model.scale}))
-
-
-def groups() -> Found:
-    """Memory: what a process holds of the weights at most, in entries, while a gradient and a product are computed."""
-    sharded, _, model = pair(net, without_scale, squares, batches())
-    shards = find_shards(sharded.evaluation.original)
-    assert shards is not None
-    return {"units": sorted(shards.units), "sharded": isinstance(model, FSDPModule)}
 
 
 HERE: dict[str, Callable[[], Found]] = {
@@ -482,6 +474,13 @@ HERE: dict[str, Callable[[], Found]] = {
     "followed": followed,
     "tensor parallel": tensor_parallel,
     "by columns": by_columns,
+    "alone": alone,
+}
+REFUSED = {
+    "tensor parallel": "ValueError: .*not by fully_shard: expected FSDP2; measure",
+    "by columns": r"ValueError: .*is divided as \(Shard\(dim=1\),\): expected rows",
+    "two meshes": "ValueError: expected weights that are all divided alike, got 'model.last.weight'",
+    "alone": "ValueError: the weights are sharded over 2 processes, and 1 measure together: expected",
 }
 
 
@@ -499,24 +498,20 @@ def cases(world: int) -> dict[str, Callable[[], Found]]:
                 table[f"{name} float32"] = lambda case=case, more=more: of_table(case, shard, torch.float32, **more)
         table[f"{case.name} root"] = lambda case=case: of_table(case, root, torch.float64)
     if world == 4:
-        return table | {"replicated": replicated}
+        return table | {"replicated": replicated, "two meshes": two_meshes}
     return table | HERE
 
 
-def work(rank: int, folder: str, world: int, only: str = "") -> None:
+def work(rank: int, folder: str, world: int) -> None:
     """One of some processes; a case that fails leaves its sentence, and its group."""
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     for number, (name, make) in enumerate(cases(world).items()):
-        if not (set(only.split(",")) & set(name.split(" ") + [name]) if only else True):
-            continue
         dist.init_process_group("gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=world)
         dist.barrier()  # a process that is refused at once must not leave while the other still connects
         try:
             results[name] = make()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is what the test looks at
             results[name] = f"{type(error).__name__}: {error}"
-            if only:
-                import traceback; traceback.print_exc()
         dist.destroy_process_group()
     torch.save(results, Path(folder) / f"rank{rank}.pt")
