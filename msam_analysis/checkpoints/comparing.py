@@ -22,6 +22,7 @@ from msam_analysis.measures.summary import DEFAULT_METRICS, RADII, SIGMA, TOLERA
 from msam_analysis.objective.batches import Batches
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.randomness import drawn_indices
+from msam_analysis.objective.ranks import Ranks
 from msam_analysis.results import BallSharpness, Comparison, Eigenpairs, Measurement, Result, atomic_path
 from msam_analysis.results import load as load_result
 from msam_analysis.results.fingerprint import fingerprint, of_tensors
@@ -87,7 +88,7 @@ def compare(
         Called with label and metric before each is measured.
     **options
         Further arguments of :class:`~msam_analysis.Objective`: ``batchnorm``, ``parameters``, ``device``, ``dtype``,
-        ``examine``, ...
+        ``examine``, ``ranks``, ...; with ``ranks`` the first process alone writes to ``out``.
 
     Returns
     -------
@@ -163,7 +164,14 @@ class _Measuring:
     vectors: bool
 
     def measure(self, label: str, one: Any, more: Mapping[str, Any]) -> tuple[Measurement, Mapping[str, Any]]:
-        """Load and measure one checkpoint; what is kept of it is taken."""
+        """Load and measure one checkpoint; what is kept of it is taken. What one process raises is raised by all."""
+        ranks = Ranks(together=bool(self.options.get("ranks", False)))
+        with ranks.apart(f"measuring {label}"):
+            return self._measured(label, one, more, ranks)
+
+    def _measured(
+        self, label: str, one: Any, more: Mapping[str, Any], ranks: Ranks
+    ) -> tuple[Measurement, Mapping[str, Any]]:
         loaded = self._loaded(one)
         objective = self._objective(loaded.model)
         source: dict[str, Any] = {"path": str(loaded.path), "taken": loaded.taken}
@@ -174,10 +182,16 @@ class _Measuring:
             return measured if self.vectors else _slim(measured), source
         decides = identity(objective, [], {}, {**self.asked, "vectors": self.vectors, "version": VERSION})
         source["weights"] = decides["weights"]
-        kept = Kept(Path(self.out), label, source, decides)
-        keep = kept.keep if self.vectors else lambda name, part: kept.keep(name, _slim(part))
-        measured = measure(objective, **self.asked, **more, known=kept.known(), keep=keep)
-        return _slim(measured), {**source, "folder": kept.folder.name}
+        # Of several processes the first alone reads and writes.
+        kept = Kept(Path(self.out), label, source, decides) if ranks.rank == 0 else None
+        known, folder = ranks.from_first((kept.known(), kept.folder.name) if kept is not None else ({}, ""))
+
+        def keep(name: str, part: Measurement) -> None:
+            if kept is not None:
+                kept.keep(name, part if self.vectors else _slim(part))
+
+        measured = measure(objective, **self.asked, **more, known=known, keep=keep)
+        return _slim(measured), {**source, "folder": folder}
 
     def _objective(self, model: nn.Module) -> Objective:
         """Return the loss of a model; all share the data of the first, as they were read and chosen for it."""

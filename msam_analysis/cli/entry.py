@@ -12,6 +12,7 @@ from msam_analysis.cli.landscape import landscape_command
 from msam_analysis.cli.measure import measure_command
 from msam_analysis.cli.processes import rank
 from msam_analysis.cli.study import study_command
+from msam_analysis.objective.ranks import known_to_all
 
 if TYPE_CHECKING:
     from typing_extensions import Never
@@ -41,7 +42,7 @@ def main() -> None:
     except _UsageError as error:
         _refuse(error.format_message())
     except RuntimeError as error:  # it may concern one process alone
-        _refuse(str(error) or brief(error), told=True)
+        _refuse(str(error) or brief(error), told=not known_to_all(error))
     except (ValueError, TypeError, ImportError, OSError) as error:
         _refuse(str(error) or brief(error))
     except (KeyboardInterrupt, typer.Abort):

@@ -26,7 +26,9 @@ from msam_analysis.checkpoints.comparing import compare
 from msam_analysis.checkpoints.naming import distinct_names, expand, numbered
 from msam_analysis.cli.factories import brief, parts, returning
 from msam_analysis.cli.names import listed
+from msam_analysis.cli.processes import group, own_device, rank
 from msam_analysis.measures.summary import DEFAULT_METRICS, MAX_HVPS, METRICS, RADII, TOLERANCE
+from msam_analysis.objective.ranks import Ranks
 from msam_analysis.results import Comparison, atomic_path
 
 if TYPE_CHECKING:
@@ -74,6 +76,8 @@ def measure_command(
 
     Each metric is kept when it is done: the same command goes on where it was stopped. Results of other weights, data
     or settings are never touched.
+
+    Several processes or GPUs: torchrun --nproc-per-node 2 -m msam_analysis measure ...
     """
     chosen = list(METRICS) if metrics == "all" else listed(metrics)
     if dtype is not None and dtype not in _PRECISIONS:
@@ -82,7 +86,7 @@ def measure_command(
     names = list(labels or distinct_names(paths))
     if len(names) != len(paths) or len(set(names)) != len(names):
         raise ValueError(f"expected a --label for each of the {len(paths)} checkpoint(s), all different, got {names}")
-    factory, batches, loss_fn = parts(model, data, loss, device)
+    device = own_device(device)
     options: dict[str, Any] = dict(
         metrics=chosen,
         radii=tuple(rho) if rho else RADII,
@@ -102,9 +106,13 @@ def measure_command(
         device=device,
         examine=examine,
     )
-    with _Progress(names, quiet) as progress:
+    with group() as several, _Progress(names, quiet or rank() > 0) as progress:
+        options["ranks"] = several
+        with Ranks().apart("calling the functions of model, data and loss"):
+            factory, batches, loss_fn = parts(model, data, loss, device)
         result = _compared(dict(zip(names, paths, strict=True)), factory, loss_fn, batches, progress.tick, options)
-    show(result, write(result, out, _asked(model, data, loss)))
+    if rank() == 0:
+        show(result, write(result, out, _asked(model, data, loss)))
     if result.failures:
         raise typer.Exit(_FAILED)
 
@@ -121,6 +129,8 @@ def _compared(
     try:
         with returning(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="compare: ")  # the failures are told at the end
+            if rank():
+                warnings.simplefilter("ignore")  # the first process says them
             return compare(checkpoints, factory, loss_fn, batches, tick=tick, **options)
     except (ValueError, TypeError, RuntimeError, OSError):
         raise

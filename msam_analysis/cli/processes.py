@@ -16,17 +16,17 @@ def rank() -> int:
 
 
 @contextmanager
-def group() -> Iterator[None]:
-    """Join the other processes inside, if torchrun started any.
+def group() -> Iterator[bool]:
+    """Join the other processes inside, if torchrun started any; say whether it did.
 
     They exchange numbers that lie in main memory, so gloo serves them on GPUs as well.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield
+        yield False
         return
     dist.init_process_group("gloo")
     try:
-        yield
+        yield True
     finally:
         dist.destroy_process_group()
 

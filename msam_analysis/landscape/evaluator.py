@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from msam_analysis.landscape.metrics import Metric, OutputMetric
 from msam_analysis.landscape.output_reader import OutputReader
 from msam_analysis.landscape.sampling import standard_error
-from msam_analysis.objective.batchnorm import batchnorm_layers, collect_statistics
+from msam_analysis.objective.batchnorm import averaged_statistics, batchnorm_layers, collect_statistics
 from msam_analysis.objective.nested import Batch
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.private import is_pair
@@ -70,7 +70,11 @@ class Evaluator:
         self.at = self.weights.clone()
         self._row, self._head = self.weights, [0.0] * (len(directions) - 1)
         self.evaluation = objective.evaluation
+        self.ranks = self.evaluation.ranks  # that share the batches: they evaluate a point together
         self.module = self.evaluation.private_copy(own=True)
+        buffers = dict(self.module.named_buffers())
+        for name, tensor in self.ranks.tensors_of_first(buffers).items():
+            buffers[name].copy_(tensor)
         self._sums = self.evaluation.findings.weighing.sums
         self._copies = self._bind()
         self._buffers = _Buffers(self.module)
@@ -127,7 +131,7 @@ class Evaluator:
             self.evaluation.leaves(self.move(point))
 
     def batches(self) -> Iterable[tuple[Batch, float]]:
-        """Iterate over the batches and their weights."""
+        """Iterate over this process's batches and their weights."""
         if self._unread():
             return self._held or []
         self._held = None  # a forward pass wrote to them: read the data again
@@ -167,7 +171,7 @@ class Evaluator:
             row = self._forward(origin, stream)
         self.seconds = time.monotonic() - start
         # The quick way: only the loss is wanted, as one number from a pair of tensors, without anything else to do.
-        alone = not self.metrics and self.fraction is None
+        alone = not self.metrics and self.fraction is None and self.ranks.count == 1
         alone = alone and not self._sums and self.module.redirect is None and self.module.fresh is None
         alone = alone and not self.evaluation.findings.with_gradients
         self._quick = alone and self._unread() and self._direct and self.objective.batchnorm != "recalibrate"
@@ -205,35 +209,58 @@ class Evaluator:
 
     def _forward(self, point: Sequence[float], stream: RandomStream) -> list[Any]:
         """Return the loss, its errors and the output metrics at a point."""
-        self.move(point)
-        if self.objective.batchnorm == "recalibrate":
-            self._recalibrate(stream)
         total: Any = 0.0
         weight_sum = 0.0
-        values, weights = [], []
-        for index, (batch, held) in enumerate(self.batches()):
-            if not held:
-                continue
-            # Every batch has its own seed and fresh buffers: no batch depends on another.
-            stream.restart(self.objective.seed + index)
-            self._buffers.restore()
-            returned = self.module(batch)
-            self._direct = isinstance(returned, Tensor) and returned.ndim == 0
-            mean, weight = mean_and_weight(returned, held, sums=self._sums)
-            value = self._number(mean.detach())
-            total = total + value * weight
-            weight_sum += weight
-            values.append(value)
-            weights.append(weight)
-        row = [total / weight_sum]
+        numbers, values, weights = [], [], []
+        with self.evaluation.apart("a point of a slice") as alike:
+            alike.append(self.move(point))
+            if self.objective.batchnorm == "recalibrate":
+                self._recalibrate(stream)
+            for index, (batch, held) in zip(self.objective.batches.own, self.batches(), strict=True):
+                if not held:
+                    continue
+                # Every batch has its own seed and fresh buffers: no batch depends on another.
+                stream.restart(self.objective.seed + index)
+                self._buffers.restore()
+                returned = self.module(batch)
+                self._direct = isinstance(returned, Tensor) and returned.ndim == 0
+                mean, weight = mean_and_weight(returned, held, sums=self._sums)
+                value = self._number(mean.detach())
+                total = total + value * weight
+                weight_sum += weight
+                numbers.append(index)
+                values.append(value)
+                weights.append(weight)
+            self._repeat(self.evaluation.weights, stream)
+        row = [self._mean(total, weight_sum)]
         if self.fraction is not None:
             row += self._errors(values, weights)
-        return row + self._reader.collect() if self._reader.names else row
+        return row + self._reader.collect(numbers, self.ranks) if self._reader.names else row
+
+    def _repeat(self, weights: list[float], stream: RandomStream) -> None:
+        """Make the passes that do not count; see :meth:`Evaluation.repeats`."""
+        self._reader.listens = False
+        for one in self.evaluation.repeats(weights):
+            stream.restart(self.objective.seed + one.index)
+            self.module(one.batch)
+        self._reader.listens = True
+
+    def _mean(self, total: Any, weight_sum: float) -> Any:
+        """Return the loss at a point, from a sum over this process's batches and their weight."""
+        if self.ranks.count == 1:
+            return total / weight_sum
+        device = self.objective.device
+        (mean,) = self.ranks.mean(weight_sum, torch.as_tensor(total, dtype=widest(device), device=device).clone())
+        return float(mean) if device.type == "cpu" else mean
 
     def _errors(self, values: list[Any], weights: list[float]) -> list[float]:
         losses = self._reader.losses(values)
+        if self.ranks.anywhere(losses is None):
+            losses = None
         units = torch.tensor([float(value) for value in values], dtype=torch.float64) if losses is None else losses
         weighing = torch.ones_like(units) if losses is not None else torch.tensor(weights, dtype=torch.float64)
+        if self.ranks.count > 1:
+            units, weighing = (torch.cat(parts) for parts in zip(*self.ranks.everyone((units, weighing)), strict=True))
         if self._reference is None:
             self._reference = units
         fraction = self.fraction or 0.0
@@ -243,16 +270,20 @@ class Evaluator:
         """Re-estimate the statistics of BatchNorm at this point, as :class:`Objective` does."""
         for layer in batchnorm_layers(self.module).values():
             layer.reset_running_stats()
-        seen = 0
+        batches, seen = self.objective.batches, 0
         try:
-            batches = self.objective.batches
-            for index, (batch, size) in enumerate(zip(batches, batches.sizes, strict=True)):
+            for index, batch, size in zip(batches.own, batches, batches.own_sizes, strict=True):
                 stream.restart(self.objective.seed + index)
                 seen += size
                 collect_statistics(self.module, share=size / seen if seen else 0.0)
                 self.module(batch)
+            collect_statistics(self.module, share=0.0)
+            self._repeat([float(size) for size in batches.own_sizes], stream)
         finally:
             collect_statistics(self.module, share=None)
+        buffers = dict(self.module.named_buffers())
+        for name, mean in averaged_statistics(self.module, buffers, seen, self.ranks).items():
+            buffers[name].copy_(mean)
         self._reader.forget()
         self._buffers.keep()
 
@@ -267,7 +298,8 @@ class Evaluator:
         for row, point in zip(rows, coordinates, strict=True):
             for name, metric in others.items():
                 # A copy: a metric may keep it, and the next point changes the buffer.
-                row.append(_plain(name, metric(self.objective, self.move(point).clone())))
+                with self.ranks.apart(f"the metric {name!r}"):
+                    row.append(_plain(name, metric(self.objective, self.move(point).clone())))
         names = ["loss", *(ERRORS if self.fraction is not None else ()), *self._reader.names, *others]
         for row in rows:
             for name, value in zip(names, row, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from msam_analysis.landscape.metrics import Metric, OutputMetric
 from msam_analysis.landscape.sampling import per_sample
 from msam_analysis.objective.nested import count_samples
+from msam_analysis.objective.ranks import Ranks
 
 
 class OutputReader:
@@ -29,11 +30,14 @@ class OutputReader:
     ----------
     names
         Names of the metrics that are read here.
+    listens
+        Whether passes count.
     """
 
     def __init__(self, module: Any, metrics: Mapping[str, Metric], *, losses: bool) -> None:
         self._metrics = {name: metric for name, metric in metrics.items() if isinstance(metric, OutputMetric)}
         self.names = tuple(self._metrics)
+        self.listens = True
         self._criterion = per_sample(module.loss_fn)
         self._seen: dict[str, list[Tensor]] = {name: [] for name in self._metrics}
         self._losses: list[Tensor | None] = []
@@ -46,6 +50,8 @@ class OutputReader:
 
     def __call__(self, output: Any, target: Any) -> None:
         """Note the metrics and the losses of one batch."""
+        if not self.listens:
+            return
         if isinstance(output, nn.Module):
             self._wanted = False
             if self._metrics:
@@ -84,12 +90,20 @@ class OutputReader:
             told = torch.tensor([float(mean) for mean in means], dtype=torch.float64)
             # They differ for class weights and for targets that are ignored.
             self._wanted = len(own) == len(told) and torch.allclose(own, told, rtol=1e-4, equal_nan=True)
-        return torch.cat(seen).cpu().double() if self._wanted else None
+        if not self._wanted:
+            return None
+        return torch.cat(seen).cpu().double() if seen else torch.zeros(0, dtype=torch.float64)
 
-    def collect(self) -> list[float | Tensor]:
-        """Return the metrics over all batches since the last call."""
-        values = {name: torch.cat(seen).cpu().double() for name, seen in self._seen.items()}
+    def collect(self, numbers: Sequence[int], ranks: Ranks) -> list[float | Tensor]:
+        """Return the metrics over the batches of all processes since the last call; this one's have these numbers."""
+        seen = self._seen
         self.forget()
+        if ranks.count > 1:
+            mine = {name: [one.cpu() for one in own] for name, own in seen.items()}
+            found = ranks.everyone((list(numbers), mine))
+            places = sorted((n, rank, i) for rank, (own, _) in enumerate(found) for i, n in enumerate(own))
+            seen = {name: [found[rank][1][name][i] for _, rank, i in places] for name in seen}
+        values = {name: torch.cat(parts).cpu().double() for name, parts in seen.items()}
         return [values[name] if metric.each else float(values[name].mean()) for name, metric in self._metrics.items()]
 
     def forget(self) -> None:

@@ -31,7 +31,9 @@ class PointTable:
     seconds
         Approximate duration of a point.
     ranks
-        The processes that share the work.
+        The processes that measure.
+    together
+        Whether all of them measure every point together; otherwise they share the points.
     written
         Called after every block of points.
 
@@ -52,6 +54,7 @@ class PointTable:
         size: int,
         seconds: float,
         ranks: Ranks,
+        together: bool,
         written: Callable[[], None],
     ) -> None:
         self.coordinates = coordinates.tolist()
@@ -60,6 +63,7 @@ class PointTable:
         self._measure = measure
         self._size = size
         self._ranks = ranks
+        self._sharing = Ranks(together=False) if together else ranks
         self._written = written
         # Groups of `size` points for each process in a block.
         self._groups = max(1, int(_BLOCK_SECONDS[0] / max(ranks.slowest(seconds) * size, 1e-6)))
@@ -72,10 +76,10 @@ class PointTable:
         begin, (shortest, longest) = 0, _BLOCK_SECONDS
         while begin < len(wanted):
             start = time.monotonic()
-            block = wanted[begin : begin + self._groups * self._size * self._ranks.count]
-            mine = [self.coordinates[point] for point in self._ranks.share(block, self._size)]
+            block = wanted[begin : begin + self._groups * self._size * self._sharing.count]
+            mine = [self.coordinates[point] for point in self._sharing.share(block, self._size)]
             rows = self._measure(mine) if mine else self.rows[:0]  # the last block may leave a process without a share
-            self.rows[block] = self._ranks.gather(rows, len(block), self._size)
+            self.rows[block] = self._sharing.gather(rows, len(block), self._size)
             self.measured[block] = True
             begin += len(block)
             seconds = self._ranks.slowest(time.monotonic() - start)

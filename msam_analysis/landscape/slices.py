@@ -30,6 +30,7 @@ from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.direction import Direction, as_direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.ranks import Ranks
+from msam_analysis.objective.vectors import widest
 from msam_analysis.objective.rounding import resolution, warn_if_below
 from msam_analysis.objective.statistics import warn_of_statistics
 from msam_analysis.results import Slice1D, Slice2D
@@ -155,7 +156,8 @@ def slice_2d(
     distributed
         Whether the processes of :mod:`torch.distributed`, if it is initialised, share the points (default). All of them
         must call this function with the same arguments, and all get the same result as one process alone. ``False``:
-        this process measures alone.
+        this process measures alone. Processes that share the batches of the objective (its ``ranks``) evaluate every
+        point together, whatever is said here.
 
     Returns
     -------
@@ -176,7 +178,8 @@ def slice_2d(
     else:
         x, y = (grids.explicit(axis) for axis in grids.two(coordinates, "coordinates"))
     product = first.norm * second.norm
-    inner = float(first.vector.cpu().double() @ second.vector.cpu().double())
+    wide = [line.vector.to(widest(line.vector.device)) for line in (first, second)]
+    inner = float(objective.space.dot(*wide))
     labels = {
         "x": x,
         "y": y,
@@ -223,7 +226,11 @@ class _Measurement:
         """Check the options, open the file, measure the centre, and recall what is already known."""
         self._check()
         self.shape = tuple(len(axis) for axis in self.axes.values())
-        self.ranks = Ranks(together=self.distributed)
+        # Processes that share the batches evaluate every point together; others share the points.
+        self.ranks = self.objective.batches.ranks
+        self.together = self.ranks.count > 1
+        if not self.together:
+            self.ranks = Ranks(together=self.distributed)
         self.part, self.fraction = self.objective, None
         chosen = {"refine": self.refine, "sampling seed": None if self.samples is None else self.seed}
         self.settings: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
@@ -234,7 +241,9 @@ class _Measurement:
         self.identity = self._identity()
         self.journal = Journal(self.path if self.ranks.rank == 0 else None)
         self.found = self._found()
-        self.evaluator = Evaluator(self.part, [line.vector for line in self.lines], self.metrics, self.fraction)
+        with self.ranks.apart("the centre of a slice"):
+            lines = [line.vector for line in self.lines]
+            self.evaluator = Evaluator(self.part, lines, self.metrics, self.fraction)
         self.center = float(self.evaluator.center[0])
         row, widths = self.evaluator.center, self.evaluator.widths
         self.center_metrics: Mapping[str, Tensor] = {
@@ -256,7 +265,7 @@ class _Measurement:
             return self.found
         total = None if self.refine is not None else len(self.table.coordinates)
         try:
-            with self.table.shown(progress=self.progress, total=total):
+            with self.ranks.apart("measuring a slice"), self.table.shown(progress=self.progress, total=total):
                 if self.refine is None:
                     self.table.measure(range(len(self.table.coordinates)))
                 else:
@@ -312,13 +321,19 @@ class _Measurement:
         if size is None and self.found is not None:
             size = int(self.found.settings.get("points at once", 1))
         if size is None:
-            size = self.ranks.from_first(fastest(self.evaluator, len(grid)) if self.ranks.rank == 0 else 1)
+            alone = self.ranks.rank == 0 and not self.together
+            size = self.ranks.from_first(fastest(self.evaluator, len(grid)) if alone else 1)
+        if size > 1 and self.part.evaluation.shards is not None:
+            raise ValueError(
+                f"expected points one after the other where processes share the weights, got chunk={size}: leave it out"
+            )
         if size > 1:
             self.settings["points at once"] = size
         source = self.evaluator if size == 1 else Together(self.evaluator, size)
         width, seconds = len(self.evaluator.center), self.evaluator.seconds
         written = partial(self.journal.write, self._snapshot)
-        return PointTable(source.rows, grid, width, size=size, seconds=seconds, ranks=self.ranks, written=written)
+        how: dict[str, Any] = {"ranks": self.ranks, "together": self.together, "written": written}
+        return PointTable(source.rows, grid, width, size=size, seconds=seconds, **how)
 
     def _recall(self, grid: Tensor) -> None:
         """Enter the known points: the centre, and those in the file."""

@@ -85,11 +85,14 @@ class Together:
             return mean.detach(), torch.as_tensor(weight, dtype=torch.float64)
 
         total = weight_sum = torch.zeros(self.size, dtype=torch.float64)
-        for batch, held in evaluator.batches():
-            means, weights = vmap(partial(loss, batch=batch, weight=held))(points)
-            total = total + means.cpu().double() * weights
-            weight_sum = weight_sum + weights
-        return (total / weight_sum)[: len(coordinates), None]
+        with evaluator.ranks.apart("points of a slice") as alike:
+            alike.append(points)
+            for batch, held in evaluator.batches():
+                means, weights = vmap(partial(loss, batch=batch, weight=held))(points)
+                total = total + means.cpu().double() * weights
+                weight_sum = weight_sum + weights
+        both = evaluator.ranks.sum(torch.stack([total, weight_sum]))
+        return (both[0] / both[1])[: len(coordinates), None]
 
 
 def fastest(evaluator: Evaluator, points: int) -> int:

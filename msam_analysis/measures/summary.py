@@ -181,12 +181,12 @@ class _Clock:
     """The time left, and what it pays for."""
 
     def __init__(self, objective: Objective, end: float) -> None:
-        self._objective, self._end = objective, end
+        self._objective, self._end, self._ranks = objective, end, objective.batches.ranks
         self._prices: tuple[float, float] | None = None
 
     def left(self) -> float:
-        """Return the seconds left."""
-        return self._end - time.perf_counter()
+        """Return the seconds left, by the clock of the first process."""
+        return self._end if math.isinf(self._end) else self._ranks.from_first(self._end - time.perf_counter())
 
     def affords(self, gradients: float, vectors: int, most: int) -> int:
         """Return how many steps the time left pays for, at most ``most``; each costs gradients and random vectors."""
@@ -198,7 +198,7 @@ class _Clock:
             for priced in (self._objective.loss_and_gradient, self._vector):
                 priced()
                 times.append(time.perf_counter())
-            self._prices = (times[1] - times[0], times[2] - times[1])
+            self._prices = self._ranks.from_first((times[1] - times[0], times[2] - times[1]))
         price = gradients * self._prices[0] + vectors * self._prices[1]
         return most if price <= 0 else min(most, int(max(self.left(), 0.0) / price))
 

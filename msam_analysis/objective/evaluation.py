@@ -57,7 +57,7 @@ class BatchLoss(NamedTuple):
     scale: float = 1.0
 
 
-class _Pass(NamedTuple):
+class Pass(NamedTuple):
     """A batch that goes through the network."""
 
     index: int
@@ -111,7 +111,7 @@ class Evaluation:
         with self.held():
             self.outer |= {id(tensor): name for name, tensor in _tensors(self.original).items()}
         self._weights: list[float] | None = None
-        self._fillers: dict[tuple[float, ...], tuple[int, _Pass | None]] = {}
+        self._fillers: dict[tuple[float, ...], tuple[int, Pass | None]] = {}
         self._told = False
         self.renew()
 
@@ -199,7 +199,8 @@ class Evaluation:
             module = self.original.private_copy(owned if own else None).eval()
         if self.shards is not None:
             module.units = Units(module, self.shards)
-            module.units.place(dict(module.named_parameters()) if own else {}, self.shards.rows, alike=True)
+            if own:
+                self._divide(module)
         if self.batchnorm == "batch":
             use_batch_statistics(module)
         for name in self.findings.drawing or ():
@@ -210,6 +211,15 @@ class Evaluation:
         if self.findings.restored:
             module.fresh = Attributes(module)
         return module
+
+    def _divide(self, module: LossModule) -> None:
+        """Leave this process's parts of parameters in a private copy with tensors of its own."""
+        parameters = dict(module.named_parameters())
+        for name, rows in self.rows.items():
+            if parameters[name].shape != rows.part:
+                parameters[name].data = rows.of(parameters[name].detach()).clone()
+        if module.units is not None:
+            module.units.place(parameters, self.rows, alike=True)
 
     def place(self, tensors: dict[str, Tensor]) -> None:
         """Put tensors in place of the private copy's, where they stay: a backward pass may run a part of it again."""
@@ -368,7 +378,7 @@ class Evaluation:
         try:
             with self.apart("statistics of BatchNorm"), ALONE, self.evaluating() as stream:
                 self.place(parameters | fresh)
-                for index, batch, size, counts in self._passes([float(size) for size in self.batches.own_sizes]):
+                for index, batch, size, counts in self.passes([float(size) for size in self.batches.own_sizes]):
                     stream.restart(self.seed + index)
                     weight = size if counts else 0.0
                     seen += weight
@@ -408,7 +418,7 @@ class Evaluation:
         counts = []
         with self.ranks.apart("counting what the criterion counts"), self.evaluating() as stream:
             self.settle(self.pieces(), self.constants())
-            for index, batch, _, own in self._passes([1.0] * len(self.batches.own)):
+            for index, batch, _, own in self.passes([1.0] * len(self.batches.own)):
                 stream.restart(self.seed + index)
                 output = self.copy.model(batch[0])
                 if own:
@@ -428,29 +438,29 @@ class Evaluation:
 
         With ``cut`` the loss is cut off from the parameters where the model puts out its tensors; both ends come, too.
         """
-        for one in self._passes(self.weights):
+        for one in self.passes(self.weights):
             if skip:
                 skip -= 1
                 continue
             yield self._batch_loss(one, point, constants, stream, cut=cut)  # held by nothing here
 
-    def _passes(self, weights: list[float]) -> Iterator[_Pass]:
-        """Yield this process's batches that weigh anything.
-
-        Processes that share the weights gather them together, so they make equally many passes: those that have fewer
-        batches than others repeat one, which does not count.
-        """
-        most, filler = self._filler(weights)
-        done = 0
+    def passes(self, weights: list[float]) -> Iterator[Pass]:
+        """Yield this process's batches that weigh anything, and those of :meth:`repeats`."""
         for index, batch, weight in zip(self.batches.own, self.batches, weights, strict=True):
             if weight:
-                done += 1
-                yield _Pass(index, batch, weight)
-        while done < most and filler is not None:
-            done += 1
+                yield Pass(index, batch, weight)
+        yield from self.repeats(weights)
+
+    def repeats(self, weights: list[float]) -> Iterator[Pass]:
+        """Yield a batch that does not count, as often as other processes have more batches than this one.
+
+        Processes that share the weights gather them together, so they make equally many passes.
+        """
+        most, filler = self._filler(weights)
+        for _ in range(most - sum(weight != 0 for weight in weights)) if filler is not None else ():
             yield filler._replace(batch=map_tensors(filler.batch, lambda tensor: tensor))
 
-    def _filler(self, weights: list[float]) -> tuple[int, _Pass | None]:
+    def _filler(self, weights: list[float]) -> tuple[int, Pass | None]:
         """Return the number of passes, and the one that is repeated."""
         if not self.spread:
             return 0, None
@@ -460,12 +470,12 @@ class Evaluation:
             every = self.ranks.everyone([(index, weight) for index, weight in weighed if weight])
             most, (index, weight) = max(map(len, every)), next(own[0] for own in every if own)
             (batch,) = self.batches.gathered([index])
-            self._fillers[key] = most, _Pass(index, batch, weight, counts=False)
+            self._fillers[key] = most, Pass(index, batch, weight, counts=False)
         return self._fillers[key]
 
     def _batch_loss(
         self,
-        one: _Pass,
+        one: Pass,
         point: dict[str, Tensor],
         constants: dict[str, Tensor],
         stream: RandomStream,

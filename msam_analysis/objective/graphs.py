@@ -55,8 +55,9 @@ class GraphOperator(SymmetricOperator):
             if refusal:
                 raise ExaminationError(refusal)
         self._loss = loss
-        self._leaves = loss.leaves(w)
-        self._constants = loss.constants(w)
+        with loss.ranks.apart("an operator at a point"):
+            self._leaves = loss.leaves(w)
+            self._constants = loss.constants(w)
         self._room = keep_bytes
         self._graphs: list[_Graph] = []
         self._full = False

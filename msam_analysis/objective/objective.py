@@ -157,8 +157,12 @@ class Objective:
             self._check(model, loss_fn, dtype)
             check_policy(batchnorm)
             original = LossModule(unwrap(model), unwrap(loss_fn))
-            first = next(iter(select(original.model, parameters).values()))
-            placed = device_of(device, first.device)
+            named = select(original.model, parameters)
+            placed = device_of(device, next(iter(named.values())).device)
+            shapes = {name: tuple(parameter.shape) for name, parameter in original.named_parameters()}
+            chosen = (batchnorm, dtype, autocast, dropout, second_derivatives, seed, examine, ranks, placed.type)
+            arguments = fingerprint(*map(str, chosen), list(named))
+            processes.check_alike({"the network": fingerprint(shapes), "arguments": arguments})
             data = Batches.shared(
                 data, device=placed, dtype=dtype, cache_bytes=cache_bytes, ranks=processes, split=ranks == "split"
             )
@@ -179,10 +183,6 @@ class Objective:
                 alike.extend(original.parameters())
             else:
                 self._evaluation.shards.check(processes.count)
-        chosen = (batchnorm, dtype, autocast, dropout, second_derivatives, seed, examine, ranks, placed.type)
-        names = {name: tuple(parameter.shape) for name, parameter in original.named_parameters()}
-        arguments = fingerprint(*map(str, chosen), self.layout.names)
-        processes.check_alike({"the network": fingerprint(names), "arguments": arguments})
 
     @staticmethod
     def _check(model: object, loss_fn: object, dtype: object) -> None:
@@ -474,7 +474,8 @@ class Objective:
             Also if the loss depends on none of the selected parameters.
         """
         evaluation = self.evaluation
-        return mean_gradient(evaluation, evaluation.leaves(w), evaluation.constants(w))
+        with evaluation.apart("a gradient at a point"):
+            return mean_gradient(evaluation, evaluation.leaves(w), evaluation.constants(w))
 
     def hvp(self, v: Tensor, w: Tensor | None = None) -> Tensor:
         """Return the Hessian-vector product ``∇²L(w) v``.

@@ -53,7 +53,7 @@ class Ranks:
         try:
             yield alike
         except BaseException as error:
-            if not hasattr(error, _TOLD):
+            if not known_to_all(error):
                 self._meet(what, (), error)
             raise
         self._meet(what, alike, None)
@@ -97,9 +97,7 @@ class Ranks:
             return [value]
         with self.apart("exchanging what each process has"):
             mine = pickle.dumps(value)
-        theirs = self._swapped(mine)
-        with self.apart("reading what each process has"):
-            return [_unpacked(one) for one in theirs]
+        return [_unpacked(one) for one in self._swapped(mine)]
 
     def anywhere(self, fact: bool) -> bool:
         """Return whether something holds in any process."""
@@ -176,7 +174,7 @@ class Ranks:
         elif high + low > _ALIKE * largest:
             raise _told(
                 ValueError(
-                    f"the processes differ in the point or the vector at which they do this: {what}; expected the same "
+                    f"the processes differ in their weights or vectors ({what}): expected the same "
                     "weights, vectors and seeds in every process"
                 )
             )
@@ -196,6 +194,11 @@ class Ranks:
             if isinstance(found, type) and issubclass(found, BaseException):
                 made = found(f"process {rank}: {text}")
         raise _told(made)
+
+
+def known_to_all(error: BaseException) -> bool:
+    """Return whether all processes have raised an error."""
+    return hasattr(error, _TOLD)
 
 
 def _mark(tensors: Iterable[Tensor]) -> tuple[float, float]:

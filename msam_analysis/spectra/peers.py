@@ -76,6 +76,11 @@ def _objective(target: object) -> Evaluation:
             f"backend='pyhessian' expected an Objective, got {type(target).__name__}: PyHessian takes a model and "
             "data; pass the objective, or use backend='native' for an operator"
         )
+    if target.batches.ranks.count > 1:
+        raise ValueError(
+            "PyHessian reads all batches in one process, and the objective has them in several: expected ranks=False; "
+            "use backend='native'"
+        )
     loss = target.evaluation
     if loss.device.type not in ("cpu", "cuda"):
         raise ValueError(

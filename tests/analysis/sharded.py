@@ -319,6 +319,36 @@ def spectra() -> Found:
     return found | {"Gauss-Newton": far(*gauss_newton)}
 
 
+def slices(folder: str = "") -> Found:
+    """Slices, with metrics of both kinds, with errors, under a policy that reads the data at each point; in files."""
+    found: Found = {}
+    options: dict[str, Any] = {"points": 3, "progress": False}
+    metrics = {"norm": gradient_norm, "sizes": ma.OutputMetric(lambda output, target: output.norm(dim=1))}
+    sharded, alone, _ = pair(net, without_scale, squares, batches())
+    both = sharded, alone
+    lines = [ma.slice_1d(o, ma.directions.random(o, 1), metrics=metrics, **options) for o in both]
+    found["line"] = far(lines[0].loss, lines[1].loss)
+    found |= {f"metric {key}": far(lines[0].metrics[key], lines[1].metrics[key]) for key in metrics}
+    drawn = [ma.slice_1d(o, ma.directions.random(o, 1), samples=7, **options) for o in both]
+    found["drawn"] = far(drawn[0].loss, drawn[1].loss) + far(drawn[0].standard_error, drawn[1].standard_error)
+    planes = [ma.slice_2d(o, [ma.directions.random(o, seed) for seed in (1, 2)], **options) for o in both]
+    found["plane"] = far(planes[0].loss, planes[1].loss)
+    found["cosine"] = abs(planes[0].cosine - planes[1].cosine)
+    convnet = next(case for case in CASES if "batch" in case.policies)
+    pairs = pair(lambda: convnet.model(), shard, convnet.loss_fn, convnet.data(), batchnorm="recalibrate")[:2]
+    again = [ma.slice_1d(o, ma.directions.gradient(o), **options) for o in pairs]
+    return found | {"recalibrate": far(again[0].loss, again[1].loss)}
+
+
+def gradient_norm(objective: ma.Objective, w: Tensor) -> float:
+    return float(objective.space.norm(objective.gradient(w)))
+
+
+def chunks() -> Found:
+    objective = pair(net, without_scale, squares, batches())[0]
+    return {"loss": ma.slice_1d(objective, ma.directions.random(objective), chunk=2, points=3, progress=False).loss}
+
+
 # --------------------------------------------------------------------------------------------------- the model is its own
 
 
@@ -466,6 +496,8 @@ HERE: dict[str, Callable[[], Found]] = {
     "vectors": vectors,
     "directions": directions,
     "spectra": spectra,
+    "slices": slices,
+    "chunks": chunks,
     "never run": lambda: measured(without_scale(net()), never_run),
     "just run": lambda: measured(without_scale(net()), just_run),
     "just run, kept whole": lambda: measured(kept_without_scale(net()), just_run),
@@ -480,6 +512,7 @@ REFUSED = {
     "tensor parallel": "ValueError: .*not by fully_shard: expected FSDP2; measure",
     "by columns": r"ValueError: .*is divided as \(Shard\(dim=1\),\): expected rows",
     "two meshes": "ValueError: expected weights that are all divided alike, got 'model.last.weight'",
+    "chunks": "ValueError: expected points one after the other where processes share the weights, got chunk=2",
     "alone": "ValueError: the weights are sharded over 2 processes, and 1 measure together: expected",
 }
 
