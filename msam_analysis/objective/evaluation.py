@@ -446,19 +446,21 @@ class Evaluation:
 
     def passes(self, weights: list[float]) -> Iterator[Pass]:
         """Yield this process's batches that weigh anything, and those of :meth:`repeats`."""
+        repeats = self.repeats(weights)
         for index, batch, weight in zip(self.batches.own, self.batches, weights, strict=True):
             if weight:
                 yield Pass(index, batch, weight)
-        yield from self.repeats(weights)
+        yield from repeats
 
     def repeats(self, weights: list[float]) -> Iterator[Pass]:
-        """Yield a batch that does not count, as often as other processes have more batches than this one.
+        """Return a batch that does not count, as often as other processes have more batches than this one.
 
-        Processes that share the weights gather them together, so they make equally many passes.
+        Processes that share the weights gather them together, so they make equally many passes. They agree on their
+        number before the first.
         """
         most, filler = self._filler(weights)
-        for _ in range(most - sum(weight != 0 for weight in weights)) if filler is not None else ():
-            yield filler._replace(batch=map_tensors(filler.batch, lambda tensor: tensor))
+        missing = range(most - sum(weight != 0 for weight in weights)) if filler is not None else ()
+        return (filler._replace(batch=map_tensors(filler.batch, lambda tensor: tensor)) for _ in missing)
 
     def _filler(self, weights: list[float]) -> tuple[int, Pass | None]:
         """Return the number of passes, and the one that is repeated."""

@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import msam_analysis as ma
 
+from msam_analysis.landscape.metrics import OutputMetric
+
 from .cases import CASES, Case, normal
 
 Found = dict[str, Any]
@@ -323,7 +325,7 @@ def slices(folder: str = "") -> Found:
     """Slices, with metrics of both kinds, with errors, under a policy that reads the data at each point; in files."""
     found: Found = {}
     options: dict[str, Any] = {"points": 3, "progress": False}
-    metrics = {"norm": gradient_norm, "sizes": ma.OutputMetric(lambda output, target: output.norm(dim=1))}
+    metrics = {"norm": gradient_norm, "sizes": OutputMetric(lambda output, target: output.norm(dim=1))}
     sharded, alone, _ = pair(net, without_scale, squares, batches())
     both = sharded, alone
     lines = [ma.slice_1d(o, ma.directions.random(o, 1), metrics=metrics, **options) for o in both]
