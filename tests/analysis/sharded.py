@@ -331,7 +331,7 @@ def slices(folder: str = "") -> Found:
     lines = [ma.slice_1d(o, ma.directions.random(o, 1), metrics=metrics, **options) for o in both]
     found["line"] = far(lines[0].loss, lines[1].loss)
     found |= {f"metric {key}": far(lines[0].metrics[key], lines[1].metrics[key]) for key in metrics}
-    drawn = [ma.slice_1d(o, ma.directions.random(o, 1), samples=7, **options) for o in both]
+    drawn = [ma.slice_1d(o, ma.directions.random(o, 1), samples=12, **options) for o in both]
     found["drawn"] = far(drawn[0].loss, drawn[1].loss) + far(drawn[0].standard_error, drawn[1].standard_error)
     planes = [ma.slice_2d(o, [ma.directions.random(o, seed) for seed in (1, 2)], **options) for o in both]
     found["plane"] = far(planes[0].loss, planes[1].loss)
