@@ -32,6 +32,7 @@ from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.ranks import Ranks
 from msam_analysis.objective.rounding import resolution, warn_if_below
 from msam_analysis.objective.statistics import warn_of_statistics
+from msam_analysis.objective.vectors import read, widest
 from msam_analysis.results import Slice1D, Slice2D
 from msam_analysis.results.fingerprint import fingerprint
 
@@ -175,13 +176,14 @@ def slice_2d(
         x, y = (grids.symmetric(r, n) for r, n in zip(radii, counts, strict=True))
     else:
         x, y = (grids.explicit(axis) for axis in grids.two(coordinates, "coordinates"))
-    product = first.norm * second.norm
-    inner = float(first.vector.cpu().double() @ second.vector.cpu().double())
+    one, two = (direction.vector.to(widest(objective.device)) for direction in (first, second))
+    length, height, inner = read(one.norm(), two.norm(), one @ two)
+    product = length * height
     labels = {
         "x": x,
         "y": y,
         "directions": (first.name, second.name),
-        "direction_norms": (first.norm, second.norm),
+        "direction_norms": (length, height),
         "cosine": inner / product if product > 0 else math.nan,
     }
     options = metrics, refine, samples, seed, path, progress, chunk, distributed

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.space import Space
 from msam_analysis.objective.vectors import Layout, widest
 
 Normalization = Literal["filter", "layer", "weight", "l2", "none"]
@@ -38,12 +39,19 @@ class Direction:
         self, objective: Objective, normalize: Normalization = "filter", *, one_d: bool = False
     ) -> Direction:
         """Return the direction rescaled; see :func:`normalized`."""
-        vector = normalized(self.vector, objective.layout, objective.point(), normalize, one_d=one_d)
+        weights, space = objective.point(), objective.space
+        vector = normalized(self.vector, objective.layout, weights, normalize, one_d=one_d, space=space)
         return replace(self, vector=vector, name=f"{self.name}, {label(normalize, one_d, objective.layout)}")
 
 
 def normalized(
-    vector: Tensor, layout: Layout, weights: Tensor, normalize: Normalization, *, one_d: bool = False
+    vector: Tensor,
+    layout: Layout,
+    weights: Tensor,
+    normalize: Normalization,
+    *,
+    one_d: bool = False,
+    space: Space | None = None,
 ) -> Tensor:
     r"""Rescale a direction so that displacements along it are comparable between networks.
 
@@ -71,6 +79,8 @@ def normalized(
         See above.
     one_d
         Move tensors with fewer than two dimensions too.
+    space
+        Where the vectors lie; default: every process has whole ones. Filters are whole in any case.
 
     Returns
     -------
@@ -85,10 +95,11 @@ def normalized(
     if normalize not in get_args(Normalization):
         raise ValueError(f"normalize must be one of {get_args(Normalization)}, got {normalize!r}")
     layout.check(vector, "direction")
+    space = Space(layout.size) if space is None else space
     if normalize == "none":
         return vector.clone()
     if normalize == "l2":
-        norm = torch.linalg.vector_norm(vector, dtype=widest(vector.device))
+        norm = space.norm(torch.linalg.vector_norm(vector, dtype=widest(vector.device)).reshape(1))
         if not float(norm) > 0:
             raise ValueError("the direction is zero: expected a direction with a positive norm to give it length 1")
         unit: Tensor = (vector / norm).to(vector.dtype)
@@ -101,10 +112,13 @@ def normalized(
         if normalize == "weight":
             piece.mul_(weight.abs())
             continue
-        rows = piece.shape[0] if normalize == "filter" and piece.ndim >= 2 else 1
-        mine, theirs = piece.view(rows, -1), weight.reshape(rows, -1)
-        length = torch.linalg.vector_norm(mine, dim=1, keepdim=True, dtype=widest(mine.device))
-        target = torch.linalg.vector_norm(theirs, dim=1, keepdim=True, dtype=widest(mine.device))
+        apart = normalize == "filter" and piece.ndim >= 2
+        mine, theirs = (tensor.flatten(1) if apart else tensor.reshape(1, -1) for tensor in (piece, weight))
+        length, target = (
+            torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=widest(rows.device)) for rows in (mine, theirs)
+        )
+        if not apart:  # a tensor may be in several processes
+            length, target = (space.norm(whole, dim=1)[:, None] for whole in (length, target))
         mine.mul_(torch.where(length > 0, target / length, torch.zeros_like(length)).to(mine.dtype))
     return scaled
 
@@ -126,7 +140,7 @@ def as_direction(direction: Direction | Tensor, objective: Objective) -> Directi
             f"expected a Direction or a flat tensor, got {type(direction).__name__}: see msam_analysis.directions"
         )
     objective.layout.check(direction.vector, "direction")
-    if not bool(torch.isfinite(direction.vector).all()):
+    if objective.space.any(~torch.isfinite(direction.vector)):
         raise ValueError(f"the direction {direction.name!r} holds NaN or infinity: expected finite entries")
     return replace(direction, vector=direction.vector.detach().to(device=objective.device, dtype=objective.dtype))
 

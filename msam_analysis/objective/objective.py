@@ -26,6 +26,7 @@ from msam_analysis.objective.handing_on import examine_once
 from msam_analysis.objective.hessian import HessianOperator
 from msam_analysis.objective.private import LossFunction, LossModule, unwrap
 from msam_analysis.objective.second_derivatives import SecondDerivatives, Wish
+from msam_analysis.objective.space import Space
 from msam_analysis.objective.statistics import warn_of_statistics
 from msam_analysis.objective.vectors import Layout, Selection, select, widest
 from msam_analysis.results import Settings
@@ -241,7 +242,7 @@ class Objective:
             of BatchNorm. Settings then say so.
         """
         self.layout.check(w, "point w")
-        other = not torch.equal(w.detach().to(self.point()), self.point())
+        other = self.space.any(w.detach().to(self.point()) != self.point())
         foreign = other and warn_of_statistics(self, "at the point of with_weights")
         views = self.layout.views(w.detach())
         moved = {
@@ -330,6 +331,11 @@ class Objective:
     def size(self) -> int:
         """Number of entries of the flat vector."""
         return self.layout.size
+
+    @property
+    def space(self) -> Space:
+        """Where flat vectors lie: whole in every process."""
+        return Space(self.layout.size)
 
     @property
     def samples(self) -> int:

@@ -44,8 +44,8 @@ def ascents(found: Any) -> int:
 
 
 def products(found: Any) -> int:
-    """Two reads a product."""
-    return 2 * int(found.hvps) + HANDFUL
+    """Two reads a product, and a search has a beginning and an end."""
+    return 2 * (int(found.hvps) + HANDFUL)
 
 
 def steps_of(name: str) -> Callable[[Bench], Callable[[], Any]]:
@@ -106,8 +106,34 @@ def overshooting(bench: Bench) -> Callable[[], Any]:
     return lambda: ma.momentum_gradient_cosine(optimizer)
 
 
+def projection(bench: Bench) -> Callable[[], Any]:
+    """The losses along a trajectory of five points."""
+    bench.moving.examine()
+    plane = ma.pca_plane(bench.trajectory)
+    return lambda: ma.project(bench.trajectory, plane, objective=bench.moving)
+
+
+def examination(bench: Bench) -> Callable[[], Any]:
+    objective = ma.Objective(bench.model(), torch.nn.CrossEntropyLoss(), bench.data)
+    return objective.examine
+
+
+# Reads a row of a probe's records.
+ROWS = {
+    "Curvature": HANDFUL,
+    "Every": 1,
+    "HeldOutCosine": 1,
+    "LossAlongMomentum": 2,
+    "MomentumGradientCosine": 2,
+    "Norms": 4,
+    "PerturbationRise": 2,
+    "SamAngle": 2,
+    "TopEigenvalues": 60,
+}
+
 COUNTS: dict[str, Count] = {
     **{f"steps of {name}": Count(steps_of(name), never) for name in msam.PRESETS},
+    "the examination": Count(examination, at_most(64)),
     "loss": Count(derivative(lambda o, w, v: o.loss(w)), never),
     "loss and gradient": Count(derivative(lambda o, w, v: o.loss_and_gradient(w)), never),
     "products along kept graphs": Count(kept_graphs, never),
@@ -133,7 +159,7 @@ COUNTS: dict[str, Count] = {
     ),
     "momentum_gradient_cosine": Count(overshooting, at_most(1)),
     "fisher_rao_norm": measured(ma.fisher_rao_norm, at_most(HANDFUL)),
-    "relative_flatness": measured(lambda o: ma.relative_flatness(o, "4.weight", draws=10), at_most(HANDFUL + 10)),
+    "relative_flatness": measured(lambda o: ma.relative_flatness(o, "4.weight", draws=10), at_most(HANDFUL)),
     "robust_accuracy": Count(
         lambda bench: lambda: ma.robust_accuracy(bench.objective.model, bench.data, "pgd", [0.1], steps=5),
         at_most(HANDFUL),
@@ -148,14 +174,16 @@ COUNTS: dict[str, Count] = {
     "slice_2d": measured(
         lambda o: ma.slice_2d(o, (directions.gradient(o), directions.random(o)), points=5), at_most(HANDFUL)
     ),
-    "project": Count(lambda bench: lambda: ma.project(bench.trajectory, ma.pca_plane(bench.trajectory)), at_most(99)),
+    "slice_1d, samples": measured(
+        lambda o: ma.slice_1d(o, directions.gradient(o), points=11, samples=10), at_most(3 * 11 + HANDFUL)
+    ),
+    "project": Count(projection, at_most(5 + HANDFUL)),
     # The spectra.
     "top_eigenvalues": measured(lambda o: ma.top_eigenvalues(o, 2), products),
     "top_eigenvalues, power": measured(lambda o: ma.top_eigenvalues(o, 1, method="power"), products),
     "spectral_density": measured(lambda o: ma.spectral_density(o, probes=2, steps=10, extremes=2), products),
     "trace": measured(lambda o: ma.trace(o, draws=20), at_most(HANDFUL)),
     "trace, hutch++": measured(lambda o: ma.trace(o, method="hutch++", draws=21), at_most(HANDFUL)),
-    # Four rows each.
-    **{name: Count(recorded(name), at_most(4 * 99)) for name in PROBES if callable(PROBES[name])},
+    **{f"probes.{name}": Count(recorded(f"probes.{name}"), at_most(3 * reads)) for name, reads in ROWS.items()},
 }
-"""By what is done; the objectives were examined before."""
+"""By what is done; the objectives were examined before, but for that of the examination."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tests.programs import together
 
+from .counts import COUNTS
 from .measured import measure
 from .second import COMPILER, NAME, compiled
 from .table import TABLE, public_names
@@ -69,3 +70,10 @@ def test_the_device_gives_the_numbers_of_the_cpu(name: str, seen: dict[str, Any]
             torch.testing.assert_close(there[key], expected, rtol=1e-8, atol=1e-11, equal_nan=True, msg=key)
         else:
             assert there[key] == expected, key
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_host_reads_few_numbers(name: str, seen: dict[str, Any]) -> None:
+    counted = seen["counted"][name]
+    assert "raised" not in counted, counted["raised"]
+    assert counted["reads"] <= counted["allowed"]
