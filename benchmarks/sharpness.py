@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 import msam_analysis as ma
 import msam_analysis.measures as balls
-from msam_analysis.measures.geometry import Ball, Norm, adaptive_scale
+from msam_analysis.measures.geometry import Ball, Norm
 from msam_analysis.objective.operators import ScaledOperator, SymmetricOperator
 from msam_analysis.studies.training import train
 from msam_analysis.studies.workloads import DIGITS
@@ -134,7 +134,7 @@ class Search:
 
     def __init__(self, objective: ma.Objective, rho: float, norm: Norm, adaptive: bool) -> None:
         self.objective, self.center = objective, objective.point()
-        self.ball = Ball(rho, norm, adaptive_scale(objective, adaptive))
+        self.ball = Ball.around(objective, rho, norm, adaptive)
         loss, slope = objective.loss_and_gradient(self.center)
         self.base, self.slope = float(loss), self.ball.displacement(slope)
         self.gradients = 1

@@ -204,9 +204,7 @@ class Evaluator:
         self._quick = self._unread() and not self._buffers.written and same_state(before, stream.state)
         if not self._quick:
             return None
-        on_device = bool(losses) and isinstance(losses[0], Tensor)
-        row = torch.stack(losses).cpu().double() if on_device else torch.tensor(losses, dtype=torch.float64)
-        return row[:, None]
+        return _row(losses)[:, None]
 
     def _forward(self, point: Sequence[float], stream: RandomStream) -> list[Any]:
         """Return the loss, its errors and the output metrics at a point."""
@@ -259,7 +257,7 @@ class Evaluator:
         losses = self._reader.losses(values)
         if self.ranks.anywhere(losses is None):
             losses = None
-        units = torch.tensor([float(value) for value in values], dtype=torch.float64) if losses is None else losses
+        units = _row(values) if losses is None else losses
         weighing = torch.ones_like(units) if losses is not None else torch.tensor(weights, dtype=torch.float64)
         if self.ranks.count > 1:
             units, weighing = (torch.cat(parts) for parts in zip(*self.ranks.everyone((units, weighing)), strict=True))
@@ -317,6 +315,13 @@ class Evaluator:
         return torch.stack(
             [torch.cat([torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in row]) for row in rows]
         )
+
+
+def _row(values: Sequence[Any]) -> Tensor:
+    """Return numbers as a float64 tensor on the CPU; those of a device come together."""
+    if values and isinstance(values[0], Tensor):
+        return torch.stack(list(values)).cpu().double()
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _plain(name: str, value: object) -> float | Tensor:

@@ -30,9 +30,9 @@ from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.direction import Direction, as_direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.ranks import Ranks
-from msam_analysis.objective.vectors import widest
 from msam_analysis.objective.rounding import resolution, warn_if_below
 from msam_analysis.objective.statistics import warn_of_statistics
+from msam_analysis.objective.vectors import read, widest
 from msam_analysis.results import Slice1D, Slice2D
 from msam_analysis.results.fingerprint import fingerprint
 
@@ -177,14 +177,15 @@ def slice_2d(
         x, y = (grids.symmetric(r, n) for r, n in zip(radii, counts, strict=True))
     else:
         x, y = (grids.explicit(axis) for axis in grids.two(coordinates, "coordinates"))
-    product = first.norm * second.norm
-    wide = [line.vector.to(widest(line.vector.device)) for line in (first, second)]
-    inner = float(objective.space.dot(*wide))
+    space = objective.space
+    one, two = (direction.vector.to(widest(objective.device)) for direction in (first, second))
+    length, height, inner = read(space.norm(one), space.norm(two), space.dot(one, two))
+    product = length * height
     labels = {
         "x": x,
         "y": y,
         "directions": (first.name, second.name),
-        "direction_norms": (first.norm, second.norm),
+        "direction_norms": (length, height),
         "cosine": inner / product if product > 0 else math.nan,
     }
     options = metrics, refine, samples, seed, path, progress, chunk, distributed

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from msam_analysis.measures.momentum import gradients, momentum_buffers
 from msam_analysis.objective.objective import Objective
-from msam_analysis.objective.vectors import widest
+from msam_analysis.objective.space import Space
+from msam_analysis.objective.vectors import read, widest
 from msam_analysis.results import SamMsamAngle, Scalar
 
 _BLOCK = 2**15
@@ -204,22 +205,24 @@ def sam_msam_angle(
     objective.layout.check(momentum, "momentum")
     w = objective.point() if w is None else w
     at = sorted({0.0, *(float(rho) for rho in rhos)})
-    unit = _unit(momentum.to(w))
+    space, wide = objective.space, widest(objective.device)
+    unit = _unit(momentum.to(w), space)
+    undefined = space.any(~unit.isfinite())
     plain = objective.gradient(w)
-    sam = _unit(objective.gradient(w + rho_sam * _unit(plain)).double())
-    beside = plain.double() - (sam @ plain.double()) * sam
-    beside = beside - (sam @ beside) * sam  # once more, as the remainder may be mostly rounding
-    known = beside.norm() > 100 * torch.finfo(objective.precision).eps * plain.double().norm()
-    beside = _unit(beside) if known else torch.full_like(sam, math.nan)
-    angles, shares = [], []
+    sam = _unit(objective.gradient(w + rho_sam * _unit(plain, space)).to(wide), space)
+    beside = plain.to(wide) - space.dot(sam, plain.to(wide)) * sam
+    beside = beside - space.dot(sam, beside) * sam  # once more, as the remainder may be mostly rounding
+    known = space.norm(beside) > 100 * torch.finfo(objective.precision).eps * space.norm(plain.to(wide))
+    beside = torch.where(known, _unit(beside, space), math.nan)
+    numbers = []
     for rho in at:
-        if rho == 0:
-            gradient = plain
-        else:
-            gradient = objective.gradient(w - rho * unit) if bool(unit.isfinite().all()) else plain * math.nan
-        x, y, length = (
-            float(number) for number in (gradient.double() @ sam, gradient.double() @ beside, gradient.norm())
-        )
+        gradient = plain
+        if rho != 0:
+            gradient = plain * math.nan if undefined else objective.gradient(w - rho * unit)
+        numbers += [space.dot(gradient.to(wide), sam), space.dot(gradient.to(wide), beside), space.norm(gradient)]
+    found = read(*numbers)
+    angles, shares = [], []
+    for x, y, length in zip(found[::3], found[1::3], found[2::3], strict=True):
         finite = math.isfinite(x) and math.isfinite(y)
         angles.append(math.degrees(math.atan2(y, x)) if finite else math.nan)
         shares.append(min(1.0, math.hypot(x, y) / length) if finite else math.nan)
@@ -235,10 +238,9 @@ def sam_msam_angle(
     )
 
 
-def _unit(vector: Tensor) -> Tensor:
+def _unit(vector: Tensor, space: Space) -> Tensor:
     """Return the vector with unit length; NaN for a zero vector."""
-    unit: Tensor = vector / vector.norm()
-    return unit
+    return vector / space.norm(vector)
 
 
 def _root(at: Sequence[float], angles: Sequence[float]) -> tuple[float, tuple[float, float]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from msam_analysis.objective.direction import Direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import SymmetricOperator
-from msam_analysis.objective.vectors import no_autocast
+from msam_analysis.objective.vectors import no_autocast, read
 from msam_analysis.results import Curvatures, Scalar
 from msam_analysis.spectra.top import as_operator
 
@@ -49,12 +49,12 @@ def curvature_along(
     found = torch.full((len(given),), math.nan, dtype=torch.float64)
     vectors = [item.vector if isinstance(item, Direction) else item for item in given]
     vectors = [vector.to(dtype=operator.dtype, device=operator.device) for vector in vectors]
-    lengths = [float(vector.norm()) for vector in vectors]
+    lengths = read(*(operator.space.norm(vector) for vector in vectors)) if vectors else []
     known = [index for index, length in enumerate(lengths) if 0 < length < math.inf]
     if known:
         with no_autocast(operator.device):
             units = torch.stack([vectors[index] / lengths[index] for index in known], dim=1)
-            found[known] = (units * operator.matmat(units)).sum(dim=0).cpu().double()
+            found[known] = operator.space.sum((units * operator.matmat(units)).sum(dim=0)).cpu().double()
     names = [item.name if isinstance(item, Direction) else "a vector" for item in given]
     if several:
         return Curvatures(values=found, directions=tuple(names), settings=operator.settings)

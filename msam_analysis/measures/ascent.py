@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
-
 from msam_analysis.measures.ball_loss import BallLoss, Point
-from msam_analysis.measures.geometry import euclidean
+from msam_analysis.objective.vectors import read
 
 _DELAY = 3  # steps before the first extrapolated one: a path bends most at its beginning
 _HOPELESS = 1e7  # damping, relative to ‖slope‖/ρ, beyond which no step is left
@@ -46,7 +43,7 @@ class Ascent:
         self.ball_loss = ball_loss
         self.name = name
         # A start without a value gives way to the centre, which is in the ball.
-        self.at = start if not math.isnan(start.rise) else Point(torch.zeros_like(start.z), 0.0, ball_loss.slope)
+        self.at = start if not math.isnan(start.rise) else ball_loss.origin
         self.finished = False
         self.gain = 0.0
         self._previous = self.at
@@ -61,7 +58,7 @@ class Ascent:
     def run(self, steps: int, tolerance: float) -> None:
         """Make at most ``steps`` steps within the budget of gradients; for ``tolerance`` see :func:`ball_sharpness`."""
         for _ in range(min(steps, self.ball_loss.left)):
-            length = euclidean(self.at.slope)
+            length = self.at.length
             if math.isinf(self.at.rise) or length == 0 or not math.isfinite(length):
                 self.finished = True
             if self.finished:
@@ -72,15 +69,16 @@ class Ascent:
         ball, at = self.ball_loss.ball, self.at
         damped = self._damping > 0
         candidate = ball.project(at.z + at.slope / self._damping) if damped else ball.ascend(at.slope)
-        promised = float(at.slope.dot(candidate - at.z))
-        if torch.equal(candidate, at.z):
+        space = ball.space
+        promised, moves = read(space.dot(at.slope, candidate - at.z), space.sum((candidate != at.z).any().float()))
+        if not moves:
             self.finished = True
             return
         extrapolate = not damped and self._momentum > 0
         if extrapolate:
             ahead = candidate + self._momentum / (self._momentum + 3) * (at.z - self._previous.z)
             candidate = ball.stretch(ahead) if ball.norm == "l2" else ball.project(ahead)
-        new = self.ball_loss.evaluate(candidate)
+        new = self.ball_loss.evaluate(candidate, at)
         self.gain = new.rise - at.rise if new.rise > at.rise else 0.0
         if new.rise > at.rise:
             self._accept(new, length, tolerance)
@@ -99,11 +97,10 @@ class Ascent:
         self.finished = self._quiet >= 2
         self._momentum += 1
         self._previous = old
-        self._damping = self._relaxed(new.z - old.z, new.slope - old.slope, length)
+        self._damping = self._relaxed(new.bent / new.moved, length)
 
-    def _relaxed(self, moved: Tensor, bent: Tensor, length: float) -> float:
+    def _relaxed(self, curvature: float, length: float) -> float:
         """Return the next damping: the negative curvature just met (Barzilai & Borwein 1988), or a smaller one."""
-        curvature = float(moved.dot(bent)) / float(moved.dot(moved))
         if self._damping > 0 and curvature < 0:
             return -curvature
         return self._damping / 4 if self._damping > 1e-3 * length / self.ball_loss.ball.radius else 0.0

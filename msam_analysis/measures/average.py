@@ -10,7 +10,7 @@ from msam_analysis.measures.geometry import Adaptive, adaptive_scale
 from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.rounding import resolution, warn_if_below
-from msam_analysis.objective.vectors import gaussian
+from msam_analysis.objective.vectors import read
 from msam_analysis.results import Estimate
 
 
@@ -58,12 +58,13 @@ def average_sharpness(
         raise ValueError(f"draws must be at least 2, so that an error can be given; got {draws}")
     center = objective.point()
     scale = adaptive_scale(objective, adaptive)
-    base = float(objective.loss(center))
-    rises = []
+    losses = [objective.loss(center)]
     for draw in range(draws):
-        noise = sigma * gaussian(objective.size, 1, seed=seed, like=center, use=f"noise {draw}")[:, 0]
+        noise = sigma * objective.space.gaussian(1, seed=seed, like=center, use=f"noise {draw}")[:, 0]
         step = noise if scale is None else scale * noise
-        rises.append((float(objective.loss(center + step)) + float(objective.loss(center - step))) / 2 - base)
+        losses += (objective.loss(center + step), objective.loss(center - step))
+    base, *values = read(*losses)
+    rises = [(ahead + behind) / 2 - base for ahead, behind in zip(values[::2], values[1::2], strict=True)]
     sample = torch.tensor(rises, dtype=torch.float64)
     value, limit = float(sample.mean()), resolution(objective, base)
     warn_if_below("average_sharpness", value, limit)

@@ -7,12 +7,11 @@ import warnings
 from collections.abc import Sequence
 from typing import get_args
 
-import torch
 from torch import Tensor
 
 from msam_analysis.measures.ascent import Ascent
 from msam_analysis.measures.ball_loss import BallLoss, Point
-from msam_analysis.measures.geometry import Adaptive, Ball, Norm, adaptive_scale, check_norm, check_radius
+from msam_analysis.measures.geometry import Adaptive, Ball, Norm, check_norm, check_radius
 from msam_analysis.measures.starts import Start, starting_points
 from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
@@ -99,7 +98,7 @@ def ball_sharpness(
         The value is below its resolution: it is rounding.
     """
     _check(objective, rho, norm, starts, iterations, krylov_hvps, tolerance)
-    ball_loss = BallLoss(objective, Ball(float(rho), norm, adaptive_scale(objective, adaptive)), iterations)
+    ball_loss = BallLoss(objective, Ball.around(objective, rho, norm, adaptive), iterations)
     one_step = ball_loss.evaluate(ball_loss.ball.ascend(ball_loss.slope))
     ascents = [Ascent(ball_loss, "gradient", one_step)] if "gradient" in starts else []
     ascents += [
@@ -107,7 +106,7 @@ def ball_sharpness(
         for name, z in starting_points(ball_loss, starts, krylov_hvps, seed)
     ]
     best, reached = _climb(ascents, tolerance)
-    at = best.at if best.at.rise > 0 else Point(torch.zeros_like(best.at.z), 0.0, ball_loss.slope)
+    at = best.at if best.at.rise > 0 else ball_loss.origin
     stationarity = ball_loss.stationarity(at) if at.rise > 0 else 0.0
     doubt = _doubt(ball_loss, best, at, stationarity, len(ascents))
     if doubt:
@@ -118,7 +117,7 @@ def ball_sharpness(
         )
     limit = resolution(objective, ball_loss.base)
     # Where no rise was seen, the slope says whether rounding hides one.
-    promised = float(ball_loss.slope @ ball_loss.ball.ascend(ball_loss.slope))
+    promised = float(objective.space.dot(ball_loss.slope, ball_loss.ball.ascend(ball_loss.slope)))
     warn_if_below("ball_sharpness", at.rise or promised, limit)
     highest, lowest = max(reached.values()), min(reached.values())
     return BallSharpness(
@@ -173,7 +172,7 @@ def _doubt(ball_loss: BallLoss, best: Ascent, at: Point, stationarity: float, st
             f"at {ball_loss.undefined} of {ball_loss.gradients} points the loss or its gradient is NaN, so that this "
             "is the largest rise among the others only; measure a smaller ball, or in float64"
         )
-    if at.rise == 0 and starts == 1 and not bool(ball_loss.slope.any()):
+    if at.rise == 0 and starts == 1 and not ball_loss.ball.space.any(ball_loss.slope != 0):
         return "the gradient is zero at the weights, and was the only start; add 'eigenvector' to starts"
     # Inside the ball the ascent may stop rising long before the top of a flat ridge.
     if best.finished and (stationarity <= 1e-3 or ball_loss.ball.holds_back(at.z)):

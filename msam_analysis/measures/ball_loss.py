@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from msam_analysis.measures.geometry import Ball, euclidean
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.vectors import read
 
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """A point ``z`` of the ball, with the rise of the loss and the slope ``D∇L`` there."""
+    """A point ``z`` of the ball, with the rise of the loss and the slope ``D∇L`` there.
+
+    Attributes
+    ----------
+    length
+        Norm of the slope.
+    finite
+        Whether all entries of the slope are finite.
+    bent, moved
+        ``⟨z − z₋, slope − slope₋⟩`` and ``‖z − z₋‖²`` from the point before; 0 without one.
+    """
 
     z: Tensor
     rise: float
     slope: Tensor
+    length: float
+    finite: bool = True
+    bent: float = 0.0
+    moved: float = 0.0
 
 
 class BallLoss:
@@ -35,8 +50,8 @@ class BallLoss:
 
     Attributes
     ----------
-    center, base, slope
-        ``w``, ``L(w)`` and ``D∇L(w)``.
+    center, base, slope, origin
+        ``w``, ``L(w)``, ``D∇L(w)``, and the centre as a point, with a rise of 0.
     gradients, hvps
         Numbers of gradients and of Hessian-vector products so far.
     undefined
@@ -57,9 +72,10 @@ class BallLoss:
         self.base = 0.0
         at_center = self.evaluate(torch.zeros_like(self.center))
         self.base, self.slope = at_center.rise, at_center.slope
-        if not math.isfinite(self.base) or not bool(torch.isfinite(self.slope).all()):
+        self.origin = replace(at_center, rise=0.0)
+        if not math.isfinite(self.base) or not at_center.finite:
             raise ValueError(
-                f"the loss at the weights is {self.base}, its gradient norm {float(self.slope.norm())}: expected "
+                f"the loss at the weights is {self.base}, its gradient norm {at_center.length}: expected "
                 "finite values at the centre of the ball; check the checkpoint and the data"
             )
 
@@ -68,20 +84,25 @@ class BallLoss:
         """Gradients that may still be spent."""
         return max(self.budget - self.gradients, 0)
 
-    def evaluate(self, z: Tensor) -> Point:
-        """Return the rise and the slope at a point, at one gradient."""
+    def evaluate(self, z: Tensor, before: Point | None = None) -> Point:
+        """Return the rise and the slope at a point, at one gradient; ``before``: the point that it is compared with."""
         loss, gradient = self.objective.loss_and_gradient(self.center + self.ball.displacement(z))
         self.gradients += 1
-        rise, slope = float(loss) - self.base, self.ball.displacement(gradient)
+        slope, space = self.ball.displacement(gradient), self.ball.space
+        numbers = [loss, euclidean(slope, space), space.sum((~torch.isfinite(slope)).any().to(loss.dtype))]
+        if before is not None:
+            moved = z - before.z
+            numbers += [space.dot(moved, slope - before.slope), space.dot(moved, moved)]
+        value, length, undefined, *compared = read(*numbers)
+        rise = value - self.base
         # Where the loss is infinite the gradient does not matter.
-        if math.isnan(rise) or (math.isfinite(rise) and not bool(torch.isfinite(slope).all())):
+        if math.isnan(rise) or (math.isfinite(rise) and undefined):
             self.undefined += 1
-        return Point(z, rise, slope)
+        return Point(z, rise, slope, length, not undefined, *compared)
 
     def stationarity(self, at: Point) -> float:
         """Return how much of the slope still points uphill inside the ball, as in :class:`BallSharpness`."""
-        length = euclidean(at.slope)
-        uphill = euclidean(self.ball.uphill(at.z, at.slope))
+        uphill = float(euclidean(self.ball.uphill(at.z, at.slope), self.ball.space))
         if not self.ball.holds_back(at.z):
             return uphill * self.ball.radius / at.rise
-        return uphill / length if length > 0 else 0.0
+        return uphill / at.length if at.length > 0 else 0.0

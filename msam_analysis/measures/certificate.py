@@ -9,10 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from msam_analysis.measures.geometry import Ball, adaptive_scale, euclidean
+from msam_analysis.measures.geometry import Ball, euclidean
 from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.operators import ScaledOperator, SymmetricOperator
+from msam_analysis.objective.space import Space
+from msam_analysis.objective.vectors import read
 from msam_analysis.results import BallSharpness, Certificate, ConvergenceWarning
 from msam_analysis.results.balls import Verdict
 from msam_analysis.spectra.top import top_eigenvalues
@@ -79,26 +81,26 @@ def certify(
         raise ValueError(f"tolerance must be a positive number, got {tolerance!r}: 1e-3 is the default")
     if ball.rho == 0:
         raise ValueError("the ball has radius 0, and its centre is all there is: expected a positive radius")
-    region = Ball(ball.rho, "linf" if ball.norm == "linf" else "l2", adaptive_scale(objective, ball.adaptive))
+    region = Ball.around(objective, ball.rho, "linf" if ball.norm == "linf" else "l2", ball.adaptive)
     displacement = ball.displacement.to(objective.point())
     point, z = objective.point() + displacement, region.coordinates(displacement)
     slope = region.displacement(objective.gradient(point))
-    length = euclidean(slope)
+    uphill, on_surface = region.uphill(z, slope), region.holds_back(z)
+    lengths = [euclidean(vector, region.space) for vector in (slope, uphill)]
+    length, residual, multiplier = read(*lengths, region.multiplier(z, slope))
     if not math.isfinite(length):
         raise ValueError(
             f"the gradient at the displacement has norm {length}: expected a finite one; where the loss is infinite "
             "there is nothing to certify"
         )
-    multiplier = region.multiplier(z, slope) if region.norm == "l2" else 0.0
-    uphill = region.uphill(z, slope)
-    residual = euclidean(uphill)
-    curvature = _largest_curvature(_Surface(objective.hessian(point), region, z, slope, multiplier), max_hvps, seed)
+    surface = _Surface(objective.hessian(point), region, z, slope, multiplier, on_surface=on_surface)
+    curvature = _largest_curvature(surface, max_hvps, seed)
     # Inside the ball the slope vanishes at a maximum: compare it with slopes elsewhere.
-    level = length if region.holds_back(z) else max(ball.sharpness / ball.rho, abs(curvature.value) * ball.rho)
+    level = length if on_surface else max(ball.sharpness / ball.rho, abs(curvature.value) * ball.rho)
     relative = residual / level if level > 0 else (0.0 if residual == 0 else math.inf)
     # Where the slope points into an l2 ball, no curvature is known along it.
-    inward = region.norm == "l2" and region.holds_back(z) and multiplier == 0 and residual > 0
-    gain = _gain(region, z, uphill, math.inf if inward else curvature.value + curvature.residual)
+    inward = region.norm == "l2" and on_surface and multiplier == 0 and residual > 0
+    gain = _gain(region, z, uphill, residual, math.inf if inward else curvature.value + curvature.residual)
     if not curvature.converged:
         warnings.warn(
             f"certify: after {curvature.hvps} Hessian-vector products the largest curvature is {curvature.value:.3g} "
@@ -114,7 +116,7 @@ def certify(
         curvature=curvature.value,
         curvature_residual=curvature.residual,
         gain=gain,
-        on_surface=region.holds_back(z),
+        on_surface=on_surface,
         dimensions=curvature.dimensions,
         converged=curvature.converged,
         tolerance=tolerance,
@@ -130,36 +132,41 @@ class _Surface(SymmetricOperator):
     reflection maps the first axis to the normal, and the other axes to an orthonormal basis of the tangent space.
     """
 
-    def __init__(self, hessian: SymmetricOperator, region: Ball, z: Tensor, slope: Tensor, multiplier: float) -> None:
+    def __init__(
+        self, hessian: SymmetricOperator, region: Ball, z: Tensor, slope: Tensor, multiplier: float, *, on_surface: bool
+    ) -> None:
         self.hessian = hessian if region.scale is None else ScaledOperator(hessian, region.scale)
         free = torch.ones_like(z, dtype=torch.bool) if region.scale is None else region.scale > 0
-        surface = region.holds_back(z)
-        if surface and region.norm == "linf":
+        if on_surface and region.norm == "linf":
             free = free & ~region.held(z, slope)
-        self.free = free
+        # Indices, not a mask, whose entries would be counted at every product.
+        self.free = free.nonzero()[:, 0]
+        self.around = region.space.restricted(self.free)
         self.multiplier = multiplier
-        self.mirror = _mirror(z[free]) if surface and region.norm == "l2" else None
-        size = int(free.sum()) - (self.mirror is not None)
-        super().__init__(size, dtype=hessian.dtype, device=hessian.device, settings=hessian.settings)
+        self.mirror = _mirror(z[self.free], self.around) if on_surface and region.norm == "l2" else None
+        # The process that has the first axis of the mirror leaves it out.
+        self.out = int(self.mirror is not None and self.around.first())
+        space = self.around if self.mirror is None else self.around.restricted(self.free[self.out :])
+        super().__init__(space, dtype=hessian.dtype, device=hessian.device, settings=hessian.settings)
 
     def _apply(self, vector: Tensor) -> Tensor:
-        tangent = vector if self.mirror is None else _reflected(torch.cat([vector.new_zeros(1), vector]), self.mirror)
-        whole = torch.zeros_like(self.free, dtype=vector.dtype)
-        whole[self.free] = tangent
-        bent = self.hessian.matvec(whole)[self.free]
-        back = bent if self.mirror is None else _reflected(bent, self.mirror)[1:]
+        whole = vector.new_zeros(self.hessian.space.here)
+        whole[self.free] = self._reflected(torch.cat([vector.new_zeros(self.out), vector]))
+        back = self._reflected(self.hessian.matvec(whole)[self.free])[self.out :]
         return back - self.multiplier * vector
 
+    def _reflected(self, vector: Tensor) -> Tensor:
+        if self.mirror is None:
+            return vector
+        return vector - 2 * self.mirror * self.around.dot(self.mirror, vector)
 
-def _mirror(normal: Tensor) -> Tensor:
+
+def _mirror(normal: Tensor, space: Space) -> Tensor:
     """Return the unit vector ``u`` for which ``I − 2 u uᵀ`` exchanges the first axis and ``± normal``."""
-    axis = normal / euclidean(normal)
-    axis[0] += 1.0 if float(axis[0]) >= 0 else -1.0
-    return axis / euclidean(axis)
-
-
-def _reflected(vector: Tensor, mirror: Tensor) -> Tensor:
-    return vector - 2 * mirror * mirror.dot(vector)
+    axis = normal / euclidean(normal, space)
+    if space.first():
+        axis[0] += torch.where(axis[0] >= 0, 1.0, -1.0)
+    return axis / euclidean(axis, space)
 
 
 class _Curvature(NamedTuple):
@@ -180,12 +187,12 @@ def _largest_curvature(surface: _Surface, max_hvps: int, seed: int) -> _Curvatur
     return _Curvature(float(pairs.values[0]), float(pairs.residuals[0]), pairs.converged, surface.size, pairs.hvps)
 
 
-def _gain(region: Ball, z: Tensor, uphill: Tensor, curvature: float) -> float:
+def _gain(region: Ball, z: Tensor, uphill: Tensor, residual: float, curvature: float) -> float:
     """Return a bound on ``⟨uphill, s⟩ + ½ curvature ‖s‖²`` over the steps ``s`` that stay in the ball."""
-    residual = euclidean(uphill)
     if region.norm == "linf":
         reach = (region.radius + z.abs()).masked_fill(uphill == 0, 0.0)
-        first, second = float(uphill.abs().dot(reach)), euclidean(reach) ** 2
+        first, length = read(region.space.dot(uphill.abs(), reach), euclidean(reach, region.space))
+        second = length**2
     else:
         first, second = 2 * region.radius * residual, (2 * region.radius) ** 2
     if curvature >= 0:

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.space import Space
 from msam_analysis.objective.vectors import widest
 
 Norm = Literal["l2", "linf"]
 Adaptive = bool | Literal["filter"]
 
+_WHOLE = Space(0)  # of vectors of any size: a ball does not ask for it
 _SURFACE = 1e-6  # a point this close to the surface, relative to the radius, lies on it
 
 
@@ -53,9 +55,10 @@ def adaptive_scale(objective: Objective, adaptive: bool | str) -> Tensor | None:
     return scale
 
 
-def euclidean(vector: Tensor) -> float:
-    """Return ``‖vector‖₂``, summed in float64, as a surface is recognised to six digits."""
-    return float(torch.linalg.vector_norm(vector, dtype=widest(vector.device)))
+def euclidean(vector: Tensor, space: Space) -> Tensor:
+    """Return ``‖vector‖₂``, 0-dimensional and summed in float64, as a surface is recognised to six digits."""
+    # The norm of the norms of its parts: that of one number is the number itself.
+    return space.norm(torch.linalg.vector_norm(vector, dtype=widest(vector.device)).reshape(1))
 
 
 def check_radius(rho: float) -> None:
@@ -82,11 +85,19 @@ class Ball:
         Norm of ``z``.
     scale
         The diagonal of ``D``, shape ``(size,)``; ``None`` for ones.
+    space
+        Where vectors lie; by default every process has whole ones.
     """
 
     radius: float
     norm: Norm
     scale: Tensor | None = None
+    space: Space = _WHOLE
+
+    @classmethod
+    def around(cls, objective: Objective, rho: float, norm: Norm, adaptive: bool | str) -> Ball:
+        """Return a ball around the current weights; see :func:`adaptive_scale`."""
+        return cls(float(rho), norm, adaptive_scale(objective, adaptive), objective.space)
 
     def displacement(self, z: Tensor) -> Tensor:
         """Return ``e = D z``; also the map from a gradient to the slope ``D∇L``."""
@@ -102,37 +113,48 @@ class Ball:
         """Return the closest point of the ball."""
         if self.norm == "linf":
             return z.clamp(-self.radius, self.radius)
-        length = self.length(z)
-        return z * (self.radius / length) if length > self.radius else z
+        length = euclidean(z, self.space)
+        return torch.where(length > self.radius, self._scaled(z, length), z)
 
     def stretch(self, z: Tensor) -> Tensor:
         """Return the point of the surface (l∞: the corner) in the direction of ``z``; 0 for ``z = 0``."""
         if self.norm == "linf":
             return self.radius * z.sign()
-        length = self.length(z)
-        return z * (self.radius / length) if length > 0 else torch.zeros_like(z)
+        length = euclidean(z, self.space)
+        return torch.where(length > 0, self._scaled(z, length), 0.0)
+
+    def _scaled(self, z: Tensor, length: Tensor) -> Tensor:
+        """Return a vector of this length as one of the length of the radius."""
+        # A number over a tensor is the number times a rounded reciprocal.
+        return z * (torch.full_like(length, self.radius) / length)
 
     def ascend(self, slope: Tensor) -> Tensor:
         """Return ``argmax ⟨slope, z⟩`` over the ball; 0 for a slope of 0."""
         return self.stretch(slope)
 
-    def length(self, z: Tensor) -> float:
-        """Return ``‖z‖`` in the norm of the ball."""
-        return float(z.abs().max()) if self.norm == "linf" else euclidean(z)
-
     def holds_back(self, z: Tensor) -> bool:
         """Return whether a point of the ball lies on its surface."""
-        return self.length(z) >= self.radius * (1 - _SURFACE)
+        if self.norm == "linf":
+            return self.space.any(z.abs() >= self.radius * (1 - _SURFACE))
+        return bool(self._at_surface(z))
+
+    def _at_surface(self, z: Tensor) -> Tensor:
+        """Return whether a point of an l2 ball lies on its surface, 0-dimensional."""
+        return euclidean(z, self.space) >= self.radius * (1 - _SURFACE)
 
     def held(self, z: Tensor, slope: Tensor) -> Tensor:
         """Return the entries of an l∞ ball that the slope pushes against their bound, as a mask."""
         return (z.abs() >= self.radius * (1 - _SURFACE)) & (z.sign() * slope.sign() >= 0)
 
-    def multiplier(self, z: Tensor, slope: Tensor) -> float:
-        """Return the ``λ ≥ 0`` with ``λ z`` closest to the slope on the surface of an l2 ball; 0 inside the ball."""
-        if not self.holds_back(z) or self.radius == 0:
-            return 0.0
-        return max(float(slope.dot(z)), 0.0) / self.radius**2
+    def multiplier(self, z: Tensor, slope: Tensor) -> Tensor:
+        """Return the ``λ ≥ 0``, 0-dimensional, with ``λ z`` closest to the slope on the surface of an l2 ball.
+
+        It is 0 inside the ball, and in an l∞ ball, which has a multiplier for every entry.
+        """
+        if self.norm == "linf" or self.radius == 0:
+            return torch.zeros((), dtype=widest(z.device), device=z.device)
+        outwards = self.space.dot(slope, z).to(widest(z.device)).clamp_min(0.0)
+        return torch.where(self._at_surface(z), outwards / self.radius**2, 0.0)
 
     def uphill(self, z: Tensor, slope: Tensor) -> Tensor:
         """Return the part of the slope along which the loss still rises within the ball, to first order.

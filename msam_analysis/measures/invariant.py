@@ -15,6 +15,7 @@ from torch import Tensor
 from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.randomness import drawn_indices
+from msam_analysis.objective.vectors import read, widest
 from msam_analysis.results import Estimate
 
 _NO_NORMALIZATION = "no BatchNorm"
@@ -67,11 +68,12 @@ def relative_flatness(objective: Objective, layer: str, *, draws: int = 30, seed
     factor = left * singular
     hessian = alone.hessian()
     generator = torch.Generator().manual_seed(seed)
-    sample = torch.empty(draws, dtype=torch.float64)
-    for draw in range(draws):
+    products = []
+    for _ in range(draws):
         signs = 2 * torch.randint(2, (factor.shape[1], weight.shape[1]), generator=generator) - 1
         mixed = (factor @ signs.to(factor)).reshape(-1)
-        sample[draw] = float(mixed.dot(hessian.matvec(mixed).to(mixed)))
+        products.append(mixed.dot(hessian.matvec(mixed).to(mixed)))
+    sample = torch.tensor(read(*products), dtype=torch.float64)
     return _estimate("relative flatness", sample, objective, layer=layer)
 
 
@@ -115,10 +117,15 @@ def fisher_rao_norm(objective: Objective, *, samples: int | None = None, seed: i
     count = objective.samples if samples is None else samples
     chosen = drawn_indices(objective.samples, count, seed)
     point = objective.point()
-    squares = torch.empty(count, dtype=torch.float64)
-    for number, index in enumerate(chosen):
+    wide, numbers = widest(objective.device), []
+    for index in chosen:
         loss, gradient = objective.with_samples(index[None], batch_size=1).loss_and_gradient(point)
-        squares[number] = float(point.double().dot(gradient.double())) ** 2 if bool(loss.isfinite()) else math.nan
+        numbers += [loss, objective.space.dot(point.to(wide), gradient.to(wide))]
+    found = read(*numbers)
+    pairs = zip(found[::2], found[1::2], strict=True)
+    squares = torch.tensor(
+        [slope**2 if math.isfinite(loss) else math.nan for loss, slope in pairs], dtype=torch.float64
+    )
     return _estimate("squared Fisher-Rao norm", squares, objective)
 
 

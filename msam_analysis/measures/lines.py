@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from msam_analysis.measures.geometry import Adaptive, Ball, Norm, adaptive_scale, check_norm, check_radius
+from msam_analysis.measures.geometry import Adaptive, Ball, Norm, check_norm, check_radius
 from msam_analysis.objective.arguments import numbers
 from msam_analysis.objective.direction import Direction, as_direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.rounding import warn_if_below
+from msam_analysis.objective.vectors import read
 from msam_analysis.results import DirectionalSharpness
 
 
@@ -51,13 +52,13 @@ def one_step_sharpness(
     """
     check_radius(rho)
     check_norm(norm)
-    ball = Ball(float(rho), norm, adaptive_scale(objective, adaptive))
+    ball = Ball.around(objective, rho, norm, adaptive)
     center = objective.point()
     loss, gradient = objective.loss_and_gradient(center)
     step = ball.displacement(ball.ascend(ball.displacement(gradient)))
     name = "gradient" if adaptive is False else f"gradient, adaptive ({'elements' if adaptive is True else 'filters'})"
     coordinates = torch.tensor([float(rho)], dtype=torch.float64)
-    return _along(objective, float(loss), [center + step], coordinates, step, f"{name}, {norm}", float(rho))
+    return _along(objective, loss, [center + step], coordinates, step, f"{name}, {norm}", float(rho))
 
 
 @numbers
@@ -100,13 +101,13 @@ def directional_sharpness(
     half = torch.linspace(0, 1, (points + 1) // 2, dtype=torch.float64)[1:]
     coordinates = float(rho) * torch.cat([-half.flip(0), torch.zeros(1, dtype=torch.float64), half])
     at = [center + float(coordinate) * unit if coordinate else None for coordinate in coordinates]
-    base = float(objective.loss(center))
+    base = objective.loss(center)
     return _along(objective, base, at, coordinates, float(rho) * unit, line.name, float(rho))
 
 
 def _along(
     objective: Objective,
-    base: float,
+    at_center: Tensor,
     points: list[Tensor] | list[Tensor | None],
     coordinates: Tensor,
     displacement: Tensor,
@@ -114,7 +115,7 @@ def _along(
     rho: float,
 ) -> DirectionalSharpness:
     """Return the rise at every point; ``None`` is the centre."""
-    values = [base if point is None else float(objective.loss(point)) for point in points]
+    base, *values = read(at_center, *(at_center if point is None else objective.loss(point) for point in points))
     losses = torch.tensor(values, dtype=torch.float64)
     rises = losses - base
     highest = int(rises.argmax())  # NaN counts as the largest

@@ -13,7 +13,7 @@ from msam_analysis.measures.ball_loss import BallLoss
 from msam_analysis.measures.geometry import euclidean
 from msam_analysis.measures.trust_region import maximize_quadratic
 from msam_analysis.objective.operators import ScaledOperator, SymmetricOperator
-from msam_analysis.objective.vectors import gaussian
+from msam_analysis.objective.vectors import read
 from msam_analysis.spectra.subspace import Subspace
 
 Start = Literal["gradient", "krylov", "eigenvector", "random"]
@@ -42,7 +42,7 @@ def starting_points(
             # An l∞ ball cuts the Krylov step to size: it is then far from an eigenvector's corner.
             points += _both_ways(step, vectors, ball_loss, beside="krylov" in names and ball.norm == "l2")
     if "random" in names:
-        draw = gaussian(ball_loss.center.numel(), 1, seed=seed, like=ball_loss.center, use="ball start")[:, 0]
+        draw = ball.space.gaussian(1, seed=seed, like=ball_loss.center, use="ball start")[:, 0]
         points.append(("random", ball.stretch(draw)))
     for index, displacement in enumerate(start for start in starts if isinstance(start, Tensor)):
         points.append((f"given {index}", ball.stretch(ball.coordinates(displacement.to(ball_loss.center)))))
@@ -52,9 +52,10 @@ def starting_points(
 def _both_ways(step: Tensor, vectors: Tensor, ball_loss: BallLoss, *, beside: bool) -> list[tuple[str, Tensor]]:
     """Return ``±`` every vector, without those close to the Krylov step if this is a start already (``beside``)."""
     points = []
-    length = euclidean(step)
-    for number, vector in enumerate(vectors.unbind(1), 1):
-        cosine = float(step.dot(vector)) / length if length > 0 else 0.0
+    space = ball_loss.ball.space
+    length, *products = read(euclidean(step, space), *(space.dot(step, vector) for vector in vectors.unbind(1)))
+    for number, (vector, product) in enumerate(zip(vectors.unbind(1), products, strict=True), 1):
+        cosine = product / length if length > 0 else 0.0
         side = vector if cosine >= 0 else -vector
         if not (beside and abs(cosine) > _SAME):
             points.append((f"+eigenvector {number}", ball_loss.ball.stretch(side)))
@@ -71,27 +72,28 @@ def _krylov(ball_loss: BallLoss, budget: int, seed: int) -> tuple[Tensor, Tensor
     if ball_loss.ball.scale is not None:
         operator = ScaledOperator(operator, ball_loss.ball.scale)
     basis = Subspace(operator, min(operator.size, budget))
-    draw = gaussian(operator.size, 1, seed=seed, like=ball_loss.center, use="ball subspace")
+    space = ball_loss.ball.space
+    draw = space.gaussian(1, seed=seed, like=ball_loss.center, use="ball subspace")
     basis.expand(torch.cat([ball_loss.slope[:, None], draw], dim=1))
     # For an l∞ ball the l2 ball around it serves, and its answer is cut to size.
     radius = ball_loss.ball.radius * (math.sqrt(operator.size) if ball_loss.ball.norm == "linf" else 1.0)
-    slope = ball_loss.slope.to(basis.q)
+    slope, length = ball_loss.slope.to(basis.q), ball_loss.origin.length
     try:
         while True:
             if not bool(torch.isfinite(basis.projection).all()):
                 # The curvature is not finite: the other starts decide.
                 return torch.zeros_like(ball_loss.center), torch.zeros_like(ball_loss.center)[:, None]
-            linear = (basis.q.T @ slope).cpu().double()
+            linear = space.product(basis.q.T, slope).cpu().double()
             y, multiplier = maximize_quadratic(basis.projection, linear, radius)
             values, coefficients = basis.pairs("largest")
             top_residual = basis.residuals(values[:1], coefficients[:, :1])
             small = y.to(basis.q)
             step = basis.q @ small
             residual = basis.aq @ small + slope - multiplier * step
-            level = max(multiplier * radius, euclidean(slope))
+            level = max(multiplier * radius, length)
             enough = _enough(basis, interior=multiplier == 0)
-            settled = float(residual.norm()) <= enough * level
-            settled = settled and float(top_residual.norm()) <= max(enough, _ROUGH) * float(values.abs().max())
+            left, top_left = read(space.norm(residual), space.norm(top_residual[:, 0]))
+            settled = left <= enough * level and top_left <= max(enough, _ROUGH) * float(values.abs().max())
             if settled or not basis.expand(torch.cat([residual[:, None], top_residual], dim=1)):
                 return step, basis.q @ coefficients[:, :_EIGENVECTORS].to(basis.q)
     finally:

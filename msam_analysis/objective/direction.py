@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msam_analysis.objective.objective import Objective
-from msam_analysis.objective.space import DividedSpace, Space
+from msam_analysis.objective.space import Space
 from msam_analysis.objective.vectors import Layout, widest
 
 Normalization = Literal["filter", "layer", "weight", "l2", "none"]
@@ -37,14 +37,14 @@ class Direction:
     def norm(self) -> float:
         """L2 norm of the whole vector."""
         wide = self.vector.to(widest(self.vector.device))
-        return float(wide.norm() if self.space is None else self.space.norm(wide))
+        return float((self.space or Space(len(wide))).norm(wide))
 
     def normalized(
         self, objective: Objective, normalize: Normalization = "filter", *, one_d: bool = False
     ) -> Direction:
         """Return the direction rescaled; see :func:`normalized`."""
-        space = objective.space
-        vector = normalized(self.vector, objective.layout, objective.point(), normalize, one_d=one_d, space=space)
+        weights, space = objective.point(), objective.space
+        vector = normalized(self.vector, objective.layout, weights, normalize, one_d=one_d, space=space)
         return Direction(vector, f"{self.name}, {label(normalize, one_d, objective.layout)}", space)
 
 
@@ -84,7 +84,7 @@ def normalized(
     one_d
         Move tensors with fewer than two dimensions too.
     space
-        Where the vectors lie, if processes have parts of them; default: they are whole.
+        Where the vectors lie; default: every process has whole ones. Filters are whole in any case.
 
     Returns
     -------
@@ -99,10 +99,11 @@ def normalized(
     if normalize not in get_args(Normalization):
         raise ValueError(f"normalize must be one of {get_args(Normalization)}, got {normalize!r}")
     layout.check(vector, "direction")
+    space = Space(layout.size) if space is None else space
     if normalize == "none":
         return vector.clone()
     if normalize == "l2":
-        norm = _lengths(vector[None], space)[0, 0]
+        norm = space.norm(torch.linalg.vector_norm(vector, dtype=widest(vector.device)).reshape(1))
         if not float(norm) > 0:
             raise ValueError("the direction is zero: expected a direction with a positive norm to give it length 1")
         unit: Tensor = (vector / norm).to(vector.dtype)
@@ -115,18 +116,15 @@ def normalized(
         if normalize == "weight":
             piece.mul_(weight.abs())
             continue
-        filters = normalize == "filter" and piece.ndim >= 2
-        mine, theirs = (tensor.flatten(1) if filters else tensor.reshape(1, -1) for tensor in (piece, weight))
-        # Filters are rows of a tensor, which processes have whole.
-        length, target = (_lengths(tensor, None if filters else space) for tensor in (mine, theirs))
+        apart = normalize == "filter" and piece.ndim >= 2
+        mine, theirs = (tensor.flatten(1) if apart else tensor.reshape(1, -1) for tensor in (piece, weight))
+        length, target = (
+            torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=widest(rows.device)) for rows in (mine, theirs)
+        )
+        if not apart:  # a tensor may be in several processes
+            length, target = (space.norm(whole, dim=1)[:, None] for whole in (length, target))
         mine.mul_(torch.where(length > 0, target / length, torch.zeros_like(length)).to(mine.dtype))
     return scaled
-
-
-def _lengths(rows: Tensor, space: Space | None) -> Tensor:
-    """Return the norms of rows, each of which may be divided among processes, shape ``(n, 1)``."""
-    own: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=widest(rows.device))
-    return space.sum(own.square()).sqrt() if isinstance(space, DividedSpace) else own
 
 
 def as_direction(direction: Direction | Tensor, objective: Objective) -> Direction:

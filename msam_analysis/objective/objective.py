@@ -24,7 +24,7 @@ from msam_analysis.objective.gauss_newton import GaussNewtonOperator
 from msam_analysis.objective.graphs import mean_gradient
 from msam_analysis.objective.handing_on import examine_once
 from msam_analysis.objective.hessian import HessianOperator
-from msam_analysis.objective.private import LossFunction, LossModule, unwrap
+from msam_analysis.objective.private import LossFunction, LossModule, own_class, unwrap
 from msam_analysis.objective.ranks import Ranks
 from msam_analysis.objective.second_derivatives import SecondDerivatives, Wish
 from msam_analysis.objective.space import Space
@@ -384,7 +384,7 @@ class Objective:
     def __repr__(self) -> str:
         """Name the model's class and the settings."""
         settings = ", ".join(f"{name.replace(' ', '_')}={value!r}" for name, value in self.settings.items())
-        return f"Objective({type(self.model).__name__}, {settings})"
+        return f"Objective({own_class(self.model).__name__}, {settings})"
 
     @property
     def precision(self) -> torch.dtype:

@@ -292,9 +292,15 @@ def is_unit(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, of a unit that which it had before."""
+    classes = type(module).__mro__
+    return next(cls for cls in classes if not issubclass(cls, classes[1])) if is_unit(module) else type(module)
+
+
 def _blank(unit: nn.Module) -> nn.Module:
     """Return an empty module of the class that a unit had before."""
-    own: type[nn.Module] = next(cls for cls in type(unit).__mro__ if not issubclass(cls, type(unit).__mro__[1]))
+    own = own_class(unit)
     return own.__new__(own)
 
 

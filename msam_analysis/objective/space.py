@@ -48,6 +48,14 @@ class Space:
         """Return this process's entries of a whole vector, or rows of a whole matrix."""
         return whole
 
+    def restricted(self, chosen: Tensor) -> Space:
+        """Return the space of vectors that have only some of the entries; ``chosen``: the indices of this process's."""
+        return Space(len(chosen))
+
+    def first(self) -> bool:
+        """Return whether this process has the first entry of a whole vector."""
+        return self.here > 0
+
     def dot(self, one: Tensor, two: Tensor) -> Tensor:
         """Return the inner product of two vectors, 0-dimensional."""
         return self.sum(one.dot(two))
@@ -128,6 +136,18 @@ class DividedSpace(Space):
                     found.append(own.to(device=like.device, dtype=like.dtype, copy=True))
         return torch.cat([like.new_empty(0, columns), *(rows for found in kept for rows in found)])
 
+    def restricted(self, chosen: Tensor) -> Space:
+        """Return the space of vectors that have only some of the entries, those of one process after the other's."""
+        rank, counts = dist.get_rank(self._group), chosen.new_zeros(dist.get_world_size(self._group))
+        counts[rank] = len(chosen)
+        every = self.sum(counts).tolist()
+        start = sum(every[:rank])
+        return DividedSpace(sum(every), [slice(start, start + len(chosen))], max(every), self._group)
+
+    def first(self) -> bool:
+        """Return whether this process has the first entry of a whole vector."""
+        return any(piece.start == 0 < piece.stop for piece in self._pieces)
+
     def norm(self, vectors: Tensor, dim: int | None = None) -> Tensor:
         """Return the Euclidean norm of a vector, or of every vector along the dimension ``dim`` of a matrix."""
         own = super().norm(vectors, dim)
@@ -137,7 +157,7 @@ class DividedSpace(Space):
     def orthonormalize(self, vectors: Tensor, against: Tensor | None = None) -> Tensor:
         """Return an orthonormal basis of columns, cleared of their parts in another, as :func:`.orthonormalize`."""
         scale = self.norm(vectors, dim=0)
-        vectors = vectors[:, scale > 0] / scale[scale > 0]
+        vectors = torch.where(scale > 0, vectors / scale, 0.0)
         known = vectors[:, :0] if against is None else against
         for _ in range(2 if known.shape[1] else 0):
             vectors = vectors - known @ self.product(known.T, vectors)

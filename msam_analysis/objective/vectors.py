@@ -110,7 +110,7 @@ def orthonormalize(vectors: Tensor, against: Tensor | None = None) -> Tensor:
     then a rank-revealing QR. Directions that are dependent to working precision are dropped.
     """
     scale = vectors.norm(dim=0)
-    vectors = vectors[:, scale > 0] / scale[scale > 0]
+    vectors = torch.where(scale > 0, vectors / scale, 0.0)  # zeros are dropped with what depends on others
     for _ in range(2):
         if against is not None and against.shape[1]:
             vectors = vectors - against @ (against.T @ vectors)
@@ -131,6 +131,12 @@ def orthonormalize(vectors: Tensor, against: Tensor | None = None) -> Tensor:
 def widest(device: torch.device) -> torch.dtype:
     """Return float64, or float32 for a device that has none."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def read(*numbers: Tensor) -> list[float]:
+    """Return 0-dimensional tensors of one device as numbers; the host waits for the device once, for all of them."""
+    found: list[float] = torch.stack([number.to(widest(number.device)) for number in numbers]).tolist()
+    return found
 
 
 def no_autocast(device: torch.device) -> torch.autocast:

@@ -321,6 +321,22 @@ def spectra() -> Found:
     return found | {"Gauss-Newton": far(*gauss_newton)}
 
 
+def measures() -> Found:
+    """Balls, averages and curvatures along a line are those of the whole model."""
+    both = pair(net, without_scale, squares, batches())[:2]
+
+    def near(ask: Callable[[ma.Objective], float]) -> float:
+        one, other = (ask(o) for o in both)
+        return abs(one - other) / abs(other)
+
+    found = {
+        "ball": near(lambda o: ma.ball_sharpness(o, 0.1).value),
+        "average": near(lambda o: ma.average_sharpness(o, 0.05, draws=3).value),
+        "along": near(lambda o: ma.curvature_along(o, ma.directions.random(o)).curvature),
+    }
+    return found
+
+
 def slices(folder: str = "") -> Found:
     """Slices, with metrics of both kinds, with errors, under a policy that reads the data at each point; in files."""
     found: Found = {}
@@ -499,6 +515,7 @@ HERE: dict[str, Callable[[], Found]] = {
     "directions": directions,
     "spectra": spectra,
     "slices": slices,
+    "measures": measures,
     "chunks": chunks,
     "never run": lambda: measured(without_scale(net()), never_run),
     "just run": lambda: measured(without_scale(net()), just_run),

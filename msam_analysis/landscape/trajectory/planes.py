@@ -14,6 +14,7 @@ from torch import Tensor
 from msam_analysis.objective.direction import Direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.statistics import warn_of_statistics
+from msam_analysis.objective.vectors import read
 from msam_analysis.results import Projection, Reading, Result, Settings, Trajectory
 
 _CHUNK_BYTES = 128 * 2**20  # bytes of all points together, in float64, that are read at a time
@@ -295,7 +296,7 @@ def _project_one(
     distance, off_plane = float(difference.norm()), float((difference - seen).norm())
     if objective is None:
         return coordinates, distance, off_plane, math.nan, math.nan
-    losses = (float(objective.loss(_at(w, objective))) for w in (point, origin + seen))
+    losses = read(*(objective.loss(_at(w, objective)) for w in (point, origin + seen)))
     return coordinates, distance, off_plane, *losses
 
 

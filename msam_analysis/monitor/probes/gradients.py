@@ -14,6 +14,7 @@ from msam_analysis.measures.alignment import sam_msam_angle
 from msam_analysis.measures.momentum import momentum_buffers, true_weights
 from msam_analysis.monitor.probes.base import ObjectiveSource, current
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.vectors import read, widest
 
 
 @dataclass(eq=False)
@@ -58,11 +59,13 @@ class HeldOutCosine:
     def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> Mapping[str, float]:
         """Return ``held_out_cosine``; NaN at the first step, when there is no momentum."""
         objective = self._next() if self.in_turn else current(self.objective)
-        momentum = objective.vector(momentum_buffers(optimizer)).double()
-        gradient = objective.gradient(objective.vector(true_weights(optimizer))).double()
-        norms = float(momentum.norm()) * float(gradient.norm())
+        wide = widest(objective.device)
+        momentum = objective.vector(momentum_buffers(optimizer)).to(wide)
+        gradient = objective.gradient(objective.vector(true_weights(optimizer))).to(wide)
+        length, other, product = read(momentum.norm(), gradient.norm(), momentum @ gradient)
+        norms = length * other
         known = 0 < norms < math.inf
-        return {"held_out_cosine": max(-1.0, min(1.0, float(momentum @ gradient) / norms)) if known else math.nan}
+        return {"held_out_cosine": max(-1.0, min(1.0, product / norms)) if known else math.nan}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the number of the next batch."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from msam_analysis.measures.momentum import momentum_buffers, true_weights
 from msam_analysis.monitor.probes.base import ObjectiveSource, current
+from msam_analysis.objective.vectors import read
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ class PerturbationRise:
         weights = objective.vector(true_weights(optimizer))
         displacements: Mapping[Tensor, Tensor] = getattr(optimizer, "displacement", dict)()
         displacement = objective.vector(displacements)
-        before = float(objective.loss(weights))
-        length = float(displacement.norm())
+        before, length = read(objective.loss(weights), displacement.norm())
         after = float(objective.loss(weights + displacement)) if length > 0 else before
         return {"loss_before": before, "loss_after": after, "rise": after - before, "epsilon_norm": length}
 
@@ -76,9 +76,7 @@ class LossAlongMomentum:
         weights = objective.vector(true_weights(optimizer))
         momentum = objective.vector(momentum_buffers(optimizer))
         length = momentum.norm()
-        found = {}
-        for offset in self.offsets:
-            known = offset == 0 or length > 0
-            moved = weights if offset == 0 else weights + offset * (momentum / length)
-            found[f"loss_along/{offset:g}"] = float(objective.loss(moved)) if known else math.nan
-        return found
+        known = self.offsets if length > 0 else [0.0]
+        moved = (weights if offset == 0 else weights + offset * (momentum / length) for offset in known)
+        losses = dict(zip(known, read(*(objective.loss(w) for w in moved)), strict=True))
+        return {f"loss_along/{offset:g}": losses.get(offset, math.nan) for offset in self.offsets}
