@@ -7,6 +7,7 @@ Such data is refused here, with what to do. Reading never touches the caller's r
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from torch.utils.data.distributed import DistributedSampler
 from msam_analysis.objective.nested import Batch, count_samples, fields_of, is_record, map_tensors, tensors_of
 from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.objective.ranks import Ranks
+from msam_analysis.results import ApproximationWarning
 from msam_analysis.results.fingerprint import fingerprint, of_tensors
 
 CACHE_BYTES = 2**30
@@ -61,7 +63,11 @@ class Batches:
         self._fit = True  # whether the batches of every process fit its cache
         self.cache_bytes = cache_bytes
         with self.ranks.apart("reading the data"):
+            if isinstance(data, Batches):
+                _check_sharing(data, self.ranks, split=split)
             self._source = _as_source(data)
+            if split:
+                _warn_of_repeats(data)
             sums = self._first_pass()
             if not isinstance(self._source, list | _Samples):
                 self._check_repeats(sums)
@@ -123,14 +129,9 @@ class Batches:
         split: bool,
     ) -> Batches:
         """Return ``data`` itself where it is batches on this device in this data type, else batches made of it."""
-        if isinstance(data, Batches):
-            if (data.ranks.count, data.split) != (ranks.count, split):
-                raise ValueError(
-                    "the batches of another objective are shared by processes in another way: expected the same "
-                    "argument ranks for both; give it, or pass the data themselves"
-                )
-            if (data._device, data._dtype) == (device, dtype):
-                return data
+        if isinstance(data, Batches) and (data._device, data._dtype) == (device, dtype):
+            _check_sharing(data, ranks, split=split)
+            return data
         return cls(data, device=device, dtype=dtype, cache_bytes=cache_bytes, ranks=ranks, split=split)
 
     @classmethod
@@ -406,6 +407,27 @@ def _as_source(data: object) -> Iterable[Batch]:
     if iter(data) is data:
         raise TypeError("data is an iterator, which can be read only once: pass list(data), or a loader")
     return data
+
+
+def _check_sharing(batches: Batches, ranks: Ranks, *, split: bool) -> None:
+    if batches.ranks.count != ranks.count or (ranks.count > 1 and batches.split != split):
+        raise ValueError(
+            "the batches of another objective are shared by processes in another way: expected the same argument ranks "
+            "for both; give it, or pass the data themselves"
+        )
+
+
+def _warn_of_repeats(data: object) -> None:
+    """Warn of samples that a sampler repeats, so that all processes have equally many."""
+    sampler = getattr(data, "sampler", None)
+    repeated = sampler.total_size - len(sampler.dataset) if isinstance(sampler, DistributedSampler) else 0
+    if repeated > 0:
+        warnings.warn(
+            f"the DistributedSampler repeats {repeated} sample(s), so that all processes have equally many: they count "
+            "twice in the loss; pass all data to every process with ranks=True, or divide them by a Subset",
+            ApproximationWarning,
+            stacklevel=2,
+        )
 
 
 def _refuse_shuffling(loader: DataLoader[Any]) -> None:

@@ -25,6 +25,16 @@ _TOLD = "_told_to_all_processes"  # the mark of an error that all processes know
 _ALIKE = 1e-6  # of their norm: as much may sums differ that processes of unlike hardware take over one vector
 
 
+@contextlib.contextmanager
+def _exchanging() -> Iterator[None]:
+    """Inside, processes are busy with one another: what is raised, they all know, or nobody could listen any more."""
+    try:
+        yield
+    except BaseException as error:
+        setattr(error, _TOLD, True)
+        raise
+
+
 class Ranks:
     """The processes that measure together: those of the default group, or this one alone."""
 
@@ -60,11 +70,16 @@ class Ranks:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return a tensor, after adding to it in place what it holds in the other processes."""
-        return self._reduced(tensor, dist.ReduceOp.SUM) if self.count > 1 else tensor
+        if self.count == 1:
+            return tensor
+        with _exchanging():
+            return self._reduced(tensor, dist.ReduceOp.SUM)
 
     def mean(self, weight: float, *sums: Tensor) -> tuple[Tensor, ...]:
         """Return weighted sums over batches as means, from sums and a weight over this process's; overwrites them."""
-        if self.count > 1:
+        if self.count == 1:
+            return tuple(total / weight for total in sums)
+        with _exchanging():
             numbers = [total for total in sums if total.ndim == 0]
             together = self.sum(torch.tensor([weight, *map(float, numbers)], dtype=torch.float64))
             for total, whole in zip(numbers, together[1:], strict=True):
@@ -82,7 +97,8 @@ class Ranks:
         with self.apart("taking over the tensors of the first process"):
             bytes_of = [tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors.values()]
             packed = torch.cat([each.to(self._place) for each in bytes_of])
-        dist.broadcast(packed, src=0)
+        with _exchanging():
+            dist.broadcast(packed, src=0)
         parts = packed.split([len(each) for each in bytes_of])
         return {
             name: part.clone().view(tensor.dtype).view(tensor.shape).to(tensor.device)
@@ -97,7 +113,8 @@ class Ranks:
             return [value]
         with self.apart("exchanging what each process has"):
             mine = pickle.dumps(value)
-        return [_unpacked(one) for one in self._swapped(mine)]
+        with _exchanging():
+            return [_unpacked(one) for one in self._swapped(mine)]
 
     def anywhere(self, fact: bool) -> bool:
         """Return whether something holds in any process."""
@@ -109,7 +126,8 @@ class Ranks:
             return value
         with self.apart("taking over what the first process has"):
             values = [pickle.dumps(value) if self.rank == 0 else b""]
-        dist.broadcast_object_list(values, src=0)
+        with _exchanging():
+            dist.broadcast_object_list(values, src=0)
         received: Item = _unpacked(values[0])
         return received
 
@@ -155,6 +173,7 @@ class Ranks:
         dist.all_gather_object(theirs, mine)
         return theirs
 
+    @_exchanging()
     def _meet(self, what: str, alike: Iterable[Tensor], error: BaseException | None) -> None:
         """Tell the others how it went; raise where another process failed, or does something else."""
         doing, (mark, size) = float(zlib.crc32(what.encode())), (0.0, 0.0) if error else _mark(alike)
@@ -165,18 +184,14 @@ class Ranks:
         elif most != -least:
             doings = self._swapped(what)
             rank, other = next((rank, one) for rank, one in enumerate(doings) if one != doings[0])
-            raise _told(
-                ValueError(
-                    f"process {rank} does something else than process 0 ({other}, not {doings[0]}): expected the same "
-                    "calls in the same order in every process"
-                )
+            raise ValueError(
+                f"process {rank} does something else than process 0 ({other}, not {doings[0]}): expected the same "
+                "calls in the same order in every process"
             )
         elif high + low > _ALIKE * largest:
-            raise _told(
-                ValueError(
-                    f"the processes differ in their weights or vectors ({what}): expected the same "
-                    "weights, vectors and seeds in every process"
-                )
+            raise ValueError(
+                f"the processes differ in their weights or vectors ({what}): expected the same weights, vectors and "
+                "seeds in every process"
             )
 
     def _raise(self, error: BaseException | None) -> None:
@@ -185,7 +200,7 @@ class Ranks:
         told = None if error is None else (kind.__module__, kind.__qualname__, str(error))
         theirs = self._swapped(told)
         if error is not None:
-            _told(error)
+            setattr(error, _TOLD, True)
             return
         rank, (module, name, text) = next((rank, one) for rank, one in enumerate(theirs) if one is not None)
         found = getattr(sys.modules.get(module), name, None)
@@ -193,11 +208,11 @@ class Ranks:
         with contextlib.suppress(TypeError):  # a class that wants other arguments
             if isinstance(found, type) and issubclass(found, BaseException):
                 made = found(f"process {rank}: {text}")
-        raise _told(made)
+        raise made
 
 
 def known_to_all(error: BaseException) -> bool:
-    """Return whether all processes have raised an error."""
+    """Return whether there is no use in telling the other processes of an error."""
     return hasattr(error, _TOLD)
 
 
@@ -205,18 +220,14 @@ def _mark(tensors: Iterable[Tensor]) -> tuple[float, float]:
     """Return a sum over all entries, which tells vectors apart, and their norm; zeros where they are not finite."""
     sums, squares = [], []
     for tensor in tensors:
-        wide = widest(tensor.device)
-        sums.append(tensor.detach().sum(dtype=wide))
-        squares.append(torch.linalg.vector_norm(tensor.detach(), dtype=wide).square())
+        plain = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+        wide = plain if plain.is_floating_point() else plain.to(widest(plain.device))
+        sums.append(wide.sum(dtype=widest(wide.device)))
+        squares.append(torch.linalg.vector_norm(wide, dtype=widest(wide.device)).square())
     if not sums:
         return 0.0, 0.0
     mark, size = torch.stack([torch.stack(sums).sum(), torch.stack(squares).sum().sqrt()]).tolist()
     return (mark, size) if size < float("inf") else (0.0, 0.0)
-
-
-def _told(error: BaseException) -> BaseException:
-    setattr(error, _TOLD, True)
-    return error
 
 
 def _unpacked(packed: bytes) -> Any:

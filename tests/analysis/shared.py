@@ -98,7 +98,7 @@ def loaded(ranks: Any) -> dict[str, Tensor]:
     """Batches of a loader, with a sampler that deals samples out if there are two processes."""
     x, y = (torch.cat(tensors)[:18] for tensors in zip(*MLP.data(), strict=True))
     whole = TensorDataset(x, y)
-    sampler = DistributedSampler(whole, shuffle=False) if ranks == "split" else None
+    sampler: Any = DistributedSampler(whole, shuffle=False) if ranks == "split" else None
     o = ma.Objective(MLP.model(), MLP.loss_fn, DataLoader(whole, batch_size=4, sampler=sampler), ranks=ranks)
     return {"loss": o.loss(), "gradient": o.gradient()}
 
@@ -145,8 +145,8 @@ def measured(name: str, ranks: Any) -> Result:
     if name == "compare":
         models = {"a": o.model, "b": nn.Sequential(*o.model.children())}
         return ma.compare(models, None, o.loss_fn, o.batches, metrics=("loss", "trace"), ranks=ranks)
-    if name == "spectral_density":  # as many steps as there are parameters end where rounding says so
-        return ma.spectral_density(o, steps=8)
+    if name == "spectral_density":  # rounding may lead to one point more, or to a step less than there are parameters
+        return ma.spectral_density(o, steps=8, points=100)
     return MEASURES[name](o)
 
 
@@ -168,17 +168,18 @@ def landscapes(ranks: Any) -> dict[str, Result]:
         "alone": ({}, {"distributed": False}),
         "recalibrated": ({"batchnorm": "recalibrate"}, {}),
     }
-    found = {}
+    found: dict[str, Result] = {}
     for name, (options, asked) in ways.items():
         case = CONVNET if options else MLP
         o = ma.Objective(case.model(), nn.CrossEntropyLoss(), part(case.data(), ranks), ranks=ranks, **options)
-        lines = tuple(ma.directions.random(o, seed, one_d=True) for seed in (1, 2))
+        lines = ma.directions.random(o, 1, one_d=True), ma.directions.random(o, 2, one_d=True)
         found[name] = ma.slice_2d(o, lines, **{"points": 5, **asked})
     return found
 
 
 def norm(o: ma.Objective, w: Tensor) -> Tensor:
-    return o.gradient(w).norm()
+    length: Tensor = o.gradient(w).norm()
+    return length
 
 
 # --- refusals
@@ -229,7 +230,8 @@ class Once(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad: Tensor) -> Tensor:
-        return 2 * ctx.saved_tensors[0] * grad[0]
+        slope: Tensor = 2 * ctx.saved_tensors[0] * grad[0]
+        return slope
 
 
 class Square(nn.Module):
@@ -238,7 +240,7 @@ class Square(nn.Module):
         self.linear = nn.Linear(4, 3).double()
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = Once.apply(self.linear(x))
+        found: Tensor = Once.apply(self.linear(x))  # type: ignore[no-untyped-call]
         return found
 
 
@@ -270,7 +272,7 @@ def refusals(rank: int) -> dict[str, str]:
         "layers": said(lambda: ma.Objective(nn.Linear(4, 3 + rank), F.cross_entropy, MLP.data(), ranks=True)),
         "data": said(lambda: made(first=rank)),
         "arguments": said(lambda: made(seed=rank)),
-        "bad argument": said(lambda: made(batchnorm=("eval", "none")[rank])),  # type: ignore[arg-type]
+        "bad argument": said(lambda: made(batchnorm=("eval", "none")[rank])),
         "empty": said(lambda: ma.Objective(MLP.model(), MLP.loss_fn, [], ranks="split")),
         "point": said(lambda: same.loss(same.point() + rank)),
         "length": said(lambda: same.gradient(same.point()[rank:])),
@@ -281,6 +283,7 @@ def refusals(rank: int) -> dict[str, str]:
         "trace": said(lambda: ma.trace(same, draws=3, seed=rank)),
         "unlike samples": said(lambda: numbered(rank).with_samples(torch.tensor([0, 3]))),
         "batches": said(lambda: ma.Objective(MLP.model(), MLP.loss_fn, same.batches)),
+        "shared batches": said(lambda: ma.robust_accuracy(same.model, same.batches, "fgsm", [0.1])),
         "PyHessian": said(lambda: ma.trace(same, draws=3, backend="pyhessian")),
         "gradient": failing(lambda: ValueError("class 1 is unwell"), "gradient"),
         "loss": failing(lambda: PeculiarError("this", "that"), "loss"),

@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
+import msam_analysis as ma
 from msam_analysis.results import Result, load
 from tests.builders import MEASURES
 from tests.programs import together
 
 from . import shared
+from .cases import MLP
 
 TOLERANCE = 1e-12
 ROUNDING = 1e-14  # of numbers around 1: what a residual of nothing is
@@ -115,6 +119,7 @@ TOLD = {
     "trace": "ValueError: the processes differ in their weights or vectors (products of second",
     "unlike samples": "batches differ in what is not rows of a tensor (keys, numbers, strings, 0-dimensional tensors)",
     "batches": "ValueError: the batches of another objective are shared by processes in another way: expected",
+    "shared batches": "ValueError: the batches of another objective are shared by processes in another way: expected",
     "PyHessian": "ValueError: PyHessian reads all batches in one process, and the objective has them in several",
     "gradient": "class 1 is unwell after which it goes on",
     "loss": "this and that after which it goes on",
@@ -140,3 +145,28 @@ def test_what_is_wrong_is_told_by_all(name: str, folder: Path) -> None:
         assert "process 1: " in first[name]
         assert "process 1: " not in second[name]
     assert float(first["goes on"]) == pytest.approx(float(second["goes on"]))
+
+
+# --- one process
+
+
+def test_without_a_group_there_is_one_process() -> None:
+    alone = ma.Objective(MLP.model(), MLP.loss_fn, MLP.data())
+    for ranks in (True, "split"):
+        o = ma.Objective(MLP.model(), MLP.loss_fn, MLP.data(), ranks=ranks)  # type: ignore[arg-type]
+        assert torch.equal(o.gradient(), alone.gradient())
+        assert o.settings == alone.settings
+
+
+@pytest.mark.parametrize("ranks", [None, "whole", 2])
+def test_an_unknown_way_to_share(ranks: Any) -> None:
+    with pytest.raises(ValueError, match=r"ranks must be False, True or 'split', got"):
+        ma.Objective(MLP.model(), MLP.loss_fn, MLP.data(), ranks=ranks)
+
+
+def test_samples_that_a_sampler_repeats_are_told() -> None:
+    x, y = (torch.cat(tensors) for tensors in zip(*MLP.data(), strict=True))
+    whole = TensorDataset(x, y)  # 19 samples, of which each of two processes is given 10
+    loader = DataLoader(whole, batch_size=4, sampler=DistributedSampler(whole, 2, 0, shuffle=False))
+    with pytest.warns(ma.results.ApproximationWarning, match=r"repeats 1 sample\(s\)"):
+        ma.Objective(MLP.model(), MLP.loss_fn, loader, ranks="split")

@@ -24,7 +24,7 @@ from msam_analysis.checkpoints.naming import distinct_names
 from msam_analysis.cli import measure as cli_measure
 from msam_analysis.measures.summary import RADII, measure
 from msam_analysis.results import Result
-from tests.programs import ended
+from tests.programs import ended, script_ended
 
 from .bench import CHECKPOINT, GOOD, MODULE, Command, check_numbers, objective, with_option
 
@@ -396,3 +396,37 @@ def test_progress_says_how_much_is_left(capsys: pytest.CaptureFixture[str], monk
         progress.tick("a", "loss")
         progress.tick("b[/b]", "loss")
     assert capsys.readouterr().err == "b[/b] (2 of 3): loss, 30 s, about 60 s left\n"
+
+
+# --- several processes
+
+ILL = f"""
+import os
+from {MODULE} import loaded
+
+
+def model(path):
+    if "ill" in str(path) and os.environ.get("RANK") == "1":
+        raise OSError("this machine cannot read it")
+    return loaded(path)
+"""
+
+
+def test_two_processes_measure_what_one_does(bench: Path, command: Command) -> None:
+    """One of them prints, draws and writes; a checkpoint that one process cannot load is left out by both."""
+    shutil.copy(bench / CHECKPOINT, bench / "ill.pt")
+    (bench / "machines.py").write_text(ILL, encoding="utf-8")
+    asked = ("measure", CHECKPOINT, "ill.pt", "--model", "machines:model", "--data", f"{MODULE}:data", *CHEAP)
+    assert command(*asked, "--out", "one").code == 0
+    start = bench / "torchrun.py"
+    start.write_text("from torch.distributed.run import main\n\nmain()\n", encoding="utf-8")
+    how = ("--standalone", "--nproc-per-node", "2", "-m", "msam_analysis")
+    done = script_ended(start, *how, *asked, "--out", "two", folder=bench)
+    assert done.code == 1, "what failed says so by the code"
+    assert done.out.count("saved in two/") == 1
+    assert "FAILED ill: OSError: process 1: this machine cannot read it" in done.out
+    assert "processes 2" in done.out
+    (table,) = (bench / "two").rglob("metrics.csv")
+    found = pd.read_csv(table).set_index("metric")["value"]
+    for metric, value in measure(objective(), metrics=("loss", "trace")).table.set_index("metric")["value"].items():
+        assert found[metric] == pytest.approx(value, rel=1e-5, nan_ok=True), metric
