@@ -18,9 +18,9 @@ from msam_analysis.landscape.metrics import Metric, OutputMetric
 from msam_analysis.landscape.output_reader import OutputReader
 from msam_analysis.landscape.sampling import standard_error
 from msam_analysis.objective.batchnorm import averaged_statistics, batchnorm_layers, collect_statistics
-from msam_analysis.objective.evaluation import Pass
 from msam_analysis.objective.nested import Batch
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.passes import Pass, repeats
 from msam_analysis.objective.private import is_pair
 from msam_analysis.objective.randomness import RandomStream, same_state
 from msam_analysis.objective.vectors import widest
@@ -215,7 +215,7 @@ class Evaluator:
             alike.append(self.move(point))
             if self.objective.batchnorm == "recalibrate":
                 self._recalibrate(stream)
-            repeats = self.evaluation.repeats(self.evaluation.weights)
+            more = repeats(self.evaluation, self.evaluation.weights)
             for index, (batch, held) in zip(self.objective.batches.own, self.batches(), strict=True):
                 if not held:
                     continue
@@ -231,16 +231,16 @@ class Evaluator:
                 numbers.append(index)
                 values.append(value)
                 weights.append(weight)
-            self._repeat(repeats, stream)
+            self._repeat(more, stream)
         row = [self._mean(total, weight_sum)]
         if self.fraction is not None:
             row += self._errors(values, weights)
         return row + self._reader.collect(numbers, self.ranks) if self._reader.names else row
 
-    def _repeat(self, repeats: Iterable[Pass], stream: RandomStream) -> None:
-        """Make the passes that do not count; see :meth:`.Evaluation.repeats`."""
+    def _repeat(self, more: Iterable[Pass], stream: RandomStream) -> None:
+        """Make the passes that do not count; see :func:`.passes.repeats`."""
         self._reader.listens = False
-        for one in repeats:
+        for one in more:
             stream.restart(self.objective.seed + one.index)
             self.module(one.batch)
         self._reader.listens = True
@@ -271,7 +271,7 @@ class Evaluator:
         for layer in batchnorm_layers(self.module).values():
             layer.reset_running_stats()
         batches, seen = self.objective.batches, 0
-        repeats = self.evaluation.repeats([float(size) for size in batches.own_sizes])
+        more = repeats(self.evaluation, [float(size) for size in batches.own_sizes])
         try:
             for index, batch, size in zip(batches.own, batches, batches.own_sizes, strict=True):
                 stream.restart(self.objective.seed + index)
@@ -279,7 +279,7 @@ class Evaluator:
                 collect_statistics(self.module, share=size / seen if seen else 0.0)
                 self.module(batch)
             collect_statistics(self.module, share=0.0)
-            self._repeat(repeats, stream)
+            self._repeat(more, stream)
         finally:
             collect_statistics(self.module, share=None)
         buffers = dict(self.module.named_buffers())

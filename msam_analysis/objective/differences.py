@@ -182,6 +182,8 @@ def _moving(gradients: Sequence[Tensor], space: Space) -> list[Tensor]:
     used = space.sum(torch.stack([rows.any() for rows in uses]).double()).bool()
     held = [~rows & any_used for rows, any_used in zip(uses, used, strict=True)]
     return [
-        torch.ones_like(g).masked_fill_(rows.reshape(-1, *[1] * (g.ndim - 1)), 0.0) if g.ndim > 1 else torch.ones_like(g)
+        torch.ones_like(g).masked_fill_(rows.reshape(-1, *[1] * (g.ndim - 1)), 0.0)
+        if g.ndim > 1
+        else torch.ones_like(g)
         for g, rows in zip(gradients, held, strict=True)
     ]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from msam.shards import like
 from msam_analysis.objective.batches import Batches
 from msam_analysis.objective.batchnorm import (
     Policy,
@@ -27,7 +26,8 @@ from msam_analysis.objective.batchnorm import (
 )
 from msam_analysis.objective.examination import Examination
 from msam_analysis.objective.explaining import explained
-from msam_analysis.objective.nested import Batch, map_tensors
+from msam_analysis.objective.nested import Batch
+from msam_analysis.objective.passes import Pass, passes
 from msam_analysis.objective.private import Attributes, LossModule, use_randomness
 from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.objective.ranks import Ranks
@@ -55,15 +55,6 @@ class BatchLoss(NamedTuple):
     # weight, or the product and 1 where the way back to the parameters adds up what processes have.
     term: Tensor = torch.zeros(())
     scale: float = 1.0
-
-
-class Pass(NamedTuple):
-    """A batch that goes through the network."""
-
-    index: int
-    batch: Batch
-    weight: float
-    counts: bool = True
 
 
 @dataclass
@@ -111,7 +102,7 @@ class Evaluation:
         with self.held():
             self.outer |= {id(tensor): name for name, tensor in _tensors(self.original).items()}
         self._weights: list[float] | None = None
-        self._fillers: dict[tuple[float, ...], tuple[int, Pass | None]] = {}
+        self.fillers: dict[tuple[float, ...], tuple[int, Pass]] = {}
         self._told = False
         self.renew()
 
@@ -138,7 +129,7 @@ class Evaluation:
         for name, value in changes.items():
             setattr(other, name, value)
         if "batches" in changes:
-            other._weights, other._fillers = None, {}
+            other._weights, other.fillers = None, {}
         if "original" in changes:
             other._attributes = Attributes(other.original)
         return other
@@ -236,19 +227,6 @@ class Evaluation:
         touched = [name for name, _ in self.original.named_buffers()]
         touched += [name for name in self.findings.written if not tensors[name].requires_grad]
         self.place(tensors | {name: tensors[name].clone() for name in touched})
-
-    def moved(self, w: Tensor) -> LossModule:
-        """Return the original at another point, as a copy that shares all else."""
-        moved = {}
-        with self.held():
-            for (name, parameter), view in zip(self.parameters.items(), self.layout.views(w).values(), strict=True):
-                value = view.to(parameter.dtype, copy=True).to(parameter.device)
-                if hasattr(parameter, "to_local"):
-                    value = like([parameter], [value])[0]
-                elif self.shards is not None:
-                    value = self.shards.gatherer.whole([self.rows[f"model.{name}"]], [value])[0]
-                moved[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-            return self.original.private_copy(lambda tensor: moved.get(id(tensor), tensor))
 
     # ------------------------------------------------------------------------------------------------------ the tensors
 
@@ -378,7 +356,7 @@ class Evaluation:
         try:
             with self.apart("statistics of BatchNorm"), ALONE, self.evaluating() as stream:
                 self.place(parameters | fresh)
-                for index, batch, size, counts in self.passes([float(size) for size in self.batches.own_sizes]):
+                for index, batch, size, counts in passes(self, [float(size) for size in self.batches.own_sizes]):
                     stream.restart(self.seed + index)
                     weight = size if counts else 0.0
                     seen += weight
@@ -418,7 +396,7 @@ class Evaluation:
         counts = []
         with self.ranks.apart("counting what the criterion counts"), self.evaluating() as stream:
             self.settle(self.pieces(), self.constants())
-            for index, batch, _, own in self.passes([1.0] * len(self.batches.own)):
+            for index, batch, _, own in passes(self, [1.0] * len(self.batches.own)):
                 stream.restart(self.seed + index)
                 output = self.copy.model(batch[0])
                 if own:
@@ -438,42 +416,11 @@ class Evaluation:
 
         With ``cut`` the loss is cut off from the parameters where the model puts out its tensors; both ends come, too.
         """
-        for one in self.passes(self.weights):
+        for one in passes(self, self.weights):
             if skip:
                 skip -= 1
                 continue
             yield self._batch_loss(one, point, constants, stream, cut=cut)  # held by nothing here
-
-    def passes(self, weights: list[float]) -> Iterator[Pass]:
-        """Yield this process's batches that weigh anything, and those of :meth:`repeats`."""
-        repeats = self.repeats(weights)
-        for index, batch, weight in zip(self.batches.own, self.batches, weights, strict=True):
-            if weight:
-                yield Pass(index, batch, weight)
-        yield from repeats
-
-    def repeats(self, weights: list[float]) -> Iterator[Pass]:
-        """Return a batch that does not count, as often as other processes have more batches than this one.
-
-        Processes that share the weights gather them together, so they make equally many passes. They agree on their
-        number before the first.
-        """
-        most, filler = self._filler(weights)
-        missing = range(most - sum(weight != 0 for weight in weights)) if filler is not None else ()
-        return (filler._replace(batch=map_tensors(filler.batch, lambda tensor: tensor)) for _ in missing)
-
-    def _filler(self, weights: list[float]) -> tuple[int, Pass | None]:
-        """Return the number of passes, and the one that is repeated."""
-        if not self.spread:
-            return 0, None
-        key = tuple(weights)
-        if key not in self._fillers:
-            weighed = zip(self.batches.own, weights, strict=True)
-            every = self.ranks.everyone([(index, weight) for index, weight in weighed if weight])
-            most, (index, weight) = max(map(len, every)), next(own[0] for own in every if own)
-            (batch,) = self.batches.gathered([index])
-            self._fillers[key] = most, Pass(index, batch, weight, counts=False)
-        return self._fillers[key]
 
     def _batch_loss(
         self,

@@ -271,7 +271,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 class _GraphMeter:
-    """Counts the bytes that autograd saves inside ``with meter:``, as ``pack`` has it; whole weights are not its own."""
+    """Counts the bytes of tensors that autograd saves inside ``with meter:``, as ``pack`` makes them."""
 
     def __init__(self, pack: Callable[[Tensor], Any] = Tensor.detach, unpack: Callable[[Any], Tensor] = _same) -> None:
         self._storages: dict[int, int] = {}

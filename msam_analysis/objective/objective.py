@@ -27,6 +27,7 @@ from msam_analysis.objective.hessian import HessianOperator
 from msam_analysis.objective.private import LossFunction, LossModule, own_class, unwrap
 from msam_analysis.objective.ranks import Ranks
 from msam_analysis.objective.second_derivatives import SecondDerivatives, Wish
+from msam_analysis.objective.sharded import moved
 from msam_analysis.objective.space import Space
 from msam_analysis.objective.statistics import warn_of_statistics
 from msam_analysis.objective.vectors import Layout, Selection, select, widest
@@ -280,7 +281,7 @@ class Objective:
         self.layout.check(w, "point w")
         other = self.space.any(w.detach().to(self.point()) != self.point())
         foreign = other and warn_of_statistics(self, "at the point of with_weights")
-        original = self._evaluation.moved(w.detach())
+        original = moved(self._evaluation, w.detach())
         return self._viewed(original=original, foreign=foreign or self._evaluation.foreign)
 
     def _viewed(self, **changes: object) -> Objective:

@@ -283,7 +283,7 @@ def _computes_weights(hook: object) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("torch.nn.utils.")
 
 
-# ---------------------------------------------------------------------------------------- modules that FSDP2 has changed
+# --------------------------------------------------------------------------------------- modules that FSDP2 has changed
 
 
 def is_unit(module: nn.Module) -> bool:
@@ -317,7 +317,7 @@ def _of_fsdp(*items: Any) -> bool:
     """Whether one of some attributes was put there by FSDP2."""
     for item in items:
         made = getattr(item, "__globals__", {}).get("__name__", getattr(item, "__module__", None))
-        if str(made).startswith(("torch.distributed.fsdp.", "torch.distributed._composable.")):
-            if not isinstance(item, nn.Module):  # whose class FSDP makes
-                return True
+        own = str(made).startswith(("torch.distributed.fsdp.", "torch.distributed._composable."))
+        if own and not isinstance(item, nn.Module):  # FSDP makes the class of a unit
+            return True
     return False

@@ -14,14 +14,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from msam.shards import like
 from msam_analysis.objective.private import LossModule, is_unit
 from msam_analysis.objective.space import DividedSpace
+
+if TYPE_CHECKING:  # which holds shards
+    from msam_analysis.objective.evaluation import Evaluation
 
 # New versions of torch have other names for them, and warn of the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -347,8 +351,8 @@ def _mesh_of(name: str, parameter: Any) -> Mesh:
     dims = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
     if len(dims) != 1 or not placements[dims[0]].is_shard(0):
         raise ValueError(
-            f"the parameter {name!r} is divided as {placements}: expected rows divided among processes, Shard(0), once, "
-            "as fully_shard does; measure a model without tensor parallelism and shard_placement_fn"
+            f"the parameter {name!r} is divided as {placements}: expected rows divided among processes, Shard(0), "
+            "once, as fully_shard does; measure a model without tensor parallelism and shard_placement_fn"
         )
     others = tuple(mesh.get_group(dim) for dim in range(mesh.ndim) if dim not in dims)
     return Mesh(mesh.get_group(dims[0]), mesh.get_local_rank(dims[0]), mesh.size(dims[0]), others, mesh.size())
@@ -376,3 +380,18 @@ def find_shards(original: LossModule) -> Shards | None:
     """Return how the weights of a model are divided; ``None`` where they are whole."""
     with resharded(original):
         return Shards(original) if any(hasattr(p, "to_local") for p in original.parameters()) else None
+
+
+def moved(evaluation: Evaluation, w: Tensor) -> LossModule:
+    """Return the original at another point, as a copy that shares all else."""
+    tensors = {}
+    with evaluation.held():
+        views = evaluation.layout.views(w)
+        for name, parameter in evaluation.parameters.items():
+            value = views[name].to(parameter.dtype, copy=True).to(parameter.device)
+            if hasattr(parameter, "to_local"):
+                (value,) = like([parameter], [value])
+            elif evaluation.shards is not None:
+                (value,) = evaluation.shards.gatherer.whole([evaluation.rows[f"model.{name}"]], [value])
+            tensors[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        return evaluation.original.private_copy(lambda tensor: tensors.get(id(tensor), tensor))

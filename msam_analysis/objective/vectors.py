@@ -155,7 +155,7 @@ def gaussian(size: int, columns: int, *, seed: int, like: Tensor, use: str = "")
 
 
 def gaussian_rows(size: int, columns: int, *, seed: int, use: str = "") -> Iterator[tuple[int, Tensor]]:
-    """Yield the rows of :func:`gaussian`, in float64 and in parts that need little memory, each with its first index."""
+    """Yield the rows of :func:`gaussian` in float64, in parts that need little memory, each with its first index."""
     generator = _generator(seed, use)
     # torch draws in blocks of 16 numbers, and the last 16 anew where a block is left open: a part ends where one does,
     # and the last part has 16 numbers at least.

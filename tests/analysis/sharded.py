@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 import msam_analysis as ma
-
 from msam_analysis.landscape.metrics import OutputMetric
 
 from .cases import CASES, Case, normal
@@ -48,7 +48,7 @@ def kept_whole(model: nn.Module) -> nn.Module:
 def far(one: Tensor, other: Tensor) -> float:
     """Distance of two vectors or numbers, relative to the second; infinite for NaN."""
     gap = float((one - other).norm()) / max(float(other.norm()), 1e-30)
-    return gap if gap == gap else float("inf")
+    return float("inf") if math.isnan(gap) else gap
 
 
 def compare(sharded: ma.Objective, alone: ma.Objective, seed: int = 0) -> dict[str, float]:
@@ -82,13 +82,15 @@ def compare(sharded: ma.Objective, alone: ma.Objective, seed: int = 0) -> dict[s
     return found
 
 
-def pair(model: Callable[[], nn.Module], divide: Callable[[nn.Module], nn.Module], loss: Any, data: Any, **more: Any) -> Any:
+def pair(
+    model: Callable[[], nn.Module], divide: Callable[[nn.Module], nn.Module], loss: Any, data: Any, **more: Any
+) -> Any:
     """Objectives of a sharded model and of its whole twin; the sharded model, too."""
     alone, sharded = model(), divide(model())
     return ma.Objective(sharded, loss, data, ranks=True, **more), ma.Objective(alone, loss, data, **more), sharded
 
 
-# ------------------------------------------------------------------------------------------------- cases of other tables
+# ------------------------------------------------------------------------------------------------ cases of other tables
 
 
 def of_table(case: Case, divide: Callable[[nn.Module], nn.Module], dtype: torch.dtype, **more: Any) -> Found:
@@ -96,7 +98,7 @@ def of_table(case: Case, divide: Callable[[nn.Module], nn.Module], dtype: torch.
     return compare(sharded, alone)
 
 
-# ------------------------------------------------------------------------------------------------------------ cases here
+# ----------------------------------------------------------------------------------------------------------- cases here
 
 
 class Block(nn.Module):
@@ -200,7 +202,9 @@ class Sine(nn.Module):
         return y
 
 
-def of_net(divide: Callable[[Any], nn.Module] = without_scale, loss: Any = squares, data: Any = None, **options: bool) -> Found:
+def of_net(
+    divide: Callable[[Any], nn.Module] = without_scale, loss: Any = squares, data: Any = None, **options: bool
+) -> Found:
     return compare(*pair(lambda: net(**options), divide, loss, data or batches())[:2])
 
 
@@ -237,11 +241,13 @@ def selected() -> Found:
     found = compare(sharded.with_parameters(["first.*", "scale"]), alone.with_parameters(["first.*", "scale"]))
     frozen = compare(sharded.with_parameters("last.*"), alone.with_parameters("last.*"))
     rest = compare(*(ma.Objective(m, squares, batches(), ranks=r) for m, r in ((model, True), (alone.model, False))))
-    return found | {f"frozen: {key}": value for key, value in frozen.items()} | {f"rest: {k}": v for k, v in rest.items()}
+    return (
+        found | {f"frozen: {key}": value for key, value in frozen.items()} | {f"rest: {k}": v for k, v in rest.items()}
+    )
 
 
 def differences() -> Found:
-    """Products by differences, whose step is as long as that of the whole model: they differ by less than their error."""
+    """Products by differences, with the step of the whole model: they differ by less than their error."""
 
     def model() -> nn.Module:
         built = net()
@@ -250,7 +256,6 @@ def differences() -> Found:
 
     sharded, alone, _ = pair(model, without_scale, squares, batches(), second_derivatives="central")
     found = compare(sharded, alone)
-    exact = ma.Objective(net(), squares, batches())
     stated = [o.settings["error of differences"] for o in (sharded, alone)]
     rough = ("hvp", "together", "again", "rebuilt")
     found |= {"kept": 0.0} | {key: float(found[key] > max(1e-9, *stated)) for key in rough}  # no graphs are kept
@@ -291,9 +296,7 @@ def directions() -> Found:
     near("gradient", *(d.gradient(o, "l2") for o in (sharded, alone)))
     near("momentum", *(d.momentum(opt, o) for opt, o in zip(optimizers, (sharded, alone), strict=True)))
     near("eigenvector", *(d.eigenvector(o) for o in (sharded, alone)))
-    planes = [
-        d.plane_through(o, *(o.point() + d.random(o, seed).vector for seed in (1, 2))) for o in (sharded, alone)
-    ]
+    planes = [d.plane_through(o, *(o.point() + d.random(o, seed).vector for seed in (1, 2))) for o in (sharded, alone)]
     found["plane"] = far(planes[0].points, planes[1].points)
     for one, other in zip(planes[0].directions, planes[1].directions, strict=True):
         near(one.name, one, other)
@@ -310,7 +313,9 @@ def spectra() -> Found:
     part, found = sharded.space.part, {}
     pairs = [ma.top_eigenvalues(o, 5) for o in (sharded, alone)]
     found["eigenvalues"] = far(pairs[0].values, pairs[1].values)
-    signs = torch.stack([sharded.space.dot(*both) for both in zip(pairs[0].vectors.T, part(pairs[1].vectors).T, strict=True)])
+    signs = torch.stack(
+        [sharded.space.dot(*both) for both in zip(pairs[0].vectors.T, part(pairs[1].vectors).T, strict=True)]
+    )
     found["eigenvectors"] = float((signs.abs() - 1).abs().max())
     found["power"] = far(*(ma.top_eigenvalues(o, 1, method="power").values for o in (sharded, alone)))
     for how in ("hutchinson", "hutch++"):
@@ -329,12 +334,11 @@ def measures() -> Found:
         one, other = (ask(o) for o in both)
         return abs(one - other) / abs(other)
 
-    found = {
-        "ball": near(lambda o: ma.ball_sharpness(o, 0.1).value),
+    return {
+        "ball": near(lambda o: ma.ball_sharpness(o, 0.1).sharpness),
         "average": near(lambda o: ma.average_sharpness(o, 0.05, draws=3).value),
-        "along": near(lambda o: ma.curvature_along(o, ma.directions.random(o)).curvature),
+        "along": near(lambda o: ma.curvature_along(o, ma.directions.random(o)).value),
     }
-    return found
 
 
 def slices(folder: str = "") -> Found:
@@ -353,7 +357,7 @@ def slices(folder: str = "") -> Found:
     found["plane"] = far(planes[0].loss, planes[1].loss)
     found["cosine"] = abs(planes[0].cosine - planes[1].cosine)
     convnet = next(case for case in CASES if "batch" in case.policies)
-    pairs = pair(lambda: convnet.model(), shard, convnet.loss_fn, convnet.data(), batchnorm="recalibrate")[:2]
+    pairs = pair(convnet.model, shard, convnet.loss_fn, convnet.data(), batchnorm="recalibrate")[:2]
     again = [ma.slice_1d(o, ma.directions.gradient(o), **options) for o in pairs]
     return found | {"recalibrate": far(again[0].loss, again[1].loss)}
 
@@ -367,7 +371,7 @@ def chunks() -> Found:
     return {"loss": ma.slice_1d(objective, ma.directions.random(objective), chunk=2, points=3, progress=False).loss}
 
 
-# --------------------------------------------------------------------------------------------------- the model is its own
+# -------------------------------------------------------------------------------------------------the model is its own
 
 
 def state(model: nn.Module) -> list[Any]:
@@ -466,7 +470,7 @@ def followed() -> Found:
     return found | {f"changed: {key}": value for key, value in compare(sharded, alone).items()}
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------ refusals
 
 
 def tensor_parallel() -> Found:

@@ -53,7 +53,7 @@ def test_processes_that_share_the_weights_find_what_one_finds(world: int) -> Non
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 63, 64, 65, 79, 80, 81, 1000])
 @pytest.mark.parametrize("columns", [1, 2, 3, 5])
 def test_draws_in_parts_are_the_same(size: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch draws 16 numbers at a time, and the last 16 anew: parts must not show."""
+    """Torch draws 16 numbers at a time, and the last 16 anew: parts must not show."""
     monkeypatch.setattr(vectors, "_DRAWN", 64)
     parts = list(vectors.gaussian_rows(size, columns, seed=3, use="x"))
     whole = vectors.gaussian(size, columns, seed=3, like=torch.zeros(1, dtype=torch.float64), use="x")
