@@ -31,6 +31,11 @@ def _exchanging() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if isinstance(error, RuntimeError) and not known_to_all(error):  # of the backend
+            first = (str(error).splitlines() or [""])[0]
+            lost = RuntimeError(f"a process has ended while this one waited for it ({first}): see what it said last")
+            setattr(lost, _TOLD, True)
+            raise lost from error
         setattr(error, _TOLD, True)
         raise
 
@@ -208,6 +213,7 @@ class Ranks:
         with contextlib.suppress(TypeError):  # a class that wants other arguments
             if isinstance(found, type) and issubclass(found, BaseException):
                 made = found(f"process {rank}: {text}")
+        setattr(made, _TOLD, True)
         raise made
 
 
