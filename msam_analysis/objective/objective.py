@@ -113,7 +113,8 @@ class Objective:
         The model is no module, or the data is not batches.
     ValueError
         The data is empty or not repeatable, the policy unknown, nothing is selected, or ``autocast`` is no half
-        precision or meets float64, which it leaves alone.
+        precision or meets float64, which it leaves alone. Weights are sharded in another way than by rows, or over
+        other processes than those of ``ranks``.
 
     Notes
     -----
@@ -127,6 +128,10 @@ class Objective:
     done by all of them alike. Results differ from those of one process by rounding. Samples are counted over the data
     of all; buffers are those of the first process, as in ``DistributedDataParallel``. What one process raises is raised
     by all. Without an initialised process group there is one process.
+
+    Weights that ``torch.distributed.fsdp.fully_shard`` divides among processes need ``ranks``. Every process has the
+    part of a flat vector that belongs to its shards, of length ``space.here``; ``space`` sums over entries. FSDP's
+    precision and hooks have no part in it: an evaluation gathers the weights of one unit after the other.
     """
 
     def __init__(
