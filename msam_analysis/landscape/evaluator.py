@@ -241,7 +241,7 @@ class Evaluator:
         """Make the passes that do not count; see :func:`.passes.repeats`."""
         self._reader.listens = False
         for one in more:
-            stream.restart(self.objective.seed + one.index)
+            stream.restart(self.objective.seed + one.number)
             self.module(one.batch)
         self._reader.listens = True
 

@@ -246,7 +246,8 @@ class Evaluation:
         if self.shards is None:
             return tensor
         if hasattr(tensor, "to_local"):
-            return tensor.detach().to_local()
+            own: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]  # torch does not annotate detach
+            return own
         return self.rows[f"model.{name}"].of(tensor)
 
     @property
@@ -435,7 +436,7 @@ class Evaluation:
         cutting = self.copy.cut_outputs() if cut else contextlib.nullcontext([])
         with ALONE, cutting as pairs:
             # Every batch has its own seed: none sees what another drew.
-            stream.restart(self.seed + one.index)
+            stream.restart(self.seed + one.number)
             self.settle(point, constants)
             value, weight = self.evaluate(one.batch, one.weight)
         weight = weight if one.counts else 0.0

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # which makes passes
 class Pass(NamedTuple):
     """A batch that goes through the network."""
 
-    index: int
+    number: int
     batch: Batch
     weight: float
     counts: bool = True

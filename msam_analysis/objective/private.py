@@ -294,7 +294,7 @@ def is_unit(module: nn.Module) -> bool:
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module, of a unit that which it had before."""
-    classes = type(module).__mro__
+    classes: list[type[Any]] = list(type(module).__mro__)
     return next(cls for cls in classes if not issubclass(cls, classes[1])) if is_unit(module) else type(module)
 
 

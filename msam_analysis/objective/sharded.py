@@ -132,7 +132,7 @@ class _Whole(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_Part.apply(ctx.division, *slopes)
+        return None, *_part(ctx.division, *slopes)
 
 
 class _Part(torch.autograd.Function):
@@ -145,7 +145,11 @@ class _Part(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_Whole.apply(ctx.division, *slopes)
+        return None, *_whole(ctx.division, *slopes)
+
+
+_whole: Any = _Whole.apply
+_part: Any = _Part.apply
 
 
 class _Gathered(NamedTuple):
@@ -159,8 +163,8 @@ class _Packed(NamedTuple):
     """A view of a whole tensor, without the whole tensor."""
 
     gathered: _Gathered
-    index: int
-    view: tuple[torch.Size, tuple[int, ...], int]
+    number: int
+    view: tuple[Any, ...]
 
 
 class Gatherer:
@@ -181,7 +185,7 @@ class Gatherer:
         for (varying, _), chosen in kinds.items():
             division = Division(self._mesh, tuple(rows[index] for index in chosen), alike)
             own = tuple(parts[index] for index in chosen)
-            wholes = _Whole.apply(division, *own) if varying else division.whole(own)
+            wholes = _whole(division, *own) if varying else division.whole(own)
             self._remember(_Gathered(division, tuple(part.detach() for part in own)), wholes)
             found.update(zip(chosen, wholes, strict=True))
         return [found[index] for index in range(len(parts))]
@@ -210,7 +214,7 @@ class Gatherer:
                 wholes = kept.gathered.division.whole(kept.gathered.parts)
             self._last = kept.gathered, wholes
             self._remember(kept.gathered, wholes)
-        return self._last[1][kept.index].as_strided(*kept.view)
+        return self._last[1][kept.number].as_strided(*kept.view)
 
     def release(self) -> None:
         """Let the weights go that the last backward pass needed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ from .cases import CASES, Case, normal
 Found = dict[str, Any]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Any:
     """A tensor that all processes have."""
     return getattr(tensor.detach(), "full_tensor", tensor.detach)().clone()
 
 
-def shard(model: nn.Module, **options: Any) -> nn.Module:
+def shard(model: Any, **options: Any) -> Any:
     """Every child with parameters is a unit, and so is the model."""
     for child in model.children():
         if any(True for _ in child.parameters()):
@@ -37,15 +38,15 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
     return fully_shard(model, **options)
 
 
-def root(model: nn.Module) -> nn.Module:
+def root(model: Any) -> Any:
     return fully_shard(model)
 
 
-def kept_whole(model: nn.Module) -> nn.Module:
+def kept_whole(model: Any) -> Any:
     return shard(model, reshard_after_forward=False)
 
 
-def far(one: Tensor, other: Tensor) -> float:
+def far(one: Any, other: Any) -> float:
     """Distance of two vectors or numbers, relative to the second; infinite for NaN."""
     gap = float((one - other).norm()) / max(float(other.norm()), 1e-30)
     return float("inf") if math.isnan(gap) else gap
@@ -82,9 +83,7 @@ def compare(sharded: ma.Objective, alone: ma.Objective, seed: int = 0) -> dict[s
     return found
 
 
-def pair(
-    model: Callable[[], nn.Module], divide: Callable[[nn.Module], nn.Module], loss: Any, data: Any, **more: Any
-) -> Any:
+def pair(model: Callable[[], Any], divide: Callable[[Any], Any], loss: Any, data: Any, **more: Any) -> Any:
     """Objectives of a sharded model and of its whole twin; the sharded model, too."""
     alone, sharded = model(), divide(model())
     return ma.Objective(sharded, loss, data, ranks=True, **more), ma.Objective(alone, loss, data, **more), sharded
@@ -93,7 +92,7 @@ def pair(
 # ------------------------------------------------------------------------------------------------ cases of other tables
 
 
-def of_table(case: Case, divide: Callable[[nn.Module], nn.Module], dtype: torch.dtype, **more: Any) -> Found:
+def of_table(case: Case, divide: Callable[[Any], Any], dtype: torch.dtype, **more: Any) -> Found:
     sharded, alone, _ = pair(lambda: case.model(dtype), divide, case.loss_fn, case.data(dtype), **more)
     return compare(sharded, alone)
 
@@ -140,31 +139,32 @@ class Net(nn.Module):
         return y * self.scale
 
 
-def net(dtype: torch.dtype = torch.float64, **options: bool) -> Net:
+def net(**options: bool) -> Net:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return Net(**options).to(dtype)
+        return Net(**options).double()
 
 
 def batches(dtype: torch.dtype = torch.float64) -> list[Any]:
     return [(normal(n, 6, seed=n).to(dtype), normal(n, 3, seed=n + 50).to(dtype)) for n in (8, 8, 5)]
 
 
-def without_scale(model: Net) -> nn.Module:
+def without_scale(model: Any) -> Any:
     """The scale is left whole, in all processes, as FSDP wants it of 0-dimensional parameters."""
     return shard(model, ignored_params={model.scale})
 
 
-def kept_without_scale(model: Net) -> nn.Module:
+def kept_without_scale(model: Any) -> Any:
     return shard(model, ignored_params={model.scale}, reshard_after_forward=False)
 
 
-def in_bfloat16(model: Net) -> nn.Module:
+def in_bfloat16(model: Any) -> Any:
     return shard(model, ignored_params={model.scale}, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
 
 
 def squares(output: Tensor, target: Tensor) -> Tensor:
-    return (output - target).square().mean()
+    loss: Tensor = (output - target).square().mean()
+    return loss
 
 
 class Penalty:
@@ -179,7 +179,8 @@ class Penalty:
 
 def encoding(model: Any, batch: Any) -> Tensor:
     """A loss that calls another method than forward."""
-    return model.encode(batch["x"]).square().mean() + model(batch["x"]).sin().mean()
+    loss: Tensor = model.encode(batch["x"]).square().mean() + model(batch["x"]).sin().mean()
+    return loss
 
 
 class Once(torch.autograd.Function):
@@ -198,12 +199,12 @@ class Once(torch.autograd.Function):
 
 class Sine(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = Once.apply(x)
+        y: Tensor = Once.apply(x)  # type: ignore[no-untyped-call]  # torch does not annotate it
         return y
 
 
 def of_net(
-    divide: Callable[[Any], nn.Module] = without_scale, loss: Any = squares, data: Any = None, **options: bool
+    divide: Callable[[Any], Any] = without_scale, loss: Any = squares, data: Any = None, **options: bool
 ) -> Found:
     return compare(*pair(lambda: net(**options), divide, loss, data or batches())[:2])
 
@@ -225,7 +226,7 @@ def dataset_pair(batch: dict[str, Tensor]) -> Any:
 def methods() -> Found:
     """A method that gathers weights, as forward does."""
 
-    def divide(model: Net) -> nn.Module:
+    def divide(model: Any) -> Any:
         without_scale(model)
         register_fsdp_forward_method(model, "encode")
         return model
@@ -240,7 +241,7 @@ def selected() -> Found:
         each.last.weight.requires_grad_(False)
     found = compare(sharded.with_parameters(["first.*", "scale"]), alone.with_parameters(["first.*", "scale"]))
     frozen = compare(sharded.with_parameters("last.*"), alone.with_parameters("last.*"))
-    rest = compare(*(ma.Objective(m, squares, batches(), ranks=r) for m, r in ((model, True), (alone.model, False))))
+    rest = compare(ma.Objective(model, squares, batches(), ranks=True), ma.Objective(alone.model, squares, batches()))
     return (
         found | {f"frozen: {key}": value for key, value in frozen.items()} | {f"rest: {k}": v for k, v in rest.items()}
     )
@@ -250,7 +251,7 @@ def differences() -> Found:
     """Products by differences, with the step of the whole model: they differ by less than their error."""
 
     def model() -> nn.Module:
-        built = net()
+        built: Any = net()
         built.block = Sine()
         return built
 
@@ -345,7 +346,7 @@ def slices(folder: str = "") -> Found:
     """Slices, with metrics of both kinds, with errors, under a policy that reads the data at each point; in files."""
     found: Found = {}
     options: dict[str, Any] = {"points": 3, "progress": False}
-    metrics = {"norm": gradient_norm, "sizes": OutputMetric(lambda output, target: output.norm(dim=1))}
+    metrics: dict[str, Any] = {"norm": gradient_norm, "sizes": OutputMetric(lambda output, target: output.norm(dim=1))}
     sharded, alone, _ = pair(net, without_scale, squares, batches())
     both = sharded, alone
     lines = [ma.slice_1d(o, ma.directions.random(o, 1), metrics=metrics, **options) for o in both]
@@ -353,7 +354,7 @@ def slices(folder: str = "") -> Found:
     found |= {f"metric {key}": far(lines[0].metrics[key], lines[1].metrics[key]) for key in metrics}
     drawn = [ma.slice_1d(o, ma.directions.random(o, 1), samples=12, **options) for o in both]
     found["drawn"] = far(drawn[0].loss, drawn[1].loss) + far(drawn[0].standard_error, drawn[1].standard_error)
-    planes = [ma.slice_2d(o, [ma.directions.random(o, seed) for seed in (1, 2)], **options) for o in both]
+    planes = [ma.slice_2d(o, (ma.directions.random(o, 1), ma.directions.random(o, 2)), **options) for o in both]
     found["plane"] = far(planes[0].loss, planes[1].loss)
     found["cosine"] = abs(planes[0].cosine - planes[1].cosine)
     convnet = next(case for case in CASES if "batch" in case.policies)
@@ -457,7 +458,7 @@ def followed() -> Found:
     """An objective sees the weights that the model has now, whole or sharded, and changes of attributes."""
     sharded, alone, model = pair(net, kept_without_scale, squares, batches())
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, alone.model)]
-    found = {}
+    found: Found = {}
     for step, change in enumerate((never_run, just_run, trained, just_run)):
         if change is trained:
             for each, optimizer in zip((model, alone.model), optimizers, strict=True):
@@ -481,7 +482,7 @@ def tensor_parallel() -> Found:
 
 
 def by_columns() -> Found:
-    model = fully_shard(net().first, shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 else Shard(0))
+    model: Any = fully_shard(net().first, shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 else Shard(0))
     return {"point": ma.Objective(model, squares, batches(), ranks=True).point()}
 
 
@@ -545,14 +546,13 @@ def cases(world: int) -> dict[str, Callable[[], Found]]:
     table: dict[str, Callable[[], Found]] = {}
     for case in CASES:
         for policy in (*case.policies, *(["recalibrate"] if "batch" in case.policies else [])):
-            more: dict[str, Any] = {"batchnorm": policy}
-            name = f"{case.name} {policy}"
             if case.name == "tied":  # units of their own would part the two
                 continue
-            table[name] = lambda case=case, more=more: of_table(case, shard, torch.float64, **more)
+            name, more = f"{case.name} {policy}", {"batchnorm": policy}
+            table[name] = partial(of_table, case, shard, torch.float64, **more)
             if world == 2:
-                table[f"{name} float32"] = lambda case=case, more=more: of_table(case, shard, torch.float32, **more)
-        table[f"{case.name} root"] = lambda case=case: of_table(case, root, torch.float64)
+                table[f"{name} float32"] = partial(of_table, case, shard, torch.float32, **more)
+        table[f"{case.name} root"] = partial(of_table, case, root, torch.float64)
     if world == 4:
         return table | {"replicated": replicated, "two meshes": two_meshes}
     return table | HERE
