@@ -420,7 +420,10 @@ def _check_sharing(batches: Batches, ranks: Ranks, *, split: bool) -> None:
 def _warn_of_repeats(data: object) -> None:
     """Warn of samples that a sampler repeats, so that all processes have equally many."""
     sampler = getattr(data, "sampler", None)
-    repeated = sampler.total_size - len(sampler.dataset) if isinstance(sampler, DistributedSampler) else 0
+    if not isinstance(sampler, DistributedSampler):
+        return
+    dataset: Any = sampler.dataset
+    repeated = sampler.total_size - len(dataset)
     if repeated > 0:
         warnings.warn(
             f"the DistributedSampler repeats {repeated} sample(s), so that all processes have equally many: they count "

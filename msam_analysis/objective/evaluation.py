@@ -191,7 +191,7 @@ class Evaluation:
         if self.shards is not None:
             module.units = Units(module, self.shards)
             if own:
-                self._divide(module)
+                module.units.divide(dict(module.named_parameters()), self.rows)
         if self.batchnorm == "batch":
             use_batch_statistics(module)
         for name in self.findings.drawing or ():
@@ -202,15 +202,6 @@ class Evaluation:
         if self.findings.restored:
             module.fresh = Attributes(module)
         return module
-
-    def _divide(self, module: LossModule) -> None:
-        """Leave this process's parts of parameters in a private copy with tensors of its own."""
-        parameters = dict(module.named_parameters())
-        for name, rows in self.rows.items():
-            if parameters[name].shape != rows.part:
-                parameters[name].data = rows.of(parameters[name].detach()).clone()
-        if module.units is not None:
-            module.units.place(parameters, self.rows, alike=True)
 
     def place(self, tensors: dict[str, Tensor]) -> None:
         """Put tensors in place of the private copy's, where they stay: a backward pass may run a part of it again."""

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from msam_analysis.objective.arguments import check_autocast, device_of
 from msam_analysis.objective.batches import CACHE_BYTES, Batches
-from msam_analysis.objective.batchnorm import Policy, check_policy
+from msam_analysis.objective.batchnorm import Policy
 from msam_analysis.objective.evaluation import Evaluation
 from msam_analysis.objective.examination import NOT_EXAMINED, Examination
 from msam_analysis.objective.examine import examine as examination_of
@@ -24,20 +23,17 @@ from msam_analysis.objective.gauss_newton import GaussNewtonOperator
 from msam_analysis.objective.graphs import mean_gradient
 from msam_analysis.objective.handing_on import examine_once
 from msam_analysis.objective.hessian import HessianOperator
-from msam_analysis.objective.private import LossFunction, LossModule, own_class, unwrap
-from msam_analysis.objective.ranks import Ranks
-from msam_analysis.objective.second_derivatives import SecondDerivatives, Wish
+from msam_analysis.objective.making import evaluation_of
+from msam_analysis.objective.private import LossFunction, own_class
+from msam_analysis.objective.ranks import Sharing
+from msam_analysis.objective.second_derivatives import Wish
 from msam_analysis.objective.sharded import moved
 from msam_analysis.objective.space import Space
 from msam_analysis.objective.statistics import warn_of_statistics
-from msam_analysis.objective.vectors import Layout, Selection, select, widest
+from msam_analysis.objective.vectors import Layout, Selection, widest
 from msam_analysis.results import Settings
-from msam_analysis.results.fingerprint import fingerprint
 
 _GRAPH_BYTES = 2 * 2**30
-
-Sharing = Literal[False, True, "split"]
-"""How processes share the batches."""
 
 
 class Objective:
@@ -96,11 +92,9 @@ class Objective:
     examine
         Whether the loss is examined at its first use; see :meth:`examine`. Default: it is. Without it results say so.
     ranks
-        Whether the processes of :mod:`torch.distributed` share the batches. Default ``False``: this process measures
-        alone. ``True``: all processes have the same ``data``, and take its batches in turn. ``"split"``: each has other
-        data, as from a loader with a ``DistributedSampler``; these come one after the other, in the order of the
-        processes. In both cases every process makes the same calls in the same order, and gets the whole result. A
-        process that measures alone waits for the others for ever. See Notes.
+        Whether the processes of :mod:`torch.distributed` share the batches. Default ``False``: this one measures alone.
+        ``True``: all have the same ``data`` and take its batches in turn. ``"split"``: each has other data, as from a
+        ``DistributedSampler``. In both cases all make the same calls in the same order; else they wait. See Notes.
 
     Attributes
     ----------
@@ -113,8 +107,7 @@ class Objective:
         The model is no module, or the data is not batches.
     ValueError
         The data is empty or not repeatable, the policy unknown, nothing is selected, or ``autocast`` is no half
-        precision or meets float64, which it leaves alone. Weights are sharded in another way than by rows, or over
-        other processes than those of ``ranks``.
+        precision or meets float64, which it leaves alone; weights are not sharded by rows over all ``ranks``.
 
     Notes
     -----
@@ -124,14 +117,9 @@ class Objective:
     the weights rounding takes more than a tenth warns. ``dtype=torch.float32`` measures the smooth function through
     the same weights, and is the way to measure a bfloat16 checkpoint.
 
-    With ``ranks``, losses, gradients, products and statistics are summed over the processes, and everything else is
-    done by all of them alike. Results differ from those of one process by rounding. Samples are counted over the data
-    of all; buffers are those of the first process, as in ``DistributedDataParallel``. What one process raises is raised
-    by all. Without an initialised process group there is one process.
-
-    Weights that ``torch.distributed.fsdp.fully_shard`` divides among processes need ``ranks``. Every process has the
-    part of a flat vector that belongs to its shards, of length ``space.here``; ``space`` sums over entries. FSDP's
-    precision and hooks have no part in it: an evaluation gathers the weights of one unit after the other.
+    With ``ranks`` every process gets the result of one, but for rounding. Samples count over the data of all; buffers
+    are those of the first process, as in ``DistributedDataParallel``. What one raises is raised by all. Weights that
+    FSDP2 shards need ``ranks``: every process has its part of a flat vector, and ``space`` sums over entries.
     """
 
     def __init__(
@@ -153,51 +141,20 @@ class Objective:
         examine: bool = True,
         ranks: Sharing = False,
     ) -> None:
-        if not (isinstance(ranks, bool) or ranks == "split"):
-            raise ValueError(f"ranks must be False, True or 'split', got {ranks!r}")
-        self.loss_fn = loss_fn
-        self._examines = examine
-        self._graph_bytes = graph_bytes
-        processes = Ranks(together=bool(ranks))
-        with processes.apart("making an objective") as alike:
-            self._check(model, loss_fn, dtype)
-            check_policy(batchnorm)
-            original = LossModule(unwrap(model), unwrap(loss_fn))
-            named = select(original.model, parameters)
-            placed = device_of(device, next(iter(named.values())).device)
-            shapes = {name: tuple(parameter.shape) for name, parameter in original.named_parameters()}
-            chosen = (batchnorm, dtype, autocast, dropout, second_derivatives, seed, examine, ranks, placed.type)
-            arguments = fingerprint(*map(str, chosen), list(named))
-            processes.check_alike({"the network": fingerprint(shapes), "arguments": arguments})
-            data = Batches.shared(
-                data, device=placed, dtype=dtype, cache_bytes=cache_bytes, ranks=processes, split=ranks == "split"
-            )
-            self._evaluation = Evaluation(
-                original,
-                data,
-                device=placed,
-                cast=dtype,
-                batchnorm=batchnorm,
-                autocast=autocast,
-                dropout=dropout,
-                seed=seed,
-                second_derivatives=SecondDerivatives(second_derivatives),
-            )
-            self._evaluation.choose(parameters)
-            check_autocast(autocast, self.dtype)
-            if self._evaluation.shards is None:
-                alike.extend(original.parameters())
-            else:
-                self._evaluation.shards.check(processes.count)
-
-    @staticmethod
-    def _check(model: object, loss_fn: object, dtype: object) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}: pass the network itself")
-        if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be callable, got {type(loss_fn).__name__}: pass e.g. nn.CrossEntropyLoss()")
-        if dtype is not None and not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}: pass e.g. torch.float64")
+        self.loss_fn, self._examines, self._graph_bytes = loss_fn, examine, graph_bytes
+        self._evaluation = evaluation_of(
+            model,
+            loss_fn,
+            data,
+            parameters=parameters,
+            device=device,
+            cast=dtype,
+            cache_bytes=cache_bytes,
+            examine=examine,
+            ranks=ranks,
+            second_derivatives=second_derivatives,
+            options={"batchnorm": batchnorm, "autocast": autocast, "dropout": dropout, "seed": seed},
+        )
 
     def with_parameters(self, selection: Selection) -> Objective:
         """Return the same loss on the same data as a function of other parameters; all others are constants.
@@ -286,8 +243,7 @@ class Objective:
         self.layout.check(w, "point w")
         other = self.space.any(w.detach().to(self.point()) != self.point())
         foreign = other and warn_of_statistics(self, "at the point of with_weights")
-        original = moved(self._evaluation, w.detach())
-        return self._viewed(original=original, foreign=foreign or self._evaluation.foreign)
+        return self._viewed(original=moved(self._evaluation, w.detach()), foreign=foreign or self._evaluation.foreign)
 
     def _viewed(self, **changes: object) -> Objective:
         other = copy.copy(self)
@@ -455,8 +411,7 @@ class Objective:
             ``w`` has another shape, or the loss is not a scalar.
         """
         evaluation = self.evaluation
-        total = torch.zeros((), dtype=widest(self.device), device=self.device)
-        weight_sum = 0.0
+        total, weight_sum = torch.zeros((), dtype=widest(self.device), device=self.device), 0.0
         with evaluation.apart("a loss") as alike:
             point, constants = evaluation.pieces(w), evaluation.constants(w)
             alike.extend(point.values())
@@ -464,8 +419,7 @@ class Objective:
                 for batch in evaluation.batch_losses(point, constants, stream):
                     total += batch.value.detach().to(total.dtype) * batch.weight
                     weight_sum += batch.weight
-        (mean,) = evaluation.mean(weight_sum, total)
-        return mean
+        return evaluation.mean(weight_sum, total)[0]
 
     def gradient(self, w: Tensor | None = None) -> Tensor:
         """Return ``∇L(w)``, shape ``(size,)``, zeros for parameters that the loss does not use; see :meth:`loss`."""
@@ -479,9 +433,9 @@ class Objective:
         ValueError
             Also if the loss depends on none of the selected parameters.
         """
-        evaluation = self.evaluation
-        with evaluation.apart("a gradient at a point"):
-            return mean_gradient(evaluation, evaluation.leaves(w), evaluation.constants(w))
+        loss = self.evaluation
+        with loss.apart("a gradient at a point"):
+            return mean_gradient(loss, loss.leaves(w), loss.constants(w))
 
     def hvp(self, v: Tensor, w: Tensor | None = None) -> Tensor:
         """Return the Hessian-vector product ``∇²L(w) v``.

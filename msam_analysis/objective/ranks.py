@@ -11,7 +11,7 @@ import pickle
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from torch import Tensor
 from msam_analysis.objective.vectors import widest
 
 Item = TypeVar("Item")
+Sharing = Literal[False, True, "split"]
+"""How processes share the batches of an objective."""
 
 _TOLD = "_told_to_all_processes"  # the mark of an error that all processes know of
 _ALIKE = 1e-6  # of their norm: as much may sums differ that processes of unlike hardware take over one vector

@@ -271,6 +271,13 @@ class Units:
             else:
                 self._rows.pop(name, None)
 
+    def divide(self, parameters: Mapping[str, Tensor], rows: Mapping[str, Rows]) -> None:
+        """Take parameters of its own, and leave in them this process's parts."""
+        for name, row in rows.items():
+            if parameters[name].shape != row.part:
+                parameters[name].data = row.of(parameters[name].detach()).clone()
+        self.place(parameters, rows, alike=True)
+
     def whole(self, name: str, held: Tensor) -> Tensor:
         """Return a parameter whole; where its unit does not run, for this once."""
         if name not in self._rows:

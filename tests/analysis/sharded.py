@@ -194,7 +194,8 @@ class Once(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, slope: Tensor) -> Tensor:
-        return slope * ctx.saved_tensors[0].cos()
+        turned: Tensor = slope * ctx.saved_tensors[0].cos()
+        return turned
 
 
 class Sine(nn.Module):
@@ -250,7 +251,7 @@ def selected() -> Found:
 def differences() -> Found:
     """Products by differences, with the step of the whole model: they differ by less than their error."""
 
-    def model() -> nn.Module:
+    def model() -> Any:
         built: Any = net()
         built.block = Sine()
         return built

@@ -365,6 +365,10 @@ def work(rank: int, folder: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         answers(Path(folder), f"rank{rank}", (True, "split"))
-        torch.save(refusals(rank), Path(folder) / f"told{rank}.pt")
+        told = refusals(rank)
+        last = ma.Objective(MLP.model(), MLP.loss_fn, MLP.data(), ranks=True)
+        if rank == 0:
+            told["left alone"] = said(last.loss)
+        torch.save(told, Path(folder) / f"told{rank}.pt")
     gc.collect()  # gloo's threads have to end before the process does
     dist.destroy_process_group()

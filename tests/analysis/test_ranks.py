@@ -147,13 +147,18 @@ def test_what_is_wrong_is_told_by_all(name: str, folder: Path) -> None:
     assert float(first["goes on"]) == pytest.approx(float(second["goes on"]))
 
 
+def test_a_process_that_has_ended_is_told(folder: Path) -> None:
+    told = torch.load(folder / "told0.pt", weights_only=True)["left alone"]
+    assert told.startswith("RuntimeError: a process has ended while this one waited for it (")
+
+
 # --- one process
 
 
 def test_without_a_group_there_is_one_process() -> None:
     alone = ma.Objective(MLP.model(), MLP.loss_fn, MLP.data())
     for ranks in (True, "split"):
-        o = ma.Objective(MLP.model(), MLP.loss_fn, MLP.data(), ranks=ranks)  # type: ignore[arg-type]
+        o = ma.Objective(MLP.model(), MLP.loss_fn, MLP.data(), ranks=ranks)
         assert torch.equal(o.gradient(), alone.gradient())
         assert o.settings == alone.settings
 
