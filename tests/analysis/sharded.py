@@ -280,6 +280,33 @@ def vectors() -> Found:
     }
 
 
+def split() -> Found:
+    """Each process has other data, the second one none at all, or a batch that weighs nothing."""
+    found: Found = {}
+    for name, mine in {"two and one": [slice(0, 2), slice(2, 3)], "all and none": [slice(0, 3), slice(3, 3)]}.items():
+        data = batches()[mine[dist.get_rank()]]
+        sharded = ma.Objective(without_scale(net()), squares, data, ranks="split")
+        alone = ma.Objective(net(), squares, batches())
+        again = compare(sharded, alone) | {"kept": float(sharded.batches.samples != 21)}
+        found |= {f"{name} {key}": value for key, value in again.items()}
+    return found
+
+
+def weightless() -> Found:
+    """The labels of a batch are all to be ignored: it has no mean, and does not count."""
+    data = [(x, y.argmax(1)) for x, y in batches()]
+    data[1][1].fill_(-100)
+    sharded, alone, _ = pair(net, without_scale, nn.CrossEntropyLoss(), data)
+    return compare(sharded, alone) | {"kept": 0.0}
+
+
+def samples() -> Found:
+    """A bootstrap sample of the data."""
+    sharded, alone, _ = pair(net, without_scale, squares, batches())
+    chosen = torch.arange(0, 21, 2)
+    return compare(sharded.with_samples(chosen), alone.with_samples(chosen))
+
+
 def directions() -> Found:
     """Directions of all kinds and normalisations: parts of those of the whole model."""
     sharded, alone, model = pair(net, without_scale, squares, batches())
@@ -518,6 +545,9 @@ HERE: dict[str, Callable[[], Found]] = {
     "selected": selected,
     "differences": differences,
     "vectors": vectors,
+    "split": split,
+    "weightless": weightless,
+    "samples": samples,
     "directions": directions,
     "spectra": spectra,
     "slices": slices,
