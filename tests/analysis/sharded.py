@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from msam_analysis.landscape.metrics import OutputMetric
 from .cases import CASES, Case, normal
 
 Found = dict[str, Any]
+FOLDER: list[str] = []  # where this process may write
 
 
 def whole(tensor: Any) -> Any:
@@ -367,7 +369,14 @@ def measures() -> Found:
         "ball": near(lambda o: ma.ball_sharpness(o, 0.1).sharpness),
         "average": near(lambda o: ma.average_sharpness(o, 0.05, draws=3).value),
         "along": near(lambda o: ma.curvature_along(o, ma.directions.random(o)).value),
+        "adaptive": near(lambda o: ma.ball_sharpness(o, 0.1, adaptive=True).sharpness),
+        "table": near(lambda o: float(ma.measure(o, metrics=("loss",)).table["value"].abs().sum())),
     }
+
+
+def flatness() -> Found:
+    objective = pair(net, without_scale, squares, batches())[0]
+    return {"value": ma.relative_flatness(objective, "last.weight").value}
 
 
 def slices(folder: str = "") -> Found:
@@ -386,9 +395,19 @@ def slices(folder: str = "") -> Found:
     found["plane"] = far(planes[0].loss, planes[1].loss)
     found["cosine"] = abs(planes[0].cosine - planes[1].cosine)
     convnet = next(case for case in CASES if "batch" in case.policies)
+    kept = shared_folder() / "line"  # of all processes, in one of which it is written
+    again = [ma.slice_1d(sharded, ma.directions.random(sharded, 1), path=kept, **options) for _ in range(2)]
+    found["file"] = far(again[0].loss, lines[1].loss) + far(again[1].loss, lines[1].loss)
     pairs = pair(convnet.model, shard, convnet.loss_fn, convnet.data(), batchnorm="recalibrate")[:2]
     again = [ma.slice_1d(o, ma.directions.gradient(o), **options) for o in pairs]
     return found | {"recalibrate": far(again[0].loss, again[1].loss)}
+
+
+def shared_folder() -> Path:
+    """A new folder that all processes know."""
+    names = [tempfile.mkdtemp(dir=FOLDER[0])]
+    dist.broadcast_object_list(names)
+    return Path(names[0])
 
 
 def gradient_norm(objective: ma.Objective, w: Tensor) -> float:
@@ -553,6 +572,7 @@ HERE: dict[str, Callable[[], Found]] = {
     "slices": slices,
     "measures": measures,
     "chunks": chunks,
+    "flatness": flatness,
     "never run": lambda: measured(without_scale(net()), never_run),
     "just run": lambda: measured(without_scale(net()), just_run),
     "just run, kept whole": lambda: measured(kept_without_scale(net()), just_run),
@@ -568,6 +588,7 @@ REFUSED = {
     "by columns": r"ValueError: .*is divided as \(Shard\(dim=1\),\): expected rows",
     "two meshes": "ValueError: expected weights that are all divided alike, got 'model.last.weight'",
     "chunks": "ValueError: expected points one after the other where processes share the weights, got chunk=2",
+    "flatness": "ValueError: relative flatness needs the singular values of 'last.weight', whose rows",
     "alone": "ValueError: the weights are sharded over 2 processes, and 1 measure together: expected",
 }
 
@@ -592,6 +613,7 @@ def cases(world: int) -> dict[str, Callable[[], Found]]:
 def work(rank: int, folder: str, world: int) -> None:
     """One of some processes; a case that fails leaves its sentence, and its group."""
     torch.set_num_threads(1)
+    FOLDER[:] = [folder]
     results: dict[str, Any] = {}
     for number, (name, make) in enumerate(cases(world).items()):
         dist.init_process_group("gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=world)
