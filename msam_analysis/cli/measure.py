@@ -176,7 +176,7 @@ def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> Path:
             items.append(report.Figure(path, f"{metric.replace('_', ' ')} of every checkpoint."))
     else:
         path = plots.save(plots.measure(next(iter(result.values()))), home / _TABLE, close=True)[0]
-        items.append(report.Figure(path, "The metrics; bars are residuals or standard errors."))
+        items.append(report.Figure(path, "The metrics; bars are residuals, brackets or standard errors."))
     summary = f"{len(result)} checkpoint(s). {_settings(result)}."
     report.write(report.Report(f"Sharpness of {home.name}", summary, [report.Section("Metrics", "", items)]), home)
     return home
@@ -210,7 +210,7 @@ def show(result: Comparison, home: Path) -> None:
             for label, *found in zip(result, *(columns[metric][1:] for metric in part), strict=True):
                 table.add_row(Text(label), *map(Text, found))
             console.print(table)
-        console.print("± residual or standard error; * not converged", highlight=False)
+        console.print("± residual, bracket or standard error; * not converged", highlight=False)
     console.print(Text(_settings(result)), soft_wrap=True)
     for label, source in list(result.sources.items())[:_FEW]:
         console.print(Text(source["taken"] if len(result) == 1 else f"{label}: {source['taken']}"), soft_wrap=True)

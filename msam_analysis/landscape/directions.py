@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from msam_analysis.measures.momentum import momentum_buffers
+from msam_analysis.measures.momentum import coming_updates, momentum_buffers
 from msam_analysis.objective.direction import Direction, Normalization, as_direction, label, normalized
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.space import Space
@@ -36,6 +36,7 @@ __all__ = [
     "plane_through",
     "random",
     "restricted",
+    "update",
 ]
 
 
@@ -101,6 +102,34 @@ def momentum(
     vector = layout.flatten(pieces)
     vector = normalized(vector, layout, vector, normalize)
     return Direction(vector, "momentum" if normalize == "none" else f"momentum, {label(normalize, False, layout)}")
+
+
+def update(optimizer: torch.optim.Optimizer, objective: Objective, normalize: Normalization = "none") -> Direction:
+    """Return the ``d`` of the optimizer's coming step ``w ← w − lr d``, such as AdamW's preconditioned momentum.
+
+    Call it after ``loss.backward()`` and before ``optimizer.step()``. For SGD, NAG and MSAM it is the momentum with the
+    new gradient in it; weight decay is part of it. The optimizer and the model do not move: a copy of the optimizer
+    takes the step, so that any one will do. Where its groups have several learning rates, ``lr`` is that of the first.
+
+    Parameters
+    ----------
+    optimizer
+        Any optimizer whose step needs no closure, with gradients in ``.grad``; loss scales have been removed.
+    objective
+        The loss, which gives the order and the selection of the parameters.
+    normalize
+        Normalisation, see :func:`normalized`.
+
+    Raises
+    ------
+    RuntimeError
+        There is no gradient, the learning rate is 0, or the step needs a closure, as SAM's does.
+
+    Notes
+    -----
+    ``d`` has the rounding of the step that it is the quotient of: about ``ε ‖w‖ / ‖lr d‖``.
+    """
+    return _finish(objective, objective.vector(coming_updates(optimizer)), "update", normalize)
 
 
 def last_update(objective: Objective, before: Tensor, normalize: Normalization = "none") -> Direction:

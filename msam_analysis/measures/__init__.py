@@ -10,6 +10,7 @@ from msam_analysis.measures.along import curvature_along
 from msam_analysis.measures.average import average_sharpness
 from msam_analysis.measures.ball import ball_sharpness
 from msam_analysis.measures.certificate import certify
+from msam_analysis.measures.critical import critical_sharpness
 from msam_analysis.measures.features import feature_rank
 from msam_analysis.measures.invariant import fisher_rao_norm, relative_flatness
 from msam_analysis.measures.layers import by_layer
@@ -25,6 +26,7 @@ __all__ = [
     "ball_sharpness",
     "by_layer",
     "certify",
+    "critical_sharpness",
     "curvature_along",
     "data_interval",
     "directional_sharpness",

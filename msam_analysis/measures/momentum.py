@@ -1,6 +1,8 @@
-"""Momentum, gradients and true weights of any ``torch.optim`` optimizer, read without moving anything."""
+"""Momentum, gradients, updates and true weights of any ``torch.optim`` optimizer, read without moving anything."""
 
 from __future__ import annotations
+
+import copy
 
 import torch
 from torch import Tensor
@@ -112,6 +114,47 @@ def true_weights(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
         for parameter, displacement in optimizer.displacement().items():  # type: ignore[attr-defined]
             weights[parameter] = weights[parameter] - displacement
     return weights
+
+
+def coming_updates(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
+    """Return the ``d`` of the coming step ``w ← w − lr d`` for every parameter, with ``lr`` of the first group.
+
+    The step is taken on a copy of the optimizer and its parameters, with the present gradients: so ``d`` is what the
+    optimizer itself makes of them, with weight decay, preconditioning and the learning rates of further groups. Nothing
+    of the optimizer moves. It takes the memory of such a copy.
+
+    Parameters
+    ----------
+    optimizer
+        Any optimizer whose step needs no closure.
+
+    Returns
+    -------
+    dict
+        A new tensor for each parameter; zeros where the step moves nothing.
+
+    Raises
+    ------
+    RuntimeError
+        No parameter has a gradient, the learning rate of the first group is 0, or the step needs a closure (SAM).
+    """
+    gradients(optimizer)  # raises where there are none
+    rate = float(optimizer.param_groups[0]["lr"])
+    if rate == 0:
+        raise RuntimeError("the learning rate is 0: expected a positive one, as the update is the step over it")
+    twin = copy.deepcopy(optimizer)  # without hooks, which belong to the loop
+    own, copied = ([p for group in each.param_groups for p in group["params"]] for each in (optimizer, twin))
+    for parameter, other in zip(own, copied, strict=True):
+        other.grad = None if parameter.grad is None else parameter.grad.detach().clone()
+    try:
+        twin.step()
+    except (TypeError, RuntimeError) as error:
+        raise RuntimeError(
+            f"a copy of {type(optimizer).__name__} cannot step from the gradients in .grad alone ({error}): expected "
+            "an optimizer without a closure; use directions.last_update after the step"
+        ) from error
+    before, after = true_weights(optimizer), true_weights(twin)
+    return {parameter: (before[parameter] - after[other]) / rate for parameter, other in zip(own, copied, strict=True)}
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from msam_analysis.measures.average import average_sharpness, check_sigma
 from msam_analysis.measures.ball import ball_sharpness
+from msam_analysis.measures.critical import critical_sharpness
 from msam_analysis.measures.geometry import check_radius
 from msam_analysis.measures.invariant import fisher_rao_norm, relative_flatness
 from msam_analysis.measures.minibatch import m_sharpness
@@ -27,9 +28,12 @@ SIGMA = 0.01
 TOLERANCE = 1e-4
 MAX_HVPS, MAX_HVPS_LARGE = 200, 60
 BATCH, FEW_BATCHES, FEW_SAMPLES = 128, 8, 200
-METRICS = ("loss", "average", "trace", "ball", "adaptive", "eigenvalues", "batches", "flatness", "fisher-rao")
+METRICS = (
+    "loss", "critical_sharpness", "average", "trace", "ball", "adaptive", "eigenvalues", "batches", "flatness",
+    "fisher-rao",
+)  # fmt: skip
 """What can be measured; in the order of price, which is that of the table."""
-DEFAULT_METRICS = METRICS[:6]
+DEFAULT_METRICS = METRICS[:7]
 
 _NAN = math.nan
 _DRAWS, _SIGNS = 50, 30  # the defaults of the measures: pairs of losses, random signs
@@ -69,11 +73,12 @@ def measure(
     objective
         The loss at the weights to be measured.
     metrics
-        Names from :data:`METRICS`, in any order. Default :data:`DEFAULT_METRICS`: ``"loss"``; ``"average"``, the rise
-        under noise in proportion to the weights; ``"ball"`` and ``"adaptive"``, the largest rise in balls in units of
-        the weights and of ``|w|``; ``"trace"``; ``"eigenvalues"``. The others are ``"batches"``: the m-sharpness, with
-        128 samples a batch and at most 8 of the batches; ``"flatness"``: the relative flatness of the last weight
-        matrix; ``"fisher-rao"``: the squared Fisher-Rao norm, on at most 200 samples.
+        Names from :data:`METRICS`, in any order. Default :data:`DEFAULT_METRICS`: ``"loss"``; ``"critical_sharpness"``,
+        ``2/η`` with the smallest step ``η`` along the gradient that raises the loss; ``"average"``, the rise under
+        noise in proportion to the weights; ``"ball"`` and ``"adaptive"``, the largest rise in balls in units of the
+        weights and of ``|w|``; ``"trace"``; ``"eigenvalues"``. The others are ``"batches"``: the m-sharpness, with 128
+        samples a batch and at most 8 of the batches; ``"flatness"``: the relative flatness of the last weight matrix;
+        ``"fisher-rao"``: the squared Fisher-Rao norm, on at most 200 samples.
     radii
         Radii of the balls; default 0.05 (Foret et al. 2021) and 0.5.
     sigma
@@ -263,6 +268,15 @@ def _loss(sheet: _Sheet) -> None:
     sheet.add("weight_norm", norm(sheet.objective.point()), _NAN, "‖w‖₂")
 
 
+def _critical(sheet: _Sheet) -> None:
+    critical = critical_sharpness(sheet.objective)
+    sheet.results["critical_sharpness"] = critical
+    found = "" if critical.status == "one crossing" else f"; {critical.status}"
+    meaning = f"2/η where the step −η∇L first raises L; bracket{found}"
+    known = critical.converged if len(critical.steps) else None
+    sheet.add("critical_sharpness", critical.value, critical.error, meaning, known)
+
+
 def _average(sheet: _Sheet) -> None:
     sigma, draws = sheet.ask.sigma, sheet.afford(_PAIR, 1, sheet.usual(_DRAWS, 16), "draws")
     average = average_sharpness(sheet.objective, sigma, adaptive=True, draws=draws, seed=sheet.ask.seed)
@@ -356,6 +370,7 @@ def _fisher_rao(sheet: _Sheet) -> None:
 
 _MEASUREMENTS: dict[str, Callable[[_Sheet], None]] = {
     "loss": _loss,
+    "critical_sharpness": _critical,
     "average": _average,
     "ball": _balls,
     "adaptive": _adaptive,

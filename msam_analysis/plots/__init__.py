@@ -53,6 +53,7 @@ from msam_analysis.plots.points import (
     ball_sharpness,
     by_layer,
     certify,
+    critical_sharpness,
     curvature_along,
     data_interval,
     fisher_rao_norm,
@@ -70,8 +71,8 @@ eigenvalues = top_eigenvalues
 
 __all__ = [
     "COLUMN_WIDTH", "PAGE_WIDTH", "LivePlot", "Look", "animate_trajectory", "average_sharpness", "ball_sharpness",
-    "by_layer", "certify", "compare", "curvature_along", "data_interval", "directional_sharpness", "eigenvalues",
-    "feature_rank", "fisher_rao_norm", "interactive_surface", "live", "look", "m_sharpness", "measure",
+    "by_layer", "certify", "compare", "critical_sharpness", "curvature_along", "data_interval", "directional_sharpness",
+    "eigenvalues", "feature_rank", "fisher_rao_norm", "interactive_surface", "live", "look", "m_sharpness", "measure",
     "momentum_gradient_cosine", "one_step_sharpness", "panels", "pca_plane", "project", "recorded", "relative_flatness",
     "robust_accuracy", "sam_msam_angle", "save", "slice_1d", "slice_1d_panels", "slice_2d", "spectral_density", "style",
     "surface_3d", "top_eigenvalues", "trace", "trajectory", "trajectory_losses", "trajectory_panels",

@@ -44,7 +44,8 @@ def compare(
     -------
     numpy.ndarray
         The axes, shape ``(panels,)``: against the step where all have one, else against the epoch, else the label; bars
-        are residuals or standard errors, open markers did not converge, what is NaN or infinite is a hole in a curve.
+        are residuals, brackets or standard errors, open markers did not converge, what is NaN or infinite is a hole in
+        a curve.
 
     Raises
     ------

@@ -21,6 +21,7 @@ _PER_INCH = 19  # characters of a tick label
 _CURVATURE = "(loss\u00a0/\u00a0distance²)"  # never in two lines
 _PANELS = {  # of the table of all metrics: what is in one unit, by how the names begin
     f"eigenvalue {_CURVATURE}": ("lambda",),
+    f"critical sharpness {_CURVATURE}": ("critical",),
     f"trace {_CURVATURE}": ("trace",),
     "rise of the loss": ("ball", "one_step", "average", "adaptive", "m_sharpness"),
     "relative flatness (loss)": ("relative_flatness",),
@@ -109,6 +110,9 @@ fisher_rao_norm = _picture(
     "fisher_rao_norm", results.Estimate, f"squared Fisher-Rao norms {_ERRORS}", "squared Fisher-Rao norm"
 )
 m_sharpness = _picture("m_sharpness", results.BatchSharpness, f"mean largest rises of batches {_ERRORS}", "m-sharpness")
+critical_sharpness = _picture(
+    "critical_sharpness", results.CriticalSharpness, "critical sharpnesses, with the farther ends of their brackets"
+)
 ball_sharpness = _picture("ball_sharpness", results.BallSharpness, _BALL, "sharpness")
 one_step_sharpness = _picture(
     "one_step_sharpness", results.DirectionalSharpness, _STEP, "rise of the loss after one step", "sharpness"
@@ -238,7 +242,7 @@ def draw_points(
     finite = [point for rows in points.values() for point in rows if math.isfinite(point.value)]
     known = np.array([point.value for point in finite])
     if log is None:  # a bar that reaches 0 has no end on a logarithmic axis
-        certain = known.size > 0 and not any(min(point.low, point.value) <= 0 for point in finite)
+        certain = known.size > 0 and not any(point.low <= 0 or point.value <= 0 for point in finite)
         log = bool(certain and known.max() >= LARGE_RANGE * known.min())
     handles: dict[str, Line2D] = {}
     written = known.size <= _FEW and not grouped

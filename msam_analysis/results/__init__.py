@@ -7,7 +7,13 @@ safe to read. Fingerprints, files that are never half written, and statistics ov
 imports no other one.
 """
 
-from msam_analysis.results.balls import BallSharpness, BatchSharpness, Certificate, DirectionalSharpness
+from msam_analysis.results.balls import (
+    BallSharpness,
+    BatchSharpness,
+    Certificate,
+    CriticalSharpness,
+    DirectionalSharpness,
+)
 from msam_analysis.results.base import ApproximationWarning, ConvergenceWarning, Reading, Result, Settings, load
 from msam_analysis.results.comparison import Comparison
 from msam_analysis.results.curvature import Eigenpairs, Estimate, SpectralDensity
@@ -22,10 +28,10 @@ from msam_analysis.results.trajectories import Projection, Trajectory
 
 __all__ = [
     "ApproximationWarning", "BallSharpness", "BatchSharpness", "ByLayer", "Certificate", "Comparison",
-    "ConvergenceWarning", "Curvatures", "DataInterval", "DirectionalSharpness", "Eigenpairs", "Estimate", "FeatureRank",
-    "Measurement", "Projection", "Reading", "Result", "RobustAccuracy", "SamMsamAngle", "Scalar", "Settings", "Slice1D",
-    "Slice2D", "SpectralDensity", "Trajectory", "atomic_folder", "atomic_path", "layer_frame", "load",
-    "load_trajectory",
+    "ConvergenceWarning", "CriticalSharpness", "Curvatures", "DataInterval", "DirectionalSharpness", "Eigenpairs",
+    "Estimate", "FeatureRank", "Measurement", "Projection", "Reading", "Result", "RobustAccuracy", "SamMsamAngle",
+    "Scalar", "Settings", "Slice1D", "Slice2D", "SpectralDensity", "Trajectory", "atomic_folder", "atomic_path",
+    "layer_frame", "load", "load_trajectory",
 ]  # fmt: skip
 
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from msam_analysis.results.base import Reading, Result, row, table
 
 Verdict = Literal["local maximum", "not a local maximum", "undecided"]
+Crossing = Literal[
+    "one crossing", "several crossings", "no crossing", "rises at once", "rounding", "zero direction", "undefined"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,6 +190,82 @@ class DirectionalSharpness(Result):
     def to_frame(self) -> pd.DataFrame:
         """Return one row per point: ``coordinate`` and ``rise``."""
         measured = {"coordinate": self.coordinates, "rise": self.rises}
+        return table({**measured, "direction": self.direction, "resolution": self.resolution})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CriticalSharpness(Result):
+    """The critical sharpness ``λ_c = 2/η_c``: ``η_c`` is the smallest step along a direction that raises the loss.
+
+    Attributes
+    ----------
+    value
+        ``2/η_c``, with ``η_c`` from the straight line through the two ends of the bracket of ``rise / step``: exact
+        where the loss is quadratic. 0 if no step raised the loss, infinite if every step did, NaN if it is not known.
+    bracket
+        Two numbers between which ``2/η_c`` lies: ``2/η`` at the first step above ``L(w)``, and at the last one below.
+        0 and infinity stand for ends that no step showed; NaN, NaN where there is no direction or no loss.
+    status
+        ``"one crossing"``. ``"several crossings"``: beyond the first one, which is given, the loss falls below ``L(w)``
+        again. ``"no crossing"``: the loss falls up to the largest step tried; the value is 0. ``"rises at once"``: the
+        smallest step that changes the loss by more than rounding raises it, so that the direction is none of descent
+        or its descent is below rounding; the value is infinite. ``"rounding"``: the loss falls by less than rounding
+        before it rises, or does not change at all. ``"zero direction"``: a gradient or direction of 0. ``"undefined"``:
+        the loss at ``w`` or the gradient is not finite.
+    crossings
+        How often the loss crosses ``L(w)`` at the steps tried, after the first of them.
+    converged
+        The bracket is as narrow as asked for, or it is known that there is no crossing.
+    steps, rises
+        Shape ``(steps tried,)``, float64: every step ``η`` in increasing order, and ``L(w − η d) − L(w)`` there.
+    resolution
+        Size below which a rise is rounding, ``2 ε |L(w)|``.
+    loss
+        ``L(w)``.
+    direction, direction_norm
+        What ``d`` is, and its length.
+    width
+        Relative width of the bracket that was asked for.
+    evaluations, gradients
+        Losses, with that at ``w``, and gradients spent. The loss at ``w`` comes with a gradient of the same objective.
+    """
+
+    value: float
+    bracket: tuple[float, float]
+    status: str
+    crossings: int
+    converged: bool
+    steps: Tensor
+    rises: Tensor
+    resolution: float
+    loss: float
+    direction: str
+    direction_norm: float
+    width: float
+    evaluations: int
+    gradients: int
+
+    _asked: ClassVar = ("direction", "width", "status", "bracket")
+
+    @property
+    def step(self) -> float:
+        """The critical step ``η_c``: infinite without a crossing, 0 if every step raised the loss."""
+        return 2 / self.value if self.value else math.inf
+
+    @property
+    def error(self) -> float:
+        """Distance from the value to the farther end of the bracket; NaN where that is infinite or not known."""
+        low, high = self.bracket
+        return max(self.value - low, high - self.value) if math.isfinite(high) else math.nan
+
+    def readings(self) -> list[Reading]:
+        """Return the value with the farther end of its bracket, and what was found."""
+        value = Reading("critical sharpness", self.value, self.error, self.converged)
+        return [value, Reading("status", self.status)]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return one row per step tried: ``step``, ``rise``."""
+        measured = {"step": self.steps, "rise": self.rises}
         return table({**measured, "direction": self.direction, "resolution": self.resolution})
 
 

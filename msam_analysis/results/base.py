@@ -48,7 +48,7 @@ class Reading(NamedTuple):
     value
         The number, or a word.
     error
-        Its residual or standard error, in the same unit; NaN where none is known.
+        Its residual, standard error, or farther end of a bracket, in the same unit; NaN where none is known.
     converged
         Whether the iteration that found it converged; true where there was none.
     """

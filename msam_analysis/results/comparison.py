@@ -83,8 +83,8 @@ class Comparison(Result, Mapping[str, Measurement]):
 
         Columns: ``label``, ``step``, ``epoch``, ``metric``, ``value``, ``uncertainty``, ``converged``, ``meaning`` (see
         :meth:`Measurement.to_frame`), ``difference`` (from the baseline) and ``difference_uncertainty``: a standard
-        error over paired draws for the average and the trace, the sum of both residuals for an eigenvalue; NaN for
-        values that are exact or lower bounds.
+        error over paired draws for the average and the trace, the sum of both residuals for an eigenvalue, or of both
+        brackets for the critical sharpness; NaN for values that are exact or lower bounds.
         """
         frames = []
         for label, measured in self.items():
@@ -115,7 +115,7 @@ class Comparison(Result, Mapping[str, Measurement]):
         difference = float(row["value"]) - float(other["value"])
         if label == self.baseline:
             return 0.0, 0.0
-        if metric.startswith("lambda_"):
+        if metric.startswith("lambda_") or metric == "critical_sharpness":
             return difference, float(row["uncertainty"]) + float(other["uncertainty"])
         name = _PAIRED.get(metric.partition("@")[0], "")
         draws = [getattr(self.measurements[one].results.get(name), "values", None) for one in (label, self.baseline)]

@@ -117,8 +117,8 @@ class Measurement(Result):
     def to_frame(self) -> pd.DataFrame:
         """Return one row per number.
 
-        Columns: ``metric``, ``value``, ``uncertainty`` (a residual or a standard error; NaN for exact or lower-bound
-        values), ``converged`` (of an iterative solver; else missing), ``meaning``.
+        Columns: ``metric``, ``value``, ``uncertainty`` (a residual, a standard error or a bracket's farther end;
+        NaN for exact or lower-bound values), ``converged`` (of an iterative solver; else missing), ``meaning``.
         """
         frame: pd.DataFrame = pd.DataFrame(list(self.rows)).astype({"converged": "boolean"})
         return frame

@@ -369,6 +369,8 @@ def measures() -> Found:
         "ball": near(lambda o: ma.ball_sharpness(o, 0.1).sharpness),
         "average": near(lambda o: ma.average_sharpness(o, 0.05, draws=3).value),
         "along": near(lambda o: ma.curvature_along(o, ma.directions.random(o)).value),
+        "critical": near(lambda o: ma.critical_sharpness(o).value),
+        "critical along": near(lambda o: ma.critical_sharpness(o, ma.directions.gradient(o, "l2")).value),
         "adaptive": near(lambda o: ma.ball_sharpness(o, 0.1, adaptive=True).sharpness),
         "table": near(lambda o: float(ma.measure(o, metrics=("loss",)).table["value"].abs().sum())),
     }

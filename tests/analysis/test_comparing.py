@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import msam_analysis as ma
 from msam_analysis import results
 from msam_analysis.checkpoints.comparing import Kept
+from tests.analysis.cases import MLP
 from tests.analysis.test_results import check_same
 
 CHEAP = ("loss", "average", "trace")
@@ -222,6 +223,16 @@ def test_intervals_of_differences_cover(metric: str) -> None:
         apart += math.hypot(row["uncertainty"], frame.loc[("a", name), "uncertainty"])
     assert covered >= 33, "2 standard errors hold it in 95 % of cases: fewer than 33 of 40 by chance once in 1000"
     assert paired < apart / 5, "the same draws"
+
+
+def test_brackets_of_a_difference_are_added() -> None:
+    """The critical sharpness has no draws: its error is the bracket's farther end."""
+    networks = {"a": MLP.model(), "b": MLP.model(seed=1)}
+    found = ma.compare(networks, None, MLP.loss_fn, MLP.data(), metrics=("critical_sharpness",))
+    frame = found.to_frame()
+    rows = frame[frame["metric"] == "critical_sharpness"].set_index("label")
+    assert rows.loc["b", "difference"] == rows.loc["b", "value"] - rows.loc["a", "value"]
+    assert rows.loc["b", "difference_uncertainty"] == rows["uncertainty"].sum() > 0
 
 
 def test_another_number_of_draws_is_paired_as_far_as_it_goes() -> None:

@@ -72,9 +72,10 @@ def test_options_exist() -> None:
 def test_numbers_on_the_page_are_those_of_the_code() -> None:
     order = re.search(r"in order of price: (.*?)\.", TEXT)
     assert order is not None
-    words = ["loss", "average", "trace", "balls", "adaptive balls", "eigenvalues"]
+    words = ["loss", "critical sharpness", "average", "trace", "balls", "adaptive balls", "eigenvalues"]
     assert order[1].split(", ") == words
-    assert [name.split(" ")[0].rstrip("s") for name in words] == [name.rstrip("s") for name in summary.DEFAULT_METRICS]
+    names = [word.removesuffix(" balls").removesuffix("s") for word in words]
+    assert [name.replace(" ", "_") for name in names] == [name.removesuffix("s") for name in summary.DEFAULT_METRICS]
     assert summary._LARGE == 10**7
     assert "0.5 GiB" in TEXT
     assert summary._BASIS_BYTES == 2**29

@@ -739,6 +739,7 @@ def test_training_with_every_probe_is_the_same_training(name: str) -> None:
                 probes.SamAngle(objective, [0.1, 0.2], rho_sam=0.1),
                 probes.Curvature(objective),
                 probes.TopEigenvalues(objective, tolerance=0.1, confirm=False),
+                *(probes.CriticalSharpness(objective, along) for along in ("gradient", "momentum", "update")),
             ]
             monitor = ma.Monitor(optimizer, asked, every=1) if watched else None
             for x, y in data:
@@ -776,6 +777,11 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "another vector": (lambda: Norms(["bias"]), ValueError, r"of must be some of .*got \['bias'\]"),  # type: ignore[list-item]
     "one vector": (lambda: Norms("step"), ValueError, r"of must be some of .*got 'step'"),  # type: ignore[arg-type]
     "no vector": (lambda: Norms([]), ValueError, r"of must be some of"),
+    "another direction": (
+        lambda: probes.CriticalSharpness(None, "step"),  # type: ignore[arg-type]
+        ValueError,
+        r"direction must be one of .*got 'step'",
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from msam_analysis import cli
 from msam_analysis.measures.summary import DEFAULT_METRICS, METRICS, measure
 from msam_analysis.results import Measurement
 
-from .cases import MLP, Quadratic, mean_output
+from .cases import MLP, ONE_SAMPLE, Quadratic, mean_output
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,25 @@ def test_many_samples_are_drawn_from(monkeypatch: pytest.MonkeyPatch, objective:
 def test_unknown_metrics(metrics: Any, message: str, objective: ma.Objective) -> None:
     with pytest.raises(ValueError, match=message):
         measure(objective, metrics=metrics)
+
+
+@pytest.mark.parametrize(
+    ("curvature", "slope", "value_", "words"),
+    [
+        (2.0, 1.0, 2.0, "raises L; bracket"),
+        (0.0, 1.0, 0.0, "raises L; bracket; no crossing"),
+        (0.0, 0.0, math.nan, "raises L; bracket; zero direction"),
+    ],
+)
+def test_the_row_says_what_was_found(curvature: float, slope: float, value_: float, words: str) -> None:
+    matrix, vector = torch.full((1, 1), curvature).double(), torch.full((1,), slope).double()
+    model = Quadratic(matrix, vector, 1.0)
+    found = measure(ma.Objective(model, mean_output, ONE_SAMPLE), metrics=("critical_sharpness",))
+    (row,) = [dict(one) for one in found.rows if one["metric"] == "critical_sharpness"]
+    assert row["value"] == pytest.approx(value_, nan_ok=True)
+    assert row["meaning"].endswith(words)
+    assert row["converged"] is (True if slope else None)
+    assert math.isnan(row["uncertainty"]) is not bool(slope)
 
 
 def test_a_model_without_a_matrix_has_no_relative_flatness() -> None:

@@ -20,6 +20,7 @@ DEFINITIONS = [
     "average_sharpness",
     "ball_sharpness",
     "certify",
+    "critical_sharpness",
     "directional_sharpness",
     "fisher_rao_norm",
     "m_sharpness",
@@ -57,7 +58,8 @@ def test_examples_run_in_their_order(capsys: pytest.CaptureFixture[str]) -> None
     with torch.random.fork_rng():
         for example in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
             exec(example, names)  # noqa: S102 - our own page
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    assert names["critical"].status == names["update"].status == "one crossing"
     assert names["certificate"].verdict == "local maximum"
     assert names["ball"].sharpness > 2 * names["ball"].one_step
     plain, adaptive = zip(names["before"], names["after"], strict=True)

@@ -123,6 +123,13 @@ def test_one_number_each_stands_beside_the_others_with_its_value() -> None:
     assert not legend(ax)
 
 
+def test_a_single_zero_of_unknown_error_has_a_linear_axis() -> None:
+    """Such as the critical sharpness of a loss that falls and falls."""
+    ax = plots.critical_sharpness(built(results.CriticalSharpness, value=0.0, status="no crossing"))
+    assert ax.get_yscale() == "linear"
+    assert [row[0] for row in bars(ax)] == [0.0]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_written_and_not_drawn(value: float) -> None:
     ax = plots.trace({"a": built(results.Estimate, value=value), "b": built(results.Estimate, value=1.0)})

@@ -18,6 +18,7 @@ from msam_analysis.measures.summary import RADII, SIGMA, measure
 from msam_analysis.results import (
     BallSharpness,
     ConvergenceWarning,
+    CriticalSharpness,
     Eigenpairs,
     Estimate,
     Measurement,
@@ -110,6 +111,15 @@ def test_loss_and_norms(metrics: Measurement, objective: ma.Objective) -> None:
     ):
         assert value(metrics, name) == pytest.approx(float(expected), rel=1e-6)
         assert math.isnan(value(metrics, name, "uncertainty"))
+
+
+def test_critical_sharpness(metrics: Measurement, objective: ma.Objective) -> None:
+    expected = ma.critical_sharpness(objective)
+    assert value(metrics, "critical_sharpness") == expected.value
+    assert value(metrics, "critical_sharpness", "uncertainty") == expected.error
+    assert metrics.table.set_index("metric").loc["critical_sharpness", "converged"]
+    assert list(metrics.table["metric"])[4] == "critical_sharpness", "after the loss, before what costs more"
+    assert isinstance(metrics.results["critical_sharpness"], CriticalSharpness)
 
 
 def test_eigenvalues(metrics: Measurement, objective: ma.Objective) -> None:

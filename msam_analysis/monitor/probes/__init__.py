@@ -14,6 +14,9 @@ probe                           columns                                    costs
 :class:`PerturbationRise`       ``loss_before``, ``loss_after``, ``rise``, 2 losses
                                 ``epsilon_norm``
 :class:`LossAlongMomentum`      ``loss_along/<offset>``                    a loss for each offset
+:class:`CriticalSharpness`      ``critical_sharpness_<direction>``,        8 to 11 losses
+                                ``..._low``, ``..._high``,
+                                ``..._crossings``
 :class:`HeldOutCosine`          ``held_out_cosine``                        1 gradient
 :class:`SamAngle`               ``sam_angle/<rho>``, ``rho_0``, ...        2 gradients, and 1 for each rho
 :class:`Curvature`              ``curvature_momentum``, ``_gradient``,     3 Hessian-vector products
@@ -25,11 +28,12 @@ probe                           columns                                    costs
 from msam_analysis.monitor.probes.base import By, Every, Finish, Probe, StepProbe
 from msam_analysis.monitor.probes.gradients import HeldOutCosine, SamAngle
 from msam_analysis.monitor.probes.hessian import Curvature, TopEigenvalues
-from msam_analysis.monitor.probes.losses import LossAlongMomentum, PerturbationRise
+from msam_analysis.monitor.probes.losses import CriticalSharpness, LossAlongMomentum, PerturbationRise
 from msam_analysis.monitor.probes.vectors import MomentumGradientCosine, Norms
 
 __all__ = [
     "By",
+    "CriticalSharpness",
     "Curvature",
     "Every",
     "Finish",
