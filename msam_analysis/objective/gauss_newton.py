@@ -47,12 +47,13 @@ class GaussNewtonOperator(GraphOperator):
                 "the model is called on its own output: expected a loss of independent calls; put the loop into the "
                 "model's forward"
             )
+        weight = _own_weight(loss)  # alone: the loss itself would stay as long as the product
         ends = [torch.zeros_like(leaf) if end is None else end for end, leaf in zip(pulled, leaves, strict=False)]
 
         def product(pieces: list[Tensor], together: bool, keep: bool) -> list[Tensor]:
             pushed = pull_back(ends, cotangents, pieces, together=together)
             bent = pull_back(slopes, cuts, pushed, together=together)
-            return pull_back(outputs, leaves, bent, together=together, keep=keep)
+            return pull_back(outputs, leaves, _weighed(bent, weight), together=together, keep=keep)
 
         return product
 
@@ -69,7 +70,8 @@ class GaussNewtonOperator(GraphOperator):
                 used, slopes = self._opened(loss)
                 pushed = [(plus.outputs[index] - minus.outputs[index]).detach() for index in used]
                 bent = self._bent(slopes, [loss.cuts[index] for index in used], pushed)
-                pulled = pull_back([loss.outputs[index] for index in used], leaves, bent, together=False)
+                outputs = [loss.outputs[index] for index in used]
+                pulled = pull_back(outputs, leaves, _weighed(bent, _own_weight(loss)), together=False)
                 total.add_(self._loss.layout.flatten(pulled), alpha=loss.scale)
                 weight_sum += loss.weight
         (mean,) = self._loss.mean(weight_sum, total)
@@ -77,10 +79,10 @@ class GaussNewtonOperator(GraphOperator):
 
     def _opened(self, loss: BatchLoss) -> tuple[list[int], list[Tensor]]:
         """Return which outputs the loss uses and its derivatives in them; ``ValueError`` if it uses anything else."""
-        if not loss.term.requires_grad:
-            loss_gradients(loss.term, self._leaves)  # raises and says why
+        if not loss.value.requires_grad:
+            loss_gradients(loss.value, self._leaves)  # raises and says why
         inputs = [*loss.cuts, *self._leaves.values()]
-        found = torch.autograd.grad(loss.term, inputs, create_graph=True, allow_unused=True)
+        found = torch.autograd.grad(loss.value, inputs, create_graph=True, allow_unused=True)
         if any(gradient is not None for gradient in found[len(loss.cuts) :]):
             raise ValueError(
                 "the loss uses the parameters beside the model's output: expected loss_fn to call the model itself, "
@@ -106,3 +108,12 @@ class GaussNewtonOperator(GraphOperator):
                 f"the loss has no second derivative in the model's output ({missing}): expected one that has; use "
                 "another version of it, or the Hessian, which can do with differences of the gradient"
             ) from missing
+
+
+def _own_weight(loss: BatchLoss) -> float | None:
+    """Return the weight that a batch has on the way back to the parameters, where processes add up; else ``None``."""
+    return None if loss.scale == loss.weight else loss.weight
+
+
+def _weighed(bent: list[Tensor], weight: float | None) -> list[Tensor]:
+    return bent if weight is None else [piece * weight for piece in bent]
