@@ -16,8 +16,9 @@ from torch import Tensor
 from msam_analysis.measures.momentum import coming_updates, momentum_buffers
 from msam_analysis.objective.direction import Direction, Normalization, as_direction, label, normalized
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.space import Space
 from msam_analysis.objective.statistics import warn_of_statistics
-from msam_analysis.objective.vectors import Layout, gaussian, orthonormalize, widest
+from msam_analysis.objective.vectors import Layout, widest
 from msam_analysis.spectra.top import top_eigenvalues
 
 __all__ = [
@@ -57,10 +58,10 @@ def random(
     normalize, one_d
         Normalisation, and whether it moves biases and norms; see :func:`normalized`.
     """
-    weights = objective.point()
-    draw = gaussian(objective.size, 1, seed=seed, like=weights)[:, 0]
-    vector = normalized(draw, objective.layout, weights, normalize, one_d=one_d)
-    return Direction(vector, f"random {seed}, {label(normalize, one_d, objective.layout)}")
+    weights, space = objective.point(), objective.space
+    draw = space.gaussian(1, seed=seed, like=weights)[:, 0]
+    vector = normalized(draw, objective.layout, weights, normalize, one_d=one_d, space=space)
+    return Direction(vector, f"random {seed}, {label(normalize, one_d, objective.layout)}", space)
 
 
 def gradient(objective: Objective, normalize: Normalization = "none") -> Direction:
@@ -150,7 +151,7 @@ def last_update(objective: Objective, before: Tensor, normalize: Normalization =
     """
     objective.layout.check(before, "point before the step")
     step = objective.point() - before.to(objective.point())
-    if not bool(step.any()):
+    if not objective.space.any(step != 0):
         raise ValueError("the weights are where they were: expected the point before the step; take it before step()")
     return _finish(objective, step, "last update", normalize)
 
@@ -168,8 +169,8 @@ def eigenvector(objective: Objective, index: int = 0, *, seed: int = 0) -> Direc
     if not 0 <= index < objective.size:
         raise ValueError(f"index must be from 0 (the largest) to {objective.size - 1}, got {index}")
     pairs = top_eigenvalues(objective, index + 1, seed=seed)
-    vector = pairs.vectors[:, index]
-    return Direction(vector * vector[vector.abs().argmax()].sign(), f"eigenvector {index + 1}")
+    vector, space = pairs.vectors[:, index], objective.space
+    return Direction(vector * space.sign(vector), f"eigenvector {index + 1}", space)
 
 
 def interpolation(objective: Objective, other: Tensor) -> Direction:
@@ -184,14 +185,14 @@ def interpolation(objective: Objective, other: Tensor) -> Direction:
         Running statistics belong to the current weights alone: with the policy ``"eval"`` those of BatchNorm.
     """
     found = _towards(objective, other)
-    if bool(found.vector.any()):
+    if objective.space.any(found.vector != 0):
         warn_of_statistics(objective, "along an interpolation")
     return found
 
 
 def _towards(objective: Objective, other: Tensor) -> Direction:
     objective.layout.check(other, "point")
-    return Direction(other.to(objective.point()) - objective.point(), "interpolation")
+    return Direction(other.to(objective.point()) - objective.point(), "interpolation", objective.space)
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,10 +262,11 @@ def plane_through(objective: Objective, a: Tensor, b: Tensor, *, orthonormal: bo
         As by :func:`interpolation`: buffers do not move along.
     """
     first, second = (_towards(objective, other) for other in (a, b))
-    u, v = _double(first.vector), _double(second.vector)
-    along = float(u @ v / (u @ u)) if bool(u.any()) else 0.0
+    u, v, space = _double(first.vector), _double(second.vector), objective.space
+    moved = space.any(u != 0)
+    along = float(space.dot(u, v) / space.dot(u, u)) if moved else 0.0
     rest = v - along * u
-    if not float(rest.norm()) > _parallel(first.vector) * float(v.norm()) or not bool(u.any()):
+    if not float(space.norm(rest)) > _parallel(first.vector) * float(space.norm(v)) or not moved:
         raise ValueError(
             "the three points lie on one line: expected three that span a plane; use interpolation instead"
         )
@@ -272,10 +274,10 @@ def plane_through(objective: Objective, a: Tensor, b: Tensor, *, orthonormal: bo
     if not orthonormal:
         spanning = (replace(first, name="to the first point"), replace(second, name="to the second point"))
         return Plane(spanning, torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64))
-    length, height = float(u.norm()), float(rest.norm())
-    unit = Direction((u / length).to(first.vector), "to the first point, unit length")
+    length, height = float(space.norm(u)), float(space.norm(rest))
+    unit = Direction((u / length).to(first.vector), "to the first point, unit length", space)
     # Rounding to the objective's precision may leave a part along the first direction.
-    other = orthogonalized(Direction((rest / height).to(first.vector), ""), unit)
+    other = orthogonalized(Direction((rest / height).to(first.vector), "", space), unit)
     other = replace(other, name="to the second point, orthogonal to the first, unit length")
     points = torch.tensor([[0.0, 0.0], [length, 0.0], [along * length, height]], dtype=torch.float64)
     return Plane((unit, other), points)
@@ -301,17 +303,18 @@ def orthogonalized(direction: Direction, against: Direction | Sequence[Direction
     """
     others = [against] if isinstance(against, Direction) else list(against)
     vector = _double(direction.vector)
-    basis = orthonormalize(torch.stack([_double(other.vector) for other in others], dim=1))
+    space = direction.space or Space(len(vector))
+    basis = space.orthonormalize(torch.stack([_double(other.vector) for other in others], dim=1))
     rest = vector
     for _ in range(2):
-        rest = rest - basis @ (basis.T @ rest)
-    if not float(rest.norm()) > _parallel(direction.vector) * float(vector.norm()):
+        rest = rest - basis @ space.product(basis.T, rest)
+    if not float(space.norm(rest)) > _parallel(direction.vector) * float(space.norm(vector)):
         raise ValueError(
             f"the direction {direction.name!r} lies in the span of {', '.join(repr(other.name) for other in others)}: "
             "expected one that leads out of it; choose another seed or another direction"
         )
     name = f"{direction.name}, orthogonal to {' and '.join(other.name for other in others)}"
-    return Direction(rest.to(direction.vector), name)
+    return Direction(rest.to(direction.vector), name, direction.space)
 
 
 def restricted(direction: Direction, objective: Objective, part: Objective) -> Direction:
@@ -337,11 +340,11 @@ def restricted(direction: Direction, objective: Objective, part: Objective) -> D
         raise ValueError(
             f"the direction has no entries for {missing[0]!r}: expected a part of its objective's parameters"
         )
-    return Direction(part.layout.flatten(views[name] for name in part.layout.names), direction.name)
+    return Direction(part.layout.flatten(views[name] for name in part.layout.names), direction.name, part.space)
 
 
 def _finish(objective: Objective, vector: Tensor, name: str, normalize: Normalization) -> Direction:
-    direction = Direction(vector, name)
+    direction = Direction(vector, name, objective.space)
     return direction if normalize == "none" else direction.normalized(objective, normalize)
 
 

@@ -20,6 +20,7 @@ from msam_analysis.landscape.sampling import standard_error
 from msam_analysis.objective.batchnorm import averaged_statistics, batchnorm_layers, collect_statistics
 from msam_analysis.objective.nested import Batch
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.passes import Pass, repeats
 from msam_analysis.objective.private import is_pair
 from msam_analysis.objective.randomness import RandomStream, same_state
 from msam_analysis.objective.vectors import widest
@@ -210,10 +211,11 @@ class Evaluator:
         total: Any = 0.0
         weight_sum = 0.0
         numbers, values, weights = [], [], []
-        with self.ranks.apart("a point of a slice") as alike:
+        with self.evaluation.apart("a point of a slice") as alike:
             alike.append(self.move(point))
             if self.objective.batchnorm == "recalibrate":
                 self._recalibrate(stream)
+            more = repeats(self.evaluation, self.evaluation.weights)
             for index, (batch, held) in zip(self.objective.batches.own, self.batches(), strict=True):
                 if not held:
                     continue
@@ -229,10 +231,19 @@ class Evaluator:
                 numbers.append(index)
                 values.append(value)
                 weights.append(weight)
+            self._repeat(more, stream)
         row = [self._mean(total, weight_sum)]
         if self.fraction is not None:
             row += self._errors(values, weights)
         return row + self._reader.collect(numbers, self.ranks) if self._reader.names else row
+
+    def _repeat(self, more: Iterable[Pass], stream: RandomStream) -> None:
+        """Make the passes that do not count; see :func:`.passes.repeats`."""
+        self._reader.listens = False
+        for one in more:
+            stream.restart(self.objective.seed + one.number)
+            self.module(one.batch)
+        self._reader.listens = True
 
     def _mean(self, total: Any, weight_sum: float) -> Any:
         """Return the loss at a point, from a sum over this process's batches and their weight."""
@@ -260,12 +271,15 @@ class Evaluator:
         for layer in batchnorm_layers(self.module).values():
             layer.reset_running_stats()
         batches, seen = self.objective.batches, 0
+        more = repeats(self.evaluation, [float(size) for size in batches.own_sizes])
         try:
             for index, batch, size in zip(batches.own, batches, batches.own_sizes, strict=True):
                 stream.restart(self.objective.seed + index)
                 seen += size
                 collect_statistics(self.module, share=size / seen if seen else 0.0)
                 self.module(batch)
+            collect_statistics(self.module, share=0.0)
+            self._repeat(more, stream)
         finally:
             collect_statistics(self.module, share=None)
         buffers = dict(self.module.named_buffers())

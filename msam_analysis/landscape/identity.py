@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from msam.shards import here
 from msam_analysis.objective.direction import Direction
 from msam_analysis.objective.objective import Objective
 from msam_analysis.results.fingerprint import fingerprint, of_tensors
@@ -31,19 +32,26 @@ def identity(
         Name to the value where it is short, else to the beginning of its SHA-256.
     """
     selected = set(objective.layout.names)
-    frozen = [tensor for name, tensor in objective.model.named_parameters() if name not in selected]
+    with objective.evaluation.held():
+        frozen = here(tensor for name, tensor in objective.model.named_parameters() if name not in selected)
+
+    def hashed(*tensors: Tensor) -> str:
+        """Return a hash of tensors of which processes may have parts."""
+        own = of_tensors(tensors)
+        return own if objective.evaluation.shards is None else fingerprint(objective.batches.ranks.everyone(own))
+
     buffers = objective.batches.ranks.tensors_of_first(dict(objective.model.named_buffers()))
     criterion = objective.loss_fn
     tensors = [*criterion.parameters(), *criterion.buffers()] if isinstance(criterion, nn.Module) else []
     return {
         "kind of slice": f"{len(axes)}-D",
-        "weights": of_tensors([objective.point()]),
-        "frozen parameters and buffers": of_tensors([*frozen, *buffers.values(), *tensors]),
+        "weights": hashed(objective.point()),
+        "frozen parameters and buffers": hashed(*frozen, *buffers.values(), *tensors),
         "parameter names": fingerprint(objective.layout.names),
         "network": fingerprint(objective.model),
         "loss function": fingerprint(criterion),
         "data": objective.batches.fingerprint(),
-        **{f"direction {name}": of_tensors([line.vector]) for name, line in zip(axes, directions, strict=True)},
+        **{f"direction {name}": hashed(line.vector) for name, line in zip(axes, directions, strict=True)},
         **{f"coordinates of {name}": of_tensors([axis]) for name, axis in axes.items()},
         **{n: str(value) for n, value in {**objective.settings, **settings}.items() if n != "examination"},
     }

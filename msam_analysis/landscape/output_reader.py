@@ -30,11 +30,14 @@ class OutputReader:
     ----------
     names
         Names of the metrics that are read here.
+    listens
+        Whether passes count.
     """
 
     def __init__(self, module: Any, metrics: Mapping[str, Metric], *, losses: bool) -> None:
         self._metrics = {name: metric for name, metric in metrics.items() if isinstance(metric, OutputMetric)}
         self.names = tuple(self._metrics)
+        self.listens = True
         self._criterion = per_sample(module.loss_fn)
         self._seen: dict[str, list[Tensor]] = {name: [] for name in self._metrics}
         self._losses: list[Tensor | None] = []
@@ -47,6 +50,8 @@ class OutputReader:
 
     def __call__(self, output: Any, target: Any) -> None:
         """Note the metrics and the losses of one batch."""
+        if not self.listens:
+            return
         if isinstance(output, nn.Module):
             self._wanted = False
             if self._metrics:

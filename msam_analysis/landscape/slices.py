@@ -177,8 +177,9 @@ def slice_2d(
         x, y = (grids.symmetric(r, n) for r, n in zip(radii, counts, strict=True))
     else:
         x, y = (grids.explicit(axis) for axis in grids.two(coordinates, "coordinates"))
+    space = objective.space
     one, two = (direction.vector.to(widest(objective.device)) for direction in (first, second))
-    length, height, inner = read(one.norm(), two.norm(), one @ two)
+    length, height, inner = read(space.norm(one), space.norm(two), space.dot(one, two))
     product = length * height
     labels = {
         "x": x,
@@ -323,6 +324,10 @@ class _Measurement:
         if size is None:
             alone = self.ranks.rank == 0 and not self.together
             size = self.ranks.from_first(fastest(self.evaluator, len(grid)) if alone else 1)
+        if size > 1 and self.part.evaluation.shards is not None:
+            raise ValueError(
+                f"expected points one after the other where processes share the weights, got chunk={size}: leave it out"
+            )
         if size > 1:
             self.settings["points at once"] = size
         source = self.evaluator if size == 1 else Together(self.evaluator, size)

@@ -96,14 +96,14 @@ def critical_sharpness(
         objective.layout.check(w, "point w")
     center = objective.point() if w is None else w.detach().to(device=objective.device, dtype=objective.dtype)
     vector, name, base, slope, gradients = _directed(objective, direction, center)
-    length = float(torch.linalg.vector_norm(vector, dtype=widest(vector.device)))
+    length = _length(objective, vector)
     search = _Search(objective, center, vector / length, length, base, slope)
     if not math.isfinite(search.base) or not math.isfinite(length):
         status: Crossing = "undefined"
     elif length == 0:
         status = "zero direction"
     else:
-        far = float(torch.linalg.vector_norm(center, dtype=widest(center.device)))
+        far = _length(objective, center)
         search.unit = _BEGIN * (far or 1.0) / length if start is None else _BEFORE * float(start)
         status = search.run(width)
     value, bracket = _value(search, status)
@@ -130,13 +130,18 @@ def critical_sharpness(
     return found
 
 
+def _length(objective: Objective, vector: Tensor) -> float:
+    """Return the norm of a vector, of which processes may have parts."""
+    return float(objective.space.norm(vector.to(widest(vector.device))))
+
+
 def _directed(
     objective: Objective, direction: Direction | Tensor | Objective | None, center: Tensor
 ) -> tuple[Tensor, str, float, float, int]:
     """Return the direction, what it is, the loss at the centre, the slope or NaN, and the gradients spent."""
     if direction is None or direction is objective:
         loss, vector = objective.loss_and_gradient(center)
-        slope = float(torch.linalg.vector_norm(vector, dtype=widest(vector.device))) ** 2
+        slope = _length(objective, vector) ** 2
         return vector, "gradient", float(loss), slope, 1
     if isinstance(direction, Objective):
         if direction.layout != objective.layout:

@@ -54,7 +54,8 @@ def relative_flatness(objective: Objective, layer: str, *, draws: int = 30, seed
     Raises
     ------
     ValueError
-        There are fewer than 2 draws, or the name fits no parameter, several parameters, or a vector.
+        There are fewer than 2 draws, or the name fits no parameter, several parameters, or a vector;
+        the weights are sharded.
     """
     if draws < 2:
         raise ValueError(f"draws must be at least 2, so that an error can be given; got {draws}")
@@ -62,6 +63,11 @@ def relative_flatness(objective: Objective, layer: str, *, draws: int = 30, seed
     if len(alone.layout.names) != 1 or len(alone.layout.shapes[0]) < 2:
         found = ", ".join(f"{n!r} {tuple(s)}" for n, s in zip(alone.layout.names, alone.layout.shapes, strict=True))
         raise ValueError(f"layer must name one weight with at least two dimensions, {layer!r} is {found[:200]}")
+    if alone.evaluation.shards is not None:
+        raise ValueError(
+            f"relative flatness needs the singular values of {layer!r}, whose rows lie in several processes: expected "
+            "a whole model; measure it in one process"
+        )
     weight = alone.point().reshape(alone.layout.shapes[0][0], -1)
     left, singular, _ = torch.linalg.svd(
         weight.to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False

@@ -19,7 +19,6 @@ from msam_analysis.measures.minibatch import m_sharpness
 from msam_analysis.objective.examination import NOT_EXAMINED
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.progress import LINE, Bar, Step, listening
-from msam_analysis.objective.vectors import gaussian
 from msam_analysis.results import Measurement, Result
 from msam_analysis.results.together import EXAMINATION
 from msam_analysis.spectra.top import check_search, top_eigenvalues
@@ -223,7 +222,7 @@ class _Clock:
         return most if price <= 0 else min(most, int(max(self.left(), 0.0) / price))
 
     def _vector(self) -> Tensor:
-        return gaussian(self._objective.size, 1, seed=0, like=self._objective.point())
+        return self._objective.space.gaussian(1, seed=0, like=self._objective.point())
 
 
 @dataclass
@@ -285,8 +284,9 @@ def _steps(part: Measurement) -> int:
 def _loss(sheet: _Sheet) -> None:
     loss, gradient = sheet.objective.loss_and_gradient()
     sheet.add("loss", loss, _NAN, "mean over the samples")
-    sheet.add("gradient_norm", gradient.norm(), _NAN, "‖∇L(w)‖₂")
-    sheet.add("weight_norm", sheet.objective.point().norm(), _NAN, "‖w‖₂")
+    norm = sheet.objective.space.norm
+    sheet.add("gradient_norm", norm(gradient), _NAN, "‖∇L(w)‖₂")
+    sheet.add("weight_norm", norm(sheet.objective.point()), _NAN, "‖w‖₂")
 
 
 def _critical(sheet: _Sheet) -> None:

@@ -18,8 +18,9 @@ from msam_analysis.objective.second_derivatives import (
     check_twice_differentiable,
     missing_derivatives,
 )
+from msam_analysis.objective.space import Space
 from msam_analysis.objective.trial import apart, fewer, on, part_of, value_of
-from msam_analysis.objective.vectors import gaussian, widest
+from msam_analysis.objective.vectors import widest
 
 _DOUBLE = 32 * 10**6  # parameters up to which derivatives are compared in float64, for its memory
 # Relative steps of differences in float64: short ones meet few kinks, long ones serve losses in float32. Then the
@@ -32,7 +33,7 @@ _COARSE: tuple[Sequence[float], float] = (1e-3, 3e-3), 0.3
 def derivatives(trial: Evaluation, part: Batch, value: float) -> tuple[list[Check], str, float]:
     """Compare gradient and Hessian product with differences; say in what precision, and what rounding leaves."""
     wide, resolution = trial, math.nan
-    if trial.autocast is None and widest(trial.device) == torch.float64 and trial.layout.size <= _DOUBLE:
+    if trial.autocast is None and widest(trial.device) == torch.float64 and trial.space.size <= _DOUBLE:
         try:
             wide = on(trial, [part], torch.float64)
             with wide.deriving() as stream, torch.no_grad():
@@ -97,7 +98,7 @@ def _compared(wide: Evaluation, steps: Sequence[float], wrong: float) -> tuple[l
             "that forward changes or detaches may be why: use_reentrant=False, or measure values only"
         )
         return [Check("gradient", "the gradient is that of the loss", "refused", slope, refusal)], refusal, ""
-    skew, doubt = _skew(exact) if exact.products else 0.0, exact.reason
+    skew, doubt = _skew(exact, wide.space) if exact.products else 0.0, exact.reason
     if product > wrong:
         doubt = f"they differ from differences of gradients by {product:.0%}"
     elif skew > wrong:
@@ -114,11 +115,11 @@ def _compared(wide: Evaluation, steps: Sequence[float], wrong: float) -> tuple[l
     return checks, "", doubt
 
 
-def _skew(exact: _Exact) -> float:
+def _skew(exact: _Exact, space: Space) -> float:
     """Return how far the matrix of the exact products is from symmetric, relatively."""
     (v, u), (hv, hu) = exact.vectors, exact.products
-    size = max(float((u * hv).norm()), float((v * hu).norm()), torch.finfo(hv.dtype).tiny)
-    return abs(float(u @ hv) - float(v @ hu)) / size
+    size = max(float(space.norm(u * hv)), float(space.norm(v * hu)), torch.finfo(hv.dtype).tiny)
+    return abs(float(space.dot(u, hv)) - float(space.dot(v, hu))) / size
 
 
 def _distances(
@@ -127,30 +128,31 @@ def _distances(
     """Return how far slope and product along the first vector are from differences, beyond rounding, relatively."""
     eps = torch.finfo(wide.dtype).eps
     vector, rounding = exact.vectors[0], (64 * eps if exact.rounding <= eps else 2 * exact.rounding) / step
-    tiny = torch.finfo(wide.dtype).tiny
+    tiny, norm = torch.finfo(wide.dtype).tiny, wide.space.norm
     (ahead, g_ahead), (behind, g_behind) = (
         mean_gradient(wide, wide.leaves(point + sign * step * vector), constants) for sign in (1, -1)
     )
-    slope = float(exact.gradient @ vector)
+    slope = float(wide.space.dot(exact.gradient, vector))
     off = abs(float(ahead - behind) / (2 * step) - slope) - rounding * max(abs(float(ahead)), 1e-8)
-    size = max(float((exact.gradient * vector).norm()), abs(slope), tiny)
+    size = max(float(norm(exact.gradient * vector)), abs(slope), tiny)
     if not exact.products:
         return max(off, 0.0) / size, 0.0
     curved = (g_ahead - g_behind) / (2 * step)
-    bent = float((exact.products[0] - curved).norm()) - rounding * float(exact.gradient.norm())
-    return max(off, 0.0) / size, max(bent, 0.0) / max(float(exact.products[0].norm()), float(curved.norm()), tiny)
+    bent = float(norm(exact.products[0] - curved)) - rounding * float(norm(exact.gradient))
+    return max(off, 0.0) / size, max(bent, 0.0) / max(float(norm(exact.products[0])), float(norm(curved)), tiny)
 
 
 def _exact(wide: Evaluation, leaves: dict[str, Tensor], constants: dict[str, Tensor]) -> _Exact:
     """Return the gradient and exact products with two random vectors that move every entry by its tensor's size."""
     layout, tensors = wide.layout, list(leaves.values())
-    sizes = [max(float(t.detach().square().mean().sqrt()) if t.numel() else 0.0, 1e-3) for t in tensors]
+    sizes = _sizes(tensors, wide)
     with wide.deriving(twice=True) as stream:
         _, loss = value_of(wide, leaves, constants, stream)
         gradients = loss_gradients(loss, leaves, create_graph=True)
         flat = layout.flatten(gradient.detach() for gradient in gradients)
-        moves = layout.flatten(_moving(g.detach()) * size for g, size in zip(gradients, sizes, strict=True))
-        vectors = [gaussian(layout.size, 1, seed=seed, like=flat)[:, 0] * moves for seed in (1, 2)]
+        moving = _moving([gradient.detach() for gradient in gradients], wide.space)
+        moves = layout.flatten(moved * size for moved, size in zip(moving, sizes, strict=True))
+        vectors = [wide.space.gaussian(1, seed=seed, like=flat)[:, 0] * moves for seed in (1, 2)]
         rounding = torch.finfo(loss.dtype).eps
         if wide.second_derivatives.central:
             return _Exact(flat, vectors, [], rounding=rounding)
@@ -165,17 +167,29 @@ def _exact(wide: Evaluation, leaves: dict[str, Tensor], constants: dict[str, Ten
             return _Exact(flat, vectors, [], rounding=rounding)
         except RuntimeError as error:
             return _Exact(flat, vectors, [], str(error).split("\n", maxsplit=1)[0], rounding)
-    products = found if all(bool(product.isfinite().all()) for product in found) else []
-    return _Exact(flat, vectors, products, rounding=rounding)
+    wild = wide.space.any(~torch.stack(found).isfinite())
+    return _Exact(flat, vectors, [] if wild else found, rounding=rounding)
 
 
-def _moving(gradient: Tensor) -> Tensor:
+def _sizes(tensors: Sequence[Tensor], wide: Evaluation) -> list[float]:
+    """Return the root mean square of every tensor, but at least 1e-3."""
+    if wide.shards is None:
+        return [max(float(t.detach().square().mean().sqrt()) if t.numel() else 0.0, 1e-3) for t in tensors]
+    sums = [torch.stack([t.detach().double().square().sum(), t.new_tensor(t.numel()).double()]) for t in tensors]
+    return [max((square / max(count, 1)) ** 0.5, 1e-3) for square, count in wide.space.sum(torch.stack(sums)).tolist()]
+
+
+def _moving(gradients: Sequence[Tensor], space: Space) -> list[Tensor]:
     """Return 1 for entries that may be moved, 0 for rows without a derivative among rows that have one.
 
     Such a row, as the padding of an embedding, is held on purpose.
     """
-    if gradient.ndim < 2:
-        return torch.ones_like(gradient)
-    rows = gradient.flatten(1).any(1)
-    held = ~rows if bool(rows.any()) else torch.zeros_like(rows)
-    return torch.ones_like(gradient).masked_fill_(held.reshape(-1, *[1] * (gradient.ndim - 1)), 0.0)
+    uses = [g.flatten(1).any(1) if g.ndim > 1 else g.new_ones(1).bool() for g in gradients]
+    used = space.sum(torch.stack([rows.any() for rows in uses]).double()).bool()
+    held = [~rows & any_used for rows, any_used in zip(uses, used, strict=True)]
+    return [
+        torch.ones_like(g).masked_fill_(rows.reshape(-1, *[1] * (g.ndim - 1)), 0.0)
+        if g.ndim > 1
+        else torch.ones_like(g)
+        for g, rows in zip(gradients, held, strict=True)
+    ]

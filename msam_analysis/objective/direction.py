@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -25,15 +25,19 @@ class Direction:
         Shape ``(size,)``.
     name
         What it is and how it was normalised; ends up on axes.
+    space
+        Where the whole vector lies, if processes have parts of it; ``None``: this vector is the whole.
     """
 
     vector: Tensor
     name: str
+    space: Space | None = field(default=None, repr=False)
 
     @property
     def norm(self) -> float:
         """L2 norm of the whole vector."""
-        return float(self.vector.to(widest(self.vector.device)).norm())
+        wide = self.vector.to(widest(self.vector.device))
+        return float((self.space or Space(len(wide))).norm(wide))
 
     def normalized(
         self, objective: Objective, normalize: Normalization = "filter", *, one_d: bool = False
@@ -41,7 +45,7 @@ class Direction:
         """Return the direction rescaled; see :func:`normalized`."""
         weights, space = objective.point(), objective.space
         vector = normalized(self.vector, objective.layout, weights, normalize, one_d=one_d, space=space)
-        return replace(self, vector=vector, name=f"{self.name}, {label(normalize, one_d, objective.layout)}")
+        return Direction(vector, f"{self.name}, {label(normalize, one_d, objective.layout)}", space)
 
 
 def normalized(
@@ -142,7 +146,8 @@ def as_direction(direction: Direction | Tensor, objective: Objective) -> Directi
     objective.layout.check(direction.vector, "direction")
     if objective.space.any(~torch.isfinite(direction.vector)):
         raise ValueError(f"the direction {direction.name!r} holds NaN or infinity: expected finite entries")
-    return replace(direction, vector=direction.vector.detach().to(device=objective.device, dtype=objective.dtype))
+    vector = direction.vector.detach().to(device=objective.device, dtype=objective.dtype)
+    return Direction(vector, direction.name, objective.space)
 
 
 def label(normalize: Normalization, one_d: bool, layout: Layout) -> str:

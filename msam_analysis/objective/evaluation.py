@@ -27,10 +27,13 @@ from msam_analysis.objective.batchnorm import (
 from msam_analysis.objective.examination import Examination
 from msam_analysis.objective.explaining import explained
 from msam_analysis.objective.nested import Batch
+from msam_analysis.objective.passes import Pass, passes
 from msam_analysis.objective.private import Attributes, LossModule, use_randomness
 from msam_analysis.objective.randomness import RandomStream
 from msam_analysis.objective.ranks import Ranks
 from msam_analysis.objective.second_derivatives import SecondDerivatives
+from msam_analysis.objective.sharded import Rows, Units, find_shards, resharded
+from msam_analysis.objective.space import Space
 from msam_analysis.objective.vectors import Layout, Selection, no_autocast, select
 from msam_analysis.objective.weighing import SAMPLES, Weighing, counted, mean_and_weight, with_reduction
 from msam_analysis.results import ApproximationWarning, Settings
@@ -50,6 +53,10 @@ class BatchLoss(NamedTuple):
     cuts: tuple[Tensor, ...] = ()  # the leaves that took their place in the loss
     number: int = 0  # of the batch, among all
     batch: Batch = None
+    # What is differentiated, and what its derivatives are multiplied by in the sum over batches: the loss and its
+    # weight, or the product and 1 where the way back to the parameters adds up what processes have.
+    term: Tensor = torch.zeros(())
+    scale: float = 1.0
 
 
 @dataclass
@@ -91,16 +98,29 @@ class Evaluation:
         """Make the private copy."""
         # cuDNN's recurrent layers have no gradient in evaluation mode, and no second derivative in any.
         self._recurrent = any(isinstance(module, nn.RNNBase) for module in self.original.modules())
+        self.shards = find_shards(self.original)
         # The user's closures know these tensors, also where this evaluation becomes a view of another original.
         self.outer = {id(tensor): name for name, tensor in _tensors(self.original).items()}
+        with self.held():
+            self.outer |= {id(tensor): name for name, tensor in _tensors(self.original).items()}
         self._weights: list[float] | None = None
+        self.fillers: dict[tuple[float, ...], tuple[int, Pass]] = {}
         self._told = False
         self.renew()
 
     def choose(self, parameters: Selection) -> None:
         """Select the parameters that the flat vector holds."""
-        chosen = select(self.original.model, parameters)
-        self.layout = Layout(tuple(chosen), tuple(p.shape for p in chosen.values()))
+        with self.held():
+            chosen = select(self.original.model, parameters)
+        self.rows: dict[str, Rows] = {}  # of all tensors that are divided, by their names in the private copy
+        shapes = [parameter.shape for parameter in chosen.values()]
+        if self.shards is not None:
+            # Whole parameters are divided, too: no entry of a vector is in two processes.
+            own = {f"model.{name}": self.shards.mesh.rows(parameter.shape) for name, parameter in chosen.items()}
+            self.rows = self.shards.rows | own
+            shapes = [rows.part for rows in own.values()]
+        self.layout = Layout(tuple(chosen), tuple(shapes))
+        self.space = Space(self.layout.size) if self.shards is None else self.shards.space(list(own.values()))
         self.dtypes = {name: self.cast or p.dtype for name, p in chosen.items()}
         self.dtype = reduce(torch.promote_types, self.dtypes.values(), torch.float32)
         self._told = False
@@ -111,7 +131,7 @@ class Evaluation:
         for name, value in changes.items():
             setattr(other, name, value)
         if "batches" in changes:
-            other._weights = None
+            other._weights, other.fillers = None, {}
         if "original" in changes:
             other._attributes = Attributes(other.original)
         return other
@@ -120,6 +140,30 @@ class Evaluation:
     def ranks(self) -> Ranks:
         """The processes that share the batches; whatever is a sum over batches is a sum over them."""
         return self.batches.ranks
+
+    @property
+    def spread(self) -> bool:
+        """Whether processes that share the weights have batches of their own."""
+        return self.shards is not None and self.ranks.count > 1
+
+    @contextlib.contextmanager
+    def apart(self, what: str) -> Iterator[list[Tensor]]:
+        """Return a context in which processes work by themselves; see :meth:`.ranks.Ranks.apart`."""
+        with self.ranks.apart(what) as alike:
+            yield alike if self.shards is None else []  # points and vectors are divided
+
+    def mean(self, weight: float, *sums: Tensor) -> tuple[Tensor, ...]:
+        """Return weighted sums over batches as means, from numbers and vectors over this process's; overwrites them."""
+        if self.shards is None or not self.spread:
+            return self.ranks.mean(weight, *sums)
+        weights = torch.tensor([weight], dtype=torch.float64)
+        whole = float(self.ranks.sum(weights))
+        for total in sums:
+            if total.ndim:  # the way back to the shards has added up what their holders have
+                self.shards.mesh.over_copies(total)
+            else:
+                self.ranks.sum(total)
+        return tuple(total / whole for total in sums)
 
     # ------------------------------------------------------------------------------------------------ the private copy
 
@@ -144,7 +188,12 @@ class Evaluation:
                 return copied
             return nn.Parameter(copied, requires_grad=self.findings.with_gradients and copied.is_floating_point())
 
-        module = self.original.private_copy(owned if own else None).eval()
+        with self.held():
+            module = self.original.private_copy(owned if own else None).eval()
+        if self.shards is not None:
+            module.units = Units(module, self.shards)
+            if own:
+                module.units.divide(dict(module.named_parameters()), self.rows)
         if self.batchnorm == "batch":
             use_batch_statistics(module)
         for name in self.findings.drawing or ():
@@ -159,6 +208,8 @@ class Evaluation:
     def place(self, tensors: dict[str, Tensor]) -> None:
         """Put tensors in place of the private copy's, where they stay: a backward pass may run a part of it again."""
         with ALONE:
+            if self.copy.units is not None:
+                self.copy.units.place(tensors, self.rows, alike=not self.spread)
             for name, tensor in tensors.items():
                 for owner, key in self._slots[name]:
                     owner[key] = tensor
@@ -175,13 +226,28 @@ class Evaluation:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The selected parameters, by name, that the model has now."""
-        current = dict(self.original.model.named_parameters())
+        with self.held():
+            current = dict(self.original.model.named_parameters())
         return {name: current[name] for name in self.layout.names}
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which a sharded model holds its shards, which it may not after a forward pass."""
+        return contextlib.nullcontext() if self.shards is None else resharded(self.original)
+
+    def part(self, name: str, tensor: Tensor) -> Tensor:
+        """Return this process's part of a tensor of the shape of a parameter, or of one that is divided as it is."""
+        if self.shards is None:
+            return tensor
+        if hasattr(tensor, "to_local"):
+            own: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]  # torch does not annotate detach
+            return own
+        return self.rows[f"model.{name}"].of(tensor)
 
     @property
     def precision(self) -> torch.dtype:
         """The coarsest data type that takes part in an evaluation."""
-        own = {parameter.dtype for parameter in self.original.model.parameters() if parameter.is_floating_point()}
+        with self.held():
+            own = {parameter.dtype for parameter in self.original.model.parameters() if parameter.is_floating_point()}
         taking_part = ({self.cast} if self.cast is not None else own) | ({self.autocast} if self.autocast else set())
         coarsest: torch.dtype = max(taking_part, key=lambda dtype: torch.finfo(dtype).eps)
         return coarsest
@@ -194,6 +260,7 @@ class Evaluation:
         name = str(self.dtype).removeprefix("torch.")
         random = "nothing draws random numbers" if findings.drawing == [] else True
         special = {
+            "sharded over": self.shards is not None and f"{self.shards.mesh.count} processes",
             "weights": own != [name] and ", ".join(own),
             "autocast": str(self.autocast or "").removeprefix("torch."),
             "dropout": self.dropout and random,
@@ -208,7 +275,7 @@ class Evaluation:
             "batchnorm": describe_policy(self.copy, self.batchnorm),
             "samples": self.batches.samples,
             "batches": len(self.batches),
-            "parameters": self.layout.size,
+            "parameters": self.space.size,
             "dtype": name,
             "device": self.device.type,
             **{key: value for key, value in special.items() if value},
@@ -217,7 +284,7 @@ class Evaluation:
 
     def point(self) -> Tensor:
         """Return a copy of the model's current weights, shape ``(size,)``."""
-        flat = self.layout.flatten(p.detach() for p in self.parameters.values())
+        flat = self.layout.flatten(self.part(name, p.detach()) for name, p in self.parameters.items())
         return flat.to(device=self.device, dtype=self.dtype)
 
     def views(self, w: Tensor | None) -> dict[str, Tensor]:
@@ -233,7 +300,8 @@ class Evaluation:
         return views
 
     def _warn_of_rounding(self, flat: Tensor, views: dict[str, Tensor]) -> None:
-        lost, distance = (self.layout.flatten(views.values()) - flat).norm(), (flat - self.point()).norm()
+        norm = self.space.norm
+        lost, distance = norm(self.layout.flatten(views.values()) - flat), norm(flat - self.point())
         if bool(lost > _ROUNDED * distance):
             self._told = True
             warnings.warn(
@@ -261,27 +329,30 @@ class Evaluation:
         ``DistributedDataParallel`` does: in training each has its own running statistics.
         """
         selected = {f"model.{name}" for name in self.layout.names}
-        fixed = {name: self.converted(p) for name, p in self.original.named_parameters() if name not in selected}
+        with self.held():
+            fixed = {name: self.converted(p) for name, p in self.original.named_parameters() if name not in selected}
         buffers = {name: self.converted(buffer) for name, buffer in self.original.named_buffers()}
-        buffers = self.ranks.tensors_of_first(buffers)
+        buffers = (self.ranks if self.shards is None else Ranks()).tensors_of_first(buffers)
         if self.batchnorm == "recalibrate":
             pieces = {f"model.{name}": piece for name, piece in self.pieces(w).items()}
             buffers = self._recalibrated(pieces | fixed, buffers)
         return fixed | buffers
 
     def converted(self, tensor: Tensor) -> Tensor:
-        """Return a tensor of the model on the device and in the precision of evaluation, detached."""
+        """Return a tensor of the model on the device and in the precision of evaluation, detached; its shard here."""
         dtype = self.cast if self.cast is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.detach().to(device=self.device, dtype=dtype)
+        own = tensor.detach()
+        return (own.to_local() if hasattr(own, "to_local") else own).to(device=self.device, dtype=dtype)
 
     def _recalibrated(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         fresh = blank_statistics(self.copy, {name: tensor.clone() for name, tensor in buffers.items()})
-        batches, seen = self.batches, 0.0
+        seen = 0.0
         try:
-            with self.ranks.apart("statistics of BatchNorm"), ALONE, self.evaluating() as stream:
+            with self.apart("statistics of BatchNorm"), ALONE, self.evaluating() as stream:
                 self.place(parameters | fresh)
-                for index, batch, weight in zip(batches.own, batches, batches.own_sizes, strict=True):
+                for index, batch, size, counts in passes(self, [float(size) for size in self.batches.own_sizes]):
                     stream.restart(self.seed + index)
+                    weight = size if counts else 0.0
                     seen += weight
                     collect_statistics(self.copy, share=weight / seen if seen else 0.0)
                     self.copy(batch)
@@ -319,10 +390,11 @@ class Evaluation:
         counts = []
         with self.ranks.apart("counting what the criterion counts"), self.evaluating() as stream:
             self.settle(self.pieces(), self.constants())
-            for index, batch in zip(self.batches.own, self.batches, strict=True):
+            for index, batch, _, own in passes(self, [1.0] * len(self.batches.own)):
                 stream.restart(self.seed + index)
                 output = self.copy.model(batch[0])
-                counts.append(counted(*(float(c(output, batch[1])) for c in (mean, total) if c is not None)))
+                if own:
+                    counts.append(counted(*(float(c(output, batch[1])) for c in (mean, total) if c is not None)))
         return counts
 
     def batch_losses(
@@ -338,19 +410,15 @@ class Evaluation:
 
         With ``cut`` the loss is cut off from the parameters where the model puts out its tensors; both ends come, too.
         """
-        for index, batch, weight in zip(self.batches.own, self.batches, self.weights, strict=True):
-            if not weight:
-                continue
+        for one in passes(self, self.weights):
             if skip:
                 skip -= 1
                 continue
-            yield self._batch_loss(index, batch, weight, point, constants, stream, cut=cut)  # held by nothing here
+            yield self._batch_loss(one, point, constants, stream, cut=cut)  # held by nothing here
 
     def _batch_loss(
         self,
-        index: int,
-        batch: Batch,
-        weight: float,
+        one: Pass,
         point: dict[str, Tensor],
         constants: dict[str, Tensor],
         stream: RandomStream,
@@ -361,11 +429,13 @@ class Evaluation:
         cutting = self.copy.cut_outputs() if cut else contextlib.nullcontext([])
         with ALONE, cutting as pairs:
             # Every batch has its own seed: none sees what another drew.
-            stream.restart(self.seed + index)
+            stream.restart(self.seed + one.number)
             self.settle(point, constants)
-            evaluated = self.evaluate(batch, weight)
+            value, weight = self.evaluate(one.batch, one.weight)
+        weight = weight if one.counts else 0.0
+        term, scale = (value * weight, 1.0) if self.spread else (value, weight)
         outputs, cuts = zip(*pairs, strict=True) if pairs else ((), ())
-        return BatchLoss(*evaluated, outputs, cuts, index, batch if cut else None)
+        return BatchLoss(value, weight, outputs, cuts, one.number, one.batch if cut else None, term, scale)
 
     def evaluate(
         self, batch: Batch, weight: float, forward: Callable[[Batch], Any] | None = None
@@ -385,15 +455,19 @@ class Evaluation:
         half = self.autocast
         autocast = torch.autocast(self.device.type, dtype=half, enabled=half is not None, cache_enabled=False)
         gradients = torch.set_grad_enabled(self.findings.with_gradients)
-        with gradients, autocast, RandomStream(self.seed) as stream, self.kernels(twice=False):
+        with gradients, autocast, RandomStream(self.seed) as stream, self.kernels(twice=False), self.packing():
             yield stream
 
     @contextlib.contextmanager
     def deriving(self, *, twice: bool = False) -> Iterator[RandomStream]:
         """Inside, passes for derivatives run; ``twice``: for second ones."""
         kernels, stream = self.kernels(twice=twice), RandomStream(self.seed)
-        with torch.enable_grad(), no_autocast(self.device), kernels, stream:
+        with torch.enable_grad(), no_autocast(self.device), kernels, stream, self.packing():
             yield stream
+
+    def packing(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which autograd keeps shards instead of whole weights."""
+        return contextlib.nullcontext() if self.shards is None else self.shards.gatherer.packing()
 
     @contextlib.contextmanager
     def kernels(self, *, twice: bool) -> Iterator[None]:

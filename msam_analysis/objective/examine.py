@@ -63,7 +63,7 @@ def examine(evaluation: Evaluation) -> Examination:
 
 def looked_at(evaluation: Evaluation) -> Batch:
     """Return the part of the first batch that an examination looks at."""
-    return part_of(evaluation.batches.first(), SAMPLES if evaluation.layout.size <= _LARGE else _FEW)
+    return part_of(evaluation.batches.first(), SAMPLES if evaluation.space.size <= _LARGE else _FEW)
 
 
 def _function(trial: Evaluation) -> tuple[list[Check], float]:

@@ -52,11 +52,13 @@ class GaussNewtonOperator(GraphOperator):
                 "the model is called on its own output: expected a loss of independent calls; put the loop into the "
                 "model's forward"
             )
+        weight = _own_weight(loss)  # alone: the loss itself would stay as long as the product
         ends = [torch.zeros_like(leaf) if end is None else end for end, leaf in zip(pulled, leaves, strict=False)]
 
         def product(pieces: list[Tensor], together: bool, keep: bool) -> list[Tensor]:
             pushed = pull_back(ends, cotangents, pieces, together=together)
-            return pull_back(outputs, leaves, bend(pushed, together), together=together, keep=keep)
+            bent = _weighed(bend(pushed, together), weight)
+            return pull_back(outputs, leaves, bent, together=together, keep=keep)
 
         return product
 
@@ -73,7 +75,7 @@ class GaussNewtonOperator(GraphOperator):
     def _difference(self, ahead: Tensor, behind: Tensor) -> Tensor:
         leaves = list(self._leaves.values())
         total, weight_sum = torch.zeros_like(ahead), 0.0
-        with self._loss.ranks.apart("a Gauss-Newton product by differences") as alike, self._loss.deriving() as stream:
+        with self._loss.apart("a Gauss-Newton product by differences") as alike, self._loss.deriving() as stream:
             alike.extend((ahead, behind))
             here, first, second = (
                 self._loss.batch_losses(point, self._constants, stream, cut=True)
@@ -83,10 +85,11 @@ class GaussNewtonOperator(GraphOperator):
                 used, bend = self._middle(loss)
                 pushed = [(plus.outputs[index] - minus.outputs[index]).detach() for index in used]
                 outputs = [loss.outputs[index] for index in used]
-                pulled = pull_back(outputs, leaves, self._bent(bend, pushed), together=False)
-                total.add_(self._loss.layout.flatten(pulled), alpha=loss.weight)
+                bent = _weighed(self._bent(bend, pushed), _own_weight(loss))
+                pulled = pull_back(outputs, leaves, bent, together=False)
+                total.add_(self._loss.layout.flatten(pulled), alpha=loss.scale)
                 weight_sum += loss.weight
-        (mean,) = self._loss.ranks.mean(weight_sum, total)
+        (mean,) = self._loss.mean(weight_sum, total)
         return mean
 
     def _opened(self, loss: BatchLoss, *, curved: bool = True) -> dict[int, Tensor]:
@@ -123,3 +126,12 @@ class GaussNewtonOperator(GraphOperator):
                 f"the loss has no second derivative in the model's output ({missing}): expected one that has; use "
                 "another version of it, or the Hessian, which can do with differences of the gradient"
             ) from missing
+
+
+def _own_weight(loss: BatchLoss) -> float | None:
+    """Return the weight that a batch has on the way back to the parameters, where processes add up; else ``None``."""
+    return None if loss.scale == loss.weight else loss.weight
+
+
+def _weighed(bent: list[Tensor], weight: float | None) -> list[Tensor]:
+    return bent if weight is None else [piece * weight for piece in bent]

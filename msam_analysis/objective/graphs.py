@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,13 +35,22 @@ Product = Callable[[list[Tensor], bool, bool], list[Tensor]]
 _SMALL_GRAPH, _TOGETHER, _FEWEST = 512 * 2**10, 4 * 2**20, 4
 
 
+class _Graph(NamedTuple):
+    """The products with one batch."""
+
+    product: Product
+    weight: float  # of the batch in the mean
+    scale: float  # by what products are multiplied in the sum
+    nbytes: int
+
+
 class GraphOperator(SymmetricOperator):
     """``Σ_b n_b A_b / Σ_b n_b`` with symmetric ``A_b``, whose products go along one graph for each batch."""
 
     _cut = False  # whether the graph is that of a loss cut off from the model's output
 
     def __init__(self, loss: Evaluation, w: Tensor | None, *, keep_bytes: int, settings: Settings) -> None:
-        super().__init__(loss.layout.size, dtype=loss.dtype, device=loss.device, settings=settings)
+        super().__init__(loss.space, dtype=loss.dtype, device=loss.device, settings=settings)
         for refusal in (loss.findings.refusal, loss.second_derivatives.refusal):
             if refusal:
                 raise ExaminationError(refusal)
@@ -49,12 +59,12 @@ class GraphOperator(SymmetricOperator):
             self._leaves = loss.leaves(w)
             self._constants = loss.constants(w)
         self._room = keep_bytes
-        self._graphs: list[tuple[Product, float, int]] = []
+        self._graphs: list[_Graph] = []
         self._full = False
         self._complete = False  # whether every batch's graph is kept
         self._checked = False
         self._passed = False
-        self._together = True
+        self._together = loss.shards is None  # collectives take one vector at a time
         self._central = loss.second_derivatives.central
 
     @abc.abstractmethod
@@ -92,34 +102,37 @@ class GraphOperator(SymmetricOperator):
         pieces = [list(self._loss.layout.views(row).values()) for row in rows]
         weight_sum = 0.0
 
-        def add(product: Product, weight: float, nbytes: int, *, keep: bool = True) -> None:
+        def add(graph: _Graph, *, keep: bool = True) -> None:
             nonlocal weight_sum
-            width = self._width(len(rows), nbytes)
+            width = self._width(len(rows), graph.nbytes)
             for start in range(0, len(rows), width):
                 part = total[start : start + width]
-                part.add_(self._walk(product, pieces[start : start + width], keep=keep), alpha=weight)
-            weight_sum += weight
+                part.add_(self._walk(graph.product, pieces[start : start + width], keep=keep), alpha=graph.scale)
+            weight_sum += graph.weight
 
         kept = self.kept
-        with self._loss.ranks.apart("products of second derivatives") as alike:
+        with self._loss.apart("products of second derivatives") as alike:
             alike.extend([rows] if self._passed else [rows, *self._leaves.values()])
             # A checkpointed part of the model is run again at every product: it must find this point's tensors.
             self._loss.settle(self._leaves, self._constants)
             for graph in self._graphs:
-                add(*graph)
+                add(graph)
             if not self._complete:
                 with self._loss.deriving(twice=True) as stream:
                     losses = self._loss.batch_losses(self._leaves, self._constants, stream, skip=kept, cut=self._cut)
                     for graph in self._build(losses, together=len(rows) >= _FEWEST):
                         # A graph that serves one vector is freed on the way.
-                        add(*graph, keep=len(rows) > 1 or not self._full)
+                        add(graph, keep=len(rows) > 1 or not self._full)
                         del graph  # before the next is built, or two would be in memory
-        (mean,) = self._loss.ranks.mean(weight_sum, total)
+        if self._loss.shards is not None:
+            self._loss.shards.gatherer.release()
+        (mean,) = self._loss.mean(weight_sum, total)
         return mean
 
-    def _build(self, losses: Iterator[BatchLoss], *, together: bool) -> Iterator[tuple[Product, float, int]]:
+    def _build(self, losses: Iterator[BatchLoss], *, together: bool) -> Iterator[_Graph]:
         """Yield the products with batches, their weights and the bytes of their graphs; keep, at first, what fits."""
-        meter = _GraphMeter()
+        shards = self._loss.shards
+        meter = _GraphMeter() if shards is None else _GraphMeter(shards.gatherer.pack, shards.gatherer.unpack)
         # Metering slows graphs of small nodes down, and nobody asks for the size of one that serves a single vector.
         metered = meter if together or not self._full else nullcontext()
         total = torch.zeros((), device=self.device)
@@ -133,9 +146,11 @@ class GraphOperator(SymmetricOperator):
                     check_twice_differentiable((loss.value, *loss.outputs))
                     self._checked = True
                 product = self._product(loss)
-            graph = (product, loss.weight, meter.bytes)
-            if not self._full and meter.bytes <= self._room:
-                self._room -= meter.bytes
+            # Processes that share the weights keep the same graphs, or they would wait for each other.
+            nbytes = meter.bytes if shards is None else shards.mesh.most(meter.bytes, self.device)
+            graph = _Graph(product, loss.weight, loss.scale, nbytes)
+            if not self._full and nbytes <= self._room:
+                self._room -= nbytes
                 self._graphs.append(graph)
             else:
                 # Only a prefix is kept, so that a later pass knows which batches to skip.
@@ -168,18 +183,20 @@ class GraphOperator(SymmetricOperator):
         return torch.cat([part.flatten(1) if part.ndim > 1 else part[:, None] for part in walked], dim=1)
 
     def _by_differences(self, vector: Tensor) -> Tensor:
-        length = float(vector.norm())
+        length = float(self.space.norm(vector))
         if length == 0:
             return torch.zeros_like(vector)
         point = self._loss.layout.flatten(leaf.detach().to(self.dtype) for leaf in self._leaves.values())
-        step = difference_step(self._loss.precision) * (1 + float(point.norm())) / length
+        step = difference_step(self._loss.precision) * (1 + float(self.space.norm(point))) / length
 
         def product(step: float) -> Tensor:
             return self._difference(point + step * vector, point - step * vector) / (2 * step)
 
         narrow, finding = product(step), self._loss.second_derivatives
         if finding.error is None:
-            finding.found(_relative(product(2 * step) - narrow, narrow))
+            norm = self.space.norm
+            size = max(float(norm(narrow)), torch.finfo(self.dtype).tiny)
+            finding.found(float(norm(product(2 * step) - narrow)) / size)
         return narrow
 
 
@@ -188,15 +205,15 @@ def mean_gradient(loss: Evaluation, leaves: dict[str, Tensor], constants: dict[s
     if loss.findings.refusal:
         raise ExaminationError(loss.findings.refusal)
     total = torch.zeros((), dtype=widest(loss.device), device=loss.device)
-    gradient = torch.zeros(loss.layout.size, dtype=loss.dtype, device=loss.device)
+    gradient = torch.zeros(loss.space.here, dtype=loss.dtype, device=loss.device)
     weight_sum = 0.0
-    with loss.ranks.apart("a gradient") as alike, loss.deriving() as stream:
+    with loss.apart("a gradient") as alike, loss.deriving() as stream:
         alike.extend(leaves.values())
         for batch in loss.batch_losses(leaves, constants, stream):
-            gradient.add_(loss.layout.flatten(loss_gradients(batch.value, leaves)), alpha=batch.weight)
+            gradient.add_(loss.layout.flatten(loss_gradients(batch.term, leaves)), alpha=batch.scale)
             total += batch.value.detach().to(total.dtype) * batch.weight
             weight_sum += batch.weight
-    value, slope = loss.ranks.mean(weight_sum, total, gradient)
+    value, slope = loss.mean(weight_sum, total, gradient)
     return value, slope
 
 
@@ -249,20 +266,21 @@ def pull_back(
     ]
 
 
-def _relative(difference: Tensor, reference: Tensor) -> float:
-    return float(difference.norm()) / max(float(reference.norm()), torch.finfo(reference.dtype).tiny)
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _GraphMeter:
-    """Counts the bytes that autograd saves inside ``with meter:``."""
+    """Counts the bytes of tensors that autograd saves inside ``with meter:``, as ``pack`` makes them."""
 
-    def __init__(self) -> None:
+    def __init__(self, pack: Callable[[Tensor], Any] = Tensor.detach, unpack: Callable[[Any], Tensor] = _same) -> None:
         self._storages: dict[int, int] = {}
+        self._kept, self._unpack = pack, unpack
 
     def __enter__(self) -> None:
         self._storages = {}
         # Packing must not hold the tensor itself, or the graph would keep itself alive.
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()
 
     def __exit__(self, *_: object) -> None:
@@ -273,7 +291,9 @@ class _GraphMeter:
         """Bytes of distinct storages saved since the last entry; 0 before the first."""
         return sum(self._storages.values())
 
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self._storages[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()
+    def _pack(self, tensor: Tensor) -> Any:
+        kept = self._kept(tensor)
+        if isinstance(kept, Tensor):
+            storage = tensor.untyped_storage()
+            self._storages[storage.data_ptr()] = storage.nbytes()
+        return kept

@@ -31,7 +31,7 @@ class HessianOperator(GraphOperator):
 
     def _product(self, loss: BatchLoss) -> Product:
         leaves = list(self._leaves.values())
-        gradients = loss_gradients(loss.value, self._leaves, create_graph=True)
+        gradients = loss_gradients(loss.term, self._leaves, create_graph=True)
         return lambda pieces, together, keep: pull_back(gradients, leaves, pieces, together=together, keep=keep)
 
     def _difference(self, ahead: Tensor, behind: Tensor) -> Tensor:

@@ -60,7 +60,10 @@ def evaluation_of(
         )
         evaluation.choose(parameters)
         check_autocast(evaluation.autocast, evaluation.dtype)
-        alike.extend(original.parameters())
+        if evaluation.shards is None:
+            alike.extend(original.parameters())
+        else:
+            evaluation.shards.check(processes.count)
     return evaluation
 
 

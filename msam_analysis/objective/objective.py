@@ -25,9 +25,10 @@ from msam_analysis.objective.graphs import mean_gradient
 from msam_analysis.objective.handing_on import examine_once
 from msam_analysis.objective.hessian import HessianOperator
 from msam_analysis.objective.making import evaluation_of
-from msam_analysis.objective.private import LossFunction
+from msam_analysis.objective.private import LossFunction, own_class
 from msam_analysis.objective.ranks import Sharing
 from msam_analysis.objective.second_derivatives import Wish
+from msam_analysis.objective.sharded import moved
 from msam_analysis.objective.space import Space
 from msam_analysis.objective.statistics import warn_of_statistics
 from msam_analysis.objective.vectors import Layout, Selection, widest
@@ -107,7 +108,7 @@ class Objective:
         The model is no module, or the data is not batches.
     ValueError
         The data is empty or not repeatable, the policy unknown, nothing is selected, or ``autocast`` is no half
-        precision or meets float64, which it leaves alone.
+        precision or meets float64, which it leaves alone; weights are not sharded by rows over all ``ranks``.
 
     Notes
     -----
@@ -118,7 +119,8 @@ class Objective:
     the same weights, and is the way to measure a bfloat16 checkpoint.
 
     With ``ranks`` every process gets the result of one, but for rounding. Samples count over the data of all; buffers
-    are those of the first process, as in ``DistributedDataParallel``. What one raises is raised by all.
+    are those of the first process, as in ``DistributedDataParallel``. What one raises is raised by all. Weights that
+    FSDP2 shards need ``ranks``: every process has its part of a flat vector, and ``space`` sums over entries.
     """
 
     def __init__(
@@ -242,13 +244,7 @@ class Objective:
         self.layout.check(w, "point w")
         other = self.space.any(w.detach().to(self.point()) != self.point())
         foreign = other and warn_of_statistics(self, "at the point of with_weights")
-        views = self.layout.views(w.detach())
-        moved = {
-            id(parameter): nn.Parameter(views[name].to(parameter, copy=True), requires_grad=parameter.requires_grad)
-            for name, parameter in self.parameters.items()
-        }
-        original = self._evaluation.original.private_copy(lambda tensor: moved.get(id(tensor), tensor))
-        return self._viewed(original=original, foreign=foreign or self._evaluation.foreign)
+        return self._viewed(original=moved(self._evaluation, w.detach()), foreign=foreign or self._evaluation.foreign)
 
     def _viewed(self, **changes: object) -> Objective:
         other = copy.copy(self)
@@ -327,13 +323,13 @@ class Objective:
 
     @property
     def size(self) -> int:
-        """Number of entries of the flat vector."""
-        return self.layout.size
+        """Number of entries of the flat vector, of which each process has some where weights are sharded."""
+        return self.space.size
 
     @property
     def space(self) -> Space:
-        """Where flat vectors lie: whole in every process."""
-        return Space(self.layout.size)
+        """Where flat vectors lie: whole in every process, or divided among them."""
+        return self._evaluation.space
 
     @property
     def samples(self) -> int:
@@ -351,7 +347,7 @@ class Objective:
     def __repr__(self) -> str:
         """Name the model's class and the settings."""
         settings = ", ".join(f"{name.replace(' ', '_')}={value!r}" for name, value in self.settings.items())
-        return f"Objective({type(self.model).__name__}, {settings})"
+        return f"Objective({own_class(self.model).__name__}, {settings})"
 
     @property
     def precision(self) -> torch.dtype:
@@ -389,7 +385,7 @@ class Objective:
                 raise ValueError(f"expected shape {tuple(parameter.shape)} for {name!r}, got {tuple(tensor.shape)}")
             else:
                 found += 1
-            pieces.append(tensor.detach().to(device=self.device, dtype=self.dtype))
+            pieces.append(self._evaluation.part(name, tensor.detach()).to(device=self.device, dtype=self.dtype))
         if tensors and not found:
             raise ValueError(
                 "none of the tensors belongs to a parameter of this objective: expected the same model's parameters; "
@@ -416,17 +412,15 @@ class Objective:
             ``w`` has another shape, or the loss is not a scalar.
         """
         evaluation = self.evaluation
-        total = torch.zeros((), dtype=widest(self.device), device=self.device)
-        weight_sum = 0.0
-        with evaluation.ranks.apart("a loss") as alike:
+        total, weight_sum = torch.zeros((), dtype=widest(self.device), device=self.device), 0.0
+        with evaluation.apart("a loss") as alike:
             point, constants = evaluation.pieces(w), evaluation.constants(w)
             alike.extend(point.values())
             with evaluation.evaluating() as stream:
                 for batch in evaluation.batch_losses(point, constants, stream):
                     total += batch.value.detach().to(total.dtype) * batch.weight
                     weight_sum += batch.weight
-        (mean,) = evaluation.ranks.mean(weight_sum, total)
-        return mean
+        return evaluation.mean(weight_sum, total)[0]
 
     def gradient(self, w: Tensor | None = None) -> Tensor:
         """Return ``∇L(w)``, shape ``(size,)``, zeros for parameters that the loss does not use; see :meth:`loss`."""
@@ -441,7 +435,7 @@ class Objective:
             Also if the loss depends on none of the selected parameters.
         """
         loss = self.evaluation
-        with loss.ranks.apart("a gradient at a point"):
+        with loss.apart("a gradient at a point"):
             return mean_gradient(loss, loss.leaves(w), loss.constants(w))
 
     def hvp(self, v: Tensor, w: Tensor | None = None) -> Tensor:

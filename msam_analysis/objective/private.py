@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,13 +16,16 @@ from torch.overrides import TorchFunctionMode
 from msam_analysis.objective.nested import map_tensors
 from msam_analysis.objective.randomness import RandomStream, same_state
 
+if TYPE_CHECKING:  # which is made of private copies
+    from msam_analysis.objective.sharded import Units
+
 LossFunction = Callable[..., Tensor | tuple[Tensor, Tensor | float]]
 Slot = tuple[dict[str, Any], str]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # A module's own bookkeeping, and the mode, which the objective chooses.
 _INTERNAL = {"_parameters", "_buffers", "_modules", "training", "_compiled_call_impl", *_HOOKS}
-_INTERNAL |= {"redirect", "reached", "fresh"}
+_INTERNAL |= {"redirect", "reached", "fresh", "units"}
 
 
 class LossModule(nn.Module):
@@ -32,6 +36,7 @@ class LossModule(nn.Module):
     redirect: dict[int, Slot] | None = None
     reached = False
     fresh: Attributes | None = None  # attributes to be put back before each pass, for modules that write to them
+    units: Units | None = None  # what gathers weights that are divided among processes
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction) -> None:
         super().__init__()
@@ -71,8 +76,12 @@ class LossModule(nn.Module):
             for value in vars(module).values():
                 if isinstance(value, Tensor):  # a weight that such a hook computed has a history: deepcopy refuses it
                     memo[id(value)] = value.detach().clone()
+        units = {module: _blank(module) for module in self.modules() if is_unit(module)}
+        memo.update((id(unit), blank) for unit, blank in units.items())
         try:
             copied = copy.deepcopy(self, memo)
+            for unit, blank in units.items():
+                vars(blank).update(copy.deepcopy(_without_sharding(unit), memo))
         except Exception as error:
             raise ValueError(
                 f"the model cannot be copied ({type(error).__name__}: {error}): expected modules that copy.deepcopy "
@@ -124,7 +133,7 @@ class LossModule(nn.Module):
 
     def _left_out(self, kinds: Sequence[str]) -> int:
         found = (hook for module in self.modules() for hooks in _hooks(module, kinds) for hook in hooks.values())
-        return sum(not _computes_weights(hook) for hook in found)
+        return sum(not _computes_weights(hook) and not _of_fsdp(hook) for hook in found)
 
 
 class Redirect(TorchFunctionMode):
@@ -272,3 +281,43 @@ def _hooks(module: nn.Module, kinds: Sequence[str] = _HOOKS) -> Iterator[dict[in
 
 def _computes_weights(hook: object) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("torch.nn.utils.")
+
+
+# --------------------------------------------------------------------------------------- modules that FSDP2 has changed
+
+
+def is_unit(module: nn.Module) -> bool:
+    """Whether :func:`torch.distributed.fsdp.fully_shard` was applied to a module."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # whoever applied it has imported it
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module, of a unit that which it had before."""
+    classes: list[type[Any]] = list(type(module).__mro__)
+    return next(cls for cls in classes if not issubclass(cls, classes[1])) if is_unit(module) else type(module)
+
+
+def _blank(unit: nn.Module) -> nn.Module:
+    """Return an empty module of the class that a unit had before."""
+    own = own_class(unit)
+    return own.__new__(own)
+
+
+def _without_sharding(unit: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a unit but for FSDP's: its state, its hooks, and methods in which it gathers weights."""
+    kept = {key: value for key, value in vars(unit).items() if not _of_fsdp(value)}
+    for key, value in kept.items():
+        if isinstance(value, dict) and any(_of_fsdp(item) for pair in value.items() for item in pair):
+            kept[key] = type(value)((name, item) for name, item in value.items() if not _of_fsdp(name, item))
+    return kept
+
+
+def _of_fsdp(*items: Any) -> bool:
+    """Whether one of some attributes was put there by FSDP2."""
+    for item in items:
+        made = getattr(item, "__globals__", {}).get("__name__", getattr(item, "__module__", None))
+        own = str(made).startswith(("torch.distributed.fsdp.", "torch.distributed._composable."))
+        if own and not isinstance(item, nn.Module):  # FSDP makes the class of a unit
+            return True
+    return False

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msam_analysis.objective.vectors import gaussian, orthonormalize, widest
+from msam_analysis.objective.vectors import gaussian, gaussian_rows, orthonormalize, widest
 
 
 class Space:
@@ -39,6 +39,10 @@ class Space:
     def any(self, condition: Tensor) -> bool:
         """Return whether any entry of a condition is true, in any process."""
         return bool(condition.any())
+
+    def sign(self, vector: Tensor) -> float:
+        """Return the sign of the entry of largest magnitude."""
+        return float(vector[vector.abs().argmax()].sign())
 
     def part(self, whole: Tensor) -> Tensor:
         """Return this process's entries of a whole vector, or rows of a whole matrix."""
@@ -109,9 +113,28 @@ class DividedSpace(Space):
         """Return whether any entry of a condition is true, in any process."""
         return bool(self.sum(condition.any().float()) > 0)
 
+    def sign(self, vector: Tensor) -> float:
+        """Return the sign of the entry of largest magnitude."""
+        ends = torch.stack([torch.cat([vector.new_zeros(1), side]).max() for side in (vector, -vector)])
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._group)
+        return float((ends[0] >= ends[1]).to(ends.dtype) * 2 - 1)
+
     def part(self, whole: Tensor) -> Tensor:
         """Return this process's entries of a whole vector, or rows of a whole matrix."""
         return torch.cat([whole[piece] for piece in self._pieces]) if self._pieces else whole[:0]
+
+    def gaussian(self, columns: int, *, seed: int, like: Tensor, use: str = "") -> Tensor:
+        """Return standard Gaussian columns, shape ``(here, columns)``; see :func:`.vectors.gaussian`.
+
+        Every process draws the whole vectors, a part at a time, and keeps its own entries.
+        """
+        kept: list[list[Tensor]] = [[] for _ in self._pieces]
+        for start, rows in gaussian_rows(self.size, columns, seed=seed, use=use):
+            for piece, found in zip(self._pieces, kept, strict=True):
+                own = rows[max(piece.start - start, 0) : max(piece.stop - start, 0)]
+                if len(own):
+                    found.append(own.to(device=like.device, dtype=like.dtype, copy=True))
+        return torch.cat([like.new_empty(0, columns), *(rows for found in kept for rows in found)])
 
     def restricted(self, chosen: Tensor) -> Space:
         """Return the space of vectors that have only some of the entries, those of one process after the other's."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from msam.perturbation import has_float64
 
+_DRAWN = 2**20  # random numbers that are drawn at a time
 ParameterFilter = Callable[[str, nn.Parameter], bool]
 Selection = str | Iterable[str] | ParameterFilter | None
 
@@ -151,10 +152,26 @@ def gaussian(size: int, columns: int, *, seed: int, like: Tensor, use: str = "")
     The draw is in float64 on the CPU, so that every device and data type sees the same numbers. Draws for different
     uses are independent, also from the same seed.
     """
-    # The generator reads only 32 bits of its seed, so that all of it is hashed into these.
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {use}".encode()) if use else seed)
-    draw = torch.randn(size, columns, generator=generator, dtype=torch.float64)
+    draw = torch.randn(size, columns, generator=_generator(seed, use), dtype=torch.float64)
     return draw.to(device=like.device, dtype=like.dtype)
+
+
+def gaussian_rows(size: int, columns: int, *, seed: int, use: str = "") -> Iterator[tuple[int, Tensor]]:
+    """Yield the rows of :func:`gaussian` in float64, in parts that need little memory, each with its first index."""
+    generator = _generator(seed, use)
+    # torch draws in blocks of 16 numbers, and the last 16 anew where a block is left open: a part ends where one does,
+    # and the last part has 16 numbers at least.
+    step = 16 * max(_DRAWN // (16 * columns), 1)
+    start = 0
+    while start < size:
+        stop = size if size - start < step + 16 else start + step
+        yield start, torch.randn(stop - start, columns, generator=generator, dtype=torch.float64)
+        start = stop
+
+
+def _generator(seed: int, use: str) -> torch.Generator:
+    # The generator reads only 32 bits of its seed, so that all of it is hashed into these.
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed} {use}".encode()) if use else seed)
 
 
 def _some(names: Mapping[str, object] | Sequence[str], limit: int = 6) -> str:

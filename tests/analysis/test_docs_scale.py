@@ -16,8 +16,9 @@ TEXT = PAGE.read_text(encoding="utf-8")
 
 def test_the_example_runs_in_one_process(capsys: pytest.CaptureFixture[str]) -> None:
     with torch.random.fork_rng():
+        names: dict[str, object] = {}
         for example in re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL):
-            exec(example, {})  # noqa: S102 - our own page
+            exec(example, names)  # noqa: S102 - our own page
     assert "lambda_1" in capsys.readouterr().out
 
 

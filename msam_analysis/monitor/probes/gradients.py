@@ -62,7 +62,8 @@ class HeldOutCosine:
         wide = widest(objective.device)
         momentum = objective.vector(momentum_buffers(optimizer)).to(wide)
         gradient = objective.gradient(objective.vector(true_weights(optimizer))).to(wide)
-        length, other, product = read(momentum.norm(), gradient.norm(), momentum @ gradient)
+        space = objective.space
+        length, other, product = read(space.norm(momentum), space.norm(gradient), space.dot(momentum, gradient))
         norms = length * other
         known = 0 < norms < math.inf
         return {"held_out_cosine": max(-1.0, min(1.0, product / norms)) if known else math.nan}

@@ -13,7 +13,6 @@ from msam_analysis.measures.along import curvature_along
 from msam_analysis.measures.momentum import momentum_buffers, present_gradients, true_weights
 from msam_analysis.monitor.probes.base import ObjectiveSource, current
 from msam_analysis.objective.objective import Objective
-from msam_analysis.objective.vectors import gaussian
 from msam_analysis.spectra.top import top_eigenvalues
 
 
@@ -39,7 +38,7 @@ class Curvature:
         objective = self.objective
         hessian = objective.hessian(objective.vector(true_weights(optimizer)))
         seed = self.seed * 1_000_003 + step
-        draw = gaussian(objective.size, 1, seed=seed, like=objective.point(), use="curvature")[:, 0]
+        draw = objective.space.gaussian(1, seed=seed, like=objective.point(), use="curvature")[:, 0]
         along = {
             "momentum": objective.vector(momentum_buffers(optimizer)),
             "gradient": objective.vector(present_gradients(optimizer)),

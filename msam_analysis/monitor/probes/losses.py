@@ -40,7 +40,7 @@ class PerturbationRise:
         weights = objective.vector(true_weights(optimizer))
         displacements: Mapping[Tensor, Tensor] = getattr(optimizer, "displacement", dict)()
         displacement = objective.vector(displacements)
-        before, length = read(objective.loss(weights), displacement.norm())
+        before, length = read(objective.loss(weights), objective.space.norm(displacement))
         after = float(objective.loss(weights + displacement)) if length > 0 else before
         return {"loss_before": before, "loss_after": after, "rise": after - before, "epsilon_norm": length}
 
@@ -80,7 +80,7 @@ class LossAlongMomentum:
         objective = current(self.objective)
         weights = objective.vector(true_weights(optimizer))
         momentum = objective.vector(momentum_buffers(optimizer))
-        length = momentum.norm()
+        length = objective.space.norm(momentum)
         known = self.offsets if length > 0 else [0.0]
         moved = (weights if offset == 0 else weights + offset * (momentum / length) for offset in known)
         losses = dict(zip(known, read(*(objective.loss(w) for w in moved)), strict=True))
