@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -116,6 +117,7 @@ class TrajectoryRecorder:
         self._kept: set[int] = set()
         self.step = 0
         self._handle: Any = None
+        self._told = False  # whether it was said that a point could not be recorded
         if self.path.is_dir():
             self._take_up()
 
@@ -193,7 +195,8 @@ class TrajectoryRecorder:
         """Record after every step of the optimizer, by its own hook; the training loop does not change.
 
         The current weights are recorded as step ``start``, unless that was recorded already. SAM's ``first_step()`` and
-        ``second_step()`` count as one step.
+        ``second_step()`` count as one step. Where a point cannot be written (a full disk, a folder that is gone), one
+        warning says so and the training goes on.
 
         Parameters
         ----------
@@ -227,7 +230,7 @@ class TrajectoryRecorder:
             recorder = this()
             if recorder is not None:
                 recorder.step += 1
-                recorder.record(recorder.step)
+                recorder._record_safely()
 
         self._handle = self.optimizer.register_step_post_hook(after_step)
         return self
@@ -250,6 +253,20 @@ class TrajectoryRecorder:
             self.record(self.step, keep=True)
 
     # --------------------------------------------------------------------------------------------------------- private
+
+    def _record_safely(self) -> None:
+        """Record after a step: the weights have moved, and what fails here is no reason to end a training."""
+        try:
+            self.record(self.step)
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the training goes on
+            if not self._told:
+                self._told = True
+                reason = f"{type(error).__name__}: {error}"
+                warnings.warn(
+                    f"{self.path}: the weights of step {self.step} were not recorded ({reason}); the training goes on, "
+                    "and this is not said again: see what is wrong with the folder",
+                    stacklevel=2,
+                )
 
     def _due(self, step: int) -> bool:
         """Return whether to record a step, after making room for it."""
