@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import importlib
-import json
+import math
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -17,10 +17,12 @@ from torch import Tensor
 
 from msam_analysis.checkpoints import files
 from msam_analysis.checkpoints.reading import Content, Entry, counted, existing, read_file
+from msam_analysis.checkpoints.scanning import MOST_OBJECTS, CostlyError, scan
 
 _INDICES = ("*.safetensors.index.json", "*.bin.index.json")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
 _ENDINGS = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.pth")
+_LONGEST_NAME = 255
 _DESCRIPTIONS = ("torch", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 _LAYOUTS = {str(layout): layout for layout in (torch.strided, torch.sparse_coo, torch.sparse_csr)}
 
@@ -37,11 +39,27 @@ def read(path: Path) -> Content:
         return counted(_distributed(path))
     if (path / "modules.json").is_file():
         content = _sentence(path)
-    elif (path / "latest").is_file() and (path / (path / "latest").read_text().strip()).is_dir():
-        return read(path / (path / "latest").read_text().strip())  # a folder of DeepSpeed, which names its newest one
+    elif (newest := _newest(path)) is not None:  # a folder of DeepSpeed, which names its newest one
+        if _newest(newest) is not None:
+            raise ValueError(f"{path} names a folder that names another: expected one with weights; pass the one meant")
+        return read(newest)
     else:
         content = _one(path)
-    return counted(content, _json(path / "trainer_state.json"))
+    return counted(content, files.json_of(path / "trainer_state.json"))
+
+
+def _newest(path: Path) -> Path | None:
+    """Return the folder that a file called latest names, straight in a folder."""
+    file = path / "latest"
+    if not file.is_file() or file.stat().st_size > _LONGEST_NAME:
+        return None
+    name = file.read_bytes().decode(errors="replace").strip()
+    return path / name if name.isprintable() and _straight(name) and (path / name).is_dir() else None
+
+
+def _straight(name: object) -> bool:
+    """Tell whether a name is that of something straight in a folder, and not of a place elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -79,9 +97,10 @@ def _one(path: Path) -> Content:
 
 
 def _shards(path: Path, index: Path) -> Content:
-    places = (_json(index) or {}).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ValueError(f"{index} is no index of shards: expected names of tensors to files; fetch it again")
+    found = files.json_of(index)
+    places = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(places, dict) or not places or not all(map(_straight, places.values())):
+        raise ValueError(f"{index} is no index of shards: expected names of tensors to files beside it; fetch it again")
     tensors: dict[str, Entry] = {}
     shards = sorted(set(places.values()))
     for name in shards:
@@ -99,24 +118,45 @@ def _shards(path: Path, index: Path) -> Content:
 def _sentence(path: Path) -> Content:
     """Read the modules of a sentence-transformers folder, each under the name that the model gives it."""
     tensors: dict[str, Entry] = {}
-    for module in json.loads((path / "modules.json").read_text()):
+    modules = files.json_of(path / "modules.json")
+    if not isinstance(modules, list) or not all(map(_is_module, modules)):
+        raise ValueError(
+            f"{path / 'modules.json'} is no list of modules: expected a name and a path beside it for each; fetch it "
+            "again"
+        )
+    for module in modules:
         folder = path / module["path"]
         if not any(next(folder.glob(pattern), None) for pattern in (*_INDICES, *_ENDINGS)):
             continue  # a pooling layer has no weights
-        name = str(module["name"])
+        name = module["name"]
         tensors |= {f"{name}.{key}": Entry(entry.tensor, ()) for key, entry in _one(folder).tensors.items()}
     return Content(path, "folder of sentence-transformers", tensors)
 
 
+def _is_module(module: object) -> bool:
+    if not isinstance(module, dict) or not isinstance(module.get("name"), str):
+        return False
+    return module.get("path") == "" or _straight(module.get("path"))
+
+
 def _distributed(path: Path) -> Content:
     """Read a folder of torch.distributed.checkpoint in one process; its description is read without running it."""
-    from torch.distributed.checkpoint.filesystem import FileSystemReader  # imports much
+    from torch.distributed.checkpoint.api import CheckpointException  # imports much
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
+        size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
         with (path / ".metadata").open("rb") as stream:
+            scan(stream, size, plain=True)
+            stream.seek(0)
             metadata = _Descriptions(stream).load()
         sizes: Mapping[str, Any] = metadata.state_dict_metadata
+        described = [one for one in sizes.values() if hasattr(one, "properties")]
+        claimed = sum(math.prod(one.size) * one.properties.dtype.itemsize for one in described)
+        below = any(length < 0 for one in described for length in one.size)
+        if below or claimed > size or len(sizes) > MOST_OBJECTS:
+            raise CostlyError(f"{len(sizes)} tensors claim {claimed} bytes, where its files have {size}")
         wanted = {
             name: torch.empty(one.size, dtype=one.properties.dtype)
             for name, one in sizes.items()
@@ -127,8 +167,8 @@ def _distributed(path: Path) -> Content:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # one process is what is meant
             load(wanted, storage_reader=reader)
-    except Exception as error:  # noqa: BLE001 -- whatever torch says of what is damaged
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except (Exception, CheckpointException) as error:  # noqa: BLE001 -- whatever it is; torch's own is no Exception
+        reason = files.reason_of(error)
         raise ValueError(
             f"{path} cannot be read as a checkpoint of torch.distributed ({reason}): expected .metadata and the "
             "files that it names; fetch it again, or convert it by torch.distributed.checkpoint.format_utils"
@@ -156,10 +196,3 @@ class _Descriptions(pickle.Unpickler):
         if dataclasses.is_dataclass(found) or isinstance(found, (enum.EnumMeta, torch.dtype)) or found is torch.Size:
             return found
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which only running it could restore")
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
