@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import re
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -30,14 +31,22 @@ class StandIn:
         self.state = state
 
 
+_ALONE = threading.RLock()  # torch's list of what is safe is one for all threads
 _LOOKED_INTO = (StandIn, dict, list, tuple)
 
 
 def load(source: Any, names: Sequence[str], **options: Any) -> Any:
     """Return ``torch.load(source, weights_only=True)`` with stand-ins for the classes and functions ``names``.
 
-    torch's own list of what is safe comes first. Raises pickle.UnpicklingError and whatever torch.load raises.
+    torch's own list of what is safe comes first. Threads pass one by one.
+
+    Raises pickle.UnpicklingError and whatever torch.load raises.
     """
+    with _ALONE:
+        return _loaded(source, names, options)
+
+
+def _loaded(source: Any, names: Sequence[str], options: dict[str, Any]) -> Any:
     user = torch.serialization.get_safe_globals()
     allowed = {one[1] if isinstance(one, tuple) else f"{one.__module__}.{one.__qualname__}" for one in user}
     made: dict[str, Callable[..., Any]] = {name: _stand_in(name) for name in names if name not in allowed}

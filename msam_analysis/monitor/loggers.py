@@ -67,6 +67,10 @@ class CSV:
         self._columns, self._rows = _table(self.path, content[: self._file.size])
         self._written = len(self._rows)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what a copy in another process is made of: it reads the file again."""
+        return type(self), (self.path,)
+
     def __call__(self, row: Row) -> None:
         """Add a row."""
         with self._alone:

@@ -120,6 +120,18 @@ class Monitor:
     run. Without it, counting goes on where the file ends: after :meth:`close` at the step that was reached, after a
     crash at the step after the last row.
 
+    A log is not the training. A file of ``path`` that somebody empties, moves or deletes is begun anew; one that cannot
+    be written, or that somebody else writes to, ends in one warning, and its rows stay in :attr:`rows` and are written
+    when it can be. A probe that fails at its first question is a mistake of the setting: the optimizer's ``step``
+    raises its error before anything has moved, and can be called again. One that fails later costs its own numbers, as
+    does one whose second half fails after the step: one warning says so and the training goes on. So it does where a
+    logger or a listener fails.
+
+    A monitor with a ``path`` lives as long as the optimizer, also where nobody holds it, until another one for the same
+    optimizer and path takes its place. One thread at a time steps an optimizer, as torch's optimizers have it, and so
+    one thread at a time is in its monitor; monitors of several optimizers may run in threads of their own, with loggers
+    in common.
+
     Steps inside a captured CUDA graph call no hooks and cannot be recorded. In data-parallel training every process may
     have its own monitor: the gradients that it sees are already averaged. Give ``path`` to only one of them.
 

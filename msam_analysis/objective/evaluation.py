@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from msam_analysis.objective.examination import Examination
 from msam_analysis.objective.explaining import explained
 from msam_analysis.objective.nested import Batch
 from msam_analysis.objective.private import Attributes, LossModule, use_randomness
-from msam_analysis.objective.randomness import RandomStream
+from msam_analysis.objective.randomness import ALONE, RandomStream
 from msam_analysis.objective.second_derivatives import SecondDerivatives
 from msam_analysis.objective.vectors import Layout, Selection, no_autocast, select
 from msam_analysis.objective.weighing import SAMPLES, Weighing, counted, mean_and_weight, with_reduction
@@ -35,8 +34,6 @@ from msam_analysis.results import ApproximationWarning, Settings
 
 # The part of a displacement that rounding may take before it is told.
 _ROUNDED = 0.1
-# Threads that share a private copy, or the global random state, pass through it one after the other.
-ALONE = threading.RLock()
 
 
 class BatchLoss(NamedTuple):
@@ -263,10 +260,14 @@ class Evaluation:
         return tensor.detach().to(device=self.device, dtype=dtype)
 
     def _recalibrated(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        with ALONE:
+            return self._collected(parameters, buffers)
+
+    def _collected(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         fresh = blank_statistics(self.copy, {name: tensor.clone() for name, tensor in buffers.items()})
         seen = 0.0
         try:
-            with ALONE, self.evaluating() as stream:
+            with self.evaluating() as stream:
                 self.place(parameters | fresh)
                 for index, (batch, weight) in enumerate(zip(self.batches, self.batches.sizes, strict=True)):
                     stream.restart(self.seed + index)
@@ -373,8 +374,13 @@ class Evaluation:
     @contextlib.contextmanager
     def deriving(self, *, twice: bool = False) -> Iterator[RandomStream]:
         """Inside, passes for derivatives run; ``twice``: for second ones."""
-        kernels, stream = self.kernels(twice=twice), RandomStream(self.seed)
-        with torch.enable_grad(), no_autocast(self.device), kernels, stream:
+        # The stream comes first: with it comes the lock under which torch's flags are set.
+        with (
+            torch.enable_grad(),
+            no_autocast(self.device),
+            RandomStream(self.seed) as stream,
+            self.kernels(twice=twice),
+        ):
             yield stream
 
     @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from msam_analysis.objective.arguments import check_autocast, device_of
 from msam_analysis.objective.batches import CACHE_BYTES, Batches
 from msam_analysis.objective.batchnorm import Policy, check_policy
-from msam_analysis.objective.evaluation import Evaluation
+from msam_analysis.objective.evaluation import ALONE, Evaluation
 from msam_analysis.objective.examination import NOT_EXAMINED, Examination
 from msam_analysis.objective.examine import examine as examination_of
 from msam_analysis.objective.gauss_newton import GaussNewtonOperator
@@ -109,6 +109,7 @@ class Objective:
     slices and differences near ``w`` are then those of a staircase. An evaluation at a point of whose distance from
     the weights rounding takes more than a tenth warns. ``dtype=torch.float32`` measures the smooth function through
     the same weights, and is the way to measure a bfloat16 checkpoint.
+    Threads that share an objective evaluate one after the other. A loss that evaluates its own objective is refused.
     """
 
     def __init__(
@@ -295,10 +296,11 @@ class Objective:
     def evaluation(self) -> Evaluation:
         """How the loss is evaluated, examined at the first use: for solvers and landscapes that need its parts."""
         evaluation = self._evaluation
-        evaluation.follow()
-        if self._examines and evaluation.findings.examination is None:
-            examine_once(evaluation)
-        evaluation.find_randomness()
+        with ALONE:
+            evaluation.follow()
+            if self._examines and evaluation.findings.examination is None:
+                examine_once(evaluation)
+            evaluation.find_randomness()
         return evaluation
 
     def examine(self) -> Examination:

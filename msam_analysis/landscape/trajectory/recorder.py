@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +29,8 @@ class TrajectoryRecorder:
 
     A file appears only when it is complete: a run that is killed keeps what it had recorded, and a recorder that is
     made again for the same folder goes on after the last point. Optimizers of :mod:`msam` hold displaced weights
-    between steps; with ``optimizer`` given, the true ones are recorded.
+    between steps; with ``optimizer`` given, the true ones are recorded. Threads may share a recorder: points are
+    written one after the other, while nobody trains.
 
     Parameters
     ----------
@@ -117,6 +119,7 @@ class TrajectoryRecorder:
         self._kept: set[int] = set()
         self.step = 0
         self._handle: Any = None
+        self._alone = threading.RLock()
         self._told = False  # whether it was said that a point could not be recorded
         if self.path.is_dir():
             self._take_up()
@@ -145,6 +148,10 @@ class TrajectoryRecorder:
         ValueError
             The step is negative, or not after the last one recorded; or a metric is called ``step`` or ``rounding``.
         """
+        with self._alone:
+            return self._record(step, keep, metrics)
+
+    def _record(self, step: int, keep: bool, metrics: Mapping[str, float]) -> bool:
         last = self._steps[-1] if self._steps else -1
         if step <= last:
             raise ValueError(
@@ -183,7 +190,8 @@ class TrajectoryRecorder:
         int
             Number of deleted points.
         """
-        return self._delete([recorded for recorded in self._steps if recorded > step])
+        with self._alone:
+            return self._delete([recorded for recorded in self._steps if recorded > step])
 
     def trajectory(self) -> Trajectory:
         """Return the trajectory recorded so far; see :func:`~msam_analysis.landscape.trajectory.load`."""
