@@ -14,9 +14,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from msam_analysis.objective.evaluation import ALONE, BatchLoss, Evaluation
+from msam_analysis.objective.evaluation import BatchLoss, Evaluation
 from msam_analysis.objective.examination import ExaminationError
 from msam_analysis.objective.operators import SymmetricOperator
+from msam_analysis.objective.randomness import ALONE
 from msam_analysis.objective.second_derivatives import (
     MissingDerivativeError,
     check_twice_differentiable,

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from msam_analysis.objective.arguments import check_autocast, device_of
 from msam_analysis.objective.batches import CACHE_BYTES, Batches
 from msam_analysis.objective.batchnorm import Policy, check_policy
-from msam_analysis.objective.evaluation import ALONE, Evaluation
+from msam_analysis.objective.evaluation import Evaluation
 from msam_analysis.objective.examination import NOT_EXAMINED, Examination
 from msam_analysis.objective.examine import examine as examination_of
 from msam_analysis.objective.gauss_newton import GaussNewtonOperator
 from msam_analysis.objective.graphs import mean_gradient
-from msam_analysis.objective.handing_on import examine_once
+from msam_analysis.objective.handing_on import made_ready
 from msam_analysis.objective.hessian import HessianOperator
 from msam_analysis.objective.private import LossFunction, LossModule, unwrap
 from msam_analysis.objective.second_derivatives import SecondDerivatives, Wish
@@ -295,13 +295,7 @@ class Objective:
     @property
     def evaluation(self) -> Evaluation:
         """How the loss is evaluated, examined at the first use: for solvers and landscapes that need its parts."""
-        evaluation = self._evaluation
-        with ALONE:
-            evaluation.follow()
-            if self._examines and evaluation.findings.examination is None:
-                examine_once(evaluation)
-            evaluation.find_randomness()
-        return evaluation
+        return made_ready(self._evaluation, examines=self._examines)
 
     def examine(self) -> Examination:
         """Say whether the loss is a function, this model's, and a mean, and whether its derivatives are right.

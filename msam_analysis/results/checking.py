@@ -8,7 +8,6 @@ dimensions, the same in all fields; ``*`` any at all), and ``_ranges``, a word o
 from __future__ import annotations
 
 import dataclasses
-import functools
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -70,8 +69,7 @@ def check(result: Any) -> None:
         raise FieldError(told)
 
 
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     # points of a trajectory on disk are no part of a file
     found = typing.get_type_hints(kind, localns={"StoredPoints": Tensor, "Tensor": Tensor})
     return {field.name: found[field.name] for field in dataclasses.fields(kind)}

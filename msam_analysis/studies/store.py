@@ -96,8 +96,8 @@ def read_checkpoint(directory: Path, device: torch.device | str = "cpu") -> dict
         saved = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # noqa: BLE001 -- whatever torch says of what is damaged, with advice that runs it
         raise _damaged(path, f"torch cannot read it: {type(error).__name__}") from None
-    parts = [saved.get(part) for part in ("model", "optimizer")] if isinstance(saved, dict) else [None]
-    if not all(isinstance(part, dict) for part in parts) or not all(map(torch.is_tensor, parts[0].values())):
+    weights, state = (saved.get("model"), saved.get("optimizer")) if isinstance(saved, dict) else (None, None)
+    if not isinstance(weights, dict) or not isinstance(state, dict) or not all(map(torch.is_tensor, weights.values())):
         raise _damaged(path, "it holds no weights with a state of the optimizer")
     return dict(saved)
 

@@ -92,6 +92,11 @@ def folder_becomes_a_file(path: Path) -> None:
     path.parent.write_bytes(b"")
 
 
+def new_and_empty(path: Path) -> None:
+    path.unlink()
+    path.touch()
+
+
 def copied_back(path: Path) -> None:
     content = path.read_bytes()
     path.unlink()
@@ -105,7 +110,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[int] | None, str]] = {
     "emptied": (lambda path: os.truncate(path, 0), NEW, ""),
     "deleted": (lambda path: path.unlink(), NEW, ""),
     "renamed": (lambda path: path.rename(path.with_name("old")), NEW, ""),
-    "replaced by an empty file": (lambda path: (path.unlink(), path.touch()), NEW, ""),
+    "replaced by an empty file": (new_and_empty, NEW, ""),
     "its folder deleted": (lambda path: shutil.rmtree(path.parent), NEW, ""),
     "its folder renamed": (lambda path: path.parent.rename(path.parent.with_name("old")), NEW, ""),
     "cut in a row": (cut(0.7), WHOLE, ""),

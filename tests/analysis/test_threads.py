@@ -58,7 +58,9 @@ class Checkpointed(nn.Module):
         self.first, self.last, self.reentrant = nn.Linear(3, 8), nn.Linear(8, 2), reentrant
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(checkpoint(self.first, x, use_reentrant=self.reentrant)))
+        hidden: Tensor = checkpoint(self.first, x, use_reentrant=self.reentrant)
+        found: Tensor = self.last(torch.tanh(hidden))
+        return found
 
 
 def network(kind: str) -> nn.Module:
