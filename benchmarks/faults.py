@@ -135,7 +135,7 @@ if __name__ == "__main__":
     run_study(TOY, seeds=2, out="out", exhibits=["A3"], jobs=1, protocol=COARSE, progress=False)
 """
 MODEL = ("--model", "proj:network", "--data", "proj:data")
-MEASURE = ("measure", "ck.pt", *MODEL, "--metrics", "loss,average,balls,eigenvalues,trace", "--out", "out")
+MEASURE = ("measure", "ck.pt", *MODEL, "--metrics", "loss,average,ball,eigenvalues,trace", "--out", "out")
 LANDSCAPE = ("landscape", "ck.pt", *MODEL, "--points", "15", "--out", "out", "--quiet")
 MONITOR = TRAINING.format(
     watch="""monitor = ma.Monitor(optimizer, [ma.probes.Norms(), ma.probes.MomentumGradientCosine(after=True)], every=2,
@@ -184,8 +184,8 @@ def started(script: Path, folder: Path, log: Path) -> Any:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The results in a folder, by name; locks of studies that are over are none."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    """The results in a folder, by name; hidden files are none."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -219,6 +219,8 @@ def kills(folder: Path, draw: random.Random, rounds: int) -> Part:
                 killed += 1
             part.more["kills"][name] = part.more["kills"].get(name, 0) + killed
             found = contents(here / "out")
+            hidden = [path for path in (here / "out").rglob(".*") if path.is_file() and path.name != ".lock"]
+            part.more["hidden files left"] = part.more.get("hidden files left", 0) + len(hidden)
             unlike = sorted(key for key in found.keys() | whole.keys() if found.get(key) != whole.get(key))
             ended = "" if process.exitcode == 0 else f", it ended with {process.exitcode}: {log.read_text()[-200:]}"
             part.count(not unlike and not ended, f"{name}, killed {killed} times: differs in {unlike[:4]}{ended}")
@@ -448,8 +450,8 @@ def flat(more: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def main() -> None:
     """Try, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=8, help="runs of each program that are killed")
-    parser.add_argument("--files", type=int, default=10_000, help="damaged checkpoints")
+    parser.add_argument("--rounds", type=int, default=6, help="runs of each program that are killed")
+    parser.add_argument("--files", type=int, default=6_000, help="damaged checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="parts whose name contains this word; nothing is written then")
     parser.add_argument("--out", type=Path, default=RESULTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import warnings
 import weakref
@@ -22,6 +23,10 @@ from msam_analysis.results import Trajectory, load_trajectory, points
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+# What a killed run leaves: our own unfinished files, and those of safetensors.
+_LEFTOVER = re.compile(r"\.(step-.*|trajectory\..*)\.safetensors|\.tmp[A-Za-z0-9]{6}")
 
 
 class TrajectoryRecorder:
@@ -320,8 +325,9 @@ class TrajectoryRecorder:
 
     def _take_up(self) -> None:
         """Go on after the points in the folder."""
-        for leftover in [*self.path.glob(".step-*.safetensors"), *self.path.glob(".trajectory.*.safetensors")]:
-            leftover.unlink(missing_ok=True)  # half a file from a killed run
+        for leftover in self.path.glob(".*"):
+            if _LEFTOVER.fullmatch(leftover.name):
+                leftover.unlink(missing_ok=True)  # half a file from a killed run
         try:
             fields, origin = points.read_header(self.path)
         except FileNotFoundError:
