@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import pickle
 import re
-import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+
+from msam_analysis.objective.randomness import Alone
 
 
 class StandIn:
@@ -31,7 +32,7 @@ class StandIn:
         self.state = state
 
 
-_ALONE = threading.RLock()  # torch's list of what is safe is one for all threads
+_ALONE = Alone()  # torch's list of what is safe is one for all threads
 _LOOKED_INTO = (StandIn, dict, list, tuple)
 
 

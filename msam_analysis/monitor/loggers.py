@@ -16,7 +16,6 @@ import importlib
 import io
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 from msam_analysis.monitor.growing import GrowingFile
 from msam_analysis.monitor.records import Row
+from msam_analysis.objective.randomness import Alone
 
 __all__ = ["CSV", "Logger", "MLflow", "TensorBoard", "WandB"]
 
@@ -60,7 +60,7 @@ class CSV:
         self._columns: list[str] = []
         self._rows: list[dict[str, Any]] = []  # as text where they were read
         self._first = self._written = 0  # the file has the rows from the first one on, up to what is written
-        self._alone = threading.RLock()  # monitors of several threads may share a table
+        self._alone = Alone()  # monitors of several threads may share a table
         self._file = GrowingFile(path, lambda: self._text([]), self._own)
         content = self._file.read()
         self._file.size = content.rfind(b"\n") + 1

@@ -288,8 +288,12 @@ class Monitor:
         Raises
         ------
         ValueError
-            The state belongs to other probes.
+            The state belongs to other probes, or is none.
         """
+        if lacking := {"step", "skipped", "identity", "probes"} - set(state):
+            raise ValueError(
+                f"expected what Monitor.state_dict() returned, got {min(lacking)!r} missing: load what was saved"
+            )
         if state["identity"] != self._identity():
             raise ValueError(
                 f"expected the state of a monitor with {self._identity()}, got one with {state['identity']}: give this "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +24,7 @@ class Alone:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forked)
+        _LOCKS.add(self)
 
     def acquire(self, blocking: bool = True) -> bool:
         """Take the lock; return whether it was taken."""
@@ -40,7 +40,7 @@ class Alone:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def _forked(self) -> None:
+    def forked(self) -> None:
         """Look, in the child, whether the lock is free or the only thread's own; it is nobody's to give back else."""
         if self._lock.acquire(blocking=False):
             self._lock.release()
@@ -48,7 +48,17 @@ class Alone:
             self._lock = threading.RLock()
 
 
+_LOCKS: weakref.WeakSet[Alone] = weakref.WeakSet()
 ALONE = Alone()
+
+
+def _after_fork() -> None:
+    for lock in list(_LOCKS):
+        lock.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _global_state() -> tuple[Any, ...]:

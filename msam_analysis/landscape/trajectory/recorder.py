@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.private import unwrap
+from msam_analysis.objective.randomness import Alone
 from msam_analysis.objective.vectors import Layout, Selection, select
 from msam_analysis.results import Trajectory, load_trajectory, points
 
@@ -124,7 +124,7 @@ class TrajectoryRecorder:
         self._kept: set[int] = set()
         self.step = 0
         self._handle: Any = None
-        self._alone = threading.RLock()
+        self._alone = Alone()
         self._told = False  # whether it was said that a point could not be recorded
         if self.path.is_dir():
             self._take_up()
