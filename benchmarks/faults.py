@@ -453,7 +453,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="runs of each program that are killed")
     parser.add_argument("--files", type=int, default=6_000, help="damaged checkpoints")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="parts whose name contains this word; nothing is written then")
+    parser.add_argument("--only", default="", help="parts whose name contains this word; others stay as they are")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -481,10 +481,13 @@ def main() -> None:
                     {"name": done.name, "what": done.what, "tried": done.tried, "held": done.tried - len(done.failed)}
                     | {"more": done.more, "failed": done.failed}
                 )
+    if options.only and options.out.exists():
+        before = json.loads(options.out.read_text(encoding="utf-8"))["parts"]
+        new = {one["name"]: one for one in found}
+        found = [new.pop(one["name"], one) for one in before] + list(new.values())
     results = {"machine": machine("cpu"), "seed": options.seed, "parts": found}
     print(markdown(results))
-    if not options.only:
-        save(json.loads(json.dumps(results)), options.out)
+    save(json.loads(json.dumps(results)), options.out)
     sys.exit(any(one["failed"] for one in found))
 
 
