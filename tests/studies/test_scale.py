@@ -127,7 +127,8 @@ def test_a_state_is_read_without_running_it_or_refused(tmp_path: Path) -> None:
         ValueError, match=r"the state of a run in .*state\.pt cannot be read \(.*remove it, and the run"
     ):
         train(LONG, "SGD", 0, every=None, state=file)
-    for content in ({"model": {}}, [], {"model": 3}):
+    damaged: list[object] = [{"model": {}}, [], {"model": 3}]
+    for content in damaged:
         torch.save(content, file)
         with pytest.raises(ValueError, match=r"the state of a run in .*state\.pt cannot be read"):
             train(LONG, "SGD", 0, every=None, state=file)
