@@ -193,6 +193,8 @@ def kills(folder: Path, draw: random.Random, rounds: int) -> Part:
     """Kill programs at random moments, and run the same command again until it ends."""
     part = Part("kills", "SIGKILL at a random moment, then the same command again: the results are equal, to the byte")
     part.more["kills"] = {}
+    project(folder / "work")
+    started(Path(__file__).parent / "common.py", folder / "work", folder / "log").join()  # the first start takes longest
     for name, text in PROGRAMS.items():
         here, script, log = folder / "work", folder / f"{name}.py", folder / "log"
         script.write_text(text)
