@@ -194,7 +194,8 @@ def kills(folder: Path, draw: random.Random, rounds: int) -> Part:
     part = Part("kills", "SIGKILL at a random moment, then the same command again: the results are equal, to the byte")
     part.more["kills"] = {}
     project(folder / "work")
-    started(Path(__file__).parent / "common.py", folder / "work", folder / "log").join()  # the first start takes longest
+    # the first start of all takes longest, and would mislead
+    started(Path(__file__).parent / "common.py", folder / "work", folder / "log").join()
     for name, text in PROGRAMS.items():
         here, script, log = folder / "work", folder / f"{name}.py", folder / "log"
         script.write_text(text)
