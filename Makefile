@@ -27,7 +27,7 @@ $(STAMP): $(SETUP)
 	@$(BIN)/python -m pip check --disable-pip-version-check
 	@touch $@
 
-.PHONY: help install study figures notebooks bench test lint types layers tests integrations format lab lowest clean \
+.PHONY: help install study figures notebooks bench faults test lint types layers tests integrations format lab lowest clean \
     distclean
 
 help:  ## this list
@@ -53,6 +53,9 @@ lab: $(STAMP)  ## install JupyterLab too, and open the notebooks in it
 bench: $(STAMP)  ## run the benchmarks, one after the other
 	@test -n "$(wildcard benchmarks/*.py)" || { echo "bench: there is nothing in benchmarks/ yet" >&2; exit 1; }
 	@for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+faults: $(STAMP)  ## what kills, hostile files, wrong commands, threads and full disks do (ten minutes)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python benchmarks/faults.py $(FAULTS_ARGS)
 
 # -------------------------------------------------------------------------------------------------------- checking
 test: lint types layers tests  ## everything below: what must pass before a change is kept

@@ -47,7 +47,7 @@ class PerturbedOptimizer(Optimizer, ABC):
     (which ones are displaced now) and ``applied`` (the scalar c in ε = c · direction; NaN where SAM's first gradients
     overflowed, and then ε = 0), ``along`` (the direction in words), ``first_lr`` and ``largest_lr`` (for schedules that
     follow the learning rate). The first group also keeps ``steps`` and ``training``. All of it is plain data and
-    travels in ``state_dict``.
+    travels in ``state_dict``. One thread at a time may step or read an optimizer, as it is with torch's.
 
     Parameters
     ----------

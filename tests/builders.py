@@ -260,7 +260,7 @@ def comparison(count: int = 2) -> results.Comparison:
         mean = {"value": float(draws.mean()), "uncertainty": 0.1, "converged": None, "meaning": "trace"}
         measurements[label] = results.Measurement(
             rows=(*base.rows, {"metric": "trace", **mean}),
-            results={"trace": built(results.Estimate, values=draws), **base.results},
+            results={"trace": built(results.Estimate, values=draws, draws=len(draws)), **base.results},
             settings=SETTINGS,
         )
     sources = {label: {"path": "a/b.pt", "step": 10 * n, "epoch": None} for n, label in enumerate(labels)}

@@ -28,6 +28,7 @@ from msam_analysis.objective.randomness import drawn_indices
 from msam_analysis.objective.ranks import Ranks
 from msam_analysis.results import BallSharpness, Comparison, Eigenpairs, Measurement, Result
 from msam_analysis.results import load as load_result
+from msam_analysis.results.checking import check
 from msam_analysis.results.files import sweep, write_json
 from msam_analysis.results.fingerprint import fingerprint, of_tensors
 
@@ -262,9 +263,12 @@ class Kept:
         """Return the metrics that are there whole."""
         found: dict[str, Measurement] = {}
         for name, part in self._record["metrics"].items():
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: measured again
+            # what is damaged is measured again
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 results = {result: load_result(self.folder / f"{result}.safetensors") for result in part["results"]}
-                found[name] = Measurement(rows=tuple(part["rows"]), results=results, settings=part["settings"])
+                whole = Measurement(rows=tuple(part["rows"]), results=results, settings=part["settings"])
+                check(whole)
+                found[name] = whole
         return found
 
     def keep(self, name: str, part: Measurement) -> None:
@@ -287,9 +291,10 @@ class Kept:
     def _read(folder: Path) -> dict[str, Any] | None:
         try:
             record: dict[str, Any] = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
-        return record if isinstance(record, dict) and {"key", "metrics"} <= record.keys() else None
+        whole = isinstance(record, dict) and {"key", "metrics"} <= record.keys() and isinstance(record["metrics"], dict)
+        return record if whole else None
 
 
 def _named(checkpoints: Any) -> dict[str, Any]:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import stat
+import struct
 import zipfile
 from pathlib import Path
+from typing import Any
+
+from msam_analysis.checkpoints.scanning import MOST_BYTES
 
 EXPECTED = "expected a .safetensors file or torch.save(model.state_dict(), path)"
 SAFETENSORS, ARCHIVE, TORCHSCRIPT, LEGACY = "safetensors", "torch.save", "TorchScript", "old torch.save"
 
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's number before every file of before version 1.6
+_LONGEST_END = 2**16 + 200  # bytes in which the end of an archive lies
 _CONVERT = "convert it with the library that wrote it"
 _OTHERS = {
     b"\x1f\x8b": ("a gzip file", "unpack it with gunzip"),
@@ -73,6 +78,20 @@ def refusal(path: Path, what: str, way: str) -> ValueError:
     return ValueError(f"{path} {what}: {EXPECTED}; {way}")
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the first sentence of what a parser says, as part of a sentence of ours."""
+    first = " ".join(str(error).split("\n")[0].split()).split(". ")[0][:120].strip(" .!?:;")
+    return first or type(error).__name__
+
+
+def json_of(path: Path) -> Any:
+    """Return the content of a file of JSON; None where it cannot be read, is too long or too deep."""
+    try:
+        return json.loads(path.read_bytes()) if path.stat().st_size <= MOST_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def _refuse_text(path: Path, head: bytes) -> None:
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith(b"version https://git-lfs"):
@@ -80,29 +99,50 @@ def _refuse_text(path: Path, head: bytes) -> None:
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         raise refusal(path, "is a web page", "the download gave a page in place of the file: fetch the file itself")
     if text.startswith((b"{", b"[")):
-        try:
-            content = json.loads(path.read_bytes())
-        except (ValueError, RecursionError):
-            content = None
+        content = json_of(path)
         if isinstance(content, dict) and "weight_map" in content:
             raise refusal(path, "is the index of a sharded checkpoint", f"pass the folder {path.parent}")
         raise refusal(path, "is text (JSON)", "pass the file with the weights, or its folder")
 
 
 def _kind_of_zip(path: Path) -> str:
+    size = path.stat().st_size
+    if _directory_size(path) > MOST_BYTES:
+        raise refusal(path, "lists more files than a checkpoint has", "check where it comes from")
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name.rsplit("/", 1)[-1] for name in archive.namelist()]
-            short = any(info.header_offset + info.compress_size > path.stat().st_size for info in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+            records = archive.infolist()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError, OverflowError, struct.error, ValueError):
         raise refusal(path, "is a torch.save file that was cut or damaged", "fetch it again") from None
-    if short:
+    if any(info.header_offset + info.compress_size > size for info in records):
         raise refusal(path, "is a torch.save file that was cut or damaged", "fetch it again")
-    if "constants.pkl" in names and "data.pkl" in names:
-        return TORCHSCRIPT
+    names = [info.filename.rsplit("/", 1)[-1] for info in records]
     if "data.pkl" in names:
-        return ARCHIVE
+        _check_records(path, records, names, size)
+        return TORCHSCRIPT if "constants.pkl" in names else ARCHIVE
     what = (
         "a NumPy archive" if names and all(name.endswith(".npy") for name in names) else "a zip archive of other things"
     )
-    raise refusal(path, f"is {what} (first: {(names or ['nothing'])[0]!r})", "unpack it, and pass the file inside")
+    first = (names or ["nothing"])[0]
+    raise refusal(path, f"is {what} (first: {first!a:.60})", "unpack it, and pass the file inside")
+
+
+def _check_records(path: Path, records: list[zipfile.ZipInfo], names: list[str], size: int) -> None:
+    """Refuse an archive that torch would read otherwise than it was looked at, or that holds more than it has."""
+    if names.count("data.pkl") > 1:
+        raise refusal(path, "holds two descriptions (data.pkl) of its content", "check where it comes from")
+    read = [info for info in records if "/data/" in info.filename or info.filename.endswith("/data.pkl")]
+    if any(info.compress_type != zipfile.ZIP_STORED for info in read):
+        raise refusal(path, "is a torch.save file that was compressed", "unpack it, and pack it with zip -0")
+    if sum(info.file_size for info in read) > size:
+        raise refusal(path, "claims to hold more than it has", "check where it comes from")
+
+
+def _directory_size(path: Path) -> int:
+    """Return the length of an archive's list of files as its end states it; 0 where it states none."""
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - _LONGEST_END))
+        end = stream.read()
+    small, large = end.rfind(b"PK\x05\x06"), end.rfind(b"PK\x06\x06")
+    known = int.from_bytes(end[small + 12 : small + 16], "little") if small >= 0 else 0
+    return int.from_bytes(end[large + 40 : large + 48], "little") if known == 2**32 - 1 and large >= 0 else known

@@ -6,8 +6,7 @@ import contextlib
 import dataclasses
 import enum
 import importlib
-import io
-import json
+import math
 import pickle
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,22 @@ import torch
 from torch import Tensor
 
 from msam_analysis.checkpoints import files
-from msam_analysis.checkpoints.reading import COUNTERS, Content, Entry, counted, counters_of_file, existing, read_file
+from msam_analysis.checkpoints.reading import (
+    COUNTERS,
+    Content,
+    Entry,
+    counted,
+    counters_of_file,
+    existing,
+    number_in,
+    read_file,
+)
+from msam_analysis.checkpoints.scanning import MOST_OBJECTS, CostlyError, scan
 
 _INDICES = ("*.safetensors.index.json", "*.bin.index.json")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin")
 _ENDINGS = ("*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.pth")
+_LONGEST_NAME = 255
 _DESCRIPTIONS = ("torch", "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 _SMALL = 2**16  # bytes of a stored number
 _LAYOUTS = {str(layout): layout for layout in (torch.strided, torch.sparse_coo, torch.sparse_csr)}
@@ -40,18 +50,34 @@ def read(path: Path) -> Content:
         return counted(*_distributed(path))
     if (path / "modules.json").is_file():
         content = _sentence(path)
-    elif (path / "latest").is_file() and (path / (path / "latest").read_text().strip()).is_dir():
-        return read(path / (path / "latest").read_text().strip())  # a folder of DeepSpeed, which names its newest one
+    elif (newest := _newest(path)) is not None:  # a folder of DeepSpeed, which names its newest one
+        if _newest(newest) is not None:
+            raise ValueError(f"{path} names a folder that names another: expected one with weights; pass the one meant")
+        return read(newest)
     else:
         content = _one(path)
-    return counted(content, _json(path / "trainer_state.json"))
+    return counted(content, files.json_of(path / "trainer_state.json"))
+
+
+def _newest(path: Path) -> Path | None:
+    """Return the folder that a file called latest names, straight in a folder."""
+    file = path / "latest"
+    if not file.is_file() or file.stat().st_size > _LONGEST_NAME:
+        return None
+    name = file.read_bytes().decode(errors="replace").strip()
+    return path / name if name.isprintable() and _straight(name) and (path / name).is_dir() else None
+
+
+def _straight(name: object) -> bool:
+    """Tell whether a name is that of something straight in a folder, and not of a place elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
 
 
 def counters(path: Path) -> dict[str, int | None]:
     """Return step and epoch as a checkpoint says them, else its name; None for what neither says."""
     if not path.is_dir():
         return counters_of_file(path)
-    found = _json(path / "trainer_state.json")
+    found = files.json_of(path / "trainer_state.json")
     if (path / ".metadata").is_file():
         with contextlib.suppress(Exception):  # damaged: said when it is loaded
             found = _numbers(path, _description(path))
@@ -94,9 +120,10 @@ def _one(path: Path) -> Content:
 
 
 def _shards(path: Path, index: Path) -> Content:
-    places = (_json(index) or {}).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise ValueError(f"{index} is no index of shards: expected names of tensors to files; fetch it again")
+    found = files.json_of(index)
+    places = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(places, dict) or not places or not all(map(_straight, places.values())):
+        raise ValueError(f"{index} is no index of shards: expected names of tensors to files beside it; fetch it again")
     tensors: dict[str, Entry] = {}
     shards = sorted(set(places.values()))
     for name in shards:
@@ -114,23 +141,37 @@ def _shards(path: Path, index: Path) -> Content:
 def _sentence(path: Path) -> Content:
     """Read the modules of a sentence-transformers folder, each under the name that the model gives it."""
     tensors: dict[str, Entry] = {}
-    for module in json.loads((path / "modules.json").read_text()):
+    modules = files.json_of(path / "modules.json")
+    if not isinstance(modules, list) or not all(map(_is_module, modules)):
+        raise ValueError(
+            f"{path / 'modules.json'} is no list of modules: expected a name and a path beside it for each; fetch it "
+            "again"
+        )
+    for module in modules:
         folder = path / module["path"]
         if not any(next(folder.glob(pattern), None) for pattern in (*_INDICES, *_ENDINGS)):
             continue  # a pooling layer has no weights
-        name = str(module["name"])
+        name = module["name"]
         tensors |= {f"{name}.{key}": Entry(entry.tensor, ()) for key, entry in _one(folder).tensors.items()}
     return Content(path, "folder of sentence-transformers", tensors)
 
 
+def _is_module(module: object) -> bool:
+    if not isinstance(module, dict) or not isinstance(module.get("name"), str):
+        return False
+    return module.get("path") == "" or _straight(module.get("path"))
+
+
 def _distributed(path: Path) -> tuple[Content, dict[str, Any]]:
     """Read a folder of torch.distributed.checkpoint in one process, and its counters; nothing in it is run."""
+    from torch.distributed.checkpoint.api import CheckpointException  # imports much
+
     try:
         metadata = _description(path)
         names = [name for name, one in metadata.state_dict_metadata.items() if hasattr(one, "properties")]
         wanted, known = _tensors(path, metadata, names), _numbers(path, metadata)
-    except Exception as error:  # noqa: BLE001 -- whatever torch says of what is damaged
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except (Exception, CheckpointException) as error:  # noqa: BLE001 -- whatever it is; torch's own is no Exception
+        reason = files.reason_of(error)
         raise ValueError(
             f"{path} cannot be read as a checkpoint of torch.distributed ({reason}): expected .metadata and the "
             "files that it names; fetch it again, or convert it by torch.distributed.checkpoint.format_utils"
@@ -140,8 +181,18 @@ def _distributed(path: Path) -> tuple[Content, dict[str, Any]]:
 
 
 def _description(path: Path) -> Any:
+    """Read what the folder says of itself; it may claim no more than its files hold."""
+    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     with (path / ".metadata").open("rb") as stream:
-        return _Descriptions(stream).load()
+        scan(stream, size, plain=True)
+        stream.seek(0)
+        metadata = _Descriptions(stream).load()
+    described = [one for one in metadata.state_dict_metadata.values() if hasattr(one, "properties")]
+    claimed = sum(math.prod(one.size) * one.properties.dtype.itemsize for one in described)
+    below = any(length < 0 for one in described for length in one.size)
+    if below or claimed > size or len(metadata.state_dict_metadata) > MOST_OBJECTS:
+        raise CostlyError(f"{len(described)} tensors claim {claimed} bytes, where its files have {size}")
+    return metadata
 
 
 def _tensors(path: Path, metadata: Any, names: Sequence[str]) -> dict[str, Tensor]:
@@ -181,10 +232,7 @@ def _stored(path: Path, metadata: Any, name: str) -> Any:
         return None
     with (path / place.relative_path).open("rb") as stream:
         stream.seek(place.offset)
-        try:
-            return torch.load(io.BytesIO(stream.read(place.length)), weights_only=True)
-        except Exception:  # noqa: BLE001 -- a class of somebody's, or packed in a way of their own: no number
-            return None
+        return number_in(stream.read(place.length))
 
 
 class _Descriptions(pickle.Unpickler):
@@ -203,10 +251,3 @@ class _Descriptions(pickle.Unpickler):
         if dataclasses.is_dataclass(found) or isinstance(found, (enum.EnumMeta, torch.dtype)) or found is torch.Size:
             return found
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which only running it could restore")
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

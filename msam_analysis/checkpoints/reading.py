@@ -7,7 +7,6 @@ import itertools
 import os
 import pickle
 import re
-import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from msam_analysis.checkpoints import files, stand_ins
+from msam_analysis.checkpoints.scanning import MOST_OBJECTS, CostlyError, scan
 
 _COUNTERS = {"step": ("global_step", "step", "steps", "iteration", "iter", "num_updates"), "epoch": ("epoch",)}
 COUNTERS = {name for names in _COUNTERS.values() for name in names}
@@ -29,8 +29,8 @@ _IN_NAMES = {
 }
 _DEPTH = 3
 _APART = ("optim", "sched", "scaler", "ema", "model", "net", "state_dict", "callbacks")
-_DAMAGED = (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, IndexError)
-_BROKEN = (ArithmeticError, AttributeError, AssertionError, UnicodeError, MemoryError, struct.error, zipfile.BadZipFile)
+_CLAIM = 2**26  # bytes that a tensor may have beyond those of its storage, as one that is expanded has
+_DEEPEST = 100  # nested mappings
 
 
 class Entry(NamedTuple):
@@ -70,21 +70,17 @@ def read_file(path: Path) -> Content:
     """
     kind = files.kind_of(path)
     try:
-        if kind == files.SAFETENSORS:
-            with safe_open(path, framework="pt") as archive:
-                found: Any = {name: archive.get_tensor(name) for name in archive.keys()}  # noqa: SIM118 -- no mapping
-        elif kind == files.TORCHSCRIPT:
-            found = _script(path)
-        else:
-            found = _saved(path, kind)
+        found = _safetensors(path) if kind == files.SAFETENSORS else _saved(path, kind)
+        tensors = {".".join(parts): entry for parts, entry in _entries(found)}
+        content = Content(path, f"{kind} file", tensors, unread=tuple(stand_ins.stand_ins(found)))
+        return counted(content, found)
+    except CostlyError as error:
+        raise files.refusal(path, f"is no checkpoint: {error}", "check where it comes from") from None
     except pickle.UnpicklingError as error:
         raise _unsafe(path, kind, str(error)) from None
-    except (*_DAMAGED, *_BROKEN) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise files.refusal(path, f"cannot be read as weights ({reason})", "it is damaged: fetch it again") from None
-    tensors = {".".join(parts): entry for parts, entry in _entries(found)}
-    content = Content(path, f"{kind} file", tensors, unread=tuple(stand_ins.stand_ins(found)))
-    return counted(content, found)
+    except Exception as error:  # noqa: BLE001 -- whatever a parser raises on what is damaged
+        what = f"cannot be read as weights ({files.reason_of(error)})"
+        raise files.refusal(path, what, "it is damaged: fetch it again") from None
 
 
 def counted(content: Content, found: Any = None) -> Content:
@@ -97,7 +93,7 @@ def counters_of_file(path: Path) -> dict[str, int | None]:
     """Return step and epoch as the file says them, else its name; None for what neither says."""
     try:
         found = _saved(path, files.ARCHIVE) if path.is_file() and files.kind_of(path) == files.ARCHIVE else None
-    except (ValueError, pickle.UnpicklingError, *_DAMAGED, *_BROKEN):  # said when it is loaded
+    except Exception:  # noqa: BLE001 -- whatever it is, it is said when the file is loaded
         found = None
     return {counter: _counter(counter, path, found) for counter in _COUNTERS}
 
@@ -122,32 +118,61 @@ def _levels(found: Any) -> Iterator[list[Mapping[Any, Any]]]:
 
 
 def _number(value: Any) -> int | None:
-    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and not value.is_meta:
         value = value.item()
     whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
     return int(value) if whole else None
 
 
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as archive:
+        names = list(archive.keys())
+        if len(names) > MOST_OBJECTS:
+            raise CostlyError(f"it holds {len(names)} tensors, more than {MOST_OBJECTS}")
+        return {name: archive.get_tensor(name) for name in names}
+
+
 def _saved(path: Path, kind: str) -> Any:
-    if kind == files.ARCHIVE:  # mapped and not read: what nobody asks for (the optimizer's state) costs no memory
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        return stand_ins.load(path, unsafe, mmap=True)
-    with path.open("rb") as stream:
-        names = stand_ins.names_in(stream, pickles=4)
-    return stand_ins.load(path, names)
+    """Read what torch wrote; its pickle is looked through beforehand."""
+    size = path.stat().st_size
+    if kind == files.LEGACY:  # its five pickles: three of the format, the object, and the names of storages
+        with path.open("rb") as stream:
+            return stand_ins.load(path, scan(stream, size, pickles=5))
+    with zipfile.ZipFile(path) as archive:
+        described = next(info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
+        names = scan(io.BytesIO(_record(archive, described)), size)
+        if kind == files.TORCHSCRIPT:
+            return stand_ins.load(_without_code(archive), names)
+    return stand_ins.load(path, names, mmap=True)  # what nobody asks for (the optimizer's state) costs no memory
 
 
-def _script(path: Path) -> Any:
-    """Read the attributes of a TorchScript archive; its code is left out before torch sees it."""
+def number_in(data: bytes) -> Any:
+    """Return the small object that torch saved as an archive in these bytes; None where it is no number."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            described = next(info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
+            scan(io.BytesIO(_record(archive, described)), len(data))
+        return torch.load(io.BytesIO(data), weights_only=True)
+    except Exception:  # noqa: BLE001 -- a class of somebody's, or packed in a way of their own
+        return None
+
+
+def _without_code(archive: zipfile.ZipFile) -> io.BytesIO:
+    """Return a TorchScript archive without its code, which torch does not see then."""
     packed = io.BytesIO()
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as new:
-        for info in old.infolist():
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as new:
+        for info in archive.infolist():
             root, _, inner = info.filename.partition("/")
             inner = inner.removeprefix(".data/") if inner == ".data/version" else inner
             if inner in ("data.pkl", "version", "byteorder") or inner.startswith("data/"):
-                new.writestr(f"{root}/{inner}", old.read(info))
-        pickled = next(old.read(info) for info in old.infolist() if info.filename.endswith("/data.pkl"))
-    return stand_ins.load(packed, stand_ins.names_in(io.BytesIO(pickled)))
+                new.writestr(f"{root}/{inner}", _record(archive, info))
+    return packed
+
+
+def _record(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    """Read a record of an archive; torch can be told to write no checksums, and so none is asked for."""
+    info.CRC = None  # type: ignore[assignment]  # zipfile's way to say that it is not known
+    return archive.read(info)
 
 
 def _unsafe(path: Path, kind: str, message: str) -> ValueError:
@@ -161,30 +186,51 @@ def _unsafe(path: Path, kind: str, message: str) -> ValueError:
     )
 
 
-def _entries(found: Any, path: tuple[str, ...] = (), holder: tuple[str, ...] | None = None) -> Iterator[Place]:
+def _entries(found: Any) -> Iterator[Place]:
     """Yield every tensor in mappings and in modules that were saved whole: its path, itself, what holds it.
 
     All tensors of such a module lie in one: as in a state dict, its own names have dots. Lists may hold mappings; a
     tensor straight in a list has no name.
     """
-    if isinstance(found, Tensor):
-        yield path or ("tensor",), Entry(found, path[:-1] if holder is None else holder)
-    elif isinstance(found, stand_ins.StandIn) and isinstance(found.state, dict):
-        state = found.state
-        if "_modules" in state and "_parameters" in state:  # of torch.nn
-            passing = set(state.get("_non_persistent_buffers_set") or ())
-            buffers = {name: one for name, one in state["_buffers"].items() if name not in passing}
-            state = {**state["_parameters"], **buffers, **state["_modules"]}
-        for name, value in state.items():
-            yield from _entries(value, (*path, str(name)), path if holder is None else holder)
-    elif isinstance(found, Mapping):
-        for key, value in found.items():
-            if isinstance(key, (str, int)):
-                yield from _entries(value, (*path, str(key)), holder)
-    elif isinstance(found, (list, tuple)):
-        for number, value in enumerate(found):
-            if not isinstance(value, Tensor):  # which has no name
-                yield from _entries(value, (*path, str(number)), holder)
+    looked = 0
+    left: list[tuple[Any, tuple[str, ...], tuple[str, ...] | None]] = [(found, (), None)]
+    while left:
+        found, path, holder = left.pop()
+        looked += 1
+        if looked > 4 * MOST_OBJECTS or len(path) > _DEEPEST:
+            raise CostlyError("its containers hold themselves, or more than a checkpoint has")
+        if isinstance(found, Tensor):
+            _check_claim(found, path)
+            yield path or ("tensor",), Entry(found, path[:-1] if holder is None else holder)
+        elif isinstance(found, stand_ins.StandIn) and isinstance(found.state, dict):
+            whose = path if holder is None else holder
+            left += [(value, (*path, str(name)), whose) for name, value in _of_module(found.state).items()][::-1]
+        elif isinstance(found, Mapping):
+            named = [(key, value) for key, value in found.items() if isinstance(key, (str, int))]
+            left += [(value, (*path, str(key)), holder) for key, value in named][::-1]
+        elif isinstance(found, (list, tuple)):
+            inner = [(str(number), value) for number, value in enumerate(found) if not isinstance(value, Tensor)]
+            left += [(value, (*path, number), holder) for number, value in inner][::-1]
+
+
+def _of_module(state: dict[str, Any]) -> dict[str, Any]:
+    """Return what a module that was saved whole holds by name; any other state as it is."""
+    if "_modules" not in state or "_parameters" not in state:
+        return state
+    passing = set(state.get("_non_persistent_buffers_set") or ())
+    buffers = {name: one for name, one in state["_buffers"].items() if name not in passing}
+    return {**state["_parameters"], **buffers, **state["_modules"]}
+
+
+def _check_claim(tensor: Tensor, path: tuple[str, ...]) -> None:
+    """Refuse a tensor that has no values, or of which a file of a few bytes makes gigabytes."""
+    if tensor.is_meta:
+        raise CostlyError(f"its tensor {'.'.join(path)!r:.60} has a shape and no values")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return
+    claimed, there = tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes()
+    if claimed > _CLAIM and claimed > 16 * there:
+        raise CostlyError(f"its tensor {'.'.join(path)!r:.60} claims {claimed} bytes, where {there} are there")
 
 
 def existing(path: str | os.PathLike[str]) -> Path:

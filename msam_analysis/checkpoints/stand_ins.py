@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import pickletools
 import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-_STRINGS = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING"}
+from msam_analysis.objective.randomness import Alone
 
 
 class StandIn:
@@ -33,11 +32,22 @@ class StandIn:
         self.state = state
 
 
+_ALONE = Alone()  # torch's list of what is safe is one for all threads
+_LOOKED_INTO = (StandIn, dict, list, tuple)
+
+
 def load(source: Any, names: Sequence[str], **options: Any) -> Any:
     """Return ``torch.load(source, weights_only=True)`` with stand-ins for the classes and functions ``names``.
 
-    torch's own list of what is safe comes first. Raises pickle.UnpicklingError and whatever torch.load raises.
+    torch's own list of what is safe comes first. Threads pass one by one.
+
+    Raises pickle.UnpicklingError and whatever torch.load raises.
     """
+    with _ALONE:
+        return _loaded(source, names, options)
+
+
+def _loaded(source: Any, names: Sequence[str], options: dict[str, Any]) -> Any:
     user = torch.serialization.get_safe_globals()
     allowed = {one[1] if isinstance(one, tuple) else f"{one.__module__}.{one.__qualname__}" for one in user}
     made: dict[str, Callable[..., Any]] = {name: _stand_in(name) for name in names if name not in allowed}
@@ -55,39 +65,19 @@ def load(source: Any, names: Sequence[str], **options: Any) -> Any:
                 made[found.group(2)] = _filled(OrderedDict if found.group(1).upper().startswith("SETITEM") else list)
 
 
-def names_in(stream: BinaryIO, pickles: int = 1) -> list[str]:
-    """Return the classes and functions that the next pickles of a stream name, as ``module.name``; nothing is run."""
-    found: dict[str, None] = {}
-    for _ in range(pickles):
-        recent: list[str] = []
-        memo: dict[int, str] = {}
-        count = 0
-        for code, argument, _position in pickletools.genops(stream):
-            if code.name in _STRINGS:
-                recent.append(str(argument))
-            elif code.name == "MEMOIZE" or code.name in ("BINPUT", "LONG_BINPUT", "PUT"):
-                memo[count if argument is None else int(str(argument))] = recent[-1] if recent else ""
-                count += 1
-            elif code.name in ("BINGET", "LONG_BINGET", "GET"):
-                recent.append(memo.get(int(str(argument)), ""))
-            elif code.name == "GLOBAL":
-                found[str(argument).replace(" ", ".", 1).replace("__builtin__.", "builtins.", 1)] = None
-            elif code.name == "STACK_GLOBAL":
-                found[".".join(recent[-2:])] = None
-    return list(found)
-
-
-def stand_ins(content: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-    """Yield class and place of every stand-in within what :func:`load` returned."""
-    if isinstance(content, StandIn):
-        yield content.name, "".join(f"[{part!r}]" for part in path) or "the whole"
-        return
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield from stand_ins(value, (*path, str(key)))
-    elif isinstance(content, (list, tuple)):
-        for number, value in enumerate(content):
-            yield from stand_ins(value, (*path, str(number)))
+def stand_ins(content: Any) -> Iterator[tuple[str, str]]:
+    """Yield class and place of every stand-in within what :func:`load` returned; each container is looked into once."""
+    seen: set[int] = set()
+    left: list[tuple[Any, tuple[str, ...]]] = [(content, ())]
+    while left:
+        found, path = left.pop()
+        if isinstance(found, StandIn):
+            yield found.name, "".join(f"[{part!r}]" for part in path) or "the whole"
+        elif isinstance(found, (dict, list, tuple)) and id(found) not in seen:
+            seen.add(id(found))
+            items = found.items() if isinstance(found, dict) else enumerate(found)
+            # the last first: the next one is taken from the end
+            left += [(value, (*path, str(key))) for key, value in items if isinstance(value, _LOOKED_INTO)][::-1]
 
 
 def _stand_in(name: str) -> type[StandIn]:

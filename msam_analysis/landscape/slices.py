@@ -344,12 +344,25 @@ class _Measurement:
             self.center, self.center_metrics = found.center_loss, found.center_metrics or self.center_metrics
             done = torch.ones(self.shape, dtype=torch.bool) if found.evaluated is None else found.evaluated
             columns = {"loss": found.loss, **{name: getattr(found, name) for name in ERRORS}, **found.metrics}
+            self._check_columns(columns)
             known = torch.cat([columns[name].reshape(len(grid), -1) for name in self.evaluator.widths], dim=1)
             table.rows[done.flatten()] = known[done.flatten()]
             table.measured |= done.flatten()
         center = (grid == 0).all(1) & ~table.measured
         table.rows[center] = self.evaluator.center
         table.measured |= center
+
+    def _check_columns(self, columns: Mapping[str, Tensor | None]) -> None:
+        """Refuse a file whose grid or columns are not those that its identity tells of."""
+        for name, width in self.evaluator.widths.items():
+            wanted = (*self.shape, width) if width else self.shape
+            values = columns.get(name)
+            if values is None or tuple(values.shape) != wanted:
+                there = "none" if values is None else f"the shape {tuple(values.shape)}"
+                raise ValueError(
+                    f"{self.path} is damaged: expected values of {name!r} of the shape {wanted}, got {there}; move the "
+                    "file away"
+                )
 
     def _compare(self, found: Any) -> None:
         """Refuse a file whose loss or metrics at the centre are not those measured now."""

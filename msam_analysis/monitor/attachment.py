@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Attachment:
-    """Tells a monitor about every step, through hooks; the optimizer does not keep the monitor alive.
+    """Tells a monitor about every step, through hooks; the optimizer keeps the monitor alive only if asked to.
 
     ``monitor.before`` is called inside of ``step``, after every pre-hook and after the first call of a closure. So all
     changes to the gradient have been made by then, in whatever order hooks were registered. For this the step gets a
@@ -28,10 +28,13 @@ class Attachment:
         and only the scaler's own ``step`` shows that.
     ``gradients_stay``: Whether the gradients of a step are still in ``.grad``, without a loss scale, when the step is
         over. Some of torch's kernels write something else there.
+    ``keep``: Whether the monitor lives as long as the optimizer, also where nobody else holds it.
     Raises TypeError: ``optimizer`` is not an optimizer.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, monitor: Monitor, scaler: Any = None) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, monitor: Monitor, scaler: Any = None, *, keep: bool = False
+    ) -> None:
         self.optimizer = _inner(optimizer)
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -42,9 +45,9 @@ class Attachment:
         self._steps = -1
         # A subclass whose step calls its parent's step is hooked twice: open, observe and end one step only once.
         self._open = self._observed = False
-        self._monitor = weakref.ref(monitor)
-        # The optimizer holds the hooks; they must not keep the monitor, or the objectives in it, alive.
-        this = weakref.ref(self)
+        self._monitor: Callable[[], Monitor | None] = (lambda: monitor) if keep else weakref.ref(monitor)
+        # The optimizer holds the hooks; they must not keep the monitor, or the objectives in it, alive unasked.
+        this: Callable[[], Attachment | None] = (lambda: self) if keep else weakref.ref(self)
 
         takes_closure = "closure" in inspect.signature(self.optimizer.step).parameters
         inside = self.gradients_stay or takes_closure
@@ -88,7 +91,11 @@ class Attachment:
         monitor = self._monitor()
         if monitor is not None and not _overflowed(self.optimizer) and not _capturing():
             self._steps = self._count()
-            monitor.before(self.optimizer)
+            try:
+                monitor.before(self.optimizer)
+            except BaseException:
+                self._open = self._observed = False  # the step ends here, and may be tried again
+                raise
 
     def _after(self, taken: bool) -> None:
         self._ended += 1
@@ -148,7 +155,9 @@ def _inside_step(observe: Callable[[], None], *, takes_closure: bool) -> Callabl
     return hook
 
 
-def _follow_scaler(scaler: Any, optimizer: torch.optim.Optimizer, this: weakref.ref[Attachment]) -> Callable[[], None]:
+def _follow_scaler(
+    scaler: Any, optimizer: torch.optim.Optimizer, this: Callable[[], Attachment | None]
+) -> Callable[[], None]:
     """Make a gradient scaler's ``step`` report the steps that it leaves out; return a function that ends this."""
     original, previous = scaler.step, vars(scaler).get("step")
 

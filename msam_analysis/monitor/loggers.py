@@ -3,6 +3,8 @@
 A logger is any function of a row, a dict of the step and the numbers of that step: ``print`` is one. Those here write
 a table (:class:`CSV`) or send rows to a tracker (:class:`TensorBoard`, :class:`MLflow`, :class:`WandB`). A logger that
 has ``rewind(step)`` is told when the monitor goes back to a checkpoint, and one that has ``close()`` when it is closed.
+One that has ``check(step)`` is asked before a step whose row it will get, and may raise: nothing has moved then. A
+logger that raises later, when the weights have moved, does not end the training: the monitor warns once and goes on.
 
 A tracker's library is imported when its logger is made (extra ``tracking``).
 """
@@ -11,15 +13,17 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from msam_analysis.monitor.growing import GrowingFile
 from msam_analysis.monitor.records import Row
-from msam_analysis.results import atomic_path
+from msam_analysis.objective.randomness import Alone
 
 __all__ = ["CSV", "Logger", "MLflow", "TensorBoard", "WandB"]
 
@@ -30,17 +34,21 @@ class CSV:
     """Writes rows as a table of comma-separated values, with all digits: numbers are read again to the bit.
 
     A row is in the file when its step is over. A column that appears later (of a probe with a period of its own) makes
-    the file be written anew; earlier rows are empty there.
+    the file be written anew; earlier rows are empty there. A file that somebody empties or moves away, as log rotation
+    does, is begun anew with the line of columns.
 
     Parameters
     ----------
     path
-        The file; parents are made. An existing one is continued.
+        The file; parents are made. An existing one is continued; half a line at its end is dropped.
 
     Raises
     ------
     ValueError
-        The file has no column ``step``. Where a row comes whose step is in the file already, as of an earlier run.
+        The file is no such table, or no regular file. Where a row comes whose step is in the file already, as of an
+        earlier run, and where somebody else has written to the file.
+    OSError
+        Where a row cannot be written. It is kept, and written with the next one.
 
     Examples
     --------
@@ -51,45 +59,97 @@ class CSV:
         self.path = Path(path)
         self._columns: list[str] = []
         self._rows: list[dict[str, Any]] = []  # as text where they were read
-        if self.path.exists():
-            with self.path.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                self._columns = list(reader.fieldnames or [])
-                self._rows = list(reader)
-            if self._columns and "step" not in self._columns:
-                raise ValueError(
-                    f"{self.path} is not a table of a Monitor: expected a column step, got {', '.join(self._columns)}; "
-                    "give another path"
-                )
+        self._first = self._written = 0  # the file has the rows from the first one on, up to what is written
+        self._alone = Alone()  # monitors of several threads may share a table
+        self._file = GrowingFile(path, lambda: self._text([]), self._own)
+        content = self._file.read()
+        self._file.size = content.rfind(b"\n") + 1
+        self._columns, self._rows = _table(self.path, content[: self._file.size])
+        self._written = len(self._rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what a copy in another process is made of: it reads the file again."""
+        return type(self), (self.path,)
 
     def __call__(self, row: Row) -> None:
         """Add a row."""
-        if self._rows and int(self._rows[-1]["step"]) >= row["step"]:
+        with self._alone:
+            self.check(int(row["step"]))
+            self._rows.append(dict(row))
+            late = dict.fromkeys(name for row in self._rows[self._written :] for name in row)
+            columns = list(dict.fromkeys([*self._columns, *late]))
+            if columns != self._columns:
+                self._write_all(self._rows, columns)
+            else:
+                lines = self._text(self._rows[self._written :], head=False)
+                self._first = self._written if self._file.append(lines) else self._first
+                self._written = len(self._rows)
+
+    def check(self, step: int) -> None:
+        """Raise ``ValueError`` if the file has rows of this step or of later ones; a monitor asks before the step."""
+        last = int(self._rows[-1]["step"]) if self._rows else -1
+        if last >= step:
             raise ValueError(
-                f"{self.path} holds rows up to step {self._rows[-1]['step']}, got one of step {row['step']}: expected "
-                "a later one; load the checkpoint with the monitor's state_dict, or give another path"
+                f"{self.path} holds rows up to step {last}, got one of step {step}: expected a later one; load the "
+                "checkpoint with the monitor's state_dict, or give another path"
             )
-        self._rows.append(dict(row))
-        new = [name for name in row if name not in self._columns]
-        if new:
-            self._columns += new
-            self._write_all()
-        else:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, self._columns).writerow(row)
 
     def rewind(self, step: int) -> None:
         """Delete the rows of ``step`` and later ones."""
-        self._rows = [row for row in self._rows if int(row["step"]) < step]
-        if self._columns:
-            self._write_all()
+        with self._alone:
+            kept = [row for row in self._rows if int(row["step"]) < step]
+            if self._columns:
+                self._write_all(kept, self._columns)
 
-    def _write_all(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns)
+    def _own(self) -> bytes:
+        return self._text(self._rows[self._first : self._written])
+
+    def _text(self, rows: list[dict[str, Any]], columns: Sequence[str] | None = None, *, head: bool = True) -> bytes:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns if columns is None else columns)
+        if head:
             writer.writeheader()
-            writer.writerows(self._rows)
+        writer.writerows(rows)
+        return text.getvalue().encode()
+
+    def _write_all(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
+        first = min(self._first, len(rows))
+
+        def content(anew: bool) -> bytes:
+            nonlocal first
+            first = min(self._written, len(rows)) if anew else first
+            return self._text(rows[first:], columns)
+
+        self._file.replace(content)
+        self._rows, self._columns, self._first, self._written = rows, columns, first, len(rows)
+
+
+def _table(path: Path, content: bytes) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return columns and rows of a table that a monitor wrote; both empty where there is nothing.
+
+    Raises ValueError: It is another table, or damaged.
+    """
+    try:
+        reader = csv.DictReader(io.StringIO(content.decode(), newline=""), strict=True)
+        columns = list(reader.fieldnames or [])
+        rows: list[dict[str, Any]] = list(reader)
+        steps = [int(row.get("step") or -1) for row in rows]
+    except (csv.Error, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a table of a Monitor ({error}): expected lines of numbers behind one of "
+            "columns; give another path"
+        ) from None
+    if content and "step" not in columns:
+        raise ValueError(
+            f"{path} is not a table of a Monitor: expected a column step, got {', '.join(columns)}; give another path"
+        )
+    whole = b"\0" not in content and all(None not in row and None not in row.values() for row in rows)
+    if not whole or len(set(columns)) < len(columns) or min(steps, default=0) < 0 or sorted(set(steps)) != steps:
+        raise ValueError(
+            f"{path} is damaged: expected columns of different names, rows with all of them, and steps that increase; "
+            "give another path"
+        )
+    return columns, rows
 
 
 class TensorBoard:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
@@ -27,6 +30,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# The monitors that write to files, by optimizer and path.
+_WRITING: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakValueDictionary[Path, Monitor]] = (
+    weakref.WeakKeyDictionary()
+)
+
 
 @dataclass
 class _Entry:
@@ -37,6 +45,7 @@ class _Entry:
     name: str
     calls: int = 0
     seconds: float = 0.0
+    answered: bool = False  # whether it has answered once, so that its failure is none of the setting
 
     def timed(self, call: Callable[..., T], *arguments: Any) -> T:
         """Make a call, and add up its time."""
@@ -111,6 +120,18 @@ class Monitor:
     run. Without it, counting goes on where the file ends: after :meth:`close` at the step that was reached, after a
     crash at the step after the last row.
 
+    A log is not the training. A file of ``path`` that somebody empties, moves or deletes is begun anew; one that cannot
+    be written, or that somebody else writes to, ends in one warning, and its rows stay in :attr:`rows` and are written
+    when it can be. A probe that fails at its first question is a mistake of the setting: the optimizer's ``step``
+    raises its error before anything has moved, and can be called again. One that fails later costs its own numbers, as
+    does one whose second half fails after the step: one warning says so and the training goes on. So it does where a
+    logger or a listener fails.
+
+    A monitor with a ``path`` lives as long as the optimizer, also where nobody holds it, until another one for the same
+    optimizer and path takes its place. One thread at a time steps an optimizer, as torch's optimizers have it, and so
+    one thread at a time is in its monitor; monitors of several optimizers may run in threads of their own, with loggers
+    in common.
+
     Steps inside a captured CUDA graph call no hooks and cannot be recorded. In data-parallel training every process may
     have its own monitor: the gradients that it sees are already averaged. Give ``path`` to only one of them.
 
@@ -155,13 +176,22 @@ class Monitor:
         self._listeners: OrderedDict[int, Callable[[Monitor], None]] = OrderedDict()
         self._first: float | None = None
         self._elapsed = 0.0
+        self._told: set[str] = set()  # what has been warned about
+        self._troubles: list[str] = []  # warnings that wait for the end of the step
+        self._checked = False  # whether loggers can take the rows that come
         self._file = None if path is None else RecordFile(path, self._identity())
         self._continues = False  # whether the file has rows of a run that may be another one
         if self._file is not None:
             self.rows, self.step = self._file.rows, self._file.step
             self._continues = bool(self.rows)
         self._examinations = Examinations()  # sources that make an objective at every record have it examined once
-        self._attachment = Attachment(optimizer, self, scaler)
+        # A file is written whether or not somebody holds the monitor; one that goes on with it takes its place.
+        self._attachment = Attachment(optimizer, self, scaler, keep=self._file is not None)
+        if self._file is not None:
+            writing = _WRITING.setdefault(self._attachment.optimizer, weakref.WeakValueDictionary())
+            if (older := writing.get(self._file.path.absolute())) is not None:
+                older._attachment.close()
+            writing[self._file.path.absolute()] = self
 
     def frame(self) -> pd.DataFrame:
         """Return the recorded rows as a table: column ``step``, and one column for each quantity.
@@ -258,8 +288,12 @@ class Monitor:
         Raises
         ------
         ValueError
-            The state belongs to other probes.
+            The state belongs to other probes, or is none.
         """
+        if lacking := {"step", "skipped", "identity", "probes"} - set(state):
+            raise ValueError(
+                f"expected what Monitor.state_dict() returned, got {min(lacking)!r} missing: load what was saved"
+            )
         if state["identity"] != self._identity():
             raise ValueError(
                 f"expected the state of a monitor with {self._identity()}, got one with {state['identity']}: give this "
@@ -277,17 +311,18 @@ class Monitor:
             if hasattr(logger, "rewind"):
                 logger.rewind(self.step)
         self._pending = None
-        self._continues = False
+        self._continues = self._checked = False
 
     def close(self) -> None:
         """Detach from the optimizer and close the loggers; the rows stay. Safe to call twice."""
         if self._file is not None and not self._continues:
-            self._file.end(self.step)
+            self._safely(f"the file {self._file.path}", self._file.end, self.step)
         self._attachment.close()
         loggers, self._loggers = self._loggers, ()
         for logger in loggers:
             if hasattr(logger, "close"):
-                logger.close()
+                self._safely(f"the logger {_called(logger)}", logger.close)
+        self._say_troubles()
 
     def __enter__(self) -> Self:
         """Return the monitor itself."""
@@ -308,20 +343,28 @@ class Monitor:
         due = [entry for entry in self._entries if self.step % entry.period == 0]
         if not due:
             return
+        if not self._checked:
+            for logger in self._loggers:
+                getattr(logger, "check", _nothing)(self.step)
+            self._checked = True
         pending = _Pending({"step": self.step})
         with torch.no_grad(), self._examinations.handed_on():
             for entry in due:
                 entry.calls += 1
-                _add(pending.row, entry.timed(entry.probe, optimizer, self.step))
-                if isinstance(entry.probe, StepProbe):
-                    finish = entry.timed(entry.probe.across, optimizer, self.step)
-                    pending.finishes += [] if finish is None else [(entry, finish)]
+                if entry.answered:
+                    self._safely(f"the probe {entry.name}", self._ask, entry, pending, optimizer)
+                else:
+                    self._ask(entry, pending, optimizer)
+                    entry.answered = True
             if pending.finishes and not self._attachment.gradients_stay:
                 pending.gradients = pending.finishes[0][0].timed(_copied, optimizer)
         self._pending = pending
 
     def after(self, optimizer: torch.optim.Optimizer, taken: bool) -> None:
-        """Count the step and complete its row; ``taken`` is false if an overflow was found and nothing moved."""
+        """Count the step and complete its row; ``taken`` is false if an overflow was found and nothing moved.
+
+        The weights have moved: what fails here is warned about, and the training goes on.
+        """
         pending, self._pending = self._pending, None
         if not taken:
             self.skipped += 1
@@ -330,21 +373,50 @@ class Monitor:
             with torch.no_grad(), self._examinations.handed_on():
                 grads = present_gradients(optimizer) if pending.gradients is None else pending.gradients
                 for entry, finish in pending.finishes:
-                    _add(pending.row, entry.timed(finish, grads))
+                    self._safely(f"the probe {entry.name}", self._finish, entry, pending, finish, grads)
         self.step += 1
         self._elapsed = time.perf_counter() - (self._first or 0.0)
-        if pending is None:
-            return
-        if self._file is not None:
-            self._file.append(pending.row)
-        else:
-            self.rows.append(pending.row)
-        for logger in self._loggers:
-            logger(dict(pending.row))
-        for listener in tuple(self._listeners.values()):
-            listener(self)
+        if pending is not None:
+            if self._file is not None:
+                self._safely(f"the file {self._file.path}", self._file.append, pending.row)
+            else:
+                self.rows.append(pending.row)
+            for logger in self._loggers:
+                self._safely(f"the logger {_called(logger)}", logger, dict(pending.row))
+            for listener in tuple(self._listeners.values()):
+                self._safely(f"the listener {_called(listener)}", listener, self)
+        self._say_troubles()
 
     # ---------------------------------------------------------------- private
+
+    def _ask(self, entry: _Entry, pending: _Pending, optimizer: torch.optim.Optimizer) -> None:
+        """Add the numbers of a probe before the step, and keep what it does after it."""
+        numbers = _numbers(entry, entry.timed(entry.probe, optimizer, self.step), pending.row)
+        if isinstance(entry.probe, StepProbe):
+            finish = entry.timed(entry.probe.across, optimizer, self.step)
+            pending.finishes += [] if finish is None else [(entry, finish)]
+        pending.row.update(numbers)
+
+    def _finish(self, entry: _Entry, pending: _Pending, finish: Finish, gradients: Mapping[Tensor, Tensor]) -> None:
+        """Add the numbers of a probe that the step has made."""
+        pending.row.update(_numbers(entry, entry.timed(finish, gradients), pending.row))
+
+    def _safely(self, what: str, call: Callable[..., object], *arguments: Any) -> None:
+        """Make a call whose failure is no reason to end a training; each thing is warned about once."""
+        try:
+            call(*arguments)
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the training goes on
+            if what not in self._told:
+                self._told.add(what)
+                self._troubles.append(
+                    f"{what} failed at step {self.step} ({type(error).__name__}: {error}): the training goes on, and "
+                    "this is not said again; see what is wrong with it"
+                )
+
+    def _say_troubles(self) -> None:
+        troubles, self._troubles = self._troubles, []
+        for trouble in troubles:
+            warnings.warn(trouble, stacklevel=3)
 
     def _identity(self) -> dict[str, Any]:
         return {"probes": [entry.name for entry in self._entries], "periods": [entry.period for entry in self._entries]}
@@ -382,11 +454,36 @@ def _check_kind(what: str, given: object) -> None:
             raise TypeError(f"expected a {what}, got {each!r}: pass a function")
 
 
-def _add(row: Row, values: Mapping[str, float]) -> None:
-    clash = row.keys() & values.keys()
+def _numbers(entry: _Entry, values: Any, row: Row) -> Row:
+    """Return what a probe recorded as plain numbers, under names that the row does not have."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"the probe {entry.name} returned {values!r:.60}: expected a mapping of names to numbers")
+    clash = (row.keys() | {"step", "end"}) & values.keys()
     if clash:
-        raise ValueError(f"two probes record {min(clash)!r}: expected every name once; remove one of them")
-    row.update(values)
+        raise ValueError(
+            f"two probes record {min(clash)!r}, or it is a name of the monitor's own: expected every name once; rename "
+            "or remove one of them"
+        )
+    return {str(name): _plain(entry, name, value) for name, value in values.items()}
+
+
+def _plain(entry: _Entry, name: object, value: Any) -> float:
+    if value is None or isinstance(value, int | float):
+        return value  # type: ignore[return-value]  # None is no number, and a table says NaN
+    try:
+        return float(value)
+    except Exception:  # noqa: BLE001 -- whatever a foreign thing raises
+        raise TypeError(
+            f"the probe {entry.name} recorded {name!r} as a {type(value).__name__}: expected a number; return one"
+        ) from None
+
+
+def _called(function: Any) -> str:
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 def _described(probe: Probe) -> str:

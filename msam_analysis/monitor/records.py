@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from msam_analysis.results import atomic_path
+from msam_analysis.monitor.growing import GrowingFile
 
 Row = dict[str, float]
 
@@ -34,32 +34,36 @@ class RecordFile:
     Parameters
     ----------
     path
-        The file; parents are made. Only one process may write to it at a time.
+        The file; parents are made. Only one monitor may write to it at a time.
     identity
         The probes and their periods, in words. A file with others is refused.
 
     Attributes
     ----------
     rows
-        The rows in the file.
+        The rows: those that were in the file, and all that came since, also where the file has been emptied.
     step
         Number of steps at the last writing, as far as the file says.
 
     Raises
     ------
     ValueError
-        The file has other probes or periods, or is damaged.
+        The file has other probes or periods, is damaged, or is no regular file.
     """
 
     def __init__(self, path: str | os.PathLike[str], identity: Mapping[str, Any]) -> None:
         self.path = Path(path)
         self._header = _line({"format": _FORMAT, **identity})
-        found = self.path.read_bytes() if self.path.exists() else b""
+        self._first = self._written = 0  # the file has the rows from the first one on, up to what is written
+        self._file = GrowingFile(path, lambda: self._header, self._own)
+        found = self._file.read()
         if b"\n" not in found and self._header.startswith(found):  # new, or a crash in its first line
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_bytes(self._header)
-            found = self._header
-        there, self.rows, self.step, self._size = _parsed(self.path, found)
+            self.rows: list[Row] = []
+            self.step = 0
+            self._file.append(b"")
+            return
+        there, self.rows, self.step, self._file.size = _parsed(self.path, found)
+        self._written = len(self.rows)
         for name, mine in identity.items():
             if there.get(name) != mine:
                 raise ValueError(
@@ -68,30 +72,39 @@ class RecordFile:
                 )
 
     def append(self, row: Row) -> None:
-        """Add a row to the file at once."""
-        line = _line(row)
-        self._write(line)
-        self._size += len(line)
+        """Add a row to the file at once, after those that could not be written before.
+
+        Raises ValueError: Somebody else has written to the file. OSError: It cannot be written. The row is kept.
+        """
         self.rows.append(row)
+        self._write()
 
     def end(self, step: int) -> None:
-        """Note the number of steps if the rows do not say it, so that counting goes on there."""
+        """Note the number of steps if the rows do not say it, so that counting goes on there; errors as in append."""
         self._write(b"" if step == _next(self.rows) else _line({_END: step}))
 
     def rewind(self, step: int) -> None:
-        """Delete the rows of ``step`` and later ones; the file is replaced as a whole."""
-        self.rows[:] = [row for row in self.rows if row["step"] < step]
-        text = self._header + b"".join(map(_line, self.rows))
-        with atomic_path(self.path) as partial:
-            partial.write_bytes(text)
-        self._size = len(text)
+        """Delete the rows of ``step`` and later ones; the file is replaced as a whole; raise as :meth:`append`."""
+        kept = [row for row in self.rows if row["step"] < step]
+        first = min(self._first, len(kept))
 
-    def _write(self, line: bytes) -> None:
-        """Write after the last row, over the note of an end or half a line from a crash."""
-        with self.path.open("r+b") as file:
-            file.truncate(self._size)
-            file.seek(self._size)
-            file.write(line)
+        def content(anew: bool) -> bytes:
+            nonlocal first
+            first = min(self._written, len(kept)) if anew else first
+            return self._header + b"".join(map(_line, kept[first:]))
+
+        self._file.replace(content)
+        self.rows[:] = kept
+        self._first, self._written = first, len(kept)
+
+    def _own(self) -> bytes:
+        return self._header + b"".join(map(_line, self.rows[self._first : self._written]))
+
+    def _write(self, note: bytes = b"") -> None:
+        """Write the rows that are not in the file, over the note of an end or half a line from a crash."""
+        if self._file.append(b"".join(map(_line, self.rows[self._written :])), note):
+            self._first = self._written
+        self._written = len(self.rows)
 
 
 def _next(rows: list[Row]) -> int:
@@ -121,9 +134,9 @@ def _parsed(path: Path, content: bytes) -> tuple[dict[str, Any], list[Row], int,
     end: int | None = None
     for number, line in enumerate(lines[1:], start=2):
         entry = _decoded(line)
-        if _END in entry:
+        if _is_count(entry.get(_END)) and len(entry) == 1:
             end = int(entry[_END])
-        elif "step" in entry:
+        elif _is_row(entry, _next(rows)):
             rows.append(entry)
             size += len(line) + 1
         else:
@@ -131,10 +144,20 @@ def _parsed(path: Path, content: bytes) -> tuple[dict[str, Any], list[Row], int,
     return header, rows, _next(rows) if end is None else end, size
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_row(entry: Mapping[str, Any], least: int) -> bool:
+    """Tell whether an entry has a step after the last one, and numbers only."""
+    numbers = all(value is None or isinstance(value, int | float) for value in entry.values())
+    return numbers and _is_count(entry.get("step")) and entry["step"] >= least
+
+
 def _decoded(line: bytes) -> dict[str, Any]:
     """Return the object in a line; an empty one if the line holds something else."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return entry if isinstance(entry, dict) else {}

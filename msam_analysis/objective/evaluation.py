@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from msam_analysis.objective.explaining import explained
 from msam_analysis.objective.nested import Batch
 from msam_analysis.objective.passes import Pass, passes
 from msam_analysis.objective.private import Attributes, LossModule, use_randomness
-from msam_analysis.objective.randomness import RandomStream
+from msam_analysis.objective.randomness import ALONE, RandomStream
 from msam_analysis.objective.ranks import Ranks
 from msam_analysis.objective.second_derivatives import SecondDerivatives
 from msam_analysis.objective.sharded import Rows, Units, find_shards, resharded
@@ -40,8 +39,6 @@ from msam_analysis.results import ApproximationWarning, Settings
 
 # The part of a displacement that rounding may take before it is told.
 _ROUNDED = 0.1
-# Threads that share a private copy, or the global random state, pass through it one after the other.
-ALONE = threading.RLock()
 
 
 class BatchLoss(NamedTuple):
@@ -345,10 +342,14 @@ class Evaluation:
         return (own.to_local() if hasattr(own, "to_local") else own).to(device=self.device, dtype=dtype)
 
     def _recalibrated(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+        with ALONE:
+            return self._collected(parameters, buffers)
+
+    def _collected(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
         fresh = blank_statistics(self.copy, {name: tensor.clone() for name, tensor in buffers.items()})
         seen = 0.0
         try:
-            with self.apart("statistics of BatchNorm"), ALONE, self.evaluating() as stream:
+            with self.apart("statistics of BatchNorm"), self.evaluating() as stream:
                 self.place(parameters | fresh)
                 for index, batch, size, counts in passes(self, [float(size) for size in self.batches.own_sizes]):
                     stream.restart(self.seed + index)
@@ -461,8 +462,14 @@ class Evaluation:
     @contextlib.contextmanager
     def deriving(self, *, twice: bool = False) -> Iterator[RandomStream]:
         """Inside, passes for derivatives run; ``twice``: for second ones."""
-        kernels, stream = self.kernels(twice=twice), RandomStream(self.seed)
-        with torch.enable_grad(), no_autocast(self.device), kernels, stream, self.packing():
+        # The stream comes first: with it comes the lock under which torch's flags are set.
+        with (
+            torch.enable_grad(),
+            no_autocast(self.device),
+            RandomStream(self.seed) as stream,
+            self.kernels(twice=twice),
+            self.packing(),
+        ):
             yield stream
 
     def packing(self) -> contextlib.AbstractContextManager[None]:

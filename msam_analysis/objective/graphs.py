@@ -18,6 +18,7 @@ from torch import Tensor
 from msam_analysis.objective.evaluation import BatchLoss, Evaluation
 from msam_analysis.objective.examination import ExaminationError
 from msam_analysis.objective.operators import SymmetricOperator
+from msam_analysis.objective.randomness import ALONE
 from msam_analysis.objective.second_derivatives import (
     MissingDerivativeError,
     check_twice_differentiable,
@@ -84,6 +85,10 @@ class GraphOperator(SymmetricOperator):
         return self._apply_columns(vector[:, None])[:, 0]
 
     def _apply_columns(self, matrix: Tensor) -> Tensor:
+        with ALONE:  # what is in place when a checkpointed part runs again must be this point's
+            return self._products(matrix)
+
+    def _products(self, matrix: Tensor) -> Tensor:
         rows = matrix.T.contiguous()
         if not self._central:
             try:

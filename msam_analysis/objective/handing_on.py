@@ -18,6 +18,7 @@ from msam_analysis.objective.evaluation import Evaluation, Findings
 from msam_analysis.objective.examine import examine, looked_at
 from msam_analysis.objective.means import is_mean
 from msam_analysis.objective.nested import fields_of, is_record
+from msam_analysis.objective.randomness import ALONE
 from msam_analysis.objective.second_derivatives import SecondDerivatives
 
 Found = tuple[Findings, SecondDerivatives]
@@ -44,6 +45,16 @@ class Examinations:
 
 
 _HANDED_ON: ContextVar[Examinations | None] = ContextVar("handed_on", default=None)
+
+
+def made_ready(evaluation: Evaluation, *, examines: bool) -> Evaluation:
+    """Return an evaluation that follows its model, and is examined if it is to be; threads pass one by one."""
+    with ALONE:
+        evaluation.follow()
+        if examines and evaluation.findings.examination is None:
+            examine_once(evaluation)
+        evaluation.find_randomness()
+    return evaluation
 
 
 def examine_once(evaluation: Evaluation) -> None:

@@ -22,7 +22,7 @@ from msam_analysis.objective.examine import examine as examination_of
 from msam_analysis.objective.fisher import DrawLabels, FisherOperator, Kind
 from msam_analysis.objective.gauss_newton import GaussNewtonOperator
 from msam_analysis.objective.graphs import mean_gradient
-from msam_analysis.objective.handing_on import examine_once
+from msam_analysis.objective.handing_on import made_ready
 from msam_analysis.objective.hessian import HessianOperator
 from msam_analysis.objective.making import evaluation_of
 from msam_analysis.objective.private import LossFunction, own_class
@@ -121,6 +121,8 @@ class Objective:
     With ``ranks`` every process gets the result of one, but for rounding. Samples count over the data of all; buffers
     are those of the first process, as in ``DistributedDataParallel``. What one raises is raised by all. Weights that
     FSDP2 shards need ``ranks``: every process has its part of a flat vector, and ``space`` sums over entries.
+
+    Threads that share an objective evaluate one after the other. A loss that evaluates its own objective is refused.
     """
 
     def __init__(
@@ -289,12 +291,7 @@ class Objective:
     @property
     def evaluation(self) -> Evaluation:
         """How the loss is evaluated, examined at the first use: for solvers and landscapes that need its parts."""
-        evaluation = self._evaluation
-        evaluation.follow()
-        if self._examines and evaluation.findings.examination is None:
-            examine_once(evaluation)
-        evaluation.find_randomness()
-        return evaluation
+        return made_ready(self._evaluation, examines=self._examines)
 
     def examine(self) -> Examination:
         """Say whether the loss is a function, this model's, and a mean, and whether its derivatives are right.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from msam_analysis.objective.examination import ExaminationError
 from msam_analysis.objective.nested import map_tensors
 from msam_analysis.objective.randomness import RandomStream, same_state
 
@@ -25,7 +27,9 @@ Slot = tuple[dict[str, Any], str]
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # A module's own bookkeeping, and the mode, which the objective chooses.
 _INTERNAL = {"_parameters", "_buffers", "_modules", "training", "_compiled_call_impl", *_HOOKS}
-_INTERNAL |= {"redirect", "reached", "fresh", "units"}
+_INTERNAL |= {"redirect", "reached", "fresh", "units", "whose"}
+_RUNNING = threading.local()  # ``losses``: whose losses a thread is inside of
+_DEEPEST = 20  # losses that evaluate other objectives
 
 
 class LossModule(nn.Module):
@@ -42,9 +46,27 @@ class LossModule(nn.Module):
         super().__init__()
         self.model = model
         self.loss_fn = loss_fn
+        self.whose = id(model), id(loss_fn)  # copies are of the same ones
 
     def forward(self, batch: Any) -> Any:
-        """Return what ``loss_fn`` returns."""
+        """Return what ``loss_fn`` returns.
+
+        Raises ExaminationError: The loss has come back to itself, as where it evaluates its own objective: it would go
+        on for ever, at tensors that are not those of this pass.
+        """
+        running = vars(_RUNNING).setdefault("losses", [])
+        if self.whose in running or len(running) > _DEEPEST:
+            raise ExaminationError(
+                "the loss evaluates an objective of itself: expected a function of model and batch alone; compute what "
+                "it needs beforehand, or from the model that it is given"
+            )
+        running.append(self.whose)
+        try:
+            return self._forward(batch)
+        finally:
+            running.pop()
+
+    def _forward(self, batch: Any) -> Any:
         if self.fresh is not None:
             self.fresh.restore()
         if self.redirect is None:

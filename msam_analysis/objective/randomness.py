@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import threading
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +14,51 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+class Alone:
+    """A lock that a thread may take again, and that a forked process gets rid of if a thread that is not there held it.
+
+    ``with ALONE:`` Threads that share a private copy, the global random state or torch's flags pass one by one.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        _LOCKS.add(self)
+
+    def acquire(self, blocking: bool = True) -> bool:
+        """Take the lock; return whether it was taken."""
+        return self._lock.acquire(blocking)
+
+    def release(self) -> None:
+        """Give the lock back, once for each time that it was taken."""
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def forked(self) -> None:
+        """Look, in the child, whether the lock is free or the only thread's own; it is nobody's to give back else."""
+        if self._lock.acquire(blocking=False):
+            self._lock.release()
+        else:
+            self._lock = threading.RLock()
+
+
+_LOCKS: weakref.WeakSet[Alone] = weakref.WeakSet()
+ALONE = Alone()
+
+
+def _after_fork() -> None:
+    for lock in list(_LOCKS):
+        lock.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _global_state() -> tuple[Any, ...]:
@@ -55,7 +103,7 @@ class RandomStream:
     """A stream of its own behind Python's, NumPy's and torch's global generators.
 
     Inside ``with stream:`` the global generators continue this stream. Outside they are the caller's, bit for bit as
-    they were, also after an exception.
+    they were, also after an exception. The generators are everybody's: inside, :data:`ALONE` is held.
     """
 
     def __init__(self, seed: int) -> None:
@@ -64,16 +112,24 @@ class RandomStream:
 
     def __enter__(self) -> Self:
         """Put the stream in place of the global generators."""
-        self._outer = _global_state()
-        if self._inner is None:
-            self.restart(self._seed)
-        else:
-            _set_global_state(self._inner)
+        ALONE.acquire()
+        try:
+            self._outer = _global_state()
+            if self._inner is None:
+                self.restart(self._seed)
+            else:
+                _set_global_state(self._inner)
+        except BaseException:
+            ALONE.release()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._inner = _global_state()
-        _set_global_state(self._outer)
+        try:
+            self._inner = _global_state()
+            _set_global_state(self._outer)
+        finally:
+            ALONE.release()
 
     @property
     def state(self) -> tuple[Any, ...]:

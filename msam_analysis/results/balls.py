@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import pandas as pd
 from torch import Tensor
@@ -73,6 +73,8 @@ class BallSharpness(Result):
     resolution: float = math.nan
 
     _asked: ClassVar = ("rho", "norm", "adaptive")
+    _shapes: ClassVar = {"displacement": "entries"}
+    _ranges: ClassVar = {"rho": "positive", "resolution": "nonnegative"}
 
     def readings(self) -> list[Reading]:
         """Return the largest rise found, and that of a single step."""
@@ -131,6 +133,16 @@ class BatchSharpness(Result):
     resolution: float = math.nan
 
     _asked: ClassVar = ("m", "rho", "norm", "adaptive")
+    _shapes: ClassVar = dict.fromkeys(("rises", "one_steps", "sizes"), "n")
+    _ranges: ClassVar = {
+        **dict.fromkeys(("standard_error", "resolution"), "nonnegative"),
+        "sizes": "counts",
+        "rho": "positive",
+    }
+
+    def _disagreement(self) -> str:
+        more = len(self.rises) > self.batches
+        return f"it has the rises of {len(self.rises)} batches, where there are {self.batches}" if more else ""
 
     def readings(self) -> list[Reading]:
         """Return the mean with its standard error."""
@@ -182,6 +194,8 @@ class DirectionalSharpness(Result):
     evaluations: int
 
     _asked: ClassVar = ("direction", "rho")
+    _shapes: ClassVar = {"coordinates": "points", "rises": "points", "displacement": "entries"}
+    _ranges: ClassVar = {"coordinates": "finite", "rho": "finite", "resolution": "nonnegative"}
 
     def readings(self) -> list[Reading]:
         """Return the rise at ``rho`` with its rounding, and the largest."""
@@ -321,6 +335,13 @@ class Certificate(Result):
     hvps: int
 
     _asked: ClassVar = ("tolerance", "on_surface", "dimensions")
+    _ranges: ClassVar = dict.fromkeys(
+        ("multiplier", "residual", "relative_residual", "curvature_residual", "gain", "tolerance"), "nonnegative"
+    )
+
+    def _disagreement(self) -> str:
+        known = get_args(Verdict)
+        return "" if self.verdict in known else f"its verdict is {self.verdict[:60]!a}, expected one of {known}"
 
     def readings(self) -> list[Reading]:
         """Return the verdict, and what it goes by."""

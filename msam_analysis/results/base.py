@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from msam_analysis.results.checking import FieldError, check
 from msam_analysis.results.files import write_tensors
 
 Settings = Mapping[str, str | int | float | bool | None]
@@ -84,6 +85,8 @@ class Result(abc.ABC):
 
     _kinds: ClassVar[dict[str, type[Result]]] = {}
     _asked: ClassVar[tuple[str, ...]] = ()  # fields that say what was asked for
+    _shapes: ClassVar[Mapping[str, str]] = {}  # the dimensions of tensors and tuples by name, see checking.py
+    _ranges: ClassVar[Mapping[str, str]] = {}  # what their numbers are, by a word of checking.RANGES
 
     def __init_subclass__(cls) -> None:
         """Register the kind, so that :func:`load` finds it by name."""
@@ -96,6 +99,10 @@ class Result(abc.ABC):
         for field in dataclasses.fields(self):
             if isinstance(value := getattr(self, field.name), list):
                 object.__setattr__(self, field.name, _tupled(value))
+
+    def _disagreement(self) -> str:
+        """Return in words what fields of the right types and shapes say against each other; as a rule nothing."""
+        return ""
 
     @abc.abstractmethod
     def to_frame(self) -> pd.DataFrame:
@@ -179,7 +186,8 @@ def load(path: str | os.PathLike[str]) -> Result:
     FileNotFoundError
         There is no such file.
     ValueError
-        The file is not a result of this package.
+        The file is not a result of this package, or is damaged: a field of another type, shape or range, or fields that
+        contradict each other.
     """
     path = Path(path)
     if not path.is_file():
@@ -191,28 +199,31 @@ def load(path: str | os.PathLike[str]) -> Result:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file ({error}); pass one that Result.save() wrote") from None
     if _HEADER in header:
-        header = json.loads(header[_HEADER])
+        header = _mapping(header[_HEADER])
     elif "fields" in header:  # written before version 1.1, with an entry each
-        header["fields"] = _parsed(header["fields"])
-    kind = Result._kinds.get(header.get("kind", ""))
+        header["fields"] = _mapping(header["fields"])
+    name = header.get("kind", "no kind of result")
+    kind = Result._kinds.get(name) if isinstance(name, str) else None
     if kind is None:
-        raise ValueError(
-            f"{path} holds {header.get('kind', 'no kind of result')!r}, expected one of {sorted(Result._kinds)}"
-        )
+        raise ValueError(f"{path} holds {name!a:.60}, expected one of {sorted(Result._kinds)}")
     try:
         return _unpacked(kind, header["fields"], tensors)
-    except (KeyError, TypeError, ValueError) as error:
+    except FieldError as error:
+        raise ValueError(f"{path} is damaged: {error}; write it anew") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ValueError(
-            f"{path} is damaged: its header does not describe a {kind.__name__} ({type(error).__name__}: {error}); "
-            "write it anew"
+            f"{path} is damaged: its header does not describe a {kind.__name__} ({reason}); write it anew"
         ) from None
 
 
-def _parsed(text: str) -> Any:
+def _mapping(text: str) -> dict[str, Any]:
+    """Return the object in a text of JSON; an empty one if the text holds something else."""
     try:
-        return json.loads(text)
-    except ValueError:
-        return None
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _packed(result: Result, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -259,7 +270,9 @@ def _unpacked(kind: type[Result], plain: Mapping[str, Any], tensors: Mapping[str
                 key: _unpacked(Result._kinds[name], inside, parts.get(str(index), {}))
                 for index, (key, name, inside) in enumerate(value[_NESTED])
             }
-    return kind(**fields, **inner)
+    result = kind(**fields, **inner)
+    check(result)
+    return result
 
 
 def _tupled(value: Any) -> Any:
@@ -268,7 +281,8 @@ def _tupled(value: Any) -> Any:
 
 def column(values: Tensor) -> Any:
     """Return a tensor as a NumPy column of a table."""
-    return values.detach().cpu().numpy()
+    values = values.detach().cpu()
+    return (values.float() if values.dtype is torch.bfloat16 else values).numpy()  # NumPy has no bfloat16
 
 
 def table(columns: Mapping[str, object]) -> pd.DataFrame:

@@ -39,6 +39,17 @@ class Comparison(Result, Mapping[str, Measurement]):
     baseline: str
     failures: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    def _disagreement(self) -> str:
+        if not self.measurements:
+            return "it has no measurements, expected one or more"
+        if self.baseline not in {*self.measurements, *self.failures}:
+            return f"its baseline {self.baseline[:60]!a} is none of its labels"
+        for label, source in self.sources.items():
+            counts = [source.get(counter) for counter in ("step", "epoch")]
+            if not all(count is None or (type(count) is int and 0 <= count < 2**63) for count in counts):
+                return f"the step or epoch of {label[:60]!a} is no whole number of 0 or more"
+        return ""
+
     def __getitem__(self, label: str) -> Measurement:
         """Return the measurement of one checkpoint."""
         return self.measurements[label]

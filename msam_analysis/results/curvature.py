@@ -50,6 +50,8 @@ class Eigenpairs(Result):
     margin: float = math.inf
 
     _asked: ClassVar = ("method", "which", "tolerance")
+    _shapes: ClassVar = {"values": "k", "vectors": "entries k", "residuals": "k"}
+    _ranges: ClassVar = {"residuals": "nonnegative", "tolerance": "nonnegative", "margin": "nonnegative"}
 
     def readings(self) -> list[Reading]:
         """Return the eigenvalues with their residuals."""
@@ -94,6 +96,8 @@ class Estimate(Result):
     values: Tensor | None = None
 
     _asked: ClassVar = ("draws",)
+    _shapes: ClassVar = {"values": "draws"}
+    _ranges: ClassVar = {"standard_error": "nonnegative", "resolution": "nonnegative"}
 
     def readings(self) -> list[Reading]:
         """Return the mean with its standard error."""
@@ -189,6 +193,23 @@ class SpectralDensity(Result):
     resolution: float = 0.0
 
     _asked: ClassVar = ("probes", "steps", "sigma", "resolution")
+    _shapes: ClassVar = {
+        **dict.fromkeys(("values", "density", "standard_error"), "points"),
+        **dict.fromkeys(("nodes", "weights", "probe"), "nodes_seen"),
+        **dict.fromkeys(("top", "top_residuals"), "largest"),
+        **dict.fromkeys(("bottom", "bottom_residuals"), "smallest"),
+        "exhausted": "probes",
+    }
+    _ranges: ClassVar = {
+        **dict.fromkeys(("density", "standard_error", "weights", "margin", "resolution"), "nonnegative"),
+        **dict.fromkeys(("top_residuals", "bottom_residuals"), "nonnegative"),
+        "values": "rising",
+        "nodes": "finite",
+        "sigma": "positive",
+        "size": "positive",
+        "probe": "whole",
+        "exhausted": "flags",
+    }
 
     @classmethod
     def smoothed(cls, *, sigma: float | None, points: int | None, **fields: Any) -> SpectralDensity:
@@ -217,6 +238,13 @@ class SpectralDensity(Result):
         draft = dataclasses.replace(draft, resolution=resolution, converged=draft.converged and sigma >= resolution)
         density, error = draft.at(grid)
         return dataclasses.replace(draft, density=density, standard_error=error)
+
+    def _disagreement(self) -> str:
+        if not len(self.nodes):
+            return "it has no nodes, expected one or more"
+        if int(self.probe.min()) < -1 or int(self.probe.max()) >= self.probes:
+            return f"a node belongs to none of its {self.probes} random vectors"
+        return ""
 
     @property
     def probes(self) -> int:

@@ -145,10 +145,16 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], n
     The header is one entry: safetensors writes several in any order, and the same content is to be the same bytes.
     """
     with atomic_path(path) as partial:
+        own = _partial(partial.parent)  # safetensors has temporary files of its own, which go with this folder
         try:
-            save_file(dict(tensors), partial, metadata={name: header})
+            own.mkdir()
+            save_file(dict(tensors), own / "tensors", metadata={name: header})
+            (own / "tensors").replace(partial)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written ({error}): is there space on the disk?") from None
+        finally:
+            shutil.rmtree(own, ignore_errors=True)
+            _OPEN.discard(own.name)
 
 
 def sweep(folder: str | os.PathLike[str]) -> None:

@@ -57,6 +57,11 @@ class DataInterval(Result):
     converged: bool
 
     _asked: ClassVar = ("method", "level", "samples", "failed")
+    _shapes: ClassVar = {
+        **dict.fromkeys(("value", "bias", "standard_error", "low", "high"), "..."),
+        "replicates": "drawn ...",
+    }
+    _ranges: ClassVar = {"standard_error": "nonnegative", "level": "share"}
 
     @property
     def corrected(self) -> Tensor:

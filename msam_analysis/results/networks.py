@@ -51,6 +51,21 @@ class FeatureRank(Result):
     dimension: int
 
     _asked: ClassVar = ("threshold", "samples", "dimension")
+    _shapes: ClassVar = {"singular_values": "components"}
+    _ranges: ClassVar = {
+        **dict.fromkeys(("effective_rank", "stable_rank", "resolution", "singular_values"), "nonnegative"),
+        "threshold": "share",
+    }
+
+    def _disagreement(self) -> str:
+        components = min(self.samples, self.dimension)
+        if len(self.singular_values) != components:
+            return (
+                f"it has {len(self.singular_values)} singular values, expected min(samples, dimension) = {components}"
+            )
+        if max(self.rank, self.numerical_rank) > components:
+            return f"a rank of it exceeds {components}, the smaller of samples and dimension"
+        return ""
 
     def readings(self) -> list[Reading]:
         """Return the four ranks."""
@@ -97,6 +112,12 @@ class RobustAccuracy(Result):
     steps: int
 
     _asked: ClassVar = ("attack", "samples", "steps")
+    _shapes: ClassVar = dict.fromkeys(("sizes", "accuracies", "errors"), "n")
+    _ranges: ClassVar = {
+        **dict.fromkeys(("sizes", "errors"), "nonnegative"),
+        **dict.fromkeys(("accuracies", "clean"), "share"),
+        "samples": "positive",
+    }
 
     @property
     def clean_error(self) -> float:

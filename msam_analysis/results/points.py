@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from msam_analysis.results.checking import is_count, is_number
 from msam_analysis.results.files import write_tensors
 from msam_analysis.results.trajectories import Trajectory
 
 _HEADER = "trajectory.safetensors"
 _ENTRY = "trajectory"
 _FORMAT = "msam-analysis trajectory, format 1"
-_BUFFER = "buffer/"
+_BUFFER, _WEIGHTS = "buffer/", "weights"
+_LARGEST_EXPONENT = 1000
+_CODES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}  # of safetensors
+_DTYPES = {str(one).removeprefix("torch."): one for one in _CODES}
 
 
 def point_path(folder: Path, step: int) -> Path:
@@ -33,8 +38,9 @@ def point_path(folder: Path, step: int) -> Path:
 
 
 def stored_steps(folder: Path) -> list[int]:
-    """Return the steps that have a complete point, in order."""
-    return sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("step-*.safetensors"))
+    """Return the steps that have a complete point, in order; files of other names are none of ours."""
+    names = (path.stem.removeprefix("step-") for path in folder.glob("step-*.safetensors"))
+    return sorted(int(name) for name in names if re.fullmatch(r"[0-9]{12}", name))
 
 
 def encode(vector: Tensor, origin: Tensor | None) -> tuple[Tensor, int, float]:
@@ -47,7 +53,7 @@ def encode(vector: Tensor, origin: Tensor | None) -> tuple[Tensor, int, float]:
         return vector, 0, 0.0
     difference = vector.double() - origin.double()
     largest = float(difference.abs().where(difference.isfinite(), 0.0).max())
-    exponent = min(15 - math.frexp(largest)[1], 1000) if largest > 0 else 0
+    exponent = min(15 - math.frexp(largest)[1], _LARGEST_EXPONENT) if largest > 0 else 0
     stored = (difference * 2.0**exponent).to(torch.float16)
     lost = decode(stored, origin, exponent, vector.dtype).double() - vector.double()
     return stored, exponent, float(torch.linalg.vector_norm(lost))
@@ -75,7 +81,7 @@ class StoredPoints:
     def __getitem__(self, index: int) -> Tensor:
         """Return one point, shape ``(size,)``."""
         with _opened(self.files[index]) as file:
-            return decode(file.get_tensor("weights"), self.origin, self.exponents[index], self.dtype)
+            return decode(file.get_tensor(_WEIGHTS), self.origin, self.exponents[index], self.dtype)
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Return some entries of every point, shape ``(n, stop − start)``; the rest of the files is not read."""
@@ -83,7 +89,7 @@ class StoredPoints:
         rows = []
         for path, exponent in zip(self.files, self.exponents, strict=True):
             with _opened(path) as file:
-                rows.append(decode(file.get_slice("weights")[start:stop], origin, exponent, self.dtype))
+                rows.append(decode(file.get_slice(_WEIGHTS)[start:stop], origin, exponent, self.dtype))
         return torch.stack(rows)
 
     def select(self, indices: Sequence[int]) -> StoredPoints:
@@ -95,7 +101,7 @@ class StoredPoints:
 def _opened(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
-    except (SafetensorError, FileNotFoundError) as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}): expected a point that a TrajectoryRecorder wrote; "
             "if the disk lost it, delete the file and the other points can be read"
@@ -140,16 +146,59 @@ def read_header(folder: Path) -> tuple[dict[str, Any], Tensor | None]:
                 "read it with the version of the package that wrote it"
             )
         origin = file.get_tensor("origin") if "origin" in file.keys() else None  # noqa: SIM118 - not a mapping
-    fields: dict[str, Any] = header["fields"]
+    fields = _object(path, header.get("fields"))
+    shapes, dtype = fields.get("shapes"), _DTYPES.get(str(fields.get("dtype")))
+    sizes = [_size(shape) for shape in shapes] if isinstance(shapes, list) else [None]
+    names = fields.get("names")
+    whole = isinstance(names, list) and len(names) == len(sizes) and all(isinstance(name, str) for name in names)
+    settings = fields.get("settings")
+    plain = isinstance(settings, dict) and not any(isinstance(value, dict | list) for value in settings.values())
+    if not (whole and plain and dtype and isinstance(fields.get("label"), str)) or None in sizes:
+        raise _damaged(path, "its header does not say label, names, shapes, dtype and settings")
+    total = sum(size for size in sizes if size is not None)
+    if origin is not None and (origin.shape != (total,) or not origin.is_floating_point()):
+        raise _damaged(path, f"its origin has the shape {tuple(origin.shape)}, expected ({total},)")
     return fields, origin
 
 
 def read_notes(folder: Path, step: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the numbers and the buffers that were recorded with a point."""
-    with _opened(point_path(folder, step)) as file:
-        names = [name for name in file.keys() if name.startswith(_BUFFER)]  # noqa: SIM118 - not a mapping
-        notes: dict[str, Any] = json.loads(file.metadata()["fields"])
-        return notes, {name.removeprefix(_BUFFER): file.get_tensor(name) for name in names}
+    path = point_path(folder, step)
+    with _opened(path) as file:
+        names = list(file.keys())
+        notes = _object(path, (file.metadata() or {}).get("fields"))
+        metrics, exponent = notes.get("metrics"), notes.get("exponent")
+        known = isinstance(metrics, dict) and all(map(is_number, [*metrics.values(), notes.get("rounding")]))
+        counts = [notes.get("step"), notes.get("stride")]
+        if not (known and all(is_count(count) for count in counts)) or notes["step"] != step or notes["stride"] < 1:
+            raise _damaged(path, f"its header does not say step {step}, stride, rounding and metrics as numbers")
+        if type(exponent) is not int or abs(exponent) > _LARGEST_EXPONENT or type(notes.get("keep")) is not bool:
+            raise _damaged(path, "its header does not say exponent and keep")
+        if _WEIGHTS not in names:
+            raise _damaged(path, "it holds no weights")
+        return notes, {n.removeprefix(_BUFFER): file.get_tensor(n) for n in names if n.startswith(_BUFFER)}
+
+
+def _object(path: Path, text: Any) -> dict[str, Any]:
+    """Return the object in the text of a header."""
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise _damaged(path, "its header is no JSON object")
+    return found
+
+
+def _size(shape: Any) -> int | None:
+    """Return the number of entries of a shape; None if it is no shape."""
+    return math.prod(shape) if isinstance(shape, list) and all(map(is_count, shape)) else None
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"{path} is damaged: {what}; if the disk lost it, delete the file, and the points in the others can be read"
+    )
 
 
 def load_trajectory(folder: str | os.PathLike[str]) -> Trajectory:
@@ -178,8 +227,19 @@ def load_trajectory(folder: str | os.PathLike[str]) -> Trajectory:
     files = [point_path(folder, step) for step in steps]
     read = [read_notes(folder, step) for step in steps]
     notes, buffers = [item[0] for item in read], [item[1] for item in read]
+    shapes = [[(name, value.dtype, value.shape) for name, value in sorted(item.items())] for item in buffers]
+    if unlike := next((file for file, one in zip(files, shapes, strict=True) if one != shapes[0]), None):
+        raise _damaged(unlike, f"its buffers are not those of {files[0].name}")
+    size = sum(math.prod(shape) for shape in fields["shapes"])
+    kind = _CODES[_DTYPES[fields["dtype"]] if origin is None else torch.float16]
+    for path in files:
+        with _opened(path) as file:
+            weights = file.get_slice(_WEIGHTS)
+            shape, code = weights.get_shape(), weights.get_dtype()
+        if shape != [size] or code != kind:
+            raise _damaged(path, f"its weights are {code} of the shape {tuple(shape)}, expected {kind} of ({size},)")
     metrics = dict.fromkeys(name for item in notes for name in item["metrics"])
-    dtype: torch.dtype = getattr(torch, fields["dtype"])
+    dtype = _DTYPES[fields["dtype"]]
     return Trajectory(
         label=fields["label"],
         steps=torch.tensor(steps, dtype=torch.int64),

@@ -58,6 +58,8 @@ class Curvatures(Result):
     values: Tensor
     directions: tuple[str, ...]
 
+    _shapes: ClassVar = {"values": "n", "directions": "n"}
+
     def __len__(self) -> int:
         return len(self.values)
 
@@ -101,6 +103,11 @@ class SamMsamAngle(Result):
     rho_sam: float
 
     _asked: ClassVar = ("rho_sam", "bracket")
+    _shapes: ClassVar = dict.fromkeys(("rhos", "angles", "shares"), "n")
+    _ranges: ClassVar = {"rhos": "rising", "shares": "nonnegative", "rho_sam": "finite"}
+
+    def _disagreement(self) -> str:
+        return "" if bool((self.rhos == 0).any()) else "its rhos lack 0, where MSAM's gradient is the plain one"
 
     def readings(self) -> list[Reading]:
         """Return where the angle is 0, with the farther end of the bracket, and the angle of the plain gradient."""

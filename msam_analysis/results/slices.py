@@ -38,6 +38,21 @@ class _Points:
     resolution: float = math.nan
     identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
+    _ranges: ClassVar = {
+        **dict.fromkeys(("error", "tolerance", "standard_error", "rise_error", "resolution"), "nonnegative"),
+        "evaluated": "flags",
+    }
+
+    def _disagreement(self) -> str:
+        if not self.loss.numel():
+            return "it has no points, expected one or more"
+        other = (self.metric_errors.keys() | self.center_metrics.keys()) - self.metrics.keys()
+        if other:
+            return f"it has errors or a centre of the metric {min(other)[:60]!a}, and not the metric"
+        shapes = {name: tuple(values.shape[self.loss.ndim :]) for name, values in self.metrics.items()}
+        unlike = [name for name, value in self.center_metrics.items() if tuple(value.shape) != shapes[name]]
+        return f"the metric {unlike[0][:60]!a} has another shape at the centre" if unlike else ""
+
     def readings(self) -> list[Reading]:
         """Return the loss at the centre, and the ends of its range over the finite points."""
         finite = self.loss[self.loss.isfinite()]
@@ -110,6 +125,11 @@ class Slice1D(_Points, Result):
     direction_norm: float
 
     _asked: ClassVar = ("direction", "direction_norm")
+    _shapes: ClassVar = {
+        **dict.fromkeys(("coordinates", "loss", "evaluated", "standard_error", "rise_error"), "points"),
+        "metrics": "points *",
+    }
+    _ranges: ClassVar = {**_Points._ranges, "coordinates": "rising", "direction_norm": "nonnegative"}
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per point: ``coordinate``, ``distance``, ``loss``, and what else was measured there."""
@@ -168,9 +188,17 @@ class Slice2D(_Points, Result):
     cosine: float
 
     _asked: ClassVar = ("directions", "direction_norms", "cosine")
+    _shapes: ClassVar = {
+        "x": "nx",
+        "y": "ny",
+        **dict.fromkeys(("loss", "evaluated", "standard_error", "rise_error"), "nx ny"),
+        "metrics": "nx ny *",
+    }
+    _ranges: ClassVar = {**_Points._ranges, "x": "rising", "y": "rising", "direction_norms": "nonnegative"}
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per point: ``x``, ``y``, ``loss``, and what else was measured; ``x`` varies slowest."""
-        x, y = torch.meshgrid(self.x, self.y, indexing="ij")
+        dtype = torch.promote_types(self.x.dtype, self.y.dtype)
+        x, y = torch.meshgrid(self.x.to(dtype), self.y.to(dtype), indexing="ij")
         columns = {"x": x, "y": y, **self._columns()}
         return table({name: values.flatten() for name, values in columns.items()})

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import pandas as pd
 
 from msam_analysis.results.base import Reading, Result
+from msam_analysis.results.checking import is_number
 
 Measured = TypeVar("Measured", bound=Result)
 
@@ -53,6 +54,9 @@ class ByLayer(Result, Mapping[str, Measured], Generic[Measured]):
 
     results: Mapping[str, Measured]
 
+    def _disagreement(self) -> str:
+        return "" if self.results else "it has no results, expected one or more"
+
     def __getitem__(self, name: str) -> Measured:
         return self.results[name]
 
@@ -77,6 +81,15 @@ class ByLayer(Result, Mapping[str, Measured], Generic[Measured]):
         return layer_frame(self)
 
 
+# The columns of a measurement's rows, and what each holds.
+_ROW: dict[str, Callable[[Any], bool]] = {
+    "metric": lambda value: isinstance(value, str),
+    "value": is_number,
+    "uncertainty": is_number,
+    "converged": lambda value: value is None or isinstance(value, bool),
+    "meaning": lambda value: isinstance(value, str),
+}
+
 EXAMINATION = "examination"
 """Name of the row that says what the objective's examination found: it is no metric."""
 
@@ -95,6 +108,15 @@ class Measurement(Result):
 
     rows: tuple[Mapping[str, Any], ...]
     results: Mapping[str, Result]
+
+    def _disagreement(self) -> str:
+        whole = all(isinstance(row, Mapping) and row.keys() == _ROW.keys() for row in self.rows)
+        if not self.rows or not whole:
+            return f"it lacks rows, or one of them has not the columns {', '.join(_ROW)}"
+        bad = next(
+            ((name, row[name]) for row in self.rows for name, holds in _ROW.items() if not holds(row[name])), None
+        )
+        return f"a row of it has the {bad[0]} {bad[1]!a:.60}, which is no such thing" if bad else ""
 
     @property
     def table(self) -> pd.DataFrame:

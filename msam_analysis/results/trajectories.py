@@ -53,6 +53,14 @@ class Trajectory(Result):
     metrics: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     buffers: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
+    _shapes: ClassVar = {
+        **dict.fromkeys(("steps", "rounding", "metrics"), "n"),
+        **dict.fromkeys(("names", "shapes"), "parameters"),
+        "points": "n size",
+        "buffers": "n *",
+    }
+    _ranges: ClassVar = {"steps": "steps", "rounding": "nonnegative"}
+
     def __len__(self) -> int:
         return len(self.steps)
 
@@ -163,6 +171,15 @@ class Projection(Result):
     center_loss: float | None = None
 
     _asked: ClassVar = ("directions", "direction_norms")
+    _shapes: ClassVar = {
+        **dict.fromkeys(("steps", "distance", "off_plane", "rounding", "loss", "projected_loss"), "n"),
+        **dict.fromkeys(("directions", "direction_norms"), "k"),
+        "coordinates": "n k",
+    }
+    _ranges: ClassVar = {
+        **dict.fromkeys(("distance", "off_plane", "rounding", "direction_norms"), "nonnegative"),
+        "steps": "steps",
+    }
 
     @property
     def off_plane_share(self) -> Tensor:

@@ -9,10 +9,10 @@ Krizhevsky 2009, "Learning Multiple Layers of Features from Tiny Images".
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import os
+import struct
 import tarfile
 import zlib
 from collections.abc import Mapping
@@ -33,6 +33,7 @@ Checksum = Literal["published", "any"]
 
 _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
+_MOST_PACKED = 1100  # bytes that gzip can pack into one
 _MARK = "GENERATED.txt"
 
 
@@ -333,8 +334,10 @@ def _read_archive(path: Path, layout: _Format, published: bool) -> dict[str, byt
                 if file is None or not member.isreg():
                     continue
                 _check_size(f"{member.name} in {path}", member.size, file, layout, published)
+                if member.size > _MOST_PACKED * path.stat().st_size:
+                    raise EOFError(f"{member.name} claims {member.size:,} bytes, more than it can hold")
                 contents[file.name] = _fill(cast(io.BufferedIOBase, archive.extractfile(member)), member.size)
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error, struct.error, OverflowError, MemoryError) as error:
         raise ValueError(f"{path} is not a whole .tar.gz archive ({error}): get {layout.archive} anew") from None
     missing = [file.name for file in layout.files if file.name not in contents]
     if missing:

@@ -6,6 +6,7 @@ probe and a folder of results for every measure.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -22,6 +23,7 @@ import torch
 
 from msam_analysis import results
 from msam_analysis.results import Result, atomic_folder, atomic_path
+from msam_analysis.results.checking import is_number
 from msam_analysis.results.files import PARTIAL
 from msam_analysis.results.fingerprint import of_tensors
 from msam_analysis.studies.runs import Run
@@ -103,14 +105,30 @@ def _forget(directory: Path) -> None:
 
 
 def read_checkpoint(directory: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Return the weights and the state of the optimizer of a trained network."""
-    saved: dict[str, Any] = torch.load(directory / _CHECKPOINT, map_location=device, weights_only=True)
-    return saved
+    """Return the weights and the state of the optimizer of a trained network.
+
+    Raises ValueError: The file is damaged.
+    """
+    path = directory / _CHECKPOINT
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # noqa: BLE001 -- whatever torch says of what is damaged, with advice that runs it
+        raise _damaged(path, f"torch cannot read it: {type(error).__name__}") from None
+    weights, state = (saved.get("model"), saved.get("optimizer")) if isinstance(saved, dict) else (None, None)
+    if not isinstance(weights, dict) or not isinstance(state, dict) or not all(map(torch.is_tensor, weights.values())):
+        raise _damaged(path, "it holds no weights with a state of the optimizer")
+    return dict(saved)
 
 
 def read_scores(directory: Path) -> dict[str, float]:
-    """Return what a trained network reached."""
-    reached: dict[str, float] = json.loads((directory / _SCORES).read_text())
+    """Return what a trained network reached; ValueError: the file is damaged."""
+    path = directory / _SCORES
+    try:
+        reached = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from None
+    if not isinstance(reached, dict) or "train_loss" not in reached or not all(map(is_number, reached.values())):
+        raise _damaged(path, "it holds no scores, which are names with numbers, among them train_loss")
     return reached
 
 
@@ -123,10 +141,9 @@ def is_measured(folder: Path) -> bool:
 def _listed(folder: Path) -> list[str] | None:
     """Return the names of the results in a folder of a measure; ``None`` where no list can be read."""
     try:
-        names: list[str] = json.loads((folder / _CONTENTS).read_text())
+        return _contents(folder)
     except (OSError, ValueError):
         return None
-    return names
 
 
 def write_measured(folder: Path, measured: Mapping[str, Result]) -> None:
@@ -144,7 +161,7 @@ def read_run(directory: Path, run: Run, watched: Sequence[str] = (), measured: S
     found: dict[str, Result] = {}
     if math.isfinite(reached["train_loss"]):
         for folder in measured:
-            for name in json.loads((directory / folder / _CONTENTS).read_text()):
+            for name in _contents(directory / folder):
                 found[name.removesuffix(".safetensors")] = results.load(directory / folder / name)
     else:
         found = _NoResults(f"{run.optimizer}, seed {run.seed},")
@@ -180,7 +197,31 @@ def sweep(root: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
+def _contents(folder: Path) -> list[str]:
+    """Return the names of the files of a measure; ValueError: the list of them is damaged."""
+    path = folder / _CONTENTS
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from None
+    if not isinstance(names, list) or not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise _damaged(path, "it holds no list of names of files")
+    return names
+
+
 def _read_numbers(path: Path) -> pd.DataFrame:
     """Read a table of numbers to the bit, which pandas of itself does in some of its versions only."""
-    texts = pd.read_csv(path, dtype=str, na_filter=False)
-    return as_table({name: [int(t) if t.isdecimal() else float(t or "nan") for t in texts[name]] for name in texts})
+    try:
+        texts = pd.read_csv(path, dtype=str, na_filter=False)
+        columns = {name: [int(t) if t.isdecimal() else float(t or "nan") for t in texts[name]] for name in texts}
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:  # pandas' own are of the first kind
+        raise _damaged(path, error) from None
+    return as_table(columns)
+
+
+def _damaged(path: Path, why: object) -> ValueError:
+    reason = " ".join(str(why).split())[:200]
+    return ValueError(
+        f"{path} is damaged ({reason}): expected what a study wrote; delete the folder that it is in, and the same "
+        "command makes it again"
+    )

@@ -274,12 +274,14 @@ class Training:
     def resume(self, path: Path) -> None:
         """Go on from the state in a file, without running anything in it."""
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            self._take(torch.load(path, map_location=self.device, weights_only=True))
         except Exception as error:  # noqa: BLE001 - of half a dozen kinds, by where the damage is
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
                 f"the state of a run in {path} cannot be read ({reason}): remove it, and the run begins anew"
             ) from None
+
+    def _take(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler is not None:

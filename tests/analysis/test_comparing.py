@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import json
 import math
 import sys
 import weakref
@@ -343,6 +344,27 @@ def test_a_stop_at_any_metric_ends_with_the_same_bytes(
     assert files(tmp_path / "again") == files(tmp_path / "whole")
     assert {name for name in kept if name.endswith("safetensors")} <= set(files(tmp_path / "again"))
     check_same(result, whole)
+
+
+@pytest.mark.parametrize("harm", ["a word", "no rows", "a list", "no result"])
+def test_a_kept_metric_that_is_damaged_is_measured_again(harm: str, run: Path, tmp_path: Path) -> None:
+    compared([run], out=tmp_path / "whole")
+    compared([run], out=tmp_path / "again")
+    record = next((tmp_path / "again").rglob("record.json"))
+    content = json.loads(record.read_text(encoding="utf-8"))
+    part = content["metrics"]["trace"]
+    if harm == "a word":
+        part["rows"][0]["value"] = "high"
+    elif harm == "no rows":
+        part["rows"] = []
+    elif harm == "a list":
+        content["metrics"]["trace"] = [1]
+    else:
+        part["results"] = ["trace/../.."]
+    record.write_text(json.dumps(content), encoding="utf-8")
+    told: list[tuple[str, str]] = []
+    compared([run], out=tmp_path / "again", tick=lambda *one: told.append(one))
+    assert [name for _, name in told] == ["trace"]
 
 
 def test_a_stop_while_a_file_is_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

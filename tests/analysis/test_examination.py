@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import msam
 import msam_analysis as ma
 from msam_analysis import probes
-from msam_analysis.objective.evaluation import ALONE
 from msam_analysis.objective.examine import examine
+from msam_analysis.objective.randomness import ALONE
 
 HELD = "examined: value, copy, mean, gradient, Hessian, no writes"
 

@@ -285,6 +285,14 @@ def test_the_state_of_other_probes() -> None:
         ma.Monitor(optimizer_of(), [MomentumGradientCosine()]).load_state_dict(state)
 
 
+@pytest.mark.parametrize("lacking", ["step", "skipped", "identity", "probes"])
+def test_a_state_that_is_none(lacking: str) -> None:
+    state = ma.Monitor(optimizer_of(), [Norms()]).state_dict()
+    del state[lacking]
+    with pytest.raises(ValueError, match=rf"expected what Monitor.state_dict\(\) returned, got '{lacking}' missing"):
+        ma.Monitor(optimizer_of(), [Norms()]).load_state_dict(state)
+
+
 def test_what_tells_monitors_apart_is_in_the_first_line(tmp_path: Path) -> None:
     """Names and plain settings; of a network its class, of an objective nothing, as both are made anew in every run."""
     model = MLP.model()

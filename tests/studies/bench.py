@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pickle
 import re
 import sys
 from collections.abc import Callable
@@ -164,6 +165,26 @@ def call(
         sys.modules.pop(module, None)
     captured = capsys.readouterr()
     return Outcome(code if isinstance(code, int) else 0 if code is None else 1, captured.out, captured.err)
+
+
+def furnish(folder: Path) -> None:
+    """Write what is in the working directory of a user: modules with factories, and checkpoints."""
+    (folder / f"{MODULE}.py").write_text(SOURCE)
+    (folder / "broken.py").write_text("def model(:\n")
+    (folder / "raising.py").write_text("raise RuntimeError('this module cannot be imported')\n")
+    (folder / "leaving.py").write_text("raise SystemExit(3)\n")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+        model(torch.randn(50, 4))
+    (folder / "run").mkdir()
+    (folder / "empty").mkdir()
+    (folder / "code.pt").write_bytes(pickle.dumps({"a": print}))
+    torch.save(model.state_dict(), folder / "run" / "checkpoint.pt")
+    (folder / "damaged.pt").write_bytes((folder / "run" / "checkpoint.pt").read_bytes()[:700])
+    (folder / "notes.pt").write_text("not weights")
+    torch.save(model, folder / "whole.pt")
+    torch.save({name: tensor * math.nan for name, tensor in model.state_dict().items()}, folder / "nan.pt")
 
 
 def contents(folder: Path) -> set[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import pickle
 import random
 import sys
 from collections.abc import Callable
@@ -12,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from msam_analysis.studies import study
 from msam_analysis.studies.workloads import Workload
 
-from .bench import MODULE, SOURCE, Command, call
+from .bench import MODULE, Command, call, furnish
 from .toy import TOY
 
 
@@ -56,10 +53,6 @@ def begin(*_: object, **__: object) -> None:
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory of a user: a module with factories, and a checkpoint."""
-    (tmp_path / f"{MODULE}.py").write_text(SOURCE)
-    (tmp_path / "broken.py").write_text("def model(:\n")
-    (tmp_path / "raising.py").write_text("raise RuntimeError('this module cannot be imported')\n")
-    (tmp_path / "leaving.py").write_text("raise SystemExit(3)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
@@ -67,18 +60,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(study, "make", begin)
     modules = [name for name in (MODULE, "broken", "raising") if sys.modules.pop(name, None)]
     assert not modules
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
-        model(torch.randn(50, 4))
-    (tmp_path / "run").mkdir()
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "code.pt").write_bytes(pickle.dumps({"a": print}))
-    torch.save(model.state_dict(), tmp_path / "run" / "checkpoint.pt")
-    (tmp_path / "damaged.pt").write_bytes((tmp_path / "run" / "checkpoint.pt").read_bytes()[:700])
-    (tmp_path / "notes.pt").write_text("not weights")
-    torch.save(model, tmp_path / "whole.pt")
-    torch.save({name: tensor * math.nan for name, tensor in model.state_dict().items()}, tmp_path / "nan.pt")
+    furnish(tmp_path)
     return tmp_path
 
 

@@ -256,6 +256,15 @@ def with_link(folder: Path) -> None:
         file.unlink()
 
 
+def claims_much(folder: Path) -> None:
+    """An archive of a few bytes whose train.bin says that it has a terabyte."""
+    folder.mkdir()
+    member = tarfile.TarInfo("cifar-100-binary/train.bin")
+    member.size = 2**40 // 3074 * 3074
+    head = member.tobuf(format=tarfile.GNU_FORMAT)
+    (folder / "cifar-100-binary.tar.gz").write_bytes(gzip.compress(head + bytes(1024)))
+
+
 Checksum = Literal["published", "any"]
 ERRORS: dict[str, tuple[Callable[[Path], None], Checksum, type[Exception], str]] = {
     "no folder": (lambda folder: None, "published", FileNotFoundError, "data, which does not exist: get that archive"),
@@ -309,6 +318,12 @@ ERRORS: dict[str, tuple[Callable[[Path], None], Checksum, type[Exception], str]]
         "any",
         FileNotFoundError,
         "holds no cifar-100-binary/train.bin: pass cifar-100-binary.tar.gz",
+    ),
+    "a file that claims a terabyte": (
+        claims_much,
+        "any",
+        ValueError,
+        r"is not a whole .tar.gz archive \(cifar-100-binary/train.bin claims 1,099,511,\d+,\d+ bytes, more than",
     ),
     "a link": (with_link, "any", FileNotFoundError, "holds no cifar-100-binary/train.bin"),
 }

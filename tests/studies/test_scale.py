@@ -127,6 +127,11 @@ def test_a_state_is_read_without_running_it_or_refused(tmp_path: Path) -> None:
         ValueError, match=r"the state of a run in .*state\.pt cannot be read \(.*remove it, and the run"
     ):
         train(LONG, "SGD", 0, every=None, state=file)
+    damaged: list[object] = [{"model": {}}, [], {"model": 3}]
+    for content in damaged:
+        torch.save(content, file)
+        with pytest.raises(ValueError, match=r"the state of a run in .*state\.pt cannot be read"):
+            train(LONG, "SGD", 0, every=None, state=file)
 
 
 def test_an_interrupted_study_goes_on_within_a_run(

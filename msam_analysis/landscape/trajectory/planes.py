@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pandas as pd
 import torch
@@ -17,6 +17,7 @@ from msam_analysis.objective.progress import counted
 from msam_analysis.objective.statistics import warn_of_statistics
 from msam_analysis.objective.vectors import read
 from msam_analysis.results import Projection, Reading, Result, Settings, Trajectory
+from msam_analysis.results.base import table
 
 _CHUNK_BYTES = 128 * 2**20  # bytes of all points together, in float64, that are read at a time
 
@@ -49,9 +50,11 @@ class PrincipalPlane(Result):
     through: str
     labels: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        """Turn a list from a file back into a tuple."""
-        object.__setattr__(self, "labels", tuple(self.labels))
+    _shapes: ClassVar = {"center": "size", "vectors": "size 2", "singular_values": "n"}
+    _ranges: ClassVar = {"singular_values": "nonnegative"}
+
+    def _disagreement(self) -> str:
+        return "" if len(self.singular_values) > 1 else "it has fewer than two singular values"
 
     @property
     def shares(self) -> Tensor:
@@ -76,16 +79,9 @@ class PrincipalPlane(Result):
 
     def to_frame(self) -> pd.DataFrame:
         """Return one row per component: ``component`` (from 1), ``singular_value``, ``share``, ``cumulative``."""
-        shares = self.shares.numpy()
-        frame: pd.DataFrame = pd.DataFrame(
-            {
-                "component": range(1, len(shares) + 1),
-                "singular_value": self.singular_values.numpy(),
-                "share": shares,
-                "cumulative": shares.cumsum(),
-            }
-        )
-        return frame
+        components, shares = range(1, len(self.shares) + 1), self.shares
+        columns = {"component": components, "singular_value": self.singular_values, "share": shares}
+        return table({**columns, "cumulative": shares.cumsum(0)})
 
 
 def pca_plane(trajectories: Trajectories, center: Literal["final", "mean"] | Tensor | None = None) -> PrincipalPlane:

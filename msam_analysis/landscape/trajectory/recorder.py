@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from msam_analysis.objective.objective import Objective
 from msam_analysis.objective.private import unwrap
+from msam_analysis.objective.randomness import Alone
 from msam_analysis.objective.vectors import Layout, Selection, select
 from msam_analysis.results import Trajectory, load_trajectory, points
 from msam_analysis.results.files import sweep
@@ -23,12 +26,17 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+# What a killed run leaves: our own unfinished files, and those of safetensors.
+_LEFTOVER = re.compile(r"\.(step-.*|trajectory\..*)\.safetensors|\.tmp[A-Za-z0-9]{6}")
+
+
 class TrajectoryRecorder:
     """Writes the true weights of a model to a folder, one file for each recorded step, while it is trained.
 
     A file appears only when it is complete: a run that is killed keeps what it had recorded, and a recorder that is
     made again for the same folder goes on after the last point. Optimizers of :mod:`msam` hold displaced weights
-    between steps; with ``optimizer`` given, the true ones are recorded.
+    between steps; with ``optimizer`` given, the true ones are recorded. Threads may share a recorder: points are
+    written one after the other, while nobody trains.
 
     Parameters
     ----------
@@ -117,6 +125,8 @@ class TrajectoryRecorder:
         self._kept: set[int] = set()
         self.step = 0
         self._handle: Any = None
+        self._alone = Alone()
+        self._told = False  # whether it was said that a point could not be recorded
         if self.path.is_dir():
             self._take_up()
 
@@ -144,6 +154,10 @@ class TrajectoryRecorder:
         ValueError
             The step is negative, or not after the last one recorded; or a metric is called ``step`` or ``rounding``.
         """
+        with self._alone:
+            return self._record(step, keep, metrics)
+
+    def _record(self, step: int, keep: bool, metrics: Mapping[str, float]) -> bool:
         last = self._steps[-1] if self._steps else -1
         if step <= last:
             raise ValueError(
@@ -182,7 +196,8 @@ class TrajectoryRecorder:
         int
             Number of deleted points.
         """
-        return self._delete([recorded for recorded in self._steps if recorded > step])
+        with self._alone:
+            return self._delete([recorded for recorded in self._steps if recorded > step])
 
     def trajectory(self) -> Trajectory:
         """Return the trajectory recorded so far; see :func:`~msam_analysis.landscape.trajectory.load`."""
@@ -194,7 +209,8 @@ class TrajectoryRecorder:
         """Record after every step of the optimizer, by its own hook; the training loop does not change.
 
         The current weights are recorded as step ``start``, unless that was recorded already. SAM's ``first_step()`` and
-        ``second_step()`` count as one step.
+        ``second_step()`` count as one step. Where a point cannot be written (a full disk, a folder that is gone), one
+        warning says so and the training goes on.
 
         Parameters
         ----------
@@ -228,7 +244,7 @@ class TrajectoryRecorder:
             recorder = this()
             if recorder is not None:
                 recorder.step += 1
-                recorder.record(recorder.step)
+                recorder._record_safely()
 
         self._handle = self.optimizer.register_step_post_hook(after_step)
         return self
@@ -251,6 +267,20 @@ class TrajectoryRecorder:
             self.record(self.step, keep=True)
 
     # --------------------------------------------------------------------------------------------------------- private
+
+    def _record_safely(self) -> None:
+        """Record after a step: the weights have moved, and what fails here is no reason to end a training."""
+        try:
+            self.record(self.step)
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the training goes on
+            if not self._told:
+                self._told = True
+                reason = f"{type(error).__name__}: {error}"
+                warnings.warn(
+                    f"{self.path}: the weights of step {self.step} were not recorded ({reason}); the training goes on, "
+                    "and this is not said again: see what is wrong with the folder",
+                    stacklevel=2,
+                )
 
     def _due(self, step: int) -> bool:
         """Return whether to record a step, after making room for it."""
