@@ -12,6 +12,7 @@ from torch import Tensor
 from msam_analysis.measures.ball_loss import BallLoss
 from msam_analysis.measures.geometry import euclidean
 from msam_analysis.measures.trust_region import maximize_quadratic
+from msam_analysis.objective.memory import vectors_in
 from msam_analysis.objective.operators import ScaledOperator, SymmetricOperator
 from msam_analysis.objective.progress import told
 from msam_analysis.objective.vectors import read
@@ -20,6 +21,7 @@ from msam_analysis.spectra.subspace import Subspace
 Start = Literal["gradient", "krylov", "eigenvector", "random"]
 
 _EIGENVECTORS = 2
+_FEWEST = 8  # columns of the subspace, however little memory there is
 # Two starts with a larger cosine lead to the same maximum.
 _SAME = 0.9
 # Relative residual of the eigenvectors: only their direction matters.
@@ -72,7 +74,9 @@ def _krylov(ball_loss: BallLoss, budget: int, seed: int) -> tuple[Tensor, Tensor
     operator: SymmetricOperator = ball_loss.objective.hessian(ball_loss.center)
     if ball_loss.ball.scale is not None:
         operator = ScaledOperator(operator, ball_loss.ball.scale)
-    basis = Subspace(operator, min(operator.size, budget))
+    # A full basis ends the search: what it has found is a start like others.
+    room = vectors_in(operator.memory_bytes, ball_loss.center, operator.space.most) // 2 - 3
+    basis = Subspace(operator, min(operator.size, budget, max(room, _FEWEST)))
     space = ball_loss.ball.space
     draw = space.gaussian(1, seed=seed, like=ball_loss.center, use="ball subspace")
     basis.expand(torch.cat([ball_loss.slope[:, None], draw], dim=1))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from msam_analysis.objective.evaluation import BatchLoss, Evaluation
 from msam_analysis.objective.gauss_newton import Bend, GaussNewtonOperator
+from msam_analysis.objective.memory import Memory
 from msam_analysis.objective.nested import count_samples
 from msam_analysis.objective.private import is_pair
 from msam_analysis.objective.vectors import widest
@@ -40,11 +41,25 @@ class FisherOperator(GaussNewtonOperator):
     A product costs what a Gauss-Newton product costs, whatever the number of draws: ``J v``, a product with one number
     for each sample, and ``Jᵀ`` of it. No gradient of a single sample is formed.
 
+    Parameters
+    ----------
+    loss, w, memory, settings
+        As for the Gauss-Newton matrix.
+    kind
+        ``"empirical"`` or ``"sampled"``.
+    draws
+        Labels drawn for each sample.
+    draw
+        ``draw(output, target, generator)`` returns drawn targets. Default: known for cross-entropy, binary
+        cross-entropy with logits and squared error.
+    seed
+        Seed of the labels; they are the same at every product.
+
     Raises
     ------
     ValueError
-        At the first product: the model's output has no row for each sample, or the loss is no function of it; for
-        ``"sampled"`` also if it is not known what the model predicts.
+        An argument is out of range. At the first product: the model's output has no row for each sample, or the loss
+        is no function of it; for ``"sampled"`` also if it is not known what the model predicts.
     """
 
     def __init__(
@@ -56,7 +71,7 @@ class FisherOperator(GaussNewtonOperator):
         draws: int,
         draw: DrawLabels | None,
         seed: int,
-        keep_bytes: int,
+        memory: Memory,
         settings: Settings,
     ) -> None:
         if kind not in get_args(Kind):
@@ -65,7 +80,7 @@ class FisherOperator(GaussNewtonOperator):
             raise ValueError(f"draws must be a positive integer, got {draws!r}: labels drawn for each sample")
         if kind == "empirical" and (draw is not None or draws != 1):
             raise ValueError("the empirical Fisher matrix draws no labels: expected draws and draw with kind='sampled'")
-        super().__init__(loss, w, keep_bytes=keep_bytes, settings=settings)
+        super().__init__(loss, w, memory=memory, settings=settings)
         self._kind, self._draws, self._seed = kind, draws, seed
         self._known = draw is None
         self._draw = draw or (drawing(loss.copy.loss_fn) if kind == "sampled" else None)

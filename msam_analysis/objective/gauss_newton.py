@@ -9,6 +9,7 @@ from torch import Tensor
 
 from msam_analysis.objective.evaluation import BatchLoss, Evaluation
 from msam_analysis.objective.graphs import GraphOperator, Product, loss_gradients, pull_back
+from msam_analysis.objective.memory import Memory
 from msam_analysis.objective.second_derivatives import MissingDerivativeError, missing_derivatives
 from msam_analysis.results import Settings
 
@@ -36,8 +37,8 @@ class GaussNewtonOperator(GraphOperator):
 
     _cut = True
 
-    def __init__(self, loss: Evaluation, w: Tensor | None, *, keep_bytes: int, settings: Settings) -> None:
-        super().__init__(loss, w, keep_bytes=keep_bytes, settings=settings)
+    def __init__(self, loss: Evaluation, w: Tensor | None, *, memory: Memory, settings: Settings) -> None:
+        super().__init__(loss, w, memory=memory, settings=settings)
         self.settings["matrix"] = "Gauss-Newton"
 
     def _product(self, loss: BatchLoss) -> Product:

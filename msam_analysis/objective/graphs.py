@@ -17,6 +17,7 @@ from torch import Tensor
 
 from msam_analysis.objective.evaluation import BatchLoss, Evaluation
 from msam_analysis.objective.examination import ExaminationError
+from msam_analysis.objective.memory import Memory
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.randomness import ALONE
 from msam_analysis.objective.second_derivatives import (
@@ -50,7 +51,7 @@ class GraphOperator(SymmetricOperator):
 
     _cut = False  # whether the graph is that of a loss cut off from the model's output
 
-    def __init__(self, loss: Evaluation, w: Tensor | None, *, keep_bytes: int, settings: Settings) -> None:
+    def __init__(self, loss: Evaluation, w: Tensor | None, *, memory: Memory, settings: Settings) -> None:
         super().__init__(loss.space, dtype=loss.dtype, device=loss.device, settings=settings)
         for refusal in (loss.findings.refusal, loss.second_derivatives.refusal):
             if refusal:
@@ -59,7 +60,7 @@ class GraphOperator(SymmetricOperator):
         with loss.ranks.apart("an operator at a point"):
             self._leaves = loss.leaves(w)
             self._constants = loss.constants(w)
-        self._room = keep_bytes
+        self._room, self.memory_bytes = memory.graphs, memory.vectors
         self._graphs: list[_Graph] = []
         self._full = False
         self._complete = False  # whether every batch's graph is kept
@@ -203,6 +204,20 @@ class GraphOperator(SymmetricOperator):
             size = max(float(norm(narrow)), torch.finfo(self.dtype).tiny)
             finding.found(float(norm(product(2 * step) - narrow)) / size)
         return narrow
+
+
+def mean_loss(loss: Evaluation, w: Tensor | None) -> Tensor:
+    """Return the mean loss at a point, from one forward pass over every batch."""
+    total, weight_sum = torch.zeros((), dtype=widest(loss.device), device=loss.device), 0.0
+    with loss.apart("a loss") as alike:
+        point, constants = loss.pieces(w), loss.constants(w)
+        alike.extend(point.values())
+        with loss.evaluating() as stream:
+            for batch in loss.batch_losses(point, constants, stream):
+                total += batch.value.detach().to(total.dtype) * batch.weight
+                weight_sum += batch.weight
+    (mean,) = loss.mean(weight_sum, total)
+    return mean
 
 
 def mean_gradient(loss: Evaluation, leaves: dict[str, Tensor], constants: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -9,32 +9,32 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from msam_analysis.objective.batches import CACHE_BYTES, Batches
+from msam_analysis.objective.batches import Batches
 from msam_analysis.objective.batchnorm import Policy
 from msam_analysis.objective.evaluation import Evaluation
 from msam_analysis.objective.examination import NOT_EXAMINED, Examination
 from msam_analysis.objective.examine import examine as examination_of
 from msam_analysis.objective.fisher import DrawLabels, FisherOperator, Kind
 from msam_analysis.objective.gauss_newton import GaussNewtonOperator
-from msam_analysis.objective.graphs import mean_gradient
+from msam_analysis.objective.graphs import mean_gradient, mean_loss
 from msam_analysis.objective.handing_on import made_ready
 from msam_analysis.objective.hessian import HessianOperator
 from msam_analysis.objective.making import evaluation_of
+from msam_analysis.objective.memory import Memory
 from msam_analysis.objective.private import LossFunction, own_class
 from msam_analysis.objective.ranks import Sharing
 from msam_analysis.objective.second_derivatives import Wish
 from msam_analysis.objective.sharded import moved
 from msam_analysis.objective.space import Space
 from msam_analysis.objective.statistics import warn_of_statistics
-from msam_analysis.objective.vectors import Layout, Selection, widest
+from msam_analysis.objective.vectors import Layout, Selection, flat_of
 from msam_analysis.results import Settings
-
-_GRAPH_BYTES = 2 * 2**30
 
 
 class Objective:
@@ -83,11 +83,14 @@ class Objective:
         an :class:`~msam_analysis.results.ApproximationWarning` once a layer turns out to have none; settings then say
         so. Fused attention kernels, which have none, give way to the plain one first.
         See :class:`~msam_analysis.objective.hessian.HessianOperator`.
+    memory_bytes
+        Memory that measures may take beside the network and the graph of one batch: an eighth of it for
+        ``cache_bytes``, three eighths for ``graph_bytes``, half for the vectors of a solver. Default: 1, 2 and 4 GiB.
     graph_bytes
-        Memory that kept gradient graphs may take in :meth:`hessian` and :meth:`gauss_newton`; default 2 GiB. More
+        Memory that kept gradient graphs may take in :meth:`hessian`, :meth:`gauss_newton` and :meth:`fisher`. More
         batches kept means faster products (about 2.1 gradients instead of 3.5); the others are rebuilt every time.
     cache_bytes
-        Memory that copies of the batches may take on the device; default 1 GiB. Larger data is read at every pass.
+        Memory that copies of the batches may take on the device. Larger data is read at every pass.
     seed
         Seed of the private random stream that a stochastic forward pass draws from, the same at every evaluation.
     examine
@@ -138,13 +141,15 @@ class Objective:
         autocast: torch.dtype | None = None,
         dropout: bool = False,
         second_derivatives: Wish = "auto",
-        graph_bytes: int = _GRAPH_BYTES,
-        cache_bytes: int = CACHE_BYTES,
+        memory_bytes: int | None = None,
+        graph_bytes: int | None = None,
+        cache_bytes: int | None = None,
         seed: int = 0,
         examine: bool = True,
         ranks: Sharing = False,
     ) -> None:
-        self.loss_fn, self._examines, self._graph_bytes = loss_fn, examine, graph_bytes
+        self.loss_fn, self._examines = loss_fn, examine
+        self._memory = Memory.of(memory_bytes, graph_bytes, cache_bytes)
         self._evaluation = evaluation_of(
             model,
             loss_fn,
@@ -152,7 +157,7 @@ class Objective:
             parameters=parameters,
             device=device,
             cast=dtype,
-            cache_bytes=cache_bytes,
+            cache_bytes=self._memory.batches,
             examine=examine,
             ranks=ranks,
             second_derivatives=second_derivatives,
@@ -373,22 +378,10 @@ class Objective:
         ValueError
             A tensor's shape differs from its parameter's, or none of the keys belongs to this objective.
         """
-        pieces, found = [], 0
-        for name, parameter in self.parameters.items():
-            tensor = next((tensors[key] for key in (parameter, name) if key in tensors), None)
-            if tensor is None:
-                tensor = torch.zeros_like(parameter)
-            elif tensor.shape != parameter.shape:
-                raise ValueError(f"expected shape {tuple(parameter.shape)} for {name!r}, got {tuple(tensor.shape)}")
-            else:
-                found += 1
-            pieces.append(self._evaluation.part(name, tensor.detach()).to(device=self.device, dtype=self.dtype))
-        if tensors and not found:
-            raise ValueError(
-                "none of the tensors belongs to a parameter of this objective: expected the same model's parameters; "
-                "build the objective and the optimizer from one model"
-            )
-        return self.layout.flatten(pieces)
+        own = self._evaluation.part
+        return flat_of(
+            self.layout, tensors, self.parameters, lambda name, tensor: own(name, tensor).to(self.device, self.dtype)
+        )
 
     def loss(self, w: Tensor | None = None) -> Tensor:
         """Return ``L(w)``.
@@ -408,16 +401,7 @@ class Objective:
         ValueError
             ``w`` has another shape, or the loss is not a scalar.
         """
-        evaluation = self.evaluation
-        total, weight_sum = torch.zeros((), dtype=widest(self.device), device=self.device), 0.0
-        with evaluation.apart("a loss") as alike:
-            point, constants = evaluation.pieces(w), evaluation.constants(w)
-            alike.extend(point.values())
-            with evaluation.evaluating() as stream:
-                for batch in evaluation.batch_losses(point, constants, stream):
-                    total += batch.value.detach().to(total.dtype) * batch.weight
-                    weight_sum += batch.weight
-        return evaluation.mean(weight_sum, total)[0]
+        return mean_loss(self.evaluation, w)
 
     def gradient(self, w: Tensor | None = None) -> Tensor:
         """Return ``∇L(w)``, shape ``(size,)``, zeros for parameters that the loss does not use; see :meth:`loss`."""
@@ -458,7 +442,9 @@ class Objective:
             Also if a layer has no second derivative, and ``second_derivatives="exact"`` was asked for.
         """
         self.layout.check(v, "direction v")
-        return HessianOperator(self.evaluation, w, keep_bytes=0, settings=self.settings).matvec(v)
+        return HessianOperator(
+            self.evaluation, w, memory=replace(self._memory, graphs=0), settings=self.settings
+        ).matvec(v)
 
     def hessian(self, w: Tensor | None = None) -> HessianOperator:
         """Return ``∇²L(w)`` as an operator that keeps the gradient's graph within ``graph_bytes``.
@@ -475,7 +461,7 @@ class Objective:
         HessianOperator
             With ``@``, ``matmat`` and ``to_scipy()``.
         """
-        return HessianOperator(self.evaluation, w, keep_bytes=self._graph_bytes, settings=self.settings)
+        return HessianOperator(self.evaluation, w, memory=self._memory, settings=self.settings)
 
     def gauss_newton(self, w: Tensor | None = None) -> GaussNewtonOperator:
         """Return the generalised Gauss-Newton matrix at ``w`` as an operator; otherwise as :meth:`hessian`.
@@ -494,7 +480,7 @@ class Objective:
             Its first product raises if the loss is no function of the model's output;
             see :class:`~msam_analysis.objective.gauss_newton.GaussNewtonOperator`.
         """
-        return GaussNewtonOperator(self.evaluation, w, keep_bytes=self._graph_bytes, settings=self.settings)
+        return GaussNewtonOperator(self.evaluation, w, memory=self._memory, settings=self.settings)
 
     def fisher(
         self,
@@ -507,37 +493,8 @@ class Objective:
     ) -> FisherOperator:
         """Return the empirical or the sampled Fisher matrix at ``w`` as an operator; otherwise as :meth:`hessian`.
 
-        Parameters
-        ----------
-        w
-            Shape ``(size,)``; default: the current weights.
-        kind
-            ``"empirical"`` (default): with the data's labels; ``"sampled"``: with labels drawn from the predictions.
-        draws
-            Labels drawn for each sample.
-        draw
-            ``draw(output, target, generator)`` returns drawn targets. Default: known for cross-entropy, binary
-            cross-entropy with logits and squared error.
-        seed
-            Seed of the labels; the same at every product.
-
-        Returns
-        -------
-        FisherOperator
-            See :class:`~msam_analysis.objective.fisher.FisherOperator`.
-
-        Raises
-        ------
-        ValueError
-            An argument is out of range, or it is not known how labels are drawn for ``loss_fn``.
+        For the arguments, and ``ValueError`` where one is out of range or it is not known how labels are drawn for
+        ``loss_fn``, see :class:`~msam_analysis.objective.fisher.FisherOperator`.
         """
-        return FisherOperator(
-            self.evaluation,
-            w,
-            kind=kind,
-            draws=draws,
-            draw=draw,
-            seed=seed,
-            keep_bytes=self._graph_bytes,
-            settings=self.settings,
-        )
+        labels = {"kind": kind, "draws": draws, "draw": draw, "seed": seed}
+        return FisherOperator(self.evaluation, w, **labels, memory=self._memory, settings=self.settings)  # type: ignore[arg-type]

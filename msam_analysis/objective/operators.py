@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from msam_analysis.objective.memory import VECTOR_BYTES
 from msam_analysis.objective.space import Space
 from msam_analysis.objective.vectors import no_autocast
 from msam_analysis.results import Settings
@@ -34,6 +35,8 @@ class SymmetricOperator(abc.ABC):
         Data type and device of the vectors that it takes and returns.
     products
         Matrix-vector products made so far.
+    memory_bytes
+        Bytes of vectors that a solver may hold by default.
     settings
         What the operator was built on; copied into every result.
     """
@@ -51,6 +54,7 @@ class SymmetricOperator(abc.ABC):
         self.dtype = dtype
         self.device = device
         self.products = 0
+        self.memory_bytes = VECTOR_BYTES
         self.settings = dict(settings or {})
 
     @abc.abstractmethod
@@ -158,6 +162,7 @@ class ScaledOperator(SymmetricOperator):
         super().__init__(operator.space, dtype=operator.dtype, device=operator.device)
         self.settings = operator.settings  # the same, which it may complete at its first product
         self.operator = operator
+        self.memory_bytes = operator.memory_bytes
         self.diagonal = diagonal
 
     def _apply(self, vector: Tensor) -> Tensor:

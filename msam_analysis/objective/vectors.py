@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,31 @@ class Layout:
                 f"expected a flat {what} of shape ({self.size},), one entry per selected parameter element; "
                 f"got {came}: build it with objective.vector(...) or a function of msam_analysis.landscape.directions"
             )
+
+
+def flat_of(
+    layout: Layout, tensors: Mapping[Any, Tensor], parameters: Mapping[str, nn.Parameter], part: Callable[..., Tensor]
+) -> Tensor:
+    """Return the flat vector of tensors by parameter or name; ``part(name, tensor)`` is what this process has of one.
+
+    Raises ValueError: A shape is not its parameter's, or no key belongs to a parameter.
+    """
+    pieces, found = [], 0
+    for name, parameter in parameters.items():
+        tensor = next((tensors[key] for key in (parameter, name) if key in tensors), None)
+        if tensor is None:
+            tensor = torch.zeros_like(parameter)
+        elif tensor.shape != parameter.shape:
+            raise ValueError(f"expected shape {tuple(parameter.shape)} for {name!r}, got {tuple(tensor.shape)}")
+        else:
+            found += 1
+        pieces.append(part(name, tensor.detach()))
+    if tensors and not found:
+        raise ValueError(
+            "none of the tensors belongs to a parameter of this objective: expected the same model's parameters; "
+            "build the objective and the optimizer from one model"
+        )
+    return layout.flatten(pieces)
 
 
 def select(model: nn.Module, parameters: Selection) -> dict[str, nn.Parameter]:

@@ -20,7 +20,7 @@ from msam_analysis.spectra.chain import Chain, advance
 from msam_analysis.spectra.goal import Goal
 from msam_analysis.spectra.peers import Backend, check_backend
 from msam_analysis.spectra.subspace import wide
-from msam_analysis.spectra.top import MEMORY_BYTES, as_operator, rounding, search_for
+from msam_analysis.spectra.top import as_operator, rounding, search_for
 
 _TOGETHER = 16  # chains whose products are made at once, where memory is enough
 
@@ -73,9 +73,9 @@ def spectral_density(
     tolerance, max_hvps
         Tolerance and budget of the search for the eigenpairs at the ends; see :func:`~msam_analysis.top_eigenvalues`.
     memory_bytes
-        Bytes that may be held, default 4 GiB. If ``steps`` vectors fit, every chain is re-orthogonalised in full;
-        otherwise only against ``W`` and its last two vectors, which moves nodes and their weights, but hardly the sums
-        over them (Knizhnerman 1996). The settings say which.
+        Bytes that may be held; default that of the objective, 4 GiB. If ``steps`` vectors fit, every chain is
+        re-orthogonalised in full; otherwise only against ``W`` and its last two vectors, which moves nodes and their
+        weights, but hardly the sums over them (Knizhnerman 1996). The settings say which.
     backend
         ``"native"``. PyHessian's ``density()`` calls ``torch.eig``, which torch has removed.
     seed
@@ -178,7 +178,7 @@ def _chains(
         return [], True
     known = exact.vectors
     vector = operator.space.most * torch.finfo(known.dtype).bits // 8
-    room = (MEMORY_BYTES if memory_bytes is None else memory_bytes) // vector - known.shape[1] - 6
+    room = (operator.memory_bytes if memory_bytes is None else memory_bytes) // vector - known.shape[1] - 6
     remember = steps if room >= steps + 4 else 0
     group = max(1, min(_TOGETHER, room // (remember + 4)))
     norm = float(exact.values.abs().max()) if len(exact.values) else 0.0

@@ -23,9 +23,6 @@ from msam_analysis.spectra.subspace import wide
 
 Method = Literal["lanczos", "power"]
 
-MEMORY_BYTES = 4 * 2**30
-"""Bytes that a solver may hold by default, unless its smallest basis needs more."""
-
 
 def as_operator(target: SymmetricOperator | Objective) -> SymmetricOperator:
     """Return the operator itself, or the Hessian of an objective; raise ``TypeError`` for anything else."""
@@ -99,7 +96,8 @@ def top_eigenvalues(
         Bytes that the solver may hold: ``2 c + k + 6`` vectors for a basis of ``c`` columns. Lanczos uses up to ``c =
         4 k + 120``; with fewer columns it restarts, and takes few products more on most Hessians (λ₁ of the digits
         network: 21 with 64 columns, 31 with 3). It needs at least ``k + 2`` columns, that is ``3 k + 10`` vectors (52
-        GB for λ₁ of 10⁹ parameters in float32). Default 4 GiB, or the least where that is more.
+        GB for λ₁ of 10⁹ parameters in float32). Default: that of the objective (4 GiB), or the least where that is
+        more.
     basis_dtype
         ``torch.float16`` stores the basis of Lanczos in half the memory of float32: ``c + k + 6`` vectors. What it
         takes from the products is part of every residual, which is then at least about ``5e-4 ‖A v‖``: ask for a
@@ -286,7 +284,7 @@ def _affordable(
     """Return how many vectors fit into the memory; raise ``ValueError`` if the solver needs more."""
     vector = operator.space.most * torch.finfo(wide(operator)).bits // 8
     least = (2 * k + 8 if half else 3 * k + 10) if method == "lanczos" else 9 * k + 6
-    vectors = (MEMORY_BYTES if memory_bytes is None else memory_bytes) // vector
+    vectors = (operator.memory_bytes if memory_bytes is None else memory_bytes) // vector
     # No basis is larger than the space.
     if memory_bytes is not None and vectors < min(least, 3 * operator.size + 6):
         raise ValueError(

@@ -131,7 +131,8 @@ class _Signs:
     def __init__(self, operator: SymmetricOperator, seed: int) -> None:
         self.operator = operator
         self.generator = torch.Generator().manual_seed(seed)
-        self.group = max(1, min(16, _GROUP_BYTES // (operator.space.most * torch.finfo(operator.dtype).bits // 8)))
+        vector = operator.space.most * torch.finfo(operator.dtype).bits // 8
+        self.group = max(1, min(16, min(_GROUP_BYTES, operator.memory_bytes // 4) // vector))
 
     def next(self, count: int) -> Tensor:
         """Return the next ``count`` vectors of signs, as columns."""

@@ -502,7 +502,7 @@ def test_too_little_memory_is_an_error_that_says_what_is_needed(method: Any, k: 
 
 
 def test_without_a_budget_of_its_own_a_huge_model_gets_the_smallest_basis(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("msam_analysis.spectra.top.MEMORY_BYTES", 1)
+    monkeypatch.setattr("msam_analysis.objective.operators.VECTOR_BYTES", 1)
     matrix = symmetric(REPEATED["twice the last"], seed=3)
     for method in METHODS:
         pairs = ma.top_eigenvalues(ma.MatrixOperator(matrix), k=5, method=method)  # type: ignore[arg-type]
