@@ -62,6 +62,8 @@ def slice_1d(
 ) -> Slice1D:
     """Return ``L(w + α d)`` on a grid of ``α``.
 
+    Memory: the line, the weights and a point, or ``chunk`` points where several are evaluated at once; no graph.
+
     Parameters
     ----------
     objective

@@ -189,6 +189,8 @@ def sam_msam_angle(
 
     It costs one gradient, one more for SAM, and one for each ρ other than 0.
 
+    Memory: eight vectors, half of them in float64.
+
     Parameters
     ----------
     objective

@@ -30,6 +30,8 @@ def curvature_along(
 ) -> Scalar | Curvatures:
     """Return ``dᵀ A d / dᵀ d``, the curvature along ``d`` (exhibit A8); it costs one product for each direction.
 
+    Memory: three vectors for each direction, and the graphs that the Hessian keeps.
+
     Parameters
     ----------
     target

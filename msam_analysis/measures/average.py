@@ -25,6 +25,8 @@ def average_sharpness(
     ``D = 1``, or as ``adaptive`` says. Source: Andriushchenko et al., *A Modern Look at the Relationship
     between Sharpness and Generalization* (2023), average-case sharpness, where ``ρ`` is the ``σ`` here.
 
+    Memory: five vectors (the weights, their scale, a draw, a point, a sum) and no graph.
+
     Parameters
     ----------
     objective

@@ -54,6 +54,9 @@ def ball_sharpness(
     - ``"random"``: one Gaussian vector on the sphere;
     - a tensor of shape ``(size,)``: a displacement, such as that of a smaller ball; it is scaled to ``ρ``.
 
+    Memory: ``2 c`` vectors for a subspace of ``c`` columns, at most ``krylov_hvps`` and as many as the objective's
+    ``memory_bytes`` has room for, and four for each start; and the graphs that the Hessian keeps.
+
     Parameters
     ----------
     objective

@@ -48,6 +48,8 @@ def certify(
     switches, stays at about 1e-2 of the slope. ``gain`` says how much rise such a residual can hide, and decides the
     verdict.
 
+    Memory: that of :func:`~msam_analysis.top_eigenvalues` for one pair, and six vectors.
+
     Parameters
     ----------
     ball

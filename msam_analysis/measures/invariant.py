@@ -34,6 +34,8 @@ def relative_flatness(objective: Objective, layer: str, *, draws: int = 30, seed
     2001.00939), the trace variant; the theory is about the layer that acts on the features, such as the last weight
     matrix.
 
+    Memory: as a Hessian with the entries of this layer alone, and ``F``, which is as large as the layer.
+
     Parameters
     ----------
     objective
@@ -95,6 +97,8 @@ def fisher_rao_norm(objective: Objective, *, samples: int | None = None, seed: i
     when layers are rescaled, and it is small where the weights or the gradients of single samples are small. Source:
     Liang, Poggio, Rakhlin and Stokes, *Fisher-Rao Metric, Geometry, and Complexity of Neural Networks* (AISTATS 2019,
     arXiv 1711.01530).
+
+    Memory: four vectors, and the graph of one sample.
 
     Parameters
     ----------

@@ -114,6 +114,8 @@ def data_interval(
     within a batch, which makes its statistics too narrow, and batch means need groups of several batches: prefer the
     jackknife.
 
+    Memory: what the metric holds, and a copy of the samples of one replicate.
+
     Parameters
     ----------
     objective

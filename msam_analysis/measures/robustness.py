@@ -51,6 +51,8 @@ def robust_accuracy(
 
     The inputs are then cut to ``bounds``.
 
+    Memory: a few copies of a batch and the graph of its loss; no vector of weights.
+
     Parameters
     ----------
     model

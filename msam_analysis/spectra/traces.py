@@ -44,6 +44,9 @@ def trace(
     others make up much of ``‖A‖``: with 30 products on two digits networks of 1030 parameters its error is 1.7 % and
     2.4 % of the trace, Hutchinson's 8.4 % and 5.7 %. On a spectrum without outliers Hutchinson's method is better.
 
+    Memory: groups of at most 16 sign vectors with their products, in 256 MiB, or two vectors where that is more; for
+    ``"hutch++"`` also two for each of the ``draws / 3`` columns of the sketch.
+
     Parameters
     ----------
     target
