@@ -69,6 +69,7 @@ def measure_command(
     batchnorm: Annotated[str, typer.Option(help="eval, batch or recalibrate.")] = "eval",
     dtype: Annotated[str | None, typer.Option(help=f"{', '.join(_PRECISIONS)}; default the model's.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps; default: where the model is.")] = None,
+    memory: Annotated[float | None, typer.Option(help="GiB for data, graphs and vectors; default 7.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of all random draws; the same draws for all checkpoints.")] = 0,
     vectors: Annotated[bool, typer.Option("--vectors", help="Save eigenvectors and displacements, too.")] = False,
     examine: Annotated[bool, typer.Option(help="Examine model, loss and data before they are measured.")] = True,
@@ -83,6 +84,7 @@ def measure_command(
     """
     chosen = list(METRICS) if metrics == "all" else listed(metrics)
     _check(chosen, rho, eigenvalues, tolerance, max_hvps, budget, samples, seed, batchnorm, dtype)
+    checks.within("memory", memory, 0, 2**20)
     paths = expand(checkpoints)
     checks.readable(paths)
     names = checks.labelled(labels, distinct_names(paths))
@@ -107,6 +109,7 @@ def measure_command(
         parameters=parameters,
         dtype=None if dtype is None else _PRECISIONS[dtype],
         device=device,
+        memory_bytes=None if memory is None else int(memory * 2**30),
         examine=examine,
     )
     with group() as several:
