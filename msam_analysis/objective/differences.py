@@ -185,7 +185,7 @@ def _moving(gradients: Sequence[Tensor], space: Space) -> list[Tensor]:
     Such a row, as the padding of an embedding, is held on purpose.
     """
     uses = [g.flatten(1).any(1) if g.ndim > 1 else g.new_ones(1).bool() for g in gradients]
-    used = space.sum(torch.stack([rows.any() for rows in uses]).double()).bool()
+    used = space.sum(torch.stack([rows.any() for rows in uses]).float()).bool()
     held = [~rows & any_used for rows, any_used in zip(uses, used, strict=True)]
     return [
         torch.ones_like(g).masked_fill_(rows.reshape(-1, *[1] * (g.ndim - 1)), 0.0)

@@ -111,7 +111,7 @@ class Bar:
         """Begin the line, and listen to the solvers."""
         if not self._shown:
             return self
-        notebook = "ipykernel" in sys.modules
+        notebook = _in_notebook()
         self._live = notebook or sys.stderr.isatty()
         self._options |= {"miniters": 0, "smoothing": 0, "leave": self._leave}
         if self._live:
@@ -175,6 +175,12 @@ class Bar:
     def _line(self) -> None:
         sys.stderr.write(f"{self._bar}\n")
         sys.stderr.flush()
+
+
+def _in_notebook() -> bool:
+    """Tell whether this is a cell of a notebook; that somebody has imported Jupyter is not enough."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")
 
 
 def counted(items: Sequence[Item], what: str, unit: str, *, shown: bool) -> Iterator[Item]:

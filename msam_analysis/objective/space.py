@@ -32,6 +32,10 @@ class Space:
     def __init__(self, size: int) -> None:
         self.size = self.here = self.most = size
 
+    def __repr__(self) -> str:
+        """Say how many entries a vector has, and how many of them are here."""
+        return f"{type(self).__name__}({self.size} entries, {self.here} here)"
+
     def sum(self, part: Tensor) -> Tensor:
         """Return the sum over the processes of a small tensor that each summed over its own entries."""
         return part

@@ -260,6 +260,12 @@ class CriticalSharpness(Result):
     gradients: int
 
     _asked: ClassVar = ("direction", "width", "status", "bracket")
+    _shapes: ClassVar = {"steps": "steps", "rises": "steps"}
+    _ranges: ClassVar = {"steps": "positive", "resolution": "nonnegative", "width": "positive"}
+
+    def _disagreement(self) -> str:
+        known = get_args(Crossing)
+        return "" if self.status in known else f"its status is {self.status[:60]!a}, expected one of {known}"
 
     @property
     def step(self) -> float:
