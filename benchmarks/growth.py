@@ -1,6 +1,6 @@
 """How cost and memory grow with parameters, samples, eigenvalues; with the tools of others beside ours.
 
-``python benchmarks/growth.py`` takes some forty minutes on one core. Each figure is made in a process of its own, so
+``python benchmarks/growth.py`` takes some forty minutes on one core (``--all``: two hours). Each figure is made in a process of its own, so
 that its peak of memory is its own: the highest resident size during the measure, less that before it, when the network,
 its data and one gradient are in memory. ``--networks`` chooses, ``--tiny`` tries every line in a minute; its figures
 mean nothing.
@@ -92,6 +92,7 @@ MEASURES: dict[str, Callable[[ma.Objective], Any]] = {
     "loss": lambda o: o.loss(),
     "product": lambda o: o.hvp(torch.ones(o.size)),
     "1 eigenvalue": lambda o: ma.top_eigenvalues(o, 1),
+    "1 eigenvalue, basis in float16": lambda o: ma.top_eigenvalues(o, 1, tolerance=1e-3, basis_dtype=torch.float16),
     "5 eigenvalues": lambda o: ma.top_eigenvalues(o, 5),
     "trace, 10 draws": lambda o: ma.trace(o, draws=10),
     "density, 2 probes of 10": lambda o: ma.spectral_density(o, probes=2, steps=10, extremes=1),
@@ -100,6 +101,17 @@ MEASURES: dict[str, Callable[[ma.Objective], Any]] = {
     "line, 5 points": lambda o: ma.slice_1d(o, ma.directions.random(o), points=5),
 }
 CHEAP = ("gradient", "loss", "product")
+LARGE = {
+    "44 M": (
+        *CHEAP,
+        "1 eigenvalue",
+        "1 eigenvalue, basis in float16",
+        "trace, 10 draws",
+        "curvlinops + eigsh, 1 eigenvalue",
+    ),
+    "124 M": (*CHEAP, "1 eigenvalue"),
+}
+"""What is asked of the large networks, unless ``--all`` asks everything."""
 PEERS: dict[str, Callable[[Case], Any]] = {
     "PyHessian, 1 eigenvalue": partial(peer, pyhessian(1e-4, values=1)),
     "curvlinops + eigsh, 1 eigenvalue": curvlinops,
@@ -195,6 +207,7 @@ def main() -> None:
     """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--all", action="store_true", help="every measure of every network, also of the large ones")
     parser.add_argument("--tiny", action="store_true", help="the smallest network alone")
     parser.add_argument("--one", nargs=4, metavar=("NETWORK", "MEASURE", "SEQUENCES", "K"), help="one figure, as JSON")
     parser.add_argument("--output", type=Path, default=RESULTS / "growth_cpu.json")
@@ -209,7 +222,7 @@ def main() -> None:
     for network in chosen:
         print(f"{network} parameters, {SEQUENCES} sequences in batches of {AT_ONCE}")
         networks[network] = {}
-        for measure in (*MEASURES, *PEERS):
+        for measure in (*MEASURES, *PEERS) if options.all else LARGE.get(network, (*MEASURES, *PEERS)):
             networks[network][measure] = row = asked(network, measure)
             print_row(measure, row)
     growing: dict[str, Any] = {}
@@ -227,7 +240,7 @@ def main() -> None:
             print_row(name, row)
     sizes = {name: float(rows["gradient"].get("parameters", 1)) for name, rows in networks.items()}
     slopes = {
-        f"{what} of {measure}": slope({n: rows[measure] for n, rows in networks.items()}, sizes, what)
+        f"{what} of {measure}": slope({n: r[measure] for n, r in networks.items() if measure in r}, sizes, what)
         for measure in MEASURES
         for what in ("seconds", "bytes")
     }
