@@ -1,9 +1,9 @@
 """How cost and memory grow with parameters, samples, eigenvalues; with the tools of others beside ours.
 
-``python benchmarks/growth.py`` takes some forty minutes on one core (``--all``: two hours). Each figure is made in a process of its own, so
-that its peak of memory is its own: the highest resident size during the measure, less that before it, when the network,
-its data and one gradient are in memory. ``--networks`` chooses, ``--tiny`` tries every line in a minute; its figures
-mean nothing.
+``python benchmarks/growth.py`` takes some forty minutes on one core, ``--all`` two hours. Each figure is made in a
+process of its own, so that its peak of memory is its own: the highest resident size during the measure, less that
+before it, when the network, its data and one gradient are in memory. ``--networks`` chooses, ``--tiny`` tries every
+line in a minute; its figures mean nothing.
 
 Floors. A gradient holds one vector, a Hessian-vector product three (its argument, its sum over batches, what comes from
 one batch) beside the graph of one batch. Lanczos on c columns holds 2 c vectors. Time is counted in gradients on all
