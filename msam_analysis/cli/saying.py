@@ -131,7 +131,7 @@ def _listening(err: bool) -> Iterator[None]:
     """Note that standard output takes nothing more, and write no more to it."""
     try:
         yield
-    except (OSError, ValueError) as error:  # a pipe without a reader, a full disk; closed by a user's function
+    except Exception as error:  # noqa: BLE001 -- no reader, a full disk, closed by a user's function, a fault of rich
         if not err:
             _lost.append(error)
             # Python would try again when it ends, and change the exit code.
