@@ -22,7 +22,7 @@ def expand(given: Sequence[str | os.PathLike[str]]) -> list[Path]:
     Raises FileNotFoundError: There is no such file, a pattern matches nothing, or a folder holds no checkpoint.
     ValueError: A name is empty.
     """
-    if "" in map(os.fspath, given):
+    if any(os.fspath(one) == "" for one in given):
         raise ValueError("expected the name of a checkpoint, got an empty one: is a variable of the shell unset?")
     found: dict[Path, None] = {}
     for one in given:

@@ -61,3 +61,12 @@ def test_an_empty_name_is_no_folder(bench: Path, command: Command) -> None:
     outcome = command("measure", "", *GOOD[2:], *LOSS)
     assert outcome.code == 2
     assert "expected the name of a checkpoint, got an empty one" in outcome.err
+
+
+def test_metrics_without_names() -> None:
+    objective = ma.Objective(
+        torch.nn.Linear(2, 2), torch.nn.CrossEntropyLoss(), [(torch.ones(4, 2), torch.tensor([0, 1, 0, 1]))]
+    )
+    metrics: Any = [ma.landscape.metrics.accuracy]
+    with pytest.raises(TypeError, match="metrics must be names to functions"):
+        ma.landscape.slice_1d(objective, torch.ones(6), points=3, metrics=metrics)
