@@ -47,7 +47,9 @@ def test_a_screen_that_cannot_be_drawn_on_takes_nothing(
     bench: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rich.console.Console, "print", fail)
-    assert command(*GOOD, *LOSS).code == 1
+    outcome = command(*GOOD, *LOSS)
+    assert outcome.code == 1
+    assert "all results are in their files; standard output did not take the rest" in outcome.err
     assert {"metrics.csv", "report.html"} <= {path.name for path in (bench / "out").rglob("*")}
 
 
