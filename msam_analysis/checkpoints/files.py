@@ -132,6 +132,8 @@ def _check_records(path: Path, records: list[zipfile.ZipInfo], names: list[str],
     if names.count("data.pkl") > 1:
         raise refusal(path, "holds two descriptions (data.pkl) of its content", "check where it comes from")
     read = [info for info in records if "/data/" in info.filename or info.filename.endswith("/data.pkl")]
+    if len({info.filename for info in read}) < len(read):
+        raise refusal(path, "holds two records of one name", "check where it comes from")
     if any(info.compress_type != zipfile.ZIP_STORED for info in read):
         raise refusal(path, "is a torch.save file that was compressed", "unpack it, and pack it with zip -0")
     if sum(info.file_size for info in read) > size:

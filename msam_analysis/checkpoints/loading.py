@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from msam_analysis.checkpoints import folders
+from msam_analysis.checkpoints.files import reason_of
 from msam_analysis.checkpoints.matching import Fit, Model, fits
 from msam_analysis.checkpoints.reading import Content, existing
+from msam_analysis.results.text import printable
 
 _SHOWN = 6  # so many names stand in a message
 
@@ -81,7 +83,7 @@ def load_weights(path: str | os.PathLike[str], *, key: str | None = None) -> dic
         wanted = {name.removeprefix(start): one for name, one in content.tensors.items() if name.startswith(start)}
         if not wanted:
             raise ValueError(f"{path} holds nothing under {key!r}: expected one of {_keys(content)}; choose another")
-        return {name: entry.tensor.clone() for name, entry in wanted.items()}
+        return {name: _copied(path, name, entry.tensor) for name, entry in wanted.items()}
     upper = min((len(holder) for holder in sets), default=0)
     top = {holder: one for holder, one in sets.items() if len(holder) == upper and holder + tuple(one) != ("tensor",)}
     largest = max(top.values(), key=len, default=None)
@@ -93,7 +95,7 @@ def load_weights(path: str | os.PathLike[str], *, key: str | None = None) -> dic
     same = [".".join(holder) for holder, one in top.items() if one.keys() == largest.keys()]
     if len(same) > 1:
         raise ValueError(f"{path} holds {len(same)} sets of weights: expected one; choose one by key, of {same}")
-    return {name: tensor.clone() for name, tensor in largest.items()}
+    return {name: _copied(path, name, tensor) for name, tensor in largest.items()}
 
 
 def load_model(
@@ -165,7 +167,7 @@ def load(
         As for :func:`load_weights`; also ``ValueError`` if names, shapes or kinds of numbers differ, with the first
         that do, or if more than one set of weights fits.
     TypeError
-        The factory does not return a module.
+        The factory is a module, or does not return one.
     """
     found = existing(path)
     if whole := _loader(factory):
@@ -203,6 +205,11 @@ def _loader(factory: Callable[..., Any]) -> Callable[[str], Any] | None:
     own: Callable[[str], Any] | None = getattr(factory, "from_pretrained", None)
     if callable(own):
         return own
+    if isinstance(factory, nn.Module):  # its own forward would be called with the path
+        raise TypeError(
+            f"expected a function that returns the model, got a {type(factory).__name__} itself: pass its class, or a "
+            "lambda that returns it"
+        )
     try:
         parameters = list(inspect.signature(factory).parameters.values())
     except (TypeError, ValueError):
@@ -269,8 +276,21 @@ def _unread(content: Content) -> str:
     return f" (not read, since only running them could restore them: {_first([n for n, _ in content.unread])})"
 
 
+def _copied(path: str | os.PathLike[str], name: str, tensor: Tensor) -> Tensor:
+    """Return a tensor of its own; torch cannot copy some of those that are quantised."""
+    try:
+        return tensor.clone()
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} holds the tensor {printable(name)!r}, which cannot be copied ({reason_of(error)}): expected plain "
+            "tensors; save it as one"
+        ) from error
+
+
 def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return ", ".join(map(printable, names[:_SHOWN])) + (
+        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    )
 
 
 def _keys(content: Content) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from msam_analysis.checkpoints.reading import Content, Entry
+from msam_analysis.results.text import printable
 
 _FEW = 4  # so many prefixes are tried: those that most names of the model have
 
@@ -110,7 +111,7 @@ def _candidates(tensors: Mapping[str, Entry], model: Model, partial: bool, raw: 
         parts, others = (_parts(names) for names in (tensors, wanted))
         theirs, ours = _without(tensors, parts - others), _without(wanted, others - parts)
         gone = ((parts - others, theirs), (others - parts, ours))
-        dropped = tuple(sorted({one for side, names in gone for one in side if _lost(one, names)}))
+        dropped = tuple(sorted(set[str]().union(*(_lost(side, names) for side, names in gone))))
         if not dropped:
             return
     common = _common(list(ours))
@@ -186,7 +187,7 @@ def _problems(
                 found = f", {list(theirs.shape)} in place of {list(ours.shape)}"
             if names is kinds and ours is not None and theirs is not None:
                 found = f", {_dtype(theirs)} in place of {_dtype(ours)}"
-            said.append(f"{len(names)} {what} (first: {names[0]!r}{found})")
+            said.append(f"{len(names)} {what} (first: {printable(names[0])!r}{found})")
     return tuple(said)
 
 
@@ -245,8 +246,10 @@ def _without(names: Iterable[str], parts: set[str]) -> dict[str, str]:
     return short
 
 
-def _lost(part: str, names: Mapping[str, str]) -> bool:
-    return any(part in name.split(".") and part not in short.split(".") for short, name in names.items())
+def _lost(parts: set[str], names: Mapping[str, str]) -> set[str]:
+    """Return those of ``parts`` that a name has, and its short form has not."""
+    found = (parts.intersection(name.split(".")).difference(short.split(".")) for short, name in names.items())
+    return set[str]().union(*found)
 
 
 def _common(names: Sequence[str]) -> list[str]:

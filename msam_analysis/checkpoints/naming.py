@@ -20,7 +20,10 @@ def expand(given: Sequence[str | os.PathLike[str]]) -> list[Path]:
     stands for is ordered by step, else by epoch, else by name with its numbers as numbers.
 
     Raises FileNotFoundError: There is no such file, a pattern matches nothing, or a folder holds no checkpoint.
+    ValueError: A name is empty.
     """
+    if any(os.fspath(one) == "" for one in given):
+        raise ValueError("expected the name of a checkpoint, got an empty one: is a variable of the shell unset?")
     found: dict[Path, None] = {}
     for one in given:
         path = Path(one)

@@ -140,7 +140,7 @@ def _saved(path: Path, kind: str) -> Any:
             return stand_ins.load(path, scan(stream, size, pickles=5))
     with zipfile.ZipFile(path) as archive:
         described = next(info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
-        names = scan(io.BytesIO(_record(archive, described)), size)
+        names = scan(io.BytesIO(_record(archive, described)), size, records=_sizes(archive))
         if kind == files.TORCHSCRIPT:
             return stand_ins.load(_without_code(archive), names)
     return stand_ins.load(path, names, mmap=True)  # what nobody asks for (the optimizer's state) costs no memory
@@ -151,10 +151,15 @@ def number_in(data: bytes) -> Any:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             described = next(info for info in archive.infolist() if info.filename.endswith("/data.pkl"))
-            scan(io.BytesIO(_record(archive, described)), len(data))
+            scan(io.BytesIO(_record(archive, described)), len(data), records=_sizes(archive))
         return torch.load(io.BytesIO(data), weights_only=True)
     except Exception:  # noqa: BLE001 -- a class of somebody's, or packed in a way of their own
         return None
+
+
+def _sizes(archive: zipfile.ZipFile) -> dict[str, int]:
+    """Return how many bytes the archive has for every storage, by its key."""
+    return {info.filename.partition("/data/")[2]: info.file_size for info in archive.infolist()}
 
 
 def _without_code(archive: zipfile.ZipFile) -> io.BytesIO:
@@ -192,7 +197,7 @@ def _entries(found: Any) -> Iterator[Place]:
     All tensors of such a module lie in one: as in a state dict, its own names have dots. Lists may hold mappings; a
     tensor straight in a list has no name.
     """
-    looked = 0
+    looked, claimed, there = 0, 0, dict[int, int]()
     left: list[tuple[Any, tuple[str, ...], tuple[str, ...] | None]] = [(found, (), None)]
     while left:
         found, path, holder = left.pop()
@@ -200,7 +205,9 @@ def _entries(found: Any) -> Iterator[Place]:
         if looked > 4 * MOST_OBJECTS or len(path) > _DEEPEST:
             raise CostlyError("its containers hold themselves, or more than a checkpoint has")
         if isinstance(found, Tensor):
-            _check_claim(found, path)
+            claimed += _claim(found, path, there)
+            if claimed > _CLAIM and claimed > 16 * sum(there.values()):
+                raise CostlyError(f"its tensors claim {claimed} bytes, where {sum(there.values())} are there")
             yield path or ("tensor",), Entry(found, path[:-1] if holder is None else holder)
         elif isinstance(found, stand_ins.StandIn) and isinstance(found.state, dict):
             whose = path if holder is None else holder
@@ -222,15 +229,19 @@ def _of_module(state: dict[str, Any]) -> dict[str, Any]:
     return {**state["_parameters"], **buffers, **state["_modules"]}
 
 
-def _check_claim(tensor: Tensor, path: tuple[str, ...]) -> None:
-    """Refuse a tensor that has no values, or of which a file of a few bytes makes gigabytes."""
+def _claim(tensor: Tensor, path: tuple[str, ...], storages: dict[int, int]) -> int:
+    """Return how many bytes a tensor claims, and note those of its storage; refuse one without values, or too large."""
+    if sum(part.count(".") + 1 for part in path) > _DEEPEST:
+        raise CostlyError(f"its tensor {'.'.join(path)[:60]!r}... lies deeper than a checkpoint goes")
     if tensor.is_meta:
         raise CostlyError(f"its tensor {'.'.join(path)!r:.60} has a shape and no values")
     if tensor.layout != torch.strided or tensor.is_quantized:
-        return
+        return 0
     claimed, there = tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes()
+    storages[tensor.untyped_storage().data_ptr()] = there
     if claimed > _CLAIM and claimed > 16 * there:
         raise CostlyError(f"its tensor {'.'.join(path)!r:.60} claims {claimed} bytes, where {there} are there")
+    return claimed
 
 
 def existing(path: str | os.PathLike[str]) -> Path:

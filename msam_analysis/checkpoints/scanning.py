@@ -8,7 +8,7 @@ process (tuples are hashed recursively) or for a storage that the file cannot ho
 from __future__ import annotations
 
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 MOST_BYTES = 2**26
@@ -22,6 +22,8 @@ _DEEPEST = 100  # nested tuples
 _STRINGS = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING"}
 _NUMBERS = {"BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4"}
 _PUTS, _GETS = {"BINPUT", "LONG_BINPUT", "PUT"}, {"BINGET", "LONG_BINGET", "GET"}
+_BYTES = {"ComplexDouble": 16, "ComplexFloat": 8, "Double": 8, "Long": 8, "Float": 4, "Int": 4, "QInt32": 4}
+_BYTES |= {"Half": 2, "BFloat16": 2, "Short": 2}  # of a number in torch's storages; those of all others have one
 _TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
@@ -44,15 +46,18 @@ class _Tuple(list[Any]):
 _MARK = object()
 
 
-def scan(stream: BinaryIO, size: int, pickles: int = 1, *, plain: bool = False) -> list[str]:
+def scan(
+    stream: BinaryIO, size: int, pickles: int = 1, *, plain: bool = False, records: Mapping[str, int] | None = None
+) -> list[str]:
     """Return the classes and functions that the next pickles of a stream name, as ``module.name``.
 
     ``size``: Bytes that the whole file has: no storage can be larger. ``plain``: Objects may not set what their class
-    holds outside of their dictionary. Raises CostlyError; ValueError and whatever :mod:`pickletools` raises on damage.
+    holds outside of their dictionary. ``records``: Bytes of every storage, by its key: torch would read on behind the
+    end of one that is too short. Raises CostlyError; ValueError and whatever :mod:`pickletools` raises on damage.
     """
     names: dict[str, None] = {}
     for _ in range(pickles):
-        _Follower(names, size, plain=plain).follow(_Bounded(stream))
+        _Follower(names, size, plain=plain, records=records).follow(_Bounded(stream))
     return list(names)
 
 
@@ -81,8 +86,8 @@ class _Bounded:
 class _Follower:
     """What the instructions of one pickle do to stack and memo."""
 
-    def __init__(self, names: dict[str, None], size: int, *, plain: bool) -> None:
-        self._names, self._size, self._plain = names, size, plain
+    def __init__(self, names: dict[str, None], size: int, *, plain: bool, records: Mapping[str, int] | None) -> None:
+        self._names, self._size, self._plain, self._records = names, size, plain, records
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
@@ -148,9 +153,12 @@ class _Follower:
         self._stack.append(None)
         if not isinstance(function, _Name) or not isinstance(arguments, _Tuple):
             return
+        if function == "torch.Size" and len(arguments) == 1:  # the tuple that it is made of
+            self._stack[-1] = arguments[0]
         filled = 1
         for item in arguments:
-            filled *= max(item, 1) if isinstance(item, int) else 1
+            for length in item if isinstance(item, _Tuple) else (item,):
+                filled *= max(length, 1) if isinstance(length, int) else 1
         if function == "builtins.bytearray" and filled > _MOST_FILLED:
             raise CostlyError(f"its pickle fills {filled} bytes that are not in it")
         if function.startswith("torch.") and function.endswith("Tensor") and filled > max(self._size, _MOST_FILLED):
@@ -163,6 +171,17 @@ class _Follower:
         count = found[4] if isinstance(found, _Tuple) and len(found) > 4 else 0
         if isinstance(count, int) and not 0 <= count <= self._size:
             raise CostlyError(f"it claims a storage of {count} numbers, where the file has {self._size} bytes")
+        if self._records is not None:
+            self._check_record(found, count)
+
+    def _check_record(self, found: Any, count: Any) -> None:
+        """Refuse a storage that is longer than its record."""
+        if not isinstance(found, _Tuple) or len(found) < 5 or not isinstance(count, int):
+            raise CostlyError("it claims a storage without its length")
+        claimed = count * _BYTES.get(str(found[1]).removeprefix("torch.").removesuffix("Storage"), 1)
+        there = (self._records or {}).get(str(found[2]))
+        if there is not None and there < claimed:
+            raise CostlyError(f"it claims a storage of {claimed} bytes, where {there} are there")
 
     def _set(self, _: Any) -> None:
         state = self._stack.pop()

@@ -51,8 +51,9 @@ def _loaded(source: Any, names: Sequence[str], options: dict[str, Any]) -> Any:
     user = torch.serialization.get_safe_globals()
     allowed = {one[1] if isinstance(one, tuple) else f"{one.__module__}.{one.__qualname__}" for one in user}
     made: dict[str, Callable[..., Any]] = {name: _stand_in(name) for name in names if name not in allowed}
+    checked = torch.sparse.check_sparse_tensor_invariants(True)  # else indices may lie outside of a tensor
     while True:
-        with torch.serialization.safe_globals([(one, name) for name, one in made.items()]), _quiet():
+        with torch.serialization.safe_globals([(one, name) for name, one in made.items()]), _quiet(), checked:
             if hasattr(source, "seek"):
                 source.seek(0)
             try:

@@ -220,7 +220,7 @@ def write(result: Comparison, out: Path, asked: Mapping[str, Any]) -> tuple[Path
     texts = {
         "csv": frame.to_csv(index=False, lineterminator="\n"),
         "md": _markdown(table),
-        "tex": table.to_latex(float_format="%.5g", escape=True),
+        "tex": _latex(table),
     }
     for ending, text in texts.items():
         write_text(home / f"{_TABLE}.{ending}", text)
@@ -307,6 +307,12 @@ def _asked(model: str, data: str, loss: str | None) -> dict[str, Any]:
         "data": data,
         "loss": loss,
     }
+
+
+def _latex(table: pd.DataFrame) -> str:
+    r"""Return a table for LaTeX, where ``[`` or ``*`` first in a row would belong to the ``\\`` before it."""
+    text = table.to_latex(float_format="%.5g", escape=True)
+    return "".join(f"{{}}{line}" if line.startswith(("[", "*")) else line for line in text.splitlines(keepends=True))
 
 
 def _markdown(table: pd.DataFrame) -> str:

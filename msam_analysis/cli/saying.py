@@ -81,8 +81,13 @@ def say(*what: Any, err: bool = False) -> None:
         page = _Page(sys.stderr if err else sys.stdout)
         console = console_of(err, page)
         for one in what:
-            text = Text(printable(one, None)) if isinstance(one, str) else one
-            console.print(text, soft_wrap=isinstance(one, str))
+            if isinstance(one, str):
+                try:
+                    console.print(Text(printable(one, None)), soft_wrap=True)
+                except Exception:  # noqa: BLE001 -- a fault of rich: a line needs none of it
+                    page.write(f"{printable(one, None)}\n")
+            else:
+                console.print(one)
         _send(page.getvalue(), err)
 
 
@@ -131,7 +136,7 @@ def _listening(err: bool) -> Iterator[None]:
     """Note that standard output takes nothing more, and write no more to it."""
     try:
         yield
-    except (OSError, ValueError) as error:  # a pipe without a reader, a full disk; closed by a user's function
+    except Exception as error:  # noqa: BLE001 -- no reader, a full disk, closed by a user's function, a fault of rich
         if not err:
             _lost.append(error)
             # Python would try again when it ends, and change the exit code.

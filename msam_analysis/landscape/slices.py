@@ -294,6 +294,8 @@ class _Measurement:
             raise ValueError(
                 f"chunk must be a positive number of points, got {self.chunk!r}: leave it out to have it chosen"
             )
+        if not all(isinstance(name, str) for name in self.metrics or {}):
+            raise TypeError("metrics must be names to functions, got no names: pass {'accuracy': metrics.accuracy}")
         for name in self.metrics or {}:
             if name in _TAKEN or "/" in name:
                 raise ValueError(f"the name {name!r} of a metric is taken or holds a '/': expected another one")

@@ -125,7 +125,8 @@ class Objective:
     are those of the first process, as in ``DistributedDataParallel``. What one raises is raised by all. Weights that
     FSDP2 shards need ``ranks``: every process has its part of a flat vector, and ``space`` sums over entries.
 
-    Threads that share an objective evaluate one after the other. A loss that evaluates its own objective is refused.
+    Threads that share an objective evaluate one after the other. A loss that evaluates its own objective is refused;
+    one that waits for another thread to evaluate an objective would wait for ever.
     """
 
     def __init__(

@@ -104,13 +104,26 @@ class Bar:
         self._shown, self._leave, self._live = shown, leave, False
         self._options: dict[str, Any] = dict(total=total, initial=done, desc=what, unit=unit, bar_format=form)
         self._bar: Any = None
+        self._listening: Any = None
         self._what = what
         self._begun = self._said = 0.0
 
     def __enter__(self) -> Self:
         """Begin the line, and listen to the solvers."""
-        if not self._shown:
-            return self
+        if self._shown:
+            with self._tried():
+                self._begin()
+        return self
+
+    @contextmanager
+    def _tried(self) -> Iterator[None]:
+        """Fall silent where nothing can be shown: the work goes on."""
+        try:
+            yield
+        except Exception:  # noqa: BLE001 -- whatever a terminal, a notebook or tqdm has
+            self._bar = None
+
+    def _begin(self) -> None:
         notebook = _in_notebook()
         self._live = notebook or sys.stderr.isatty()
         self._options |= {"miniters": 0, "smoothing": 0, "leave": self._leave}
@@ -128,22 +141,23 @@ class Bar:
         self._begun = self._said = time.monotonic()
         self._listening = listening(self._hear)
         self._listening.__enter__()
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Leave the terminal as it was, but for the last line."""
-        if self._bar is None:
-            return
-        self._listening.__exit__(None, None, None)
-        if not self._live and self._leave:
-            self._line()
-        self._bar.close()
+        if self._listening is not None:
+            self._listening.__exit__(None, None, None)
+        if self._bar is not None:
+            with self._tried():
+                if not self._live and self._leave:
+                    self._line()
+                self._bar.close()
 
     def advance(self, amount: float = 1) -> None:
         """Say that some more of the work is done."""
         if self._bar is not None:
-            self._bar.update(amount)
-            self._show()
+            with self._tried():
+                self._bar.update(amount)
+                self._show()
 
     @property
     def width(self) -> int:
@@ -154,13 +168,16 @@ class Bar:
         """Say what is done now, and more about it behind the numbers."""
         if self._bar is not None:
             self._what = what
-            self._bar.set_description_str(what, refresh=False)
-            self._bar.set_postfix_str(more, refresh=False)
-            self._show()
+            with self._tried():
+                self._bar.set_description_str(what, refresh=False)
+                self._bar.set_postfix_str(more, refresh=False)
+                self._show()
 
     def _hear(self, step: Step) -> bool:
-        self._bar.set_description_str(f"{self._what}, {step}", refresh=False)
-        self._show()
+        if self._bar is not None:
+            with self._tried():
+                self._bar.set_description_str(f"{self._what}, {step}", refresh=False)
+                self._show()
         return False
 
     def _show(self) -> None:
