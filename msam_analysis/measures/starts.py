@@ -17,7 +17,7 @@ from msam_analysis.objective.progress import told
 from msam_analysis.objective.vectors import read
 from msam_analysis.spectra.subspace import Subspace
 
-Start = Literal["gradient", "krylov", "eigenvector", "random"]
+Start = Literal["gradient", "krylov", "eigenvector", "random", "parts"]
 
 _EIGENVECTORS = 2
 # Two starts with a larger cosine lead to the same maximum.
@@ -29,7 +29,7 @@ _ROUGH = 1e-5
 def starting_points(
     ball_loss: BallLoss, starts: Sequence[Start | Tensor], krylov_hvps: int, seed: int
 ) -> list[tuple[str, Tensor]]:
-    """Return the names and the points ``z`` of all starts except ``"gradient"``; see :func:`ball_sharpness`."""
+    """Return names and points ``z`` of all starts but ``"gradient"`` and ``"parts"``; see :func:`ball_sharpness`."""
     ball = ball_loss.ball
     points: list[tuple[str, Tensor]] = []
     if ball.radius == 0:
