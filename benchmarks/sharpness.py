@@ -9,7 +9,8 @@ The floor is one gradient for every point that is looked at. Hessian-vector prod
 and the cost of the whole call is given as CPU time over that of one gradient, measured in the same run.
 
 ``python benchmarks/sharpness.py`` takes an hour on one core, for the reference; ``--minutes 8`` stops after so many and
-the same command goes on from there: networks and finished cells are kept in ``--cache``.
+the same command goes on from there: networks and finished cells are kept in ``--cache``. ``--parts`` measures the two
+searches of the library alone, with parts of the data and without, and writes ``sharpness_parts_cpu.json``.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from msam_analysis.studies.training import train
 from msam_analysis.studies.workloads import DIGITS
 
 RESULTS = Path(__file__).parent / "results" / "sharpness_cpu.json"
+PARTS = RESULTS.with_name("sharpness_parts_cpu.json")
 RADII = {
     ("l2", False): (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0),
     ("l2", True): (0.05, 0.2, 1.0, 3.0),
@@ -252,6 +254,23 @@ def compare(objective: ma.Objective, rho: float, norm: Norm, adaptive: bool) -> 
     }
 
 
+def two_searches(objective: ma.Objective, rho: float, norm: Norm, adaptive: bool) -> dict[str, Any]:
+    """The library's search, with parts of the data and without."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ma.ConvergenceWarning)
+        found = ma.ball_sharpness(objective, rho, norm=norm, adaptive=adaptive)
+        without = ma.ball_sharpness(
+            objective, rho, norm=norm, adaptive=adaptive, starts=("gradient", "krylov", "eigenvector")
+        )
+    return {
+        "rise": found.sharpness,
+        "gradients": found.gradients,
+        "rise_without_parts": without.sharpness,
+        "gradients_without_parts": without.gradients,
+        "parts": sum(name.startswith("part ") for name in found.starts),
+    }
+
+
 def clocked(action: Callable[[], object], repetitions: int) -> float:
     """CPU seconds of an action, the median of some repetitions."""
     action()
@@ -317,6 +336,35 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def parts_table(rows: list[dict[str, Any]]) -> str:
+    """The balls where one of the two searches misses the target, as the table in ``docs/sharpness.md``."""
+    lines = ["| network | ball | without parts | with parts | gradients |", "|---|---|---:|---:|---:|"]
+    for row in rows:
+        shares = [row[name] / row["reference"] for name in ("rise_without_parts", "rise")]
+        if min(shares) < TARGET:
+            ball = BALLS[row["norm"], row["adaptive"]].replace("|", "\\|")
+            counts = f"{row['gradients_without_parts']}, {row['gradients']}"
+            found = f"{shares[0]:.3f} | {shares[1]:.3f}"
+            lines.append(f"| {row['network']} | {ball} ≤ {row['rho']:g} | {found} | {counts} |")
+    return "\n".join(lines)
+
+
+def measure_parts(cache: Cache, folder: Path) -> None:
+    """Both searches of the library in every ball, against the reference."""
+    objectives = {name: objective_of(name, folder) for name in NETWORKS}
+    rows = []
+    for name, norm, adaptive, rho in cells():
+        objective = objectives[name]
+        longest = kept(
+            cache.path("reference", objective, name, norm, adaptive, rho),
+            partial(reference, objective, rho, norm, adaptive),
+        )
+        row = {"network": name, "norm": norm, "adaptive": adaptive, "rho": rho, "reference": longest["rise"]}
+        rows.append({**row, "reference_from": "this network", **two_searches(objective, rho, norm, adaptive)})
+    print(parts_table(rows))
+    save({"machine": machine("cpu"), "cells": rows}, PARTS)
+
+
 class Cache:
     """A folder of what was measured, under names that change with the weights and with the code."""
 
@@ -349,6 +397,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "msam-sharpness")
     parser.add_argument("--markdown", type=Path, metavar="JSON", help="print the table of such a file, measure nothing")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--parts", action="store_true", help="the two searches of the library alone")
     options = parser.parse_args()
     if options.markdown:
         print(markdown(json.loads(options.markdown.read_text(encoding="utf-8"))))
@@ -356,6 +405,9 @@ def main() -> None:
     torch.set_num_threads(1)
     started, found = time.monotonic(), []
     cache = Cache(options.cache)
+    if options.parts:
+        measure_parts(cache, options.cache)
+        return
     objectives: dict[str, ma.Objective] = {}
     for name, norm, adaptive, rho in cells():
         if name not in objectives:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, replace
 
@@ -47,14 +48,15 @@ class BallLoss:
     ball
         The ball around its current weights.
     budget
-        Largest number of gradients; the first is spent here.
+        Largest number of gradients on all data; the first is spent here.
 
     Attributes
     ----------
     center, base, slope, origin
         ``w``, ``L(w)``, ``D∇L(w)``, and the centre as a point, with a rise of 0.
     gradients, hvps
-        Numbers of gradients and of Hessian-vector products so far.
+        Numbers of gradients and of Hessian-vector products so far; gradients on parts of the data count by their
+        samples, and their sum is rounded up.
     undefined
         Number of points where the loss or its gradient was NaN.
 
@@ -68,7 +70,9 @@ class BallLoss:
         self.objective = objective
         self.ball = ball
         self.budget = budget
-        self.gradients = self.hvps = self.undefined = 0
+        self.hvps = self.undefined = 0
+        self._seen = 0  # samples, over all gradients
+        self._whole: BallLoss | None = None
         self.center = objective.point()
         self.base = 0.0
         at_center = self.evaluate(torch.zeros_like(self.center))
@@ -81,16 +85,35 @@ class BallLoss:
             )
 
     @property
+    def gradients(self) -> int:
+        """Gradients so far, in those on all data."""
+        return -(-self._seen // self.objective.samples)
+
+    @property
     def left(self) -> int:
-        """Gradients that may still be spent."""
-        return max(self.budget - self.gradients, 0)
+        """Gradients on all data that may still be spent."""
+        whole = self._whole or self
+        return max(whole.budget - whole.gradients, 0)
+
+    def on(self, part: Objective) -> BallLoss:
+        """Return the rise on a part of the data, in the same ball and within the same budget.
+
+        It is measured from the loss on all data: what it is measured from does not change where an ascent goes.
+        """
+        other = copy.copy(self)
+        other.objective, other._whole = part, self
+        return other
+
+    def _spend(self, samples: int) -> None:
+        before = self.gradients
+        self._seen += samples
+        if self.gradients > before and told("gradients", self.gradients, self.budget):
+            self.budget = self.gradients
 
     def evaluate(self, z: Tensor, before: Point | None = None) -> Point:
         """Return the rise and the slope at a point, at one gradient; ``before``: the point that it is compared with."""
         loss, gradient = self.objective.loss_and_gradient(self.center + self.ball.displacement(z))
-        self.gradients += 1
-        if told("gradients", self.gradients, self.budget):
-            self.budget = self.gradients
+        (self._whole or self)._spend(self.objective.samples)
         slope, space = self.ball.displacement(gradient), self.ball.space
         numbers = [loss, euclidean(slope, space), space.sum((~torch.isfinite(slope)).any().to(loss.dtype))]
         if before is not None:

@@ -18,7 +18,7 @@ from msam_analysis.objective.progress import told
 from msam_analysis.objective.vectors import read
 from msam_analysis.spectra.subspace import Subspace
 
-Start = Literal["gradient", "krylov", "eigenvector", "random"]
+Start = Literal["gradient", "krylov", "eigenvector", "random", "parts"]
 
 _EIGENVECTORS = 2
 _FEWEST = 8  # columns of the subspace, however little memory there is
@@ -31,7 +31,7 @@ _ROUGH = 1e-5
 def starting_points(
     ball_loss: BallLoss, starts: Sequence[Start | Tensor], krylov_hvps: int, seed: int
 ) -> list[tuple[str, Tensor]]:
-    """Return the names and the points ``z`` of all starts except ``"gradient"``; see :func:`ball_sharpness`."""
+    """Return names and points ``z`` of all starts but ``"gradient"`` and ``"parts"``; see :func:`ball_sharpness`."""
     ball = ball_loss.ball
     points: list[tuple[str, Tensor]] = []
     if ball.radius == 0:

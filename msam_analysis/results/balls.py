@@ -36,7 +36,9 @@ class BallSharpness(Result):
     rho, norm, adaptive
         The ball: ``‖e‖ ≤ ρ``, or ``‖e / |w|‖ ≤ ρ`` when adaptive; ``"filter"``: in units of every filter's norm.
     starts
-        The rise reached from every start after the same three gradients; the ascent then goes on from the best.
+        The rise reached from every start after the same three gradients; the ascent then goes on from the best. Where
+        parts of the data were climbed, the rise on all data at every start and at the end of every part's ascent,
+        named ``"part 1, krylov"`` for the first part, climbed from the Krylov start.
     spread
         ``(best − worst) / best`` of these: how much the start matters.
     stationarity

@@ -58,7 +58,7 @@ def test_examples_run_in_their_order(capsys: pytest.CaptureFixture[str]) -> None
     with torch.random.fork_rng():
         for example in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
             exec(example, names)  # noqa: S102 - our own page
-    assert len(capsys.readouterr().out.splitlines()) == 6
+    assert len(capsys.readouterr().out.splitlines()) == 7
     hessian, gauss_newton, sampled, empirical = names["tops"]
     assert gauss_newton == pytest.approx(hessian, rel=0.1)
     assert sampled == pytest.approx(gauss_newton, rel=0.3)
@@ -87,6 +87,25 @@ def test_every_ball_that_misses_the_target_is_named() -> None:
     highest = max(cell["found"]["ball_sharpness"]["fraction"] for cell in CELLS)
     assert f"the default finds {highest:.2f} times as much" in " ".join(PAGE.split())
     assert f"as much as {FOUND['cost']['median']:.0f} gradients" in " ".join(PAGE.split())
+
+
+def test_what_parts_of_the_data_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    table: Callable[[list[dict[str, Any]]], str] = runpy.run_path(str(ROOT / "benchmarks" / "sharpness.py"))[
+        "parts_table"
+    ]
+    cells = figures("sharpness_parts")["cells"]
+    assert table(cells) in PAGE, "put in what benchmarks/sharpness.py --parts prints"
+    reached, before = (
+        sum(cell[name] >= 0.98 * cell["reference"] for cell in cells) for name in ("rise", "rise_without_parts")
+    )
+    text = " ".join(PAGE.split())
+    assert f"With parts {reached} of the {len(cells)} balls reach 98 % of the long search, {before} without" in text
+    unchanged = [cell for cell in cells if not cell["parts"]]
+    assert f"these are {len(unchanged)} of the {len(cells)} balls" in text
+    assert all(cell["rise"] == cell["rise_without_parts"] for cell in unchanged)
+    assert all(cell["gradients"] == cell["gradients_without_parts"] for cell in unchanged)
+    assert max(cell["gradients"] for cell in cells) == 40
 
 
 def test_no_other_method_finds_more() -> None:
