@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
 import msam_analysis as ma
+from msam_analysis.objective.fisher import drawing
 
 from .cases import labels, normal
 from .oracles import trainable
@@ -163,6 +164,15 @@ def test_draws_are_averaged_and_seeded() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert several.settings["matrix"] == "sampled Fisher, 3 drawn labels a sample"
     assert torch.linalg.matrix_rank(one) <= sum(BATCHES)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bits_that_half_precision_takes_for_certain(dtype: torch.dtype) -> None:
+    """A logit of 6 puts a bit to zero once in 404 times, and bfloat16 has no number between 0.996 and 1."""
+    output = torch.full((200_000,), 6.0, dtype=dtype)
+    drawn = drawing(nn.BCEWithLogitsLoss())(output, torch.ones_like(output), torch.Generator().manual_seed(0))
+    assert drawn.dtype == dtype
+    assert float((drawn == 0).double().mean()) == pytest.approx(1 / (1 + np.exp(6)), rel=0.1)
 
 
 def test_graphs_that_are_rebuilt_draw_the_same_labels() -> None:
