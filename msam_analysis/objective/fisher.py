@@ -127,7 +127,8 @@ class FisherOperator(GaussNewtonOperator):
         with torch.enable_grad():
             # A criterion may work in place, which a leaf forbids.
             criterion = self._loss.copy.loss_fn
-            value, _ = self._loss.evaluate((cut.clone(), target), loss.weight, lambda pair: criterion(*pair))
+            # A batch that does not count weighs nothing, by which a sum must not be divided.
+            value, _ = self._loss.evaluate((cut.clone(), target), loss.weight or 1.0, lambda pair: criterion(*pair))
             return {0: torch.autograd.grad(value, cut)[0]}
 
     def _scale(self, loss: BatchLoss) -> float:
@@ -177,8 +178,9 @@ def _classes(ignored: int, output: Tensor, target: Tensor, generator: torch.Gene
 
 
 def _bits(output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
-    uniform = torch.rand(output.shape, generator=generator, dtype=torch.float64).to(output)
-    return (uniform < output.sigmoid()).to(target.dtype)
+    wide = output.to(widest(output.device))  # in half precision a likely one would be certain
+    uniform = torch.rand(output.shape, generator=generator, dtype=torch.float64).to(wide)
+    return (uniform < wide.sigmoid()).to(target.dtype)
 
 
 def _values(output: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:

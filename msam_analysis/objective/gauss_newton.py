@@ -78,11 +78,12 @@ class GaussNewtonOperator(GraphOperator):
         total, weight_sum = torch.zeros_like(ahead), 0.0
         with self._loss.apart("a Gauss-Newton product by differences") as alike, self._loss.deriving() as stream:
             alike.extend((ahead, behind))
-            here, first, second = (
+            # The point itself comes last: a checkpointed part that is run again must find its tensors in place.
+            first, second, here = (
                 self._loss.batch_losses(point, self._constants, stream, cut=True)
-                for point in (self._leaves, self._loss.leaves(ahead), self._loss.leaves(behind))
+                for point in (self._loss.leaves(ahead), self._loss.leaves(behind), self._leaves)
             )
-            for loss, plus, minus in zip(here, first, second, strict=True):
+            for plus, minus, loss in zip(first, second, here, strict=True):
                 used, bend = self._middle(loss)
                 pushed = [(plus.outputs[index] - minus.outputs[index]).detach() for index in used]
                 outputs = [loss.outputs[index] for index in used]

@@ -93,6 +93,9 @@ class LanczosSearch:
             else:
                 before = target
             if not basis.expand(direction):
+                if basis.half:  # what is left of the residual is the rounding of the basis, which no product takes away
+                    self._lead = basis.pairs(self.goal.which)[1][:, :k]
+                    return Found(wanted, norms, False, False)
                 basis.expand(self.draw(1))
 
     def vectors(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from msam_analysis.spectra.goal import Which, ordering
 from msam_analysis.spectra.rows import ROUNDED, Rows
 
 _NEW = 100  # times eps: below this length the part of a unit vector outside of the basis is no new direction
+_NEW_HALF = 16 * ROUNDED  # the same beside a basis in float16, whose own rounding such a part is
 _CLEAN = 0.5  # a pass of Gram-Schmidt that leaves more than this of a vector need not be repeated
 
 
@@ -88,7 +90,9 @@ class Subspace:
     def look(self, vector: Tensor) -> Look:
         """Look at a vector, which costs one read of the device."""
         basis = [Basis(self._q, self.columns)] if self.columns else []
-        ((part, left, length),) = cleared(self.space, [vector], [basis], unit=True)
+        # A rounded basis is not quite orthonormal: a single pass would leave what the next vectors amplify.
+        clean = math.inf if self.half else _CLEAN
+        ((part, left, length),) = cleared(self.space, [vector], [basis], unit=True, clean=clean)
         return Look(vector, length, part, left)
 
     def expand(self, vectors: Tensor | Look) -> int:
@@ -96,7 +100,7 @@ class Subspace:
         room = self.capacity - self.columns
         if isinstance(vectors, Tensor) and vectors.shape[1] == 1:
             vectors = self.look(vectors[:, 0])
-        fresh = _unit(vectors) if isinstance(vectors, Look) else self.space.orthonormalize(vectors, self.q)
+        fresh = self._unit(vectors) if isinstance(vectors, Look) else self.space.orthonormalize(vectors, self.q)
         fresh = fresh[:, :room]
         count, old = fresh.shape[1], self.columns
         if count == 0:
@@ -110,6 +114,12 @@ class Subspace:
         grown[old:, :old] = block[:old].T
         self.projection = (grown + grown.T) / 2
         return count
+
+    def _unit(self, look: Look) -> Tensor:
+        """Return the part outside of the basis as a unit vector, one column, or none where only rounding is left."""
+        least = _NEW_HALF if self.half else _NEW * torch.finfo(look.part.dtype).eps
+        new = look.length > 0 and not look.left <= least
+        return (look.part / look.left)[:, None] if new else look.part[:0].reshape(len(look.part), 0)
 
     def remainder(self) -> Tensor:
         """Return the part of the last product outside of the span, shape ``(size,)``.
@@ -162,14 +172,13 @@ class Subspace:
         return norms.cpu().double()
 
 
-def _unit(look: Look) -> Tensor:
-    """Return the part outside of the basis as a unit vector, one column, or none where only rounding is left."""
-    new = look.length > 0 and not look.left <= _NEW * torch.finfo(look.part.dtype).eps
-    return (look.part / look.left)[:, None] if new else look.part[:0].reshape(len(look.part), 0)
-
-
 def cleared(
-    space: Space, vectors: Sequence[Tensor], bases: Sequence[Sequence[Tensor | Basis]], *, unit: bool = False
+    space: Space,
+    vectors: Sequence[Tensor],
+    bases: Sequence[Sequence[Tensor | Basis]],
+    *,
+    unit: bool = False,
+    clean: float = _CLEAN,
 ) -> list[tuple[Tensor, float, float]]:
     """Return the parts of vectors outside of some bases, their lengths, and the lengths of the vectors.
 
@@ -186,6 +195,8 @@ def cleared(
         For each vector orthonormal vectors as rows, shape ``(p, size)`` each.
     unit
         Whether the vectors are made unit vectors first.
+    clean
+        A pass that leaves more than this of a vector is the last one; there are three at most.
     """
     lengths = [space.norm(vector) for vector in vectors]
     if unit:
@@ -198,7 +209,7 @@ def cleared(
     after = [left if own else start for left, own, start in zip(after, bases, before, strict=True)]
     again = [index for index, own in enumerate(bases) if own]
     for _ in range(2):
-        again = [index for index in again if not after[index] > _CLEAN * before[index]]
+        again = [index for index in again if not after[index] > clean * before[index]]
         if not again:
             break
         for index in again:

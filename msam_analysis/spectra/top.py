@@ -101,8 +101,9 @@ def top_eigenvalues(
     basis_dtype
         ``torch.float16`` stores the basis of Lanczos in half the memory of float32: ``c + k + 6`` vectors. What it
         takes from the products is part of every residual, which is then at least about ``5e-4 ‖A v‖``: ask for a
-        ``tolerance`` of 1e-3 or more. On the digits network it takes the same number of products, and λ₁ is right to
-        1e-5. Default: the operator's precision, at least float32.
+        ``tolerance`` of 1e-3 or more. Below it the search ends, not converged, where only the basis's rounding is left.
+        On the digits network it takes the same number of products, and λ₁ is right to 1e-5. Default: the operator's
+        precision, at least float32.
     backend
         ``"native"`` (default), or ``"pyhessian"``: PyHessian's power iteration with ``tol=tolerance`` and at most
         ``max_hvps // k`` iterations a vector (by default its own 100). Its pairs are sorted, and their residuals come

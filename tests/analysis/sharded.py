@@ -199,6 +199,30 @@ def spectra() -> Found:
     return found | {"Gauss-Newton": far(*gauss_newton)}
 
 
+def fisher() -> Found:
+    """Fisher matrices, also where a process repeats a batch that does not count."""
+    found: Found = {}
+    classes = [(x, y.argmax(1)) for x, y in batches()]
+    for name, loss, data in (
+        ("means", nn.CrossEntropyLoss(), classes),
+        ("sums", nn.CrossEntropyLoss(reduction="sum"), classes),
+        ("values", nn.MSELoss(), batches()),
+    ):
+        sharded, alone, _ = pair(net, without_scale, loss, data)
+        part, v = sharded.space.part, alone.space.gaussian(5, seed=0, like=alone.point())
+        ways: dict[str, Any] = {"empirical": {}, "sampled": {"kind": "sampled", "draws": 2}}
+        for kind, options in ways.items():
+            one, other = (o.fisher(**options) for o in (sharded, alone))
+            found[f"{name} {kind}"] = far(one @ part(v), part(other @ v))
+            found[f"{name} {kind} again"] = far(one @ part(v[:, 0]), part(other @ v[:, 0]))
+            found[f"{name} {kind} trace"] = far(*(torch.tensor(ma.trace(f, draws=6).value) for f in (one, other)))
+            found[f"{name} {kind} eigenvalues"] = far(*(ma.top_eigenvalues(f, 2).values for f in (one, other)))
+            found[f"{name} {kind} density"] = far(
+                *(ma.spectral_density(f, probes=2, steps=5, points=50).density for f in (one, other))
+            )
+    return found
+
+
 def measures() -> Found:
     """Balls, averages and curvatures along a line are those of the whole model."""
     both = pair(net, without_scale, squares, batches())[:2]
@@ -413,6 +437,7 @@ HERE: dict[str, Callable[[], Found]] = {
     "samples": samples,
     "directions": directions,
     "spectra": spectra,
+    "fisher": fisher,
     "slices": slices,
     "measures": measures,
     "chunks": chunks,

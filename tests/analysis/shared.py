@@ -52,6 +52,9 @@ def derivatives(o: ma.Objective, *, exact: bool = True) -> dict[str, Tensor]:
     found |= {"products": operator @ vectors, "product": operator @ v, "rebuilt": o.hvp(v, w)}
     if exact:
         found["Gauss-Newton"] = o.gauss_newton(w) @ v
+        found["Fisher"] = o.fisher(w) @ v
+        if o.loss_fn is F.cross_entropy:
+            found["sampled Fisher"] = o.fisher(w, kind="sampled", draws=2) @ v
     return found
 
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import msam_analysis as ma
+from msam_analysis.objective.fisher import drawing
 
 from .cases import labels, normal
 from .oracles import trainable
@@ -165,6 +167,15 @@ def test_draws_are_averaged_and_seeded() -> None:
     assert torch.linalg.matrix_rank(one) <= sum(BATCHES)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_bits_that_half_precision_takes_for_certain(dtype: torch.dtype) -> None:
+    """A logit of 6 puts a bit to zero once in 404 times, and bfloat16 has no number between 0.996 and 1."""
+    output = torch.full((200_000,), 6.0, dtype=dtype)
+    drawn = drawing(nn.BCEWithLogitsLoss())(output, torch.ones_like(output), torch.Generator().manual_seed(0))
+    assert drawn.dtype == dtype
+    assert float((drawn == 0).double().mean()) == pytest.approx(1 / (1 + np.exp(6)), rel=0.1)
+
+
 def test_graphs_that_are_rebuilt_draw_the_same_labels() -> None:
     kept, rebuilt = made("tags"), made("tags", graph_bytes=0)
     v = normal(kept.size, seed=3)
@@ -190,6 +201,33 @@ def test_by_differences_of_the_output() -> None:
     o, exact = made("cross-entropy", second_derivatives="central"), made("cross-entropy")
     v = normal(o.size, seed=3)
     torch.testing.assert_close(o.fisher() @ v, exact.fisher() @ v, rtol=1e-6, atol=1e-9)
+
+
+class RunAgain(nn.Module):
+    """A layer that is run again in the backward pass, at the weights that it finds then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def inner(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.second(torch.tanh(self.first(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(checkpoint(self.inner, x, use_reentrant=False))
+        return out
+
+
+@pytest.mark.parametrize("matrix", ["fisher", "gauss_newton"])
+def test_differences_where_a_part_is_run_again(matrix: str) -> None:
+    torch.manual_seed(0)
+    model, data = RunAgain().double(), [(normal(n, 4, seed=n), labels(n, classes=3, seed=n)) for n in BATCHES]
+    exact, rough = (
+        getattr(ma.Objective(model, F.cross_entropy, data, second_derivatives=how), matrix)()
+        for how in ("auto", "central")
+    )
+    v = normal(exact.size, seed=3)
+    torch.testing.assert_close(rough @ v, exact @ v, rtol=0, atol=1e-9 * float((exact @ v).norm()))
 
 
 def test_curvlinops_agrees() -> None:

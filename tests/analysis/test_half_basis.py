@@ -77,6 +77,21 @@ def test_values_and_residuals(options: Any) -> None:
     assert bool((half.residuals >= 2e-4 * half.values.abs()).all())
 
 
+@pytest.mark.parametrize("size", [60, 1000])
+@pytest.mark.parametrize("kind", ["ten", "cubes", "powers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.filterwarnings("ignore::msam_analysis.ConvergenceWarning")
+def test_a_tolerance_that_cannot_be_reached_spoils_no_value(size: int, kind: str, dtype: torch.dtype) -> None:
+    """What is left of a residual is then the basis's own rounding, which must not enter it again and again."""
+    steps = np.arange(size)
+    values = {"ten": np.maximum(10.0 - steps, 0.0), "cubes": np.linspace(1, -1, size) ** 3, "powers": 0.9**steps}[kind]
+    operator = ma.MatrixOperator(symmetric(values, seed=size).to(dtype))
+    found = ma.top_eigenvalues(operator, 3, basis_dtype=HALF)
+    assert not found.converged
+    torch.testing.assert_close(found.values, torch.tensor(values[:3]), rtol=0, atol=4e-4 * values[0])
+    assert bool((found.residuals < 2e-3 * values[0]).all())
+
+
 def test_what_cannot_be_reached_is_not_claimed() -> None:
     operator = ma.MatrixOperator(symmetric(np.linspace(1, 5, 50), seed=1).float())
     with pytest.warns(ma.ConvergenceWarning, match=r"expected residual/\|value\| <= 0.0001"):

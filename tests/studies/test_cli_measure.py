@@ -437,3 +437,14 @@ def test_two_processes_measure_what_one_does(bench: Path, command: Command) -> N
     found = pd.read_csv(table).set_index("metric")["value"]
     for metric, value in measure(objective(), metrics=("loss", "trace")).table.set_index("metric")["value"].items():
         assert found[metric] == pytest.approx(value, rel=1e-5, nan_ok=True), metric
+
+
+@pytest.mark.parametrize(("rank", "code"), [("0", 1), ("1", 0)])
+def test_what_failed_is_the_code_of_the_first_process(
+    rank: str, code: int, bench: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first one that ends ill torchrun ends all, while the first one still draws and writes."""
+    (bench / "ill.pt").write_bytes(b"no weights")
+    monkeypatch.setenv("RANK", rank)
+    ways = ("--model", f"{MODULE}:loaded", "--data", f"{MODULE}:data")
+    assert command("measure", CHECKPOINT, "ill.pt", *ways, *CHEAP, "--out", "one").code == code
