@@ -45,7 +45,11 @@ def is_mean(evaluation: Evaluation, part: Batch) -> Check:
             if found is not None:
                 return found
     sizes = _of_all(evaluation, [w.leading_sizes(batch) for batch in batches])
-    divided = _divided(evaluation, batches)
+    # Halves of a loss in half precision look alike, whatever is counted.
+    wide = torch.float32 if evaluation.precision.itemsize < 4 else None
+    if wide is not None and next(_returned(evaluation, [part], wide), None) is None:
+        wide = None  # a model that insists on its own precision
+    divided = _divided(evaluation, batches, wide)
     if divided is None:
         if isinstance(next(_returned(evaluation, [part]), None), tuple):
             return _said("not checked", "batches weigh the counts that loss_fn returns")
@@ -60,7 +64,7 @@ def is_mean(evaluation: Evaluation, part: Batch) -> Check:
                 "halves of a batch cannot tell which counts: expected no guess; return (sum, count) from loss_fn"
             )
         return _said("not checked", "the batch cannot be halved")
-    return _judged(evaluation, divided, several=len(evaluation.batches) > 1)
+    return _judged(evaluation, divided, wide or evaluation.precision, several=len(evaluation.batches) > 1)
 
 
 def _said(verdict: Verdict, follows: str = "") -> Check:
@@ -87,7 +91,7 @@ def _criterion(evaluation: Evaluation) -> Check | None:
     return _said("adapted", "batches weigh what the criterion counts (labels, class weights, elements), not samples")
 
 
-def _divided(evaluation: Evaluation, batches: Sequence[Batch]) -> Divided | None:
+def _divided(evaluation: Evaluation, batches: Sequence[Batch], wide: torch.dtype | None) -> Divided | None:
     """Return samples of all batches and their halves, in their own order and in that of the last tensor (labels).
 
     The batch whose halves differ most in what may be counted comes first, unless these samples tell as much.
@@ -107,7 +111,7 @@ def _divided(evaluation: Evaluation, batches: Sequence[Batch]) -> Divided | None
         if whole is None or w.halves(whole) is None:
             continue
         pieces = [piece for batch in (whole, _sorted(whole)) for piece in w.halves(batch) or ()]
-        returned = list(_returned(evaluation, [whole, *pieces]))
+        returned = list(_returned(evaluation, [whole, *pieces], wide))
         if len(returned) < 5:
             return None
         parts = list(zip([whole, *pieces], returned, strict=True))
@@ -159,11 +163,16 @@ def _spread(evaluation: Evaluation) -> Batch | None:
         return None
 
 
-def _returned(evaluation: Evaluation, batches: Sequence[Batch]) -> Iterator[Any]:
-    """Yield what the loss returns on batches; nothing more once it fails, or couples samples on purpose."""
+def _returned(evaluation: Evaluation, batches: Sequence[Batch], wide: torch.dtype | None = None) -> Iterator[Any]:
+    """Yield what the loss returns on batches; nothing more once it fails, or couples samples on purpose.
+
+    ``wide``: the precision to evaluate in instead of its own.
+    """
     # Statistics of a batch and random numbers would couple samples.
     fixed = evaluation.view(batchnorm="eval", dropout=False, findings=replace(evaluation.findings, drawing=None))
-    trial = on(fixed, batches)
+    if wide is not None:
+        fixed.autocast = None
+    trial = on(fixed, batches, wide)
     if any(layer.running_mean is None for layer in batchnorm_layers(trial.copy).values()):
         return
     with trial.evaluating() as stream:
@@ -179,7 +188,7 @@ def _returned(evaluation: Evaluation, batches: Sequence[Batch]) -> Iterator[Any]
             yield map_tensors(returned, Tensor.detach) if isinstance(returned, tuple | Tensor) else returned
 
 
-def _judged(evaluation: Evaluation, divided: Divided, *, several: bool) -> Check:
+def _judged(evaluation: Evaluation, divided: Divided, precision: torch.dtype, *, several: bool) -> Check:
     """Say what batches weigh, from the values of batches and of their halves."""
     try:
         numbers = [tuple(_number(returned) for _, returned in row) for row in divided]
@@ -188,7 +197,7 @@ def _judged(evaluation: Evaluation, divided: Divided, *, several: bool) -> Check
     if not all(math.isfinite(row[0][0]) for row in numbers):
         return _said("not checked", "the loss is not finite")
     # Some models compute their loss in float32, whatever they are in.
-    dtype = max(evaluation.precision, torch.float32, key=lambda kind: torch.finfo(kind).eps)
+    dtype = max(precision, torch.float32, key=lambda kind: torch.finfo(kind).eps)
 
     def fits(weights: Sequence[tuple[float, float]]) -> bool:
         # A half where nothing counts has no mean.

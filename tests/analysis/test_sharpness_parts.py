@@ -32,7 +32,8 @@ def network(*, normalised: bool = False) -> nn.Module:
 
 def data(samples: int = 160) -> list[tuple[Tensor, Tensor]]:
     inputs, targets = normal(samples, 8, seed=90), cases.labels(samples, classes=4, seed=91)
-    return cases.split([100, samples - 100], inputs, targets)
+    pairs: list[Any] = cases.split([100, samples - 100], inputs, targets)
+    return pairs
 
 
 def objective(**options: Any) -> ma.Objective:
