@@ -62,7 +62,7 @@ def ball_sharpness(
       The search then goes on from the best on all data, and makes no first steps from every start unless the budget
       has room for them. Without it, or where parts cannot be taken, the search is the one above. That is so for fewer
       than 128 samples, samples that cannot be taken apart, data that no cache holds, a BatchNorm policy other than
-      ``"eval"``, or fewer than 22 ``iterations``;
+      ``"eval"``, or fewer than 15 of the ``iterations`` left after the starts;
     - a tensor of shape ``(size,)``: a displacement, such as that of a smaller ball; it is scaled to ``ρ``.
 
     Memory: ``2 c`` vectors for a subspace of ``c`` columns, at most ``krylov_hvps`` and as many as the objective's
@@ -83,7 +83,7 @@ def ball_sharpness(
         Points from which the search climbs, as above.
     iterations
         Largest number of gradients, one for every evaluated point; on a part of the data, its share of the samples.
-        Default 40. Small balls need 20 to 40, large ones 27 to 40.
+        Default 40; trained networks need 30 to 40.
     krylov_hvps
         Largest number of Hessian-vector products for the Krylov and eigenvector starts. Default 100; trained networks
         need about 12 in float32, 25 in float64.

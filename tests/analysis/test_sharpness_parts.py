@@ -30,7 +30,7 @@ def network(*, normalised: bool = False) -> nn.Module:
         return nn.Sequential(*layers).double()
 
 
-def data(samples: int = 160) -> list[tuple[Tensor, Tensor]]:
+def data(samples: int = 160) -> list[tuple[Tensor, ...]]:
     inputs, targets = normal(samples, 8, seed=90), cases.labels(samples, classes=4, seed=91)
     pairs: list[Any] = cases.split([100, samples - 100], inputs, targets)
     return pairs
