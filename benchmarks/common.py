@@ -84,8 +84,9 @@ def ratio(values: list[float], base: list[float]) -> dict[str, float]:
     return {"ratio": middle, "ratio_q1": low, "ratio_q3": high}
 
 
-def save(results: dict[str, Any], path: Path) -> None:
+def save(results: dict[str, Any], path: Path, *, quiet: bool = False) -> None:
     """Write results as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"written: {path}")
+    if not quiet:
+        print(f"written: {path}")

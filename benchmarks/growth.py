@@ -218,37 +218,47 @@ def main() -> None:
         print(json.dumps(one(network, measure, int(sequences), int(k))))
         return
     chosen = list(SHAPES)[:1] if options.tiny else options.networks
-    networks: dict[str, Any] = {}
-    for network in chosen:
-        print(f"{network} parameters, {SEQUENCES} sequences in batches of {AT_ONCE}")
-        networks[network] = {}
-        for measure in (*MEASURES, *PEERS) if options.all else LARGE.get(network, (*MEASURES, *PEERS)):
-            networks[network][measure] = row = asked(network, measure)
-            print_row(measure, row)
-    growing: dict[str, Any] = {}
+    found: dict[str, Any] = {"machine": machine("cpu"), "growing": {}, "networks": {}, "slopes": {}}
+
+    def keep(part: dict[str, Any], name: str, row: dict[str, Any]) -> None:
+        """Take in a row, print it, and write all that there is: the largest networks take long."""
+        part[name] = row
+        print_row(name, row)
+        found["slopes"] = slopes(found["networks"], found["growing"])
+        if not options.tiny:
+            save(found, options.output, quiet=True)
+
     for what, sizes in GROWING.items():
-        small = dict(list(sizes.items())[:2]) if options.tiny else sizes
         print(f"0.1 M parameters, growing {what}")
-        growing[what] = {}
-        for name, size in small.items():
+        part = found["growing"].setdefault(what, {})
+        for name, size in list(sizes.items())[: 2 if options.tiny else None]:
+            samples = what == "samples"
             row = (
                 asked("0.1 M", "1 eigenvalue", sequences=int(size))
-                if what == "samples"
+                if samples
                 else asked("0.1 M", f"{name} eigenvalues", k=int(size))
             )
-            growing[what][name] = row
-            print_row(name, row)
-    sizes = {name: float(rows["gradient"].get("parameters", 1)) for name, rows in networks.items()}
-    slopes = {
-        f"{what} of {measure}": slope({n: r[measure] for n, r in networks.items() if measure in r}, sizes, what)
+            keep(part, name, row)
+    for network in chosen:
+        print(f"{network} parameters, {SEQUENCES} sequences in batches of {AT_ONCE}")
+        part = found["networks"].setdefault(network, {})
+        for measure in (*MEASURES, *PEERS) if options.all else LARGE.get(network, (*MEASURES, *PEERS)):
+            keep(part, measure, asked(network, measure))
+    for name, value in found["slopes"].items():
+        print(f"  {name:44s} ~ size^{value:.2f}")
+
+
+def slopes(networks: Mapping[str, Any], growing: Mapping[str, Any]) -> dict[str, float]:
+    """How seconds and bytes grow with parameters, and seconds with samples and eigenvalues."""
+    known = {name: rows for name, rows in networks.items() if "parameters" in rows.get("gradient", {})}
+    sizes = {name: float(rows["gradient"]["parameters"]) for name, rows in known.items()}
+    found = {
+        f"{what} of {measure}": slope({n: r[measure] for n, r in known.items() if measure in r}, sizes, what)
         for measure in MEASURES
         for what in ("seconds", "bytes")
     }
-    slopes |= {f"seconds by {what}": slope(growing[what], GROWING[what], "seconds") for what in growing}
-    for name, value in slopes.items():
-        print(f"  {name:44s} ~ size^{value:.2f}")
-    found = {"machine": machine("cpu"), "networks": networks, "growing": growing, "slopes": slopes}
-    save(found, Path("/dev/null") if options.tiny else options.output)
+    found |= {f"seconds by {what}": slope(growing[what], GROWING[what], "seconds") for what in growing}
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 if __name__ == "__main__":
