@@ -122,7 +122,8 @@ def main() -> None:
         rows[name] = {}
         for clock in CLOCKS:
             one, two = ([each[clock] for each in both[how]] for how in ("alone", "together"))
-            row = rows[name][clock] = {"alone": quartiles(one), "together": quartiles(two), **ratio(two, one)}
+            row: dict[str, Any] = {"alone": quartiles(one), "together": quartiles(two), **ratio(two, one)}
+            rows[name][clock] = row
             print(
                 f"{name:28} {clock:4} alone {row['alone']['median_ms']:8.1f} ms, together × {row['ratio']:.3f} "
                 f"({row['ratio_q1']:.3f} to {row['ratio_q3']:.3f}), floor {1 / PROCESSES}, target {TARGET}",
