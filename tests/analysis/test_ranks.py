@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch.utils.data.distributed import DistributedSampler
 import msam_analysis as ma
 from msam_analysis.results import Result, load
 from tests.builders import MEASURES
-from tests.programs import together
+from tests.programs import alone, together
 
 from . import shared
 from .cases import MLP
@@ -30,14 +30,19 @@ SLICES = ("plain", "metrics", "samples", "refined", "chunk", "alone", "recalibra
 
 
 @pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    """Where two processes, and one alone, have left their answers."""
-    with tempfile.TemporaryDirectory() as name:
-        together(shared.work, name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            shared.answers(Path(name), "alone", (False,))
-        yield Path(name)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two processes, and one alone, have left their answers; made once for all workers of pytest."""
+    root = tmp_path_factory.getbasetemp()
+    shared_by_all = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "ranks"
+    shared_by_all.mkdir(exist_ok=True)
+    with alone(shared_by_all):
+        if not (shared_by_all / "made").exists():
+            together(shared.work, str(shared_by_all))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                shared.answers(shared_by_all, "alone", (False,))
+            (shared_by_all / "made").touch()
+    return shared_by_all
 
 
 @pytest.fixture(scope="module")

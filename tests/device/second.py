@@ -7,28 +7,19 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch.utils import cpp_extension
 from torch.utils.backend_registration import generate_methods_for_privateuse1_backend, rename_privateuse1_backend
 
+from tests.programs import alone
+
 NAME = "second"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 SOURCE = Path(__file__).with_name("second.cpp")
 FOLDER = Path(__file__).parents[2] / "build" / "second_device"
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Let one process in at a time; the others wait."""
-    import fcntl  # of Linux and macOS
-
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def compiled(folder: Path = FOLDER) -> Path:

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.programs import together
+from tests.programs import alone, together
 
 from .counts import COUNTS
 from .measured import measure, measure_in_single
-from .second import COMPILER, NAME, alone, compiled
+from .second import COMPILER, NAME, compiled
 from .table import TABLE, public_names
 
 pytestmark = [
