@@ -25,6 +25,7 @@ from msam_analysis.results.fingerprint import fingerprint, of_tensors
 
 CACHE_BYTES = 2**30
 _END = object()
+_ENDLESS = 2**20  # batches after which data without a length are taken to be endless
 
 
 class Batches:
@@ -367,15 +368,29 @@ def _read(source: Iterable[Batch], seed: int = 0) -> Iterator[Batch]:
             for generator in generators:
                 generator.manual_seed(seed)
             iterator = iter(source)
-        while True:
+        for _ in range(_most(source)):
             with stream:
                 item = next(iterator, _END)
             if item is _END:
                 return
             yield item
+        with stream:
+            if next(iterator, _END) is not _END:
+                raise ValueError(
+                    f"the data does not end after {_most(source)} batches, the most that it says or that is read "
+                    "without a length: expected a pass that ends; give list(itertools.islice(data, n))"
+                )
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def _most(source: Iterable[Batch]) -> int:
+    """Return the number of batches that there may be: the length of what has one."""
+    try:
+        return len(source)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return _ENDLESS
 
 
 def _generators(source: object) -> list[torch.Generator]:
