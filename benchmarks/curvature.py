@@ -130,7 +130,9 @@ def pyhessian(tolerance: float = 1e-3, iterations: int = 100, values: int = VALU
     return run
 
 
-def curvlinops(check_deterministic: bool = True, tolerance: float = 0.0) -> Callable[[Case], Answer]:
+def curvlinops(
+    check_deterministic: bool = True, tolerance: float = 0.0, values: int = VALUES
+) -> Callable[[Case], Answer]:
     """The Hessian of curvlinops as a SciPy operator, for ARPACK."""
 
     def run(of: Case) -> Answer:
@@ -141,8 +143,8 @@ def curvlinops(check_deterministic: bool = True, tolerance: float = 0.0) -> Call
         ).to_scipy()
         counted = Counted(hessian.matvec)
         operator = LinearOperator(hessian.shape, matvec=counted, dtype=hessian.dtype)
-        values = eigsh(operator, VALUES, which="LA", tol=tolerance, return_eigenvectors=False)
-        return Answer(torch.from_numpy(np.sort(values)[::-1].copy()), counted.calls)
+        found = eigsh(operator, values, which="LA", tol=tolerance, return_eigenvectors=False)
+        return Answer(torch.from_numpy(np.sort(found)[::-1].copy()), counted.calls)
 
     return run
 

@@ -29,9 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 from common import machine, save
-from curvature import RESULTS, eigenthings, pyhessian, sentences
+from curvature import RESULTS, curvlinops, eigenthings, pyhessian, sentences
 from networks import Case, LanguageModel, Reference
-from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import nn
 
 import msam_analysis as ma
@@ -60,25 +59,6 @@ def case(name: str, sequences: int) -> Case:
     batches = list(zip(inputs.split(AT_ONCE), target.split(AT_ONCE), strict=True))
     nothing = torch.zeros(0)
     return Case(name, model, nn.CrossEntropyLoss(), batches, Reference(nothing, nothing, "none"))
-
-
-def curvlinops(of: Case) -> Any:
-    """The largest eigenvalue of curvlinops' Hessian by ARPACK, to 1e-4."""
-    import curvlinops
-
-    parameters = list(of.model.parameters())
-    hessian = curvlinops.HessianLinearOperator(
-        of.model, of.criterion, parameters, of.batches, check_deterministic=False
-    ).to_scipy()
-    products = [0]
-
-    def matvec(vector: np.ndarray) -> np.ndarray:
-        products[0] += 1
-        return np.asarray(hessian.matvec(vector))
-
-    operator = LinearOperator(hessian.shape, matvec=matvec, dtype=hessian.dtype)
-    values = eigsh(operator, 1, which="LA", tol=1e-4, return_eigenvectors=False)
-    return {"values": values.tolist(), "products": products[0]}
 
 
 def peer(tool: Callable[[Case], Any], of: Case) -> dict[str, Any]:
@@ -114,7 +94,7 @@ LARGE = {
 """What is asked of the large networks, unless ``--all`` asks everything."""
 PEERS: dict[str, Callable[[Case], Any]] = {
     "PyHessian, 1 eigenvalue": partial(peer, pyhessian(1e-4, values=1)),
-    "curvlinops + eigsh, 1 eigenvalue": curvlinops,
+    "curvlinops + eigsh, 1 eigenvalue": partial(peer, curvlinops(False, 1e-4, values=1)),
     "hessian-eigenthings, 1 eigenvalue": partial(peer, eigenthings(1e-4, values=1)),
 }
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from msam_analysis.objective.vectors import gaussian, gaussian_rows, orthonormalize, widest
+from msam_analysis.objective.vectors import gaussian, gaussian_rows, widest
 
 
 class Space:
@@ -81,8 +81,32 @@ class Space:
         return self.part(gaussian(self.size, columns, seed=seed, like=like, use=use))
 
     def orthonormalize(self, vectors: Tensor, against: Tensor | None = None) -> Tensor:
-        """Return an orthonormal basis of columns, cleared of their parts in another, as :func:`.orthonormalize`."""
-        return orthonormalize(vectors, against)
+        """Return an orthonormal basis of the columns of ``vectors`` without their parts in span(``against``).
+
+        ``against`` has orthonormal columns. Two passes of classical Gram-Schmidt ("twice is enough", Giraud et al.
+        2005), then a rank-revealing QR. Directions that are dependent to working precision are dropped.
+        """
+        scale = self.norm(vectors, dim=0)
+        vectors = torch.where(scale > 0, vectors / scale, 0.0)  # zeros are dropped with what depends on others
+        known = vectors[:, :0] if against is None else against
+        for _ in range(2 if known.shape[1] else 0):
+            vectors = vectors - known @ self.product(known.T, vectors)
+        if vectors.shape[1] == 0:
+            return vectors
+        q, r = self._qr(vectors)
+        # The singular vectors of the small factor find dependent columns in any order.
+        left, singular, _ = torch.linalg.svd(r, full_matrices=False)
+        q, keep = q @ left, singular > 100 * torch.finfo(vectors.dtype).eps
+        if known.shape[1]:
+            # A column that was nearly inside span(against) is mostly rounding error, which QR scaled up.
+            q = q - known @ self.product(known.T, q)
+            q = q / self.norm(q, dim=0).clamp_min(torch.finfo(q.dtype).tiny)
+        kept: Tensor = q[:, keep]
+        return kept
+
+    def _qr(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        q, r = torch.linalg.qr(vectors)
+        return q, r
 
 
 class DividedSpace(Space):
@@ -157,24 +181,6 @@ class DividedSpace(Space):
         own = super().norm(vectors, dim)
         # In the widest precision, squares of the narrower ones neither overflow nor vanish.
         return self.sum(own.to(widest(own.device)).square()).sqrt().to(own.dtype)
-
-    def orthonormalize(self, vectors: Tensor, against: Tensor | None = None) -> Tensor:
-        """Return an orthonormal basis of columns, cleared of their parts in another, as :func:`.orthonormalize`."""
-        scale = self.norm(vectors, dim=0)
-        vectors = torch.where(scale > 0, vectors / scale, 0.0)
-        known = vectors[:, :0] if against is None else against
-        for _ in range(2 if known.shape[1] else 0):
-            vectors = vectors - known @ self.product(known.T, vectors)
-        if vectors.shape[1] == 0:
-            return vectors
-        q, r = self._qr(vectors)
-        left, singular, _ = torch.linalg.svd(r, full_matrices=False)
-        q, keep = q @ left, singular > 100 * torch.finfo(vectors.dtype).eps
-        if known.shape[1]:
-            q = q - known @ self.product(known.T, q)
-            q = q / self.norm(q, dim=0).clamp_min(torch.finfo(q.dtype).tiny)
-        kept: Tensor = q[:, keep]
-        return kept
 
     def _qr(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Return the QR decomposition of a tall matrix from those of its parts (Demmel et al. 2012, TSQR)."""

@@ -131,31 +131,6 @@ def _matcher(named: Mapping[str, object], parameters: str | Iterable[str]) -> Pa
     return lambda name, _: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def orthonormalize(vectors: Tensor, against: Tensor | None = None) -> Tensor:
-    """Return an orthonormal basis of the columns of ``vectors`` without their parts in span(``against``).
-
-    ``against`` has orthonormal columns. Two passes of classical Gram-Schmidt ("twice is enough", Giraud et al. 2005),
-    then a rank-revealing QR. Directions that are dependent to working precision are dropped.
-    """
-    scale = vectors.norm(dim=0)
-    vectors = torch.where(scale > 0, vectors / scale, 0.0)  # zeros are dropped with what depends on others
-    for _ in range(2):
-        if against is not None and against.shape[1]:
-            vectors = vectors - against @ (against.T @ vectors)
-    if vectors.shape[1] == 0:
-        return vectors
-    q, r = torch.linalg.qr(vectors)
-    # The singular vectors of the small factor find dependent columns in any order.
-    left, singular, _ = torch.linalg.svd(r, full_matrices=False)
-    q, keep = q @ left, singular > 100 * torch.finfo(vectors.dtype).eps
-    if against is not None and against.shape[1]:
-        # A column that was nearly inside span(against) is mostly rounding error, which QR scaled up.
-        q = q - against @ (against.T @ q)
-        q = q / q.norm(dim=0).clamp_min(torch.finfo(q.dtype).tiny)
-    kept: Tensor = q[:, keep]
-    return kept
-
-
 def widest(device: torch.device) -> torch.dtype:
     """Return float64, or float32 for a device that has none."""
     return torch.float64 if has_float64(device.type) else torch.float32

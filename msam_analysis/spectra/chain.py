@@ -10,6 +10,7 @@ from scipy.linalg import eigh_tridiagonal, eigvalsh_tridiagonal
 from torch import Tensor
 
 from msam_analysis.objective.space import Space
+from msam_analysis.objective.vectors import read
 from msam_analysis.spectra.subspace import cleared
 
 
@@ -149,8 +150,8 @@ def advance(chains: Sequence[Chain], products: Sequence[Tensor]) -> None:
     space = chains[0].space
     products = [product.to(chain.current) for chain, product in zip(chains, products, strict=True)]
     # The current vectors have no part in W.
-    levels = torch.stack([space.dot(chain.current, product) for chain, product in zip(chains, products, strict=True)])
-    steps = zip(chains, products, levels.tolist(), strict=True)
+    levels = read(*(space.dot(chain.current, product) for chain, product in zip(chains, products, strict=True)))
+    steps = zip(chains, products, levels, strict=True)
     rests = [chain._begin(product, level) for chain, product, level in steps]
     parts = cleared(space, rests, [chain._bases for chain in chains])
     for chain, (rest, length, _) in zip(chains, parts, strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.progress import told
-from msam_analysis.objective.vectors import orthonormalize
+from msam_analysis.objective.space import Space
 from msam_analysis.spectra.beyond import Inside, require_finite, set_aside
 from msam_analysis.spectra.goal import Draw, Found, Goal
 from msam_analysis.spectra.subspace import Look, Subspace
@@ -123,6 +123,6 @@ class LanczosSearch:
         kept = coefficients[:, : min(self.basis.capacity - 2, self.goal.k + 8)]
         if before is not None:
             padded = torch.cat([before, before.new_zeros(len(coefficients) - len(before), 1)])
-            kept = torch.cat([kept, orthonormalize(padded, kept)], dim=1)
+            kept = torch.cat([kept, Space(len(padded)).orthonormalize(padded, kept)], dim=1)
         self.basis.compress(kept)
         self._krylov = False

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from msam_analysis.objective.operators import SymmetricOperator
 from msam_analysis.objective.space import Space
+from msam_analysis.objective.vectors import read
 from msam_analysis.spectra.goal import Which, ordering
 from msam_analysis.spectra.rows import ROUNDED, Rows
 
@@ -203,8 +204,8 @@ def cleared(
         vectors = [vector / length for vector, length in zip(vectors, lengths, strict=True)]
     parts = [_outside(space, vector, own) for vector, own in zip(vectors, bases, strict=True)]
     lefts = [space.norm(part) if own else length for part, own, length in zip(parts, bases, lengths, strict=True)]
-    read = torch.stack([*lengths, *lefts]).tolist()
-    known, after = read[: len(vectors)], read[len(vectors) :]
+    found = read(*lengths, *lefts)
+    known, after = found[: len(vectors)], found[len(vectors) :]
     before = [1.0] * len(vectors) if unit else list(known)
     after = [left if own else start for left, own, start in zip(after, bases, before, strict=True)]
     again = [index for index, own in enumerate(bases) if own]
@@ -215,7 +216,7 @@ def cleared(
         for index in again:
             parts[index] = _outside(space, parts[index], bases[index])
             before[index] = after[index]
-        for index, left in zip(again, torch.stack([space.norm(parts[i]) for i in again]).tolist(), strict=True):
+        for index, left in zip(again, read(*(space.norm(parts[i]) for i in again)), strict=True):
             after[index] = left
     return list(zip(parts, after, known, strict=True))
 

@@ -50,12 +50,17 @@ def saved(run: Callable[[Bench], Any], bench: Bench) -> Numbers:
         return {"raised": traceback.format_exc()}
 
 
-def measure(_: int, library: Path, folder: Path) -> None:
-    """Save the numbers on both devices under ``folder``, and how often the host has read."""
+def begun(library: Path, *, doubles: bool = True) -> Callable[[], int]:
+    """Make this process one that measures, and return what counts the reads of the device."""
     os.environ["MPLBACKEND"] = "Agg"
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    reads = register(library)
+    return register(library, doubles=doubles)
+
+
+def measure(_: int, library: Path, folder: Path) -> None:
+    """Save the numbers on both devices under ``folder``, and how often the host has read."""
+    reads = begun(library)
     found: dict[str, dict[str, Numbers]] = {}
     for device in ("cpu", NAME):
         BENCHES[device] = Bench(device, folder / device)
@@ -77,10 +82,7 @@ def count_of(count: Count, bench: Bench, reads: Callable[[], int]) -> dict[str, 
 
 def measure_in_single(_: int, library: Path, folder: Path) -> None:
     """Save the numbers in float32, on the CPU and on a device that has nothing wider."""
-    os.environ["MPLBACKEND"] = "Agg"
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    register(library, doubles=False)
+    begun(library, doubles=False)
     found: dict[str, dict[str, Numbers]] = {}
     for device in ("cpu", NAME):
         BENCHES[device] = Bench(device, folder / f"{device}-single", torch.float32)

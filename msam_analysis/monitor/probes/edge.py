@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +12,12 @@ from torch import Tensor
 from msam_analysis.measures.edges import edge_of_stability, preconditioner, preconditions
 from msam_analysis.measures.momentum import true_weights
 from msam_analysis.monitor.probes.base import ObjectiveSource, current
+from msam_analysis.monitor.probes.hessian import Tracked
 from msam_analysis.objective.operators import ScaledOperator, SymmetricOperator
-from msam_analysis.spectra.top import top_eigenvalues
 
 
 @dataclass(eq=False)
-class EdgeOfStability:
+class EdgeOfStability(Tracked):
     """``edge_ratio``: the top eigenvalue over the curvature at which the optimizer's step begins to grow (exhibit E1).
 
     A ratio that settles at 1 says that the edge decides how flat the minimum is. The edge is that of
@@ -57,16 +56,7 @@ class EdgeOfStability:
         operator = self._operator(optimizer)
         if operator is None:
             return {"edge": edge, "edge_lambda": math.nan, "edge_residual": math.nan, "edge_ratio": math.nan}
-        found = top_eigenvalues(
-            operator,
-            1,
-            tolerance=self.tolerance,
-            max_hvps=self.max_hvps,
-            start=self._start,
-            confirm=self.confirm,
-            seed=self.seed,
-        )
-        self._start = found.vectors
+        found = self.search(operator, 1)
         value = float(found.values[0])
         return {
             "edge": edge,
@@ -86,11 +76,3 @@ class EdgeOfStability:
             return None
         ones = {parameter: torch.ones_like(parameter) for parameter in true_weights(optimizer)}
         return ScaledOperator(hessian, objective.vector(ones | divided).rsqrt())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the start vector of the next search."""
-        return {"start": self._start}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set the start vector of the next search."""
-        self._start = state["start"]

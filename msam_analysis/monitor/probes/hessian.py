@@ -13,6 +13,8 @@ from msam_analysis.measures.along import curvature_along
 from msam_analysis.measures.momentum import momentum_buffers, present_gradients, true_weights
 from msam_analysis.monitor.probes.base import ObjectiveSource, current
 from msam_analysis.objective.objective import Objective
+from msam_analysis.objective.operators import SymmetricOperator
+from msam_analysis.results import Eigenpairs
 from msam_analysis.spectra.top import top_eigenvalues
 
 
@@ -47,8 +49,40 @@ class Curvature:
         return {f"curvature_{name}": curvature_along(hessian, vector).value for name, vector in along.items()}
 
 
+class Tracked:
+    """Searches for eigenvalues that start from the vectors of the one before; the fields are those of the probe."""
+
+    tolerance: float
+    confirm: bool
+    max_hvps: int | None
+    seed: int
+    _start: Tensor | None
+
+    def search(self, operator: SymmetricOperator, k: int) -> Eigenpairs:
+        """Return the largest eigenpairs."""
+        found = top_eigenvalues(
+            operator,
+            k,
+            tolerance=self.tolerance,
+            max_hvps=self.max_hvps,
+            start=self._start,
+            confirm=self.confirm,
+            seed=self.seed,
+        )
+        self._start = found.vectors
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the start vectors of the next search."""
+        return {"start": self._start}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Set the start vectors of the next search."""
+        self._start = state["start"]
+
+
 @dataclass(eq=False)
-class TopEigenvalues:
+class TopEigenvalues(Tracked):
     """``lambda_1``, ..., ``lambda_k``: largest eigenvalues of the Hessian at the true weights, tracked (exhibit TA1).
 
     Each search starts from the eigenvectors of the one before; see :func:`~msam_analysis.spectra.top_eigenvalues`.
@@ -88,24 +122,7 @@ class TopEigenvalues:
     def __call__(self, optimizer: torch.optim.Optimizer, step: int) -> Mapping[str, float]:
         """Return the values, the largest of their residuals ``lambda_residual``, and ``lambda_converged``, 1 or 0."""
         objective = current(self.objective)
-        found = top_eigenvalues(
-            objective.hessian(objective.vector(true_weights(optimizer))),
-            self.k,
-            tolerance=self.tolerance,
-            max_hvps=self.max_hvps,
-            start=self._start,
-            confirm=self.confirm,
-            seed=self.seed,
-        )
-        self._start = found.vectors
+        found = self.search(objective.hessian(objective.vector(true_weights(optimizer))), self.k)
         values = {f"lambda_{index}": value for index, value in enumerate(found.values.tolist(), start=1)}
         residual = float(found.residuals.max())
         return {**values, "lambda_residual": residual, "lambda_converged": float(found.converged)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the start vectors of the next search."""
-        return {"start": self._start}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Set the start vectors of the next search."""
-        self._start = state["start"]
